@@ -1,0 +1,43 @@
+"""tamingfast: the fast, modern "Taming Transformers for High-Resolution Image Synthesis".
+
+Public names are imported on first use, so that ``import tamingfast`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VQModel": "models.vqgan",
+    "VQSegmentationModel": "models.vqgan",
+    "VQNoDiscModel": "models.vqgan",
+    "GumbelVQ": "models.vqgan",
+    "EMAVQ": "models.vqgan",
+    "VectorQuantizer": "models.quantize",
+    "GumbelQuantize": "models.quantize",
+    "GPT": "models.gpt",
+    "Net2NetTransformer": "models.prior",
+    "KMeans": "models.color_clusters",
+    "load_model": "checkpoints",
+    "UserError": "errors",
+}
+_MODULES = {"backends", "checkpoints", "compat", "data", "ops", "orderings", "reference", "sampling", "training"}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

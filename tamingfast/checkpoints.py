@@ -1,0 +1,214 @@
+"""Models from files: original checkpoints and our own run directories in, safetensors out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tamingfast.config import instantiate_from_config, load_yaml, plain
+from tamingfast.errors import UserError
+from tamingfast.files import atomic_write
+from tamingfast.weights import load_into, read_checkpoint, read_state_dict
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+WEIGHTS_FILE = "weights.safetensors"
+
+# Parts that a checkpoint for use, rather than for further training, may lack.
+_OPTIONAL = ("loss.",)
+
+
+def load_model(
+    checkpoint: str | os.PathLike,
+    config: str | os.PathLike | Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> nn.Module:
+    """An eval-mode model from a checkpoint of the original or of ours.
+
+    ``checkpoint`` is a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project. ``config`` is
+    a YAML path or a mapping; by default it is looked for where both projects put it: beside the file, in the run's
+    ``configs/``, or in the safetensors metadata. A first stage without any config is inferred from its weights.
+    ``device`` and ``dtype`` (a torch dtype or its name) default to the CPU and to what the file holds.
+
+    Raises UserError, in one sentence, when the file is missing, damaged, unsafe, not finite or of another architecture.
+    """
+    path = _weights_path(Path(checkpoint))
+    state = read_state_dict(path)
+    settings = _config_for(path, config, state)
+    model = _build(settings)
+    _adopt_buffers(model, state)
+    load_into(model, state, path, ignore=_OPTIONAL)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.config = settings
+    return model.to(device or "cpu").eval()
+
+
+def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
+    """Write tensors as safetensors, atomically. Attention masks are left out: the config's ``n_unmasked`` says the same."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.contiguous() for key, value in state_dict.items() if not key.endswith(".attn.mask")}
+    # Tensors that share memory (a condition stage that is the first stage) are written once each.
+    seen: dict[int, str] = {}
+    for key, value in tensors.items():
+        if value.data_ptr() in seen and value.numel():
+            tensors[key] = value.clone()
+        seen.setdefault(value.data_ptr(), key)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(metadata))
+
+
+def convert(checkpoint: str | os.PathLike, out: str | os.PathLike, config: Any = None) -> Path:
+    """Turn any checkpoint that `load_model` opens into one ``.safetensors`` file with its config inside.
+
+    Optimizer states and the loss networks stay behind. Returns the path written.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"got '{out.name}' as output; expected a name that ends in .safetensors")
+    model = load_model(checkpoint, config)
+    state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
+    save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
+    return out
+
+
+def without_checkpoints(config: Any) -> Any:
+    """A config whose stages load nothing themselves: weights of a whole model come from its own file."""
+    config = plain(config)
+    if isinstance(config, Mapping):
+        return {key: without_checkpoints(value) for key, value in config.items() if key != "ckpt_path"}
+    return [without_checkpoints(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _build(settings: Mapping[str, Any]) -> nn.Module:
+    return instantiate_from_config(settings["model"])
+
+
+def _weights_path(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    candidates = [path / WEIGHTS_FILE, path / "checkpoints" / "last.ckpt"]
+    candidates += sorted((path / "checkpoints").glob("*.ckpt"), reverse=True)
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{path} is no run directory; expected {WEIGHTS_FILE} or checkpoints/last.ckpt in it")
+
+
+def _config_for(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    if config is None:
+        config = _embedded_config(path) or _neighbouring_config(path)
+    elif isinstance(config, str | os.PathLike):
+        config = load_yaml(config)
+    if config is None:
+        config = {"model": infer_config(state, path)}
+        logger.warning("no config found for %s; its architecture is inferred from the weights", path)
+    config = without_checkpoints(config)
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "target" not in model:
+        raise UserError(f"the config for {path} has no 'model' section with a 'target'; give the one it was trained with")
+    return config
+
+
+def _embedded_config(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as stream:
+            text = (stream.metadata() or {}).get("config")
+        return None if text is None else json.loads(text)
+    return None
+
+
+def _neighbouring_config(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    # The original writes one config per start of a run; later ones override earlier ones.
+    projects = sorted((run / "configs").glob("*project.yaml"))
+    if projects:
+        return OmegaConf.merge(*map(load_yaml, projects))
+    for candidate in (path.with_suffix(".yaml"), path.parent / CONFIG_FILE, run / "configs" / "model.yaml"):
+        if candidate.exists():
+            return load_yaml(candidate)
+    return None
+
+
+def _adopt_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    # The original registers these only once a model has drawn segmentation maps.
+    for prefix, module in (("", model), ("cond_stage_model.", getattr(model, "cond_stage_model", None))):
+        value = state.get(f"{prefix}colorize")
+        if value is not None and module is not None and not hasattr(module, "colorize"):
+            module.register_buffer("colorize", torch.empty_like(value))
+
+
+def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the checkpoint") -> dict[str, Any]:
+    """The ``{target, params}`` config of a VQGAN first stage, read off the shapes of its weights.
+
+    Attention resolutions are named for a square input whose latent side is 16, which gives the same network.
+    Raises UserError for a transformer, whose number of heads leaves no trace in its weights, and for unknown keys.
+    """
+    if any(key.startswith("transformer.") for key in state):
+        raise UserError(f"{source} is a transformer, whose number of heads its weights do not show; give its config")
+    if "encoder.conv_in.weight" not in state or "decoder.conv_out.weight" not in state:
+        raise UserError(f"{source} is no VQGAN: it lacks 'encoder.conv_in.weight'; give its config")
+    conv_in, last = state["encoder.conv_in.weight"], state["encoder.conv_out.weight"]
+    ch = conv_in.shape[0]
+    levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
+    resolution = 16 * 2 ** (levels - 1)
+    attention = [resolution // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state]
+    z_channels = state["post_quant_conv.weight"].shape[0]
+    gumbel = "quantize.embed.weight" in state
+    codebook = state["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
+    params: dict[str, Any] = {
+        "embed_dim": codebook.shape[1],
+        "n_embed": codebook.shape[0],
+        "ddconfig": {
+            "double_z": last.shape[0] == 2 * z_channels, "z_channels": z_channels, "resolution": resolution,
+            "in_channels": conv_in.shape[1], "out_ch": state["decoder.conv_out.weight"].shape[0], "ch": ch,
+            "ch_mult": [width // ch for width in widths], "num_res_blocks": blocks, "attn_resolutions": attention,
+            "dropout": 0.0,
+        },
+        "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
+    }  # fmt: skip
+    kind = "GumbelVQ" if gumbel else "EMAVQ" if "quantize.embedding.cluster_size" in state else "VQModel"
+    if gumbel:
+        params["temperature_scheduler_config"] = {
+            "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+            "params": {"warm_up_steps": 0, "max_decay_steps": 1, "lr_start": 1.0, "lr_max": 1.0, "lr_min": 1.0},
+        }
+    elif "colorize" in state:
+        kind, params["n_labels"] = "VQSegmentationModel", state["colorize"].shape[1]
+    return {"target": f"taming.models.vqgan.{kind}", "params": params}
+
+
+def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """What ``tamingfast inspect`` shows: size, training step, tensors, parameters and dtypes of a checkpoint file."""
+    path = _weights_path(Path(checkpoint))
+    content = read_checkpoint(path)
+    tensors = read_state_dict(path)
+    dtypes: dict[str, int] = {}
+    for value in tensors.values():
+        name = str(value.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + value.numel()
+    groups: dict[str, int] = {}
+    for key, value in tensors.items():
+        group = key.split(".")[0]
+        groups[group] = groups.get(group, 0) + value.numel()
+    return {
+        "file": str(path), "bytes": path.stat().st_size, "tensors": len(tensors),
+        "global_step": content.get("global_step"), "epoch": content.get("epoch"),
+        "values_by_dtype": dtypes, "values_by_part": groups,
+    }  # fmt: skip

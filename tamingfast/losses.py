@@ -1,0 +1,165 @@
+"""What trains the first stages: reconstruction, perceptual, adversarial and codebook terms (paper eq. 4 to 7)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
+from tamingfast.perceptual import LPIPS
+
+
+class DummyLoss(nn.Module):
+    """Stands where a model is only used, not trained."""
+
+
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """``weight`` from step ``threshold`` on, ``value`` before."""
+    return value if global_step < threshold else weight
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator: real logits above 1, fake ones below -1."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Binary cross entropy of the discriminator."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+_DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+class VQLPIPSWithDiscriminator(nn.Module):
+    """L1 + LPIPS + codebook loss + adversarial loss with the adaptive weight (paper eq. 6 and 7).
+
+    The discriminator joins at step ``disc_start``. ``perceptual_weights`` says where LPIPS takes its backbone from
+    (see `tamingfast.perceptual.LPIPS`); it is built on first use and is no part of the state dict.
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        codebook_weight: float = 1.0,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_ndf: int = 64,
+        disc_loss: str = "hinge",
+        perceptual_weights: str | os.PathLike | None = None,
+    ):
+        super().__init__()
+        if disc_loss not in _DISCRIMINATOR_LOSSES:
+            raise ValueError(f"got disc_loss='{disc_loss}'; expected one of {', '.join(_DISCRIMINATOR_LOSSES)}")
+        self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
+        self.perceptual_weight, self.perceptual_weights = perceptual_weight, perceptual_weights
+        self.discriminator = NLayerDiscriminator(
+            input_nc=disc_in_channels, n_layers=disc_num_layers, use_actnorm=use_actnorm, ndf=disc_ndf
+        ).apply(weights_init)
+        self.discriminator_iter_start = disc_start
+        self.disc_loss = _DISCRIMINATOR_LOSSES[disc_loss]
+        self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
+        self.disc_conditional = disc_conditional
+
+    @property
+    def perceptual_loss(self) -> LPIPS:
+        """The perceptual distance, built and kept on first use, on the discriminator's device."""
+        # Held outside the module tree: its frozen weights are neither trained, saved nor switched to train mode,
+        # which in the original turned LPIPS's dropout on.
+        if "_lpips" not in self.__dict__:
+            self.__dict__["_lpips"] = LPIPS(self.perceptual_weights)
+        device = next(self.discriminator.parameters()).device
+        return self.__dict__["_lpips"].to(device)
+
+    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+        """Ratio of the gradient norms of both losses at the decoder's last layer, at most 10^4 (paper eq. 7)."""
+        (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
+        (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+        ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
+        return ratio.clamp(0.0, 1e4).detach() * self.discriminator_weight
+
+    def forward(
+        self,
+        codebook_loss: Tensor,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: nn.Parameter | None = None,
+        cond: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the autoencoder (``optimizer_idx`` 0) or the discriminator (1), and what to log under ``split/``.
+
+        Images are (B, C, H, W) in [-1, 1]; ``cond`` is concatenated for a conditional discriminator.
+        """
+        if (cond is not None) != self.disc_conditional:
+            raise ValueError("a condition belongs to disc_conditional=True and only to it; change one of the two")
+        factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
+        if optimizer_idx == 0:
+            return self._autoencoder(codebook_loss, inputs, reconstructions, factor, last_layer, cond, split)
+        return self._discriminator(inputs, reconstructions, factor, cond, split)
+
+    def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
+        return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
+
+    def _autoencoder(self, codebook_loss, inputs, reconstructions, factor, last_layer, cond, split):
+        rec_loss = (inputs - reconstructions).abs()
+        p_loss = inputs.new_zeros(1)
+        if self.perceptual_weight > 0:
+            p_loss = self.perceptual_loss(inputs, reconstructions)
+            rec_loss = rec_loss + self.perceptual_weight * p_loss
+        nll_loss = rec_loss.mean()
+        g_loss = -self._judge(reconstructions, cond).mean()
+        if torch.is_grad_enabled() and reconstructions.requires_grad and last_layer is not None:
+            d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
+        else:
+            d_weight = inputs.new_zeros(())  # nothing to compare without gradients, as in validation
+        codebook = codebook_loss.mean()
+        loss = nll_loss + d_weight * factor * g_loss + self.codebook_weight * codebook
+        log = {
+            "total_loss": loss, "quant_loss": codebook, "nll_loss": nll_loss, "rec_loss": rec_loss.mean(),
+            "p_loss": p_loss.mean(), "d_weight": d_weight, "disc_factor": torch.tensor(factor), "g_loss": g_loss,
+        }  # fmt: skip
+        return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
+
+    def _discriminator(self, inputs, reconstructions, factor, cond, split):
+        real = self._judge(inputs.detach(), cond)
+        fake = self._judge(reconstructions.detach(), cond)
+        loss = factor * self.disc_loss(real, fake)
+        log = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
+
+
+class BCELoss(nn.Module):
+    """Binary cross entropy between label logits and one-hot maps; returns it with an empty log."""
+
+    def forward(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and targets, both (B, n, H, W)."""
+        return F.binary_cross_entropy_with_logits(prediction, target), {}
+
+
+class BCELossWithQuant(nn.Module):
+    """Binary cross entropy plus the codebook loss: what trains `VQSegmentationModel`."""
+
+    def __init__(self, codebook_weight: float = 1.0):
+        super().__init__()
+        self.codebook_weight = codebook_weight
+
+    def forward(
+        self, qloss: Tensor, target: Tensor, prediction: Tensor, split: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codebook loss, one-hot maps and logits (both (B, n, H, W)) -> ``(loss, log)``."""
+        bce_loss = F.binary_cross_entropy_with_logits(prediction, target)
+        loss = bce_loss + self.codebook_weight * qloss
+        log = {"total_loss": loss, "bce_loss": bce_loss, "quant_loss": qloss}
+        return loss, {f"{split}/{name}": value.detach().mean() for name, value in log.items()}

@@ -1,0 +1,49 @@
+"""What the original's models inherit from Lightning and other code uses, on a plain torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Module(nn.Module):
+    """A torch module with the attributes that code written for the original reads and sets.
+
+    ``learning_rate`` and ``global_step`` belong to whoever trains the model; ``logged`` holds the latest value of
+    everything that a training or validation step has reported.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learning_rate = 0.0
+        self.global_step = 0
+        self.logged: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter or buffer."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """Remember a value; Lightning's further arguments are accepted and unused."""
+        self.logged[name] = value.detach() if isinstance(value, Tensor) else value
+
+    def log_dict(self, values: Mapping[str, Any], **kwargs: Any) -> None:
+        """Remember several values; Lightning's further arguments are accepted and unused."""
+        for name, value in values.items():
+            self.log(name, value)
+
+
+def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:
+    """``batch[key]`` from (B, H, W, C) or (B, H, W) to a contiguous (B, C, H, W); other ranks pass unchanged."""
+    x = batch[key]
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim == 4:
+        x = x.permute(0, 3, 1, 2).contiguous()
+    return x

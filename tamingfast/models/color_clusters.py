@@ -1,0 +1,92 @@
+"""Pixels as tokens: a dictionary of RGB colours learned by k-means (after iGPT), the paper's pixel baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tamingfast import ops
+from tamingfast.models.base import Module
+
+
+class KMeans(nn.Module):
+    """``ncluster`` colours of ``nc`` channels, found in ``niter`` rounds of Lloyd's algorithm."""
+
+    def __init__(self, ncluster: int = 512, nc: int = 3, niter: int = 10):
+        super().__init__()
+        self.ncluster, self.nc, self.niter = ncluster, nc, niter
+        self.shape = (3, 32, 32)
+        self.register_buffer("C", torch.zeros(ncluster, nc))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    def is_initialized(self) -> bool:
+        """Whether the colours have been learned or loaded."""
+        return self.initialized.item() == 1
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Learn the colours from x (N, nc); starts from random rows, moves empty clusters to random rows.
+
+        Draws from torch's generator. Raises ValueError when there are fewer rows than clusters.
+        """
+        if x.ndim != 2 or x.shape[1] != self.nc or len(x) < self.ncluster:
+            raise ValueError(
+                f"got points of shape {tuple(x.shape)}; expected (N, {self.nc}) with N at least {self.ncluster}"
+            )
+        centres = x[torch.randperm(len(x), device=x.device)[: self.ncluster]].contiguous()
+        for _ in range(self.niter):
+            nearest = ops.nearest_code(x, centres)
+            counts = torch.bincount(nearest, minlength=self.ncluster)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+            centres = sums / counts.clamp(min=1)[:, None]
+            empty = counts == 0
+            centres[empty] = x[torch.randperm(len(x), device=x.device)[: int(empty.sum())]]
+        self.C.copy_(centres)
+        self.initialized.fill_(1)
+
+    def forward(self, x: Tensor, reverse: bool = False, shape: tuple[int, int, int] | None = None) -> Tensor:
+        """Images (B, nc, H, W) -> indices (B, H*W); with ``reverse`` indices (B, n) -> images (B, *shape)."""
+        if reverse:
+            return self.C[x].transpose(1, 2).reshape(len(x), *(self.shape if shape is None else shape))
+        flat = x.flatten(2).transpose(1, 2).reshape(-1, self.nc)
+        return ops.nearest_code(flat, self.C).view(len(x), -1)
+
+
+class ColorClusters(Module):
+    """A first stage whose tokens are pixels: `KMeans` behind the interface of `VQModel`, with f = 1."""
+
+    factor = 1
+    embed_dim = 3
+
+    def __init__(self, ncluster: int = 512, niter: int = 10):
+        super().__init__()
+        self.kmeans = KMeans(ncluster, 3, niter)
+
+    @property
+    def n_embed(self) -> int:
+        """Number of colours."""
+        return self.kmeans.ncluster
+
+    @property
+    def quantize(self) -> ColorClusters:
+        """Itself: the object with ``get_codebook_entry``."""
+        return self
+
+    def encode(self, x: Tensor):
+        """Images (B, 3, H, W) -> ``(nearest colours (B, 3, H, W), 0, (None, None, indices (B, H, W)))``."""
+        indices = self.kmeans(x).view(len(x), *x.shape[2:])
+        return self.kmeans.C[indices].permute(0, 3, 1, 2).contiguous(), x.new_zeros(()), (None, None, indices)
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Colours are the image already."""
+        return quant
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Colours of flat ``indices`` (N,); with ``shape`` = (B, H, W, 3) as (B, 3, H, W)."""
+        colours = self.kmeans.C[indices]
+        return colours if shape is None else colours.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> ``(images in the dictionary's colours, 0)``."""
+        quant, loss, _ = self.encode(x)
+        return quant, loss

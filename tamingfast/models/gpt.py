@@ -1,0 +1,219 @@
+"""The second stage: a GPT2 over token sequences (paper section 3.2), with a static key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast import ops
+from tamingfast.errors import UserError
+
+
+class GPTConfig:
+    """The numbers of a GPT: ``vocab_size block_size n_layer n_head n_embd n_unmasked`` and three dropout rates."""
+
+    embd_pdrop = 0.1
+    resid_pdrop = 0.1
+    attn_pdrop = 0.1
+
+    def __init__(self, vocab_size: int, block_size: int, **kwargs: Any):
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        for key, value in kwargs.items():
+            setattr(self, key, value)
+
+
+#: One layer's keys and values, each (B, n_head, length, head_dim).
+LayerCache = tuple[Tensor, Tensor]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention, causal but for the first ``n_unmasked`` positions, which see one another."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"got n_embd={config.n_embd}, which n_head={config.n_head} does not divide")
+        self.n_head = config.n_head
+        self.n_unmasked = getattr(config, "n_unmasked", 0)
+        self.key = nn.Linear(config.n_embd, config.n_embd)
+        self.query = nn.Linear(config.n_embd, config.n_embd)
+        self.value = nn.Linear(config.n_embd, config.n_embd)
+        self.attn_drop = nn.Dropout(config.attn_pdrop)
+        self.resid_drop = nn.Dropout(config.resid_pdrop)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, t, _ = x.shape
+        return tuple(p(x).view(b, t, self.n_head, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
+
+    def _join(self, y: Tensor) -> Tensor:
+        return self.resid_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, n_embd) -> the same shape."""
+        dropout = self.attn_drop.p if self.training else 0.0
+        return self._join(ops.causal_attention(*self._heads(x), n_unmasked=self.n_unmasked, dropout_p=dropout))
+
+    def forward_cached(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
+        """The same for the positions ``start`` onwards, whose keys and values are written to ``cache``."""
+        q, k, v = self._heads(x)
+        keys, values = cache
+        stop = start + x.shape[1]
+        keys[:, :, start:stop] = k
+        values[:, :, start:stop] = v
+        if start == 0:
+            return self._join(ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked))
+        mask = None
+        if x.shape[1] > 1:
+            rows = torch.arange(start, stop, device=x.device)
+            mask = torch.arange(stop, device=x.device) <= rows[:, None]
+        return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
+
+
+class Block(nn.Module):
+    """Attention and a four times wider MLP with exact GELU, each behind a LayerNorm and added to its input."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+            nn.Dropout(config.resid_pdrop),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+    def forward_cached(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
+        x = x + self.attn.forward_cached(self.ln1(x), cache, start)
+        return x + self.mlp(self.ln2(x))
+
+
+class GPT(nn.Module):
+    """GPT2 with learned absolute positions, no weight tying and no bias in the head.
+
+    The original stores each block's attention mask; state dicts written here carry it too, and ``n_unmasked`` of a
+    loaded state dict is read off its masks.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        n_layer: int = 12,
+        n_head: int = 8,
+        n_embd: int = 256,
+        embd_pdrop: float = 0.0,
+        resid_pdrop: float = 0.0,
+        attn_pdrop: float = 0.0,
+        n_unmasked: int = 0,
+    ):
+        super().__init__()
+        self.config = GPTConfig(
+            vocab_size, block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_unmasked=n_unmasked,
+            embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop,
+        )  # fmt: skip
+        self.block_size = block_size
+        self.tok_emb = nn.Embedding(vocab_size, n_embd)
+        self.pos_emb = nn.Parameter(torch.zeros(1, block_size, n_embd))
+        self.drop = nn.Dropout(embd_pdrop)
+        self.blocks = nn.Sequential(*(Block(self.config) for _ in range(n_layer)))
+        self.ln_f = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.apply(self._init_weights)
+        self.register_state_dict_post_hook(_add_masks)
+        self.register_load_state_dict_pre_hook(_read_masks)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def get_block_size(self) -> int:
+        """The longest sequence that the model takes."""
+        return self.block_size
+
+    def forward(self, idx: Tensor, embeddings: Tensor | None = None, targets: Tensor | None = None):
+        """Tokens int64 (B, T) -> ``(logits (B, T, vocab_size), cross entropy or None)``.
+
+        ``embeddings`` (B, E, n_embd) come before the tokens; ``targets`` int64 (B, T) asks for the loss, in nats.
+        Raises ValueError when the sequence is longer than ``block_size``.
+        """
+        x = self.tok_emb(idx)
+        if embeddings is not None:
+            x = torch.cat((embeddings, x), dim=1)
+        self._check_length(x.shape[1])
+        x = self.drop(x + self.pos_emb[:, : x.shape[1]])
+        logits = self.head(self.ln_f(self.blocks(x)))
+        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        return logits, loss
+
+    def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:
+        """Empty keys and values for ``length`` positions (default ``block_size``): per layer two (B, heads, length, width)."""
+        length = self.block_size if length is None else length
+        self._check_length(length)
+        shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
+        return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
+
+    def forward_cached(self, idx: Tensor, cache: list[LayerCache], start: int) -> Tensor:
+        """Logits (B, t, vocab_size) of tokens (B, t) at positions ``start`` onwards, given what ``cache`` holds before.
+
+        Positions that see later ones (``n_unmasked``) must come in one call with all that they see; ValueError else.
+        """
+        stop = start + idx.shape[1]
+        if stop > cache[0][0].shape[2]:
+            raise ValueError(f"got positions up to {stop - 1}, but the cache holds {cache[0][0].shape[2]}")
+        if 0 < start < self.config.n_unmasked:
+            raise ValueError(
+                f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; feed it whole from 0"
+            )
+        x = self.tok_emb(idx) + self.pos_emb[:, start:stop]
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block.forward_cached(x, layer, start)
+        return self.head(self.ln_f(x))
+
+    def _check_length(self, length: int) -> None:
+        if length > self.block_size:
+            raise ValueError(f"got a sequence of {length} tokens; this model takes at most block_size={self.block_size}")
+
+
+def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    size, n = gpt.block_size, gpt.config.n_unmasked
+    mask = torch.ones(size, size, device=gpt.pos_emb.device).tril_()
+    mask[:n, :n] = 1
+    for i in range(len(gpt.blocks)):
+        state[f"{prefix}blocks.{i}.attn.mask"] = mask.view(1, 1, size, size)
+
+
+def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    found = None
+    for i, block in enumerate(gpt.blocks):
+        mask = state.pop(f"{prefix}blocks.{i}.attn.mask", None)
+        if mask is None or mask.is_meta:
+            continue
+        found = _unmasked_prefix(mask[0, 0], f"{prefix}blocks.{i}.attn.mask")
+        block.attn.n_unmasked = found
+    if found is not None:
+        gpt.config.n_unmasked = found
+
+
+def _unmasked_prefix(mask: Tensor, name: str) -> int:
+    n = int(mask[0].sum())
+    n = 0 if n == 1 else n  # one unmasked position is plain causal attention
+    expected = torch.ones_like(mask).tril_()
+    expected[:n, :n] = 1
+    if not torch.equal(mask, expected):
+        raise UserError(f"'{name}' is neither causal nor causal after an unmasked prefix, which is all this GPT can do")
+    return n

@@ -1,0 +1,271 @@
+"""The second stage as a whole: condition tokens, image tokens, an ordering and a GPT (paper section 3.2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast.config import instantiate_from_config, plain
+from tamingfast.models.base import Module, image_from_batch
+from tamingfast.models.conditioning import SOSProvider
+from tamingfast.orderings import Identity
+from tamingfast.weights import init_from_ckpt
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Replaces ``train`` of a frozen stage: its mode stays as it is."""
+    return self
+
+
+def _frozen(config: Mapping[str, Any]) -> nn.Module:
+    stage = instantiate_from_config(config)
+    if isinstance(stage, nn.Module):
+        stage.eval().requires_grad_(False)
+        # Bound to the instance: Net2NetTransformer.train() must not reach into a frozen stage.
+        stage.train = disabled_train.__get__(stage)
+    return stage
+
+
+class Net2NetTransformer(Module):
+    """Autoregressive model of a first stage's tokens given a condition's tokens.
+
+    Configs are ``{target, params}`` mappings. ``cond_stage_config`` may be ``"__is_first_stage__"`` or
+    ``"__is_unconditional__"`` (then the condition is one ``sos_token``). All tokens share one vocabulary; the ordering
+    of ``permuter_config`` moves image tokens only. In training a token is kept with probability ``pkeep`` and is drawn
+    uniformly from the vocabulary otherwise. ``downsample_cond_size`` resizes spatial conditions before they are encoded.
+    """
+
+    def __init__(
+        self,
+        transformer_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        permuter_config: Mapping[str, Any] | None = None,
+        ckpt_path: str | os.PathLike | None = None,
+        ignore_keys: Iterable[str] = (),
+        first_stage_key: str = "image",
+        cond_stage_key: str = "depth",
+        downsample_cond_size: int = -1,
+        pkeep: float = 1.0,
+        sos_token: int = 0,
+        unconditional: bool = False,
+    ):
+        super().__init__()
+        self.be_unconditional = unconditional or cond_stage_config == "__is_unconditional__"
+        self.sos_token = sos_token
+        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
+        self.downsample_cond_size, self.pkeep = downsample_cond_size, pkeep
+        self.first_stage_model = _frozen(first_stage_config)
+        if cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        elif self.be_unconditional:
+            self.cond_stage_key = first_stage_key
+            self.cond_stage_model = SOSProvider(sos_token)
+        else:
+            self.cond_stage_model = _frozen(cond_stage_config)
+        self.permuter = Identity() if plain(permuter_config) is None else instantiate_from_config(permuter_config)
+        self.transformer = instantiate_from_config(transformer_config)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
+        """Load the weights of a checkpoint file; see `tamingfast.weights.init_from_ckpt`."""
+        init_from_ckpt(self, path, ignore_keys)
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Images x and conditions c -> ``(logits (B, n, vocab), image tokens int64 (B, n))``."""
+        _, z_indices = self.encode_to_z(x)
+        _, c_indices = self.encode_to_c(c)
+        return self.token_logits(z_indices, c_indices), z_indices
+
+    def token_logits(self, z_indices: Tensor, c_indices: Tensor) -> Tensor:
+        """Logits (B, n, vocab) of each image token given those before it and the condition (B, c).
+
+        Output c-1+i belongs to image token i; the last token is never an input. In training mode ``pkeep`` applies.
+        """
+        inputs = z_indices
+        if self.training and self.pkeep < 1.0:
+            keep = torch.bernoulli(torch.full(z_indices.shape, self.pkeep, device=z_indices.device)).bool()
+            inputs = torch.where(keep, z_indices, torch.randint_like(z_indices, self.transformer.config.vocab_size))
+        logits, _ = self.transformer(torch.cat((c_indices, inputs), dim=1)[:, :-1])
+        return logits[:, c_indices.shape[1] - 1 :]
+
+    def top_k_logits(self, logits: Tensor, k: int) -> Tensor:
+        """Logits with all but the k largest of the last axis (and ties) at -inf."""
+        threshold = logits.topk(k, dim=-1).values[..., -1:]
+        return logits.masked_fill(logits < threshold, -torch.inf)
+
+    def _draw(self, logits: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
+        logits = logits / temperature
+        if top_k is not None:
+            logits = self.top_k_logits(logits, top_k)
+        if not sample:
+            return logits.topk(1, dim=-1).indices[..., 0]
+        probabilities = F.softmax(logits, dim=-1)
+        flat = torch.multinomial(probabilities.view(-1, probabilities.shape[-1]), 1)
+        return flat.view(probabilities.shape[:-1])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x: Tensor,
+        c: Tensor,
+        steps: int,
+        temperature: float = 1.0,
+        sample: bool = False,
+        top_k: int | None = None,
+        callback: Callable[[int], Any] = lambda k: None,
+    ) -> Tensor:
+        """Continue image tokens x (B, k) under condition tokens c (B, c) by ``steps``: int64 (B, k + steps).
+
+        ``sample=False`` takes the most likely token, else torch's generator draws. ``callback(step)`` runs before each
+        step. Tokens are in the ordering's sequence. `tamingfast.sampling.sample_grid` is the faster, seeded way.
+        Raises RuntimeError in training mode and ValueError when the sequence outgrows the model.
+        """
+        if self.transformer.training:
+            raise RuntimeError("the model is in training mode; call .eval() before sampling")
+        if self.pkeep <= 0.0:
+            return self._sample_from_noise(x, c, temperature, sample, top_k)
+        sequence = torch.cat((c, x), dim=1)
+        gpt, n_unmasked = self.transformer, self.transformer.config.n_unmasked
+        if steps > 0 and sequence.shape[1] + steps - 1 > gpt.block_size:
+            raise ValueError(
+                f"got {sequence.shape[1]} tokens and {steps} steps; the model sees at most {gpt.block_size} positions"
+            )
+        # Positions inside the unmasked prefix see those that follow, so until it is full nothing can be kept.
+        cache = gpt.new_cache(len(sequence), sequence.shape[1] + steps) if sequence.shape[1] >= n_unmasked else None
+        done = 0
+        for k in range(steps):
+            callback(k)
+            if cache is None:
+                logits = gpt(sequence)[0]
+            else:
+                logits = gpt.forward_cached(sequence[:, done:], cache, done)
+                done = sequence.shape[1]
+            sequence = torch.cat((sequence, self._draw(logits[:, -1:], temperature, sample, top_k)), dim=1)
+        return sequence[:, c.shape[1] :]
+
+    def _sample_from_noise(self, x: Tensor, c: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
+        # A model trained with pkeep 0 has never seen a true image token: one pass over noise is all there is to do.
+        # As in the original the noise is the condition, whose tokens look like image tokens.
+        noise = c[:, x.shape[1] : -1]
+        logits, _ = self.transformer(torch.cat((c, x, noise), dim=1))
+        return self._draw(logits, temperature, sample, top_k)[:, c.shape[1] - 1 :]
+
+    def sample_images(self, cond: Tensor, height: int, width: int, **options: Any) -> Tensor:
+        """Images (B, 3, f*height, f*width) in [-1, 1] of a grid sampled by `tamingfast.sampling.sample_grid`."""
+        from tamingfast.sampling import sample_grid  # the one upward step: a method for what sits above the models
+
+        grid = sample_grid(self, cond, height, width, **options)
+        return self.decode_grid(grid)
+
+    @torch.no_grad()
+    def decode_grid(self, grid: Tensor) -> Tensor:
+        """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w)."""
+        stage = self.first_stage_model
+        quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
+        return stage.decode(quant)
+
+    @torch.no_grad()
+    def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> ``(quantised latents, tokens int64 (B, n) in the ordering's sequence)``."""
+        quant, _, info = self.first_stage_model.encode(x)
+        return quant, self.permuter(info[2].reshape(len(quant), -1))
+
+    @torch.no_grad()
+    def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditions -> ``(quantised condition, tokens int64 (B, c))``; what c is depends on the condition stage."""
+        if self.downsample_cond_size > -1:
+            c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
+        quant, _, (_, _, indices) = self.cond_stage_model.encode(c)
+        return quant, indices.reshape(len(c), -1)
+
+    @torch.no_grad()
+    def decode_to_img(self, index: Tensor, zshape: Sequence[int]) -> Tensor:
+        """Tokens in the ordering's sequence -> images; ``zshape`` = (B, D, h, w) is the latents' shape."""
+        index = self.permuter(index.reshape(zshape[0], -1), reverse=True)
+        quant = self.first_stage_model.quantize.get_codebook_entry(
+            index.reshape(-1), (zshape[0], zshape[2], zshape[3], zshape[1])
+        )
+        return self.first_stage_model.decode(quant)
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Mapping[str, Tensor],
+        temperature: float | None = None,
+        top_k: int | None = None,
+        callback: Callable[[int], Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Four images of a batch: inputs, reconstructions, conditions and three kinds of samples."""
+        x, c = (value.to(self.device) for value in self.get_xc(batch, 4))
+        quant_z, z = self.encode_to_z(x)
+        quant_c, c_indices = self.encode_to_c(c)
+        temperature = 1.0 if temperature is None else temperature
+        top_k = min(100, self.transformer.config.vocab_size) if top_k is None else top_k
+        callback = callback or (lambda k: None)
+        n = z.shape[1]
+
+        def draw(given: int, sample: bool, top_k: int | None) -> Tensor:
+            tokens = self.sample(z[:, :given], c_indices, n - given, temperature, sample, top_k, callback)
+            return self.decode_to_img(tokens, quant_z.shape)
+
+        images = {"inputs": x, "reconstructions": self.decode_to_img(z, quant_z.shape)}
+        if self.cond_stage_key == "segmentation":
+            labels = c.shape[1]
+            logits = self.cond_stage_model.decode(quant_c)
+            for name, value in (("conditioning_rec", logits), ("conditioning", c)):
+                one_hot = F.one_hot(value.argmax(1), labels).permute(0, 3, 1, 2).float()
+                images[name] = self.cond_stage_model.to_rgb(one_hot)
+        elif self.cond_stage_key != "image" and not self.be_unconditional:
+            images["conditioning_rec"], images["conditioning"] = self.cond_stage_model.decode(quant_c), c
+        images["samples_half"] = draw(n // 2, True, top_k)
+        images["samples_nopix"] = draw(0, True, top_k)
+        images["samples_det"] = draw(0, False, None)
+        return images
+
+    def get_input(self, key: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """``batch[key]``, images as (B, C, H, W), float64 as float32."""
+        x = image_from_batch(batch, key)
+        return x.float() if x.dtype == torch.float64 else x
+
+    def get_xc(self, batch: Mapping[str, Tensor], N: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first N images and conditions of a batch."""
+        x, c = self.get_input(self.first_stage_key, batch), self.get_input(self.cond_stage_key, batch)
+        return x[:N], c[:N]
+
+    def shared_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy of a batch's image tokens, in nats per token."""
+        logits, target = self(*self.get_xc(batch))
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """`shared_step`, reported as ``train/loss``."""
+        loss = self.shared_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """`shared_step`, reported as ``val/loss``."""
+        loss = self.shared_step(batch, batch_idx)
+        self.log("val/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW(0.9, 0.95) at ``self.learning_rate``; only weights of linear layers decay (0.01)."""
+        linear = {
+            id(module.weight) for module in self.transformer.modules() if isinstance(module, nn.Linear)
+        }
+        # Sorted by name, as the original sorts them: optimizer states of its checkpoints are positional.
+        named = sorted(self.transformer.named_parameters())
+        groups = [
+            {"params": [p for _, p in named if id(p) in linear], "weight_decay": 0.01},
+            {"params": [p for _, p in named if id(p) not in linear], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))

