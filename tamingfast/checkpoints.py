@@ -46,7 +46,7 @@ def load_model(
     settings = _config_for(path, config, state)
     model = _build(settings)
     _adopt_buffers(model, state)
-    load_into(model, state, path, ignore=_OPTIONAL)
+    load_into(model, state, path, optional=_OPTIONAL)
     if dtype is not None:
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model.config = settings
@@ -116,7 +116,9 @@ def _config_for(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[st
     config = without_checkpoints(config)
     model = config.get("model")
     if not isinstance(model, Mapping) or "target" not in model:
-        raise UserError(f"the config for {path} has no 'model' section with a 'target'; give the one it was trained with")
+        raise UserError(
+            f"the config for {path} has no 'model' section with a 'target'; give the one it was trained with"
+        )
     return config
 
 

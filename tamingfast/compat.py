@@ -55,7 +55,14 @@ NAMES: dict[str, dict[str, str]] = {
     "taming.modules.transformer.permuter": {
         name: f"tamingfast.orderings:{name}"
         for name in (
-            "AbstractPermuter", "Identity", "Subsample", "ZCurve", "SpiralOut", "SpiralIn", "Random", "AlternateParsing",
+            "AbstractPermuter",
+            "Identity",
+            "Subsample",
+            "ZCurve",
+            "SpiralOut",
+            "SpiralIn",
+            "Random",
+            "AlternateParsing",
         )
     },
     "taming.modules.losses.vqperceptual": {

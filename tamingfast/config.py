@@ -42,7 +42,6 @@ def get_obj_from_str(target: str) -> Any:
     try:
         return compat.resolve(target)
     except KeyError:
-        module = target.rpartition(".")[0]
         names = [f"{home}.{name}" for home, members in compat.NAMES.items() for name in members]
         hint = nearest(target, names)
         raise UserError(f"'{target}' of the original has no counterpart here{hint}") from None

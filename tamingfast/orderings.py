@@ -52,7 +52,9 @@ class Subsample(_Permutation):
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
         if H != W or H & (H - 1):
-            raise ValueError(f"the subsample ordering needs a square grid of side 2^k, got {H} x {W}; use another ordering")
+            raise ValueError(
+                f"the subsample ordering needs a square grid of side 2^k, got {H} x {W}; use another ordering"
+            )
         index = np.arange(H * W).reshape(1, H, W)
         while index.shape[1] > 1:
             n, h, w = index.shape

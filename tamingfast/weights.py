@@ -28,9 +28,6 @@ _LIGHTNING_NAMES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
     "main.ImageLogger",
     "main.SetupCallback",
     "omegaconf.dictconfig.DictConfig",
@@ -42,16 +39,19 @@ _LIGHTNING_NAMES = (
     "pathlib.PosixPath",
     "typing.Any",
 )
+# Subclasses of dict; the reader fills only true dicts with items.
+_LIGHTNING_DICTS = (
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
 
 
-class _Inert(dict):
+class _Inert:
     """Stands for an object of a checkpoint that we do not need; accepts whatever state the pickle gives it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -61,6 +61,7 @@ def _allowed_globals() -> list[Any]:
     import numpy as np
 
     names = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _LIGHTNING_NAMES]
+    names += [(collections.OrderedDict, name) for name in _LIGHTNING_DICTS]
     # Scalars such as a monitored best score are pickled through numpy, under its old and its new module name.
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "b1")}
@@ -159,15 +160,15 @@ def load_into(
     source: str | os.PathLike,
     *,
     strict: bool = True,
-    ignore: Iterable[str] = (),
+    optional: Iterable[str] = (),
 ) -> None:
     """Copy ``state`` into ``module``; names and shapes must fit.
 
-    ``ignore`` lists prefixes that may be missing or left over. With ``strict=False`` any key may be missing or
-    left over, which is logged, as the original does. Raises UserError that names the first key that does not fit.
+    ``optional`` lists prefixes of keys that may be missing or left over. With ``strict=False`` any key may be,
+    which is logged, as the original does. Raises UserError that names the first key that does not fit.
     """
-    ignore = (*TRAINING_ONLY, *ignore)
-    state = {key: value for key, value in state.items() if not key.startswith(ignore)}
+    optional = (*TRAINING_ONLY, *optional)
+    state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
     check_finite(state, source)
     own = module.state_dict()
     for key, value in state.items():
@@ -177,7 +178,8 @@ def load_into(
                 f"{tuple(own[key].shape)}; use the config that the checkpoint was trained with"
             )
     missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith(ignore)]
+    missing = [key for key in missing if not key.startswith(optional)]
+    unexpected = [key for key in unexpected if not key.startswith(optional)]
     if strict and (missing or unexpected):
         what = f"lacks '{missing[0]}'" if missing else f"has '{unexpected[0]}', which the model does not know"
         raise UserError(

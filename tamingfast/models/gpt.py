@@ -186,7 +186,9 @@ class GPT(nn.Module):
 
     def _check_length(self, length: int) -> None:
         if length > self.block_size:
-            raise ValueError(f"got a sequence of {length} tokens; this model takes at most block_size={self.block_size}")
+            raise ValueError(
+                f"got a sequence of {length} tokens; this model takes at most block_size={self.block_size}"
+            )
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -259,9 +259,7 @@ class Net2NetTransformer(Module):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW(0.9, 0.95) at ``self.learning_rate``; only weights of linear layers decay (0.01)."""
-        linear = {
-            id(module.weight) for module in self.transformer.modules() if isinstance(module, nn.Linear)
-        }
+        linear = {id(module.weight) for module in self.transformer.modules() if isinstance(module, nn.Linear)}
         # Sorted by name, as the original sorts them: optimizer states of its checkpoints are positional.
         named = sorted(self.transformer.named_parameters())
         groups = [

@@ -310,7 +310,9 @@ class VQModel(Module):
         if code_b.ndim == 2:
             side = math.isqrt(code_b.shape[1])
             if side * side != code_b.shape[1]:
-                raise ValueError(f"got {code_b.shape[1]} indices, not a square grid; pass them as (batch, height, width)")
+                raise ValueError(
+                    f"got {code_b.shape[1]} indices, not a square grid; pass them as (batch, height, width)"
+                )
             code_b = code_b.view(-1, side, side)
         b, h, w = code_b.shape
         return self.decode(self.quantize.get_codebook_entry(code_b.reshape(-1), (b, h, w, self.embed_dim)))
@@ -374,9 +376,7 @@ class VQModel(Module):
         autoencoder = torch.optim.Adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=ADAM_BETAS)
         if not hasattr(self.loss, "discriminator"):
             return [autoencoder], []
-        discriminator = torch.optim.Adam(
-            self.loss.discriminator.parameters(), lr=self.learning_rate, betas=ADAM_BETAS
-        )
+        discriminator = torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=ADAM_BETAS)
         return [autoencoder, discriminator], []
 
     def get_last_layer(self) -> nn.Parameter:
@@ -508,7 +508,16 @@ class GumbelVQ(VQModel):
     ):
         self._kl_weight = kl_weight  # read by make_quantizer, which the base constructor calls
         super().__init__(
-            ddconfig, lossconfig, n_embed, embed_dim, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, remap
+            ddconfig,
+            lossconfig,
+            n_embed,
+            embed_dim,
+            ckpt_path,
+            ignore_keys,
+            image_key,
+            colorize_nlabels,
+            monitor,
+            remap,
         )
         self.loss.n_classes = n_embed
         self.vocab_size = n_embed

@@ -1,0 +1,71 @@
+"""Image tensors in [-1, 1] to 8-bit pixels, grids of them, and PNG files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tamingfast.files import atomic_write
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pixels of ``images`` (B, C, H, W) or (C, H, W), C = 1 or 3, float in [-1, 1]: uint8 (B, H, W, 3) or (H, W, 3).
+
+    Values outside the range are clipped, NaN becomes black; one channel is shown as gray. Raises ValueError on
+    any other shape or an integer tensor.
+    """
+    if images.ndim not in (3, 4) or images.shape[-3] not in (1, 3) or not images.is_floating_point():
+        raise ValueError(
+            f"images: got {images.dtype} of shape {tuple(images.shape)}; expected floating point (B, C, H, W) or "
+            "(C, H, W) with 1 or 3 channels"
+        )
+    pixels = images.detach().float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
+    pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1], or pixels uint8 (B, H, W, 3), in rows of ``columns``: uint8 (height, width, 3).
+
+    ``columns`` defaults to the smallest square that holds them all. Gaps of ``padding`` pixels and empty places
+    are white.
+    """
+    pixels = to_uint8(images) if isinstance(images, Tensor) else np.asarray(images)
+    if pixels.ndim != 4 or not len(pixels):
+        raise ValueError(f"images: got shape {tuple(images.shape)}; expected at least one image as (B, C, H, W)")
+    count, height, width, channels = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    sheet = np.full(
+        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8
+    )
+    for position, image in enumerate(pixels):
+        top = padding + position // columns * (height + padding)
+        left = padding + position % columns * (width + padding)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
+    """Write uint8 pixels (H, W, 3) as PNG, atomically."""
+    from PIL import Image
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
+
+
+def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int | None = None) -> None:
+    """Write `grid` of ``images`` as PNG."""
+    save_png(path, grid(images, columns))
+
+
+def save_rows(path: str | os.PathLike, rows: Sequence[Tensor]) -> None:
+    """Write equally long batches (B, C, H, W) as PNG, one under the other: inputs above their reconstructions."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
+        raise ValueError(f"rows: got batches of {sorted(lengths)} images; expected the same number in each row")
+    save_grid(path, torch.cat([row.detach().float().cpu() for row in rows]), columns=lengths.pop())

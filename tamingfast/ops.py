@@ -1,0 +1,161 @@
+"""One function per op: checks the arguments, chooses Triton, native or reference, and runs it.
+
+The choice goes by device and dtype. A backend that the user asked for (:mod:`tamingfast.backends`) and that cannot
+run the call raises RuntimeError with the reason; the automatic choice falls back and logs the reason once. Wrong
+shapes and dtypes raise ValueError or TypeError that name the argument.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, reference
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    n_unmasked: int = 0,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention whose first ``n_unmasked`` positions see each other in both directions.
+
+    q, k, v: (B, H, T, D) of one floating dtype; returns (B, H, T, D). ``scale`` is 1/√D unless given; attention
+    weights are dropped with probability ``dropout_p`` on every call (pass 0 in evaluation). Differentiable.
+    Definition and sources: :func:`tamingfast.reference.causal_attention`.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _check_float(name, value)
+        if value.ndim != 4 or value.shape != q.shape or value.dtype != q.dtype or value.device != q.device:
+            raise ValueError(
+                f"{name}: got {_kind(value)}, expected (B, H, T, D) with the same shape, dtype and device as q "
+                f"({_kind(q)})"
+            )
+    if n_unmasked < 0:
+        raise ValueError(f"n_unmasked: got {n_unmasked}, expected 0 or more")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected a probability")
+    if _asked_for("causal_attention") == "reference":
+        return reference.causal_attention(q, k, v, n_unmasked, dropout_p, scale)
+    # torch's fused attention equals the reference; a prefix of one position is the plain causal mask.
+    if n_unmasked <= 1:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True, scale=scale)
+    mask = reference.attention_mask(q.shape[-2], n_unmasked, q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+
+
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest codebook entry of each vector, in squared Euclidean distance, ties to the lowest index.
+
+    z: (N, D), codebook: (K, D) with K, D >= 1, any floating dtypes and strides; returns int64 (N,), which carries
+    no gradient. Never holds an N x K matrix. The answer is the argmin in float64 of the values as given, however
+    close codes are to each other and however far from the origin. ValueError names the argument that is misshapen
+    or holds NaN or an infinity. This is the quantizer of VQ-VAE (van den Oord et al. 2017, eq. 1).
+    """
+    _check_float("z", z)
+    _check_float("codebook", codebook)
+    if z.ndim != 2 or z.shape[1] == 0:
+        raise ValueError(f"z: got shape {tuple(z.shape)}, expected (N, D) with D of at least 1")
+    if codebook.ndim != 2 or codebook.shape[0] == 0 or codebook.shape[1] != z.shape[1]:
+        raise ValueError(
+            f"codebook: got shape {tuple(codebook.shape)}, expected (K, {z.shape[1]}) with K of at least 1, as z is "
+            f"{tuple(z.shape)}"
+        )
+    if codebook.device != z.device:
+        raise ValueError(f"codebook: got device {codebook.device}, expected that of z, {z.device}")
+    return _nearest_code(z.detach(), codebook.detach())
+
+
+@torch.library.custom_op("tamingfast::nearest_code", mutates_args=())
+def _nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    asked = _asked_for("nearest_code")
+    if asked == "reference":
+        return reference.nearest_code(z, codebook)
+    reason = _native_nearest_code_refusal(z, codebook)
+    if reason is None:
+        return _native_nearest_code(z, codebook)
+    if asked == "native":
+        raise RuntimeError(f"The native backend was asked for, but cannot run nearest_code: {reason}.")
+    backends.log_fallback("nearest_code", "native", reason)
+    return reference.nearest_code(z, codebook)
+
+
+@_nearest_code.register_fake
+def _(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    return z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+def _native_nearest_code_refusal(z: torch.Tensor, codebook: torch.Tensor) -> str | None:
+    if z.device.type != "cpu":
+        return f"its kernel is for the CPU, and the tensors are on {z.device.type}"
+    if torch.float64 in (z.dtype, codebook.dtype):
+        return "its kernel is for float32, and the tensors are float64"
+    return backends.refusal("native", "nearest_code")
+
+
+def _native_nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    module, _ = backends.native()
+    z = z.to(torch.float32).contiguous()  # the half types widen exactly
+    codebook = codebook.to(torch.float32).contiguous()
+    out = torch.empty(z.shape[0], dtype=torch.int64)
+    module.nearest_code(
+        z=z.data_ptr(),
+        n=z.shape[0],
+        codebook=codebook.data_ptr(),
+        k=codebook.shape[0],
+        d=z.shape[1],
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=backends.isa(),
+    )
+    return out
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int = 32,
+    eps: float = 1e-6,
+    silu: bool = True,
+) -> torch.Tensor:
+    """Group normalisation, then SiLU (swish) unless ``silu`` is False.
+
+    x: (N, C, H, W) floating, contiguous or channels-last, which the result keeps; weight, bias: (C,); C divides by
+    ``groups``. Differentiable. Definition: :func:`tamingfast.reference.group_norm_silu`.
+    """
+    _check_float("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, C, H, W)")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: got {groups}, expected a divisor of the {x.shape[1]} channels of x")
+    for name, value in (("weight", weight), ("bias", bias)):
+        _check_float(name, value)
+        if value.shape != x.shape[1:2]:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({x.shape[1]},), the channels of x")
+    _asked_for("group_norm_silu")
+    return reference.group_norm_silu(x, weight, bias, groups, eps, silu)
+
+
+def _asked_for(op: str) -> str | None:
+    """The backend that the user asked for; RuntimeError when it cannot run ``op`` on this machine."""
+    backend = backends.requested()
+    if backend is not None and (reason := backends.refusal(backend, op)):
+        raise RuntimeError(f"The {backend} backend was asked for, but cannot run {op}: {reason}.")
+    return backend
+
+
+def _check_float(name: str, value: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point tensor")
+
+
+def _kind(value: torch.Tensor) -> str:
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"

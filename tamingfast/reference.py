@@ -1,0 +1,84 @@
+"""The plain-torch definition of every op: the truth that each kernel is tested against, and what runs without one.
+
+These functions take what :mod:`tamingfast.ops` has checked; call them there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# Scores of one chunk of nearest_code: 2^21 float64 values are 16 MiB.
+_CHUNK_SCORES = 2**21
+
+
+def attention_mask(length: int, n_unmasked: int, device: torch.device | None = None) -> torch.Tensor:
+    """Boolean (length, length), True where query i (row) sees key j (column): j <= i, or both below n_unmasked."""
+    position = torch.arange(length, device=device)
+    return (position[:, None] >= position) | (torch.maximum(position[:, None], position) < n_unmasked)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    n_unmasked: int = 0,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``dropout(softmax(q kᵀ · scale + mask)) v`` with (B, H, T, D) tensors; scale is 1/√D unless given.
+
+    The GPT2 attention (Radford et al. 2019) with the prefix of Taming Transformers (Esser et al. 2021): see
+    :func:`attention_mask`. Where T < n_unmasked the prefix ends at T.
+    """
+    scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    visible = attention_mask(q.shape[-2], n_unmasked, q.device)
+    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    return F.dropout(weights, dropout_p) @ v
+
+
+@torch.no_grad()
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """``argmin_j ‖z_i - c_j‖²`` in float64, ties to the lowest index: (N, D), (K, D) -> int64 (N,).
+
+    Rows go through in chunks, so memory is bounded. The scan expands the square; where a second code comes within
+    the rounding error of that formula, the row's distances are summed from the differences themselves.
+    ValueError names the argument that holds NaN or an infinity.
+    """
+    for name, values in (("z", z), ("codebook", codebook)):
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name}: got NaN or infinity, expected finite numbers")
+    codes = codebook.double()
+    center = codes.mean(0)  # large common offsets would eat the digits of the expanded square
+    centred = codes - center
+    half_norms = centred.square().sum(1) / 2
+    largest = centred.norm(dim=1).max()
+    out = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+    chunk = max(1, _CHUNK_SCORES // codes.shape[0])
+    for start in range(0, z.shape[0], chunk):
+        rows = z[start : start + chunk].double()
+        offset = rows - center
+        scores = torch.addmm(half_norms, offset, centred.t(), alpha=-1)
+        best, index = scores.min(1)
+        error = (z.shape[1] + 8) * torch.finfo(torch.float64).eps * (offset.norm(dim=1) * largest + largest**2)
+        tied = (scores <= (best + 2 * error)[:, None]).sum(1) > 1
+        if tied.any():
+            direct = torch.cdist(rows[tied], codes, compute_mode="donot_use_mm_for_euclid_dist")
+            index[tied] = direct.argmin(1)
+        out[start : start + chunk] = index
+    return out
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int = 32,
+    eps: float = 1e-6,
+    silu: bool = True,
+) -> torch.Tensor:
+    """GroupNorm (Wu and He 2018) of NCHW ``x``, then ``y · sigmoid(y)`` unless ``silu`` is False."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y

@@ -1,0 +1,80 @@
+"""Code and configs that say ``taming.*``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import tamingfast
+from tamingfast import compat, config
+from tamingfast.errors import UserError
+
+
+def test_every_name_resolves():
+    for module, names in compat.NAMES.items():
+        for name in names:
+            assert compat.resolve(f"{module}.{name}") is not None
+
+
+def test_install_in_a_fresh_process():
+    code = """
+import tamingfast.compat; tamingfast.compat.install(); tamingfast.compat.install()
+from taming.models.vqgan import VQModel, GumbelVQ
+import taming.modules.transformer.mingpt as mingpt
+from taming.models import cond_transformer
+import tamingfast, importlib
+assert VQModel is tamingfast.VQModel and mingpt.GPT is tamingfast.GPT
+assert cond_transformer.Net2NetTransformer is tamingfast.Net2NetTransformer
+assert getattr(importlib.import_module("taming.modules.vqvae.quantize"), "VectorQuantizer2") is tamingfast.VectorQuantizer
+try:
+    from taming.models.vqgan import Nonsense
+except ImportError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused:")
+
+
+def test_public_names():
+    for name in tamingfast.__all__:
+        assert getattr(tamingfast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = tamingfast.Nonsense
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("taming.models.vqgan.VQModell", "did you mean 'taming.models.vqgan.VQModel'"),
+        ("taming.nothing.Here", "no counterpart"),
+        ("nosuchpackage.Thing", "cannot be imported"),
+        ("Thing", "cannot be imported"),
+    ],
+)
+def test_unknown_targets(target, match):
+    with pytest.raises(UserError, match=match):
+        config.instantiate_from_config({"target": target})
+
+
+def test_unknown_parameters_name_the_nearest():
+    wrong = {
+        "target": "taming.modules.transformer.mingpt.GPT",
+        "params": {"vocab_size": 4, "block_size": 4, "n_layers": 1},
+    }
+    with pytest.raises(UserError, match="n_layers.*did you mean 'n_layer'"):
+        config.instantiate_from_config(wrong)
+    with pytest.raises(UserError, match="'target'"):
+        config.instantiate_from_config({"params": {}})
+
+
+def test_yaml_errors(tmp_path):
+    with pytest.raises(UserError, match="no config file"):
+        config.load_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    with pytest.raises(UserError, match="not readable YAML"):
+        config.load_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(UserError, match="no mapping"):
+        config.load_yaml(tmp_path / "list.yaml")
