@@ -34,8 +34,8 @@ def load_model(
 ) -> nn.Module:
     """An eval-mode model from a checkpoint of the original or of ours.
 
-    ``checkpoint`` is a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project. ``config`` is
-    a YAML path or a mapping; by default it is looked for where both projects put it: beside the file, in the run's
+    ``checkpoint`` is a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project. ``config``
+    is a YAML path or a mapping; by default it is looked for where both projects put it: beside the file, in the run's
     ``configs/``, or in the safetensors metadata. A first stage without any config is inferred from its weights.
     ``device`` and ``dtype`` (a torch dtype or its name) default to the CPU and to what the file holds.
 
@@ -54,7 +54,10 @@ def load_model(
 
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
-    """Write tensors as safetensors, atomically. Attention masks are left out: the config's ``n_unmasked`` says the same."""
+    """Write tensors as safetensors, atomically.
+
+    Attention masks are left out: the config's ``n_unmasked`` says the same.
+    """
     from safetensors.torch import save_file
 
     tensors = {key: value.contiguous() for key, value in state_dict.items() if not key.endswith(".attn.mask")}

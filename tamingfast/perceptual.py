@@ -118,8 +118,8 @@ def _package() -> nn.Module:
         # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"the perceptual loss needs the packages lpips and torchvision, which cannot be imported ({reason}); give a "
-            "local file of VGG16 weights or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
+            f"the perceptual loss needs the packages lpips and torchvision, which cannot be imported ({reason}); give "
+            "a local file of VGG16 weights or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
         ) from error
     return lpips.LPIPS(net="vgg", verbose=False)
 
@@ -133,7 +133,8 @@ def _from_file(path: Path) -> tuple[nn.ModuleList, list[Tensor]]:
     for i, (conv, (weight, bias)) in enumerate(zip(convolutions, arrays, strict=False)):
         if conv.weight.shape != weight.shape:
             raise UserError(
-                f"{path} is not VGG16: its convolution {i} has shape {tuple(weight.shape)}, expected {tuple(conv.weight.shape)}"
+                f"{path} is not VGG16: its convolution {i} has shape {tuple(weight.shape)}, "
+                f"expected {tuple(conv.weight.shape)}"
             )
         conv.weight.data.copy_(weight)
         conv.bias.data.copy_(bias)
@@ -151,19 +152,13 @@ def _read_torch(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
 class _ArraysOnly(pickle.Unpickler):
     """Reads pickled numpy arrays and nothing else."""
 
-    _ALLOWED = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # Where numpy rebuilds an array; the module was renamed in numpy 2.
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-    }
-
     def find_class(self, module: str, name: str):
-        try:
-            return self._ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it wants to run '{module}.{name}'") from None
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        # Where numpy rebuilds an array; the module was renamed in numpy 2.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.zeros(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it wants to run '{module}.{name}'")
 
 
 def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:

@@ -191,7 +191,7 @@ def load_into(
 
 
 def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-    """The original's ``init_from_ckpt``: keys that start with any of ``ignore_keys`` are left out, others may be missing."""
+    """The original's ``init_from_ckpt``: without keys that start with any of ``ignore_keys``; others may be missing."""
     ignore_keys = tuple(ignore_keys)
     state = read_state_dict(path)
     state = {key: value for key, value in state.items() if not (ignore_keys and key.startswith(ignore_keys))}

@@ -27,7 +27,8 @@ from taming.models import cond_transformer
 import tamingfast, importlib
 assert VQModel is tamingfast.VQModel and mingpt.GPT is tamingfast.GPT
 assert cond_transformer.Net2NetTransformer is tamingfast.Net2NetTransformer
-assert getattr(importlib.import_module("taming.modules.vqvae.quantize"), "VectorQuantizer2") is tamingfast.VectorQuantizer
+quantize = importlib.import_module("taming.modules.vqvae.quantize")
+assert quantize.VectorQuantizer2 is tamingfast.VectorQuantizer
 try:
     from taming.models.vqgan import Nonsense
 except ImportError as error:

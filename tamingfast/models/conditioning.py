@@ -29,7 +29,7 @@ class Labelator(nn.Module):
 
     def encode(self, c: Tensor):
         """Labels (B,) -> tokens (B, 1); ValueError for a label outside 0 to n_classes-1."""
-        if c.numel() and not (0 <= int(c.min()) and int(c.max()) < self.n_classes):
+        if c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
             raise ValueError(f"got class labels {int(c.min())} to {int(c.max())}; expected 0 to {self.n_classes - 1}")
         c = c.reshape(-1, 1).long()
         return (c, None, [None, None, c]) if self.quantize_interface else c

@@ -161,7 +161,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:
-        """Empty keys and values for ``length`` positions (default ``block_size``): per layer two (B, heads, length, width)."""
+        """Empty keys and values for ``length`` positions (default ``block_size``): two (B, n_head, length, D) a layer."""
         length = self.block_size if length is None else length
         self._check_length(length)
         shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
@@ -177,7 +177,8 @@ class GPT(nn.Module):
             raise ValueError(f"got positions up to {stop - 1}, but the cache holds {cache[0][0].shape[2]}")
         if 0 < start < self.config.n_unmasked:
             raise ValueError(
-                f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; feed it whole from 0"
+                f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; "
+                "feed it whole from 0"
             )
         x = self.tok_emb(idx) + self.pos_emb[:, start:stop]
         for block, layer in zip(self.blocks, cache, strict=True):

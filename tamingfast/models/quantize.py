@@ -28,7 +28,7 @@ class _Remap:
             self.re_embed += 1
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Codebook indices (B, ...) to positions in ``used``; unlisted ones become random, the extra or a given index."""
+        """Codebook indices to positions in ``used``; unlisted ones become random, the extra or a given index."""
         order = torch.argsort(self.used)
         used = self.used[order].to(inds)
         slot = torch.searchsorted(used, inds).clamp_(max=len(used) - 1)
