@@ -1,0 +1,77 @@
+"""Plain-torch backends of the sampler: each tells the logits of the next token of the current window."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Decoder(Protocol):
+    """What the sampler asks of a backend."""
+
+    def enter(self, sequence: Tensor) -> None:
+        """Moves to a window of tokens `sequence`: int64 (B, c + n), conditioning first.
+
+        The sampler writes the tokens that it decodes into it.
+        """
+
+    def logits(self, length: int) -> Tensor:
+        """Logits (B, V) of token `length` of the sequence, given those before it.
+
+        Those are known by then; `length` rises within a window.
+        """
+
+
+class NaiveDecoder:
+    """The paper's protocol: a full forward pass for every token, nothing kept.
+
+    Args:
+        gpt: the transformer.
+        whole_window: pass the whole window each time, as the original's sliding-window scripts do, instead of
+            the tokens before the wanted one, as its `sample` does. Both are the same function as long as
+            attention is causal over image tokens.
+    """
+
+    def __init__(self, gpt: nn.Module, whole_window: bool) -> None:
+        self.gpt = gpt
+        self.whole_window = whole_window
+
+    def enter(self, sequence: Tensor) -> None:
+        self.sequence = sequence
+
+    def logits(self, length: int) -> Tensor:
+        fed = self.sequence[:, :-1] if self.whole_window else self.sequence[:, :length]
+        return self.gpt(fed)[0][:, length - 1]
+
+
+class CachedDecoder:
+    """A static key/value cache that is extended while the window stays and refilled when it moves.
+
+    Position embeddings are learned per place in the sequence, so a moved window makes the keys of its image
+    tokens stale; those of a conditioning prefix that is the same in every window stay valid.
+
+    Args:
+        gpt: the transformer; its `n_unmasked` must not reach beyond the conditioning tokens.
+        batch: B.
+        length: the longest sequence that is fed.
+        shared: leading tokens that are the same in every window.
+    """
+
+    def __init__(self, gpt: nn.Module, batch: int, length: int, shared: int) -> None:
+        self.gpt = gpt
+        self.shared = shared
+        self.cache = gpt.new_cache(batch, length)
+        self.fed = 0
+
+    def enter(self, sequence: Tensor) -> None:
+        self.sequence = sequence
+        self.fed = min(self.fed, self.shared)
+
+    def logits(self, length: int) -> Tensor:
+        start = min(self.fed, length - 1)  # a kept prefix may hold all that is needed except the logits
+        if start < self.gpt.config.n_unmasked:  # bidirectional tokens see each other, so they go in together
+            start = 0
+        logits = self.gpt.forward_cached(self.sequence[:, start:length], self.cache, start)
+        self.fed = length
+        return logits[:, -1]

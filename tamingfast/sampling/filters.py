@@ -1,0 +1,159 @@
+"""The one home of the token choice: temperature, top-k and top-p, and Gumbel-max with counter-based noise.
+
+A token is `argmax(filtered(logits / temperature) + g)`, which is an exact draw from the softmax of the
+filtered logits (the Gumbel-max trick). The noise `g` is a pure function of (seed, image, row, column,
+vocabulary entry), so a draw depends neither on the batch size, nor on the order in which positions are
+visited, nor on the machine. `csrc/philox.h` has the same definition:
+
+    key     = (low 32 bits of seed, high 32 bits of seed)
+    counter = (v // 4, column, row, image)
+    x       = word v % 4 of Philox4x32-10(counter, key)            for vocabulary entry v
+    u       = ((x >> 8) + 0.5) * 2**-24                            24 bits, never 0 or 1
+    g       = -log(-log(u))                                        in float64, then rounded to float32
+
+Source of the generator: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011,
+section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from tamingfast.errors import UserError
+
+WORD = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors that broadcast together, values in [0, 2**32).
+        key: two words in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # The int64 product wraps, but its bits are those of the unsigned one: masks recover both words.
+        product0 = c0 * MULTIPLIERS[0]
+        product1 = c2 * MULTIPLIERS[1]
+        c0 = ((product1 >> 32) & WORD) ^ c1 ^ k0
+        c2 = ((product0 >> 32) & WORD) ^ c3 ^ k1
+        c1 = product1 & WORD
+        c3 = product0 & WORD
+        k0 = (k0 + WEYL[0]) & WORD
+        k1 = (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless `seed` fits the 64-bit key."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
+        raise UserError(f"seed is {seed!r}, but it must be an integer from 0 to 2**64 - 1.")
+
+
+def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise of every vocabulary entry at the given places, as the module's head defines it.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        image, row, column: int64 tensors that broadcast together, on one device, values in [0, 2**32).
+        vocab: number of vocabulary entries V.
+
+    Returns:
+        float32, the broadcast shape + (V,), on the tensors' device.
+
+    Raises:
+        UserError: the seed does not fit 64 bits.
+    """
+    check_seed(seed)
+    seed = int(seed)
+    block = torch.arange((vocab + 3) // 4, device=image.device)
+    counter = (block, column[..., None], row[..., None], image[..., None])
+    words = torch.stack(philox4x32(counter, (seed & WORD, seed >> 32)), dim=-1)
+    u = (words.flatten(-2)[..., :vocab] >> 8).double().add_(0.5).mul_(2.0**-24)
+    return u.log_().neg_().log_().neg_().float()
+
+
+def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
+    """Raises UserError when a sampling option is outside its range."""
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}, but it must be positive and finite: use greedy instead.")
+    if top_k is not None and (top_k != int(top_k) or top_k < 1):
+        raise UserError(f"top_k is {top_k}, but it must be an integer of at least 1, or None to keep all.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, but it must be above 0 and at most 1, or None to keep all.")
+
+
+def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Keeps the `top_k` best entries, then the nucleus of probability `top_p` among them; others become -inf.
+
+    Entries that tie with the k-th best are kept; a `top_k` above V keeps all. The nucleus is the shortest
+    run of entries, best first, whose probability exceeds `top_p` (the entry that crosses it is in); among
+    equal logits the lower index comes first. Source of the nucleus: Holtzman et al., "The Curious Case of
+    Neural Text Degeneration", section 3.1.
+
+    Args:
+        logits: floating point (..., V); not modified.
+
+    Returns:
+        The shape and dtype of `logits`.
+
+    Raises:
+        UserError: top_k < 1, or top_p outside (0, 1].
+    """
+    check_filters(top_k=top_k, top_p=top_p)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(int(top_k), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        descending, index = logits.sort(dim=-1, descending=True, stable=True)
+        reached = descending.softmax(-1).cumsum(-1) > top_p
+        outside = torch.zeros_like(reached)
+        outside[..., 1:] = reached[..., :-1]
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    return logits
+
+
+def choose(
+    logits: Tensor,
+    noise: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Chooses one token per row: Gumbel-max with `noise`, the best without it; ties go to the lowest index.
+
+    Args:
+        logits: floating point (..., V). They are divided by `temperature` before filtering, as in the
+            original, which matters to the nucleus only.
+        noise: (..., V) from `gumbel_noise`, or None for the greedy choice, which no option changes.
+
+    Returns:
+        int64 (...,).
+
+    Raises:
+        UserError: temperature <= 0, top_k < 1, or top_p outside (0, 1].
+        ValueError: logits with NaN, or without any finite entry.
+    """
+    check_filters(temperature, top_k, top_p)
+    scores = logits.float()
+    if noise is not None:
+        scores = top_k_top_p(scores / temperature, top_k, top_p) + noise
+    tokens = scores.argmax(-1)
+    best = scores.gather(-1, tokens[..., None])
+    if not bool((best > -torch.inf).all()):  # argmax lands on NaN where there is one
+        found = "NaN" if bool(best.isnan().any()) else "only -inf"
+        raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights.")
+    return tokens
