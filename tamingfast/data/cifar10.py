@@ -1,0 +1,315 @@
+"""CIFAR10 from its official python archive.
+
+Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.client
+import io
+import os
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import digest
+from .base import ArrayDataset, random_bits, random_integers, to_unit_scale
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_NAME = "cifar-10-python.tar.gz"
+FOLDER_NAME = "cifar-10-batches-py"
+TRAIN_MEMBERS = tuple(f"data_batch_{number}" for number in range(1, 6))
+VALIDATION_MEMBERS = ("test_batch",)
+MEMBER_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_TIMEOUT_SECONDS = 30
+_CHUNK_BYTES = 1 << 18
+
+
+def build(
+    size: int = 32,
+    seed: int = 0,
+    path: str | os.PathLike | None = None,
+    flip: bool = True,
+    url: str = URL,
+    md5: str = ARCHIVE_MD5,
+    member_md5: Mapping[str, str] = MEMBER_MD5,
+    images_per_batch: int = 10_000,
+) -> tuple[Cifar10, Cifar10]:
+    """(train, validation): 50000 training images (mirrored at random with ``flip``), 10000 test images.
+
+    ``path`` is the archive, a directory that holds it, or the directory that was extracted from it (or its
+    parent); without it the archive is taken from the user's cache, after downloading it there from ``url``
+    when it is not. Whatever is read is verified first: the archive by ``md5``, extracted files by
+    ``member_md5``. ``images_per_batch`` is the number of images in each of the six files. These three and
+    ``url`` are the official ones unless given.
+
+    Raises UserError for a size other than 32, a missing path, a failed download, a wrong checksum, and for an
+    archive that lacks a file or holds anything but the official format.
+    """
+    if size != 32:
+        raise UserError(f"size is {size!r}, but CIFAR10 images are 32x32: set size=32 or choose another dataset.")
+    source = _locate(path, url, md5)
+    members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
+    batches = {name: _parse(name, content, images_per_batch) for name, content in members}
+    train = _join([batches[name] for name in TRAIN_MEMBERS])
+    validation = _join([batches[name] for name in VALIDATION_MEMBERS])
+    return Cifar10(*train, split="train", seed=seed, flip=flip), Cifar10(*validation, split="test")
+
+
+class Cifar10(ArrayDataset):
+    """Images kept as uint8 (N, 32, 32, 3); ``class_label`` is the place in ``classes``."""
+
+    classes = CLASSES
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        names: list[str],
+        *,
+        split: str,
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.images, self.labels, self.names = images, labels, names
+        self.seed, self.flip = seed, flip
+        self.description = f"CIFAR10, {split} split, {len(images)} images of 32x32"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        pixels = self.images[indices]
+        if self.flip:
+            mirrored = random_integers(random_bits(self.seed, self.epoch, indices), 2).astype(bool)
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        names = [self.names[index] for index in indices]
+        return {
+            "image": to_unit_scale(pixels),
+            "class_label": torch.from_numpy(self.labels[indices]),
+            "file_path_": names,
+        }
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``tamingfast`` in XDG_CACHE_HOME, which is ~/.cache unless it is set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tamingfast"
+
+
+def download(url: str, target: Path, md5: str) -> None:
+    """Fetch ``url`` into ``target``, which appears only once all bytes are there and their MD5 is ``md5``.
+
+    Bytes are collected in ``target`` + ".partial"; when an earlier attempt left such a file the server is
+    asked for the rest only. Raises UserError when the server cannot be reached, refuses, stops early, or
+    sends other bytes.
+    """
+    partial = target.with_name(target.name + ".partial")
+    by_hand = f"or fetch {url} by other means and pass its location as path=..."
+    try:
+        expected = _fetch(url, partial)
+    except urllib.error.HTTPError as error:
+        raise UserError(
+            f"{url} was answered with HTTP {error.code} ({error.reason}): try again later, {by_hand}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"{url} cannot be downloaded ({reason}): connect to the network and run again, {by_hand}"
+        ) from error
+    received = partial.stat().st_size
+    if expected is not None and received < expected:
+        raise UserError(f"{url} stopped after {received} of {expected} bytes: run again to fetch the rest, {by_hand}")
+    found = digest(partial, "md5")
+    if found != md5:
+        partial.unlink()
+        raise UserError(
+            f"{url} gave {received} bytes with MD5 {found}, but {md5} is expected: run again to"
+            f" download anew, {by_hand}"
+        )
+    with open(partial, "rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(partial, target)
+
+
+def _fetch(url: str, partial: Path) -> int | None:
+    """Append to ``partial`` what it lacks; return the size of the whole when the server tells it."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        # The partial file is already as long as the whole or longer, so it is judged by its checksum.
+        return None
+    with response:
+        if response.status != 206:
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        with (
+            open(partial, "ab" if have else "wb") as stream,
+            tqdm(desc="CIFAR10", total=total, initial=have, unit="B", unit_scale=True, delay=1) as progress,
+        ):
+            while chunk := response.read(_CHUNK_BYTES):
+                stream.write(chunk)
+                progress.update(len(chunk))
+    return total
+
+
+def _locate(path: str | os.PathLike | None, url: str, md5: str) -> Path:
+    """The archive, or the directory with the extracted files."""
+    if path is None:
+        archive = cache_folder() / ARCHIVE_NAME
+        if not archive.exists():
+            download(url, archive, md5)
+        return archive
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if not given.exists():
+        raise UserError(
+            f"{given} does not exist: give the path of {ARCHIVE_NAME}, or leave the path out to download it."
+        )
+    for candidate in (given / FOLDER_NAME, given / ARCHIVE_NAME):
+        if candidate.exists():
+            return candidate
+    if any((given / name).exists() for name in MEMBER_MD5):
+        return given
+    raise UserError(
+        f"{given} holds neither {FOLDER_NAME} nor {ARCHIVE_NAME}: give the directory or the archive that does."
+    )
+
+
+def _from_archive(archive: Path, md5: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the six data files, after verifying the archive."""
+    found = digest(archive, "md5")
+    if found != md5:
+        raise UserError(
+            f"{archive} has MD5 {found}, but {md5} is expected: it is incomplete or another file, so"
+            " delete it and download it again."
+        )
+    wanted = {f"{FOLDER_NAME}/{name}": name for name in MEMBER_MD5}
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                name = wanted.pop(member.name.removeprefix("./"), None) if member.isfile() else None
+                if name is not None:
+                    yield name, tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} is not a readable tar archive ({error}): download {ARCHIVE_NAME} again.") from error
+    if wanted:
+        raise UserError(f"{archive} lacks {', '.join(wanted)}: download {ARCHIVE_NAME} again.")
+
+
+def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the six data files, each verified."""
+    for name in MEMBER_MD5:
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{folder} lacks a readable {name} ({error.strerror}): extract {ARCHIVE_NAME} again."
+            ) from error
+        found = hashlib.md5(content).hexdigest()
+        if found != member_md5.get(name):
+            raise UserError(
+                f"{folder / name} has MD5 {found}, but {member_md5.get(name)} is expected: extract"
+                f" {ARCHIVE_NAME} again."
+            )
+        yield name, content
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles containers, numbers, strings and numpy arrays, and refuses every other global."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = _allowed_globals()
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it wants a persistent object")
+
+
+@functools.cache
+def _allowed_globals() -> dict[tuple[str, str], Any]:
+    reconstruct = np.empty(0).__reduce__()[0]
+    return {
+        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+
+def _unpickle(stream: BinaryIO) -> Any:
+    # The official files were written by Python 2, whose strings are bytes.
+    return _ArrayUnpickler(stream, encoding="bytes").load()
+
+
+def _parse(name: str, content: bytes, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images uint8 (count, 32, 32, 3), labels int64 (count,) and file names of one data file."""
+    try:
+        batch = _unpickle(io.BytesIO(content))
+    except Exception as error:  # a broken or hostile pickle may raise anything
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f"CIFAR10's {name} is refused ({reason}): only arrays and lists are expected in it, so download it again."
+        ) from error
+    fields = batch if isinstance(batch, dict) else {}
+    data, labels, names = (fields.get(key) for key in (b"data", b"labels", b"filenames"))
+    if not (
+        isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)
+    ):
+        raise UserError(
+            f"CIFAR10's {name} lacks data (uint8), labels or filenames: give the official python"
+            " version of the archive."
+        )
+    if data.shape != (count, 3072) or len(labels) != count or len(names) != count:
+        raise UserError(
+            f"CIFAR10's {name} has data of shape {data.shape}, {len(labels)} labels and {len(names)}"
+            " file names,"
+            f" but ({count}, 3072), {count} and {count} are expected: download it again."
+        )
+    if not all(isinstance(label, int) and 0 <= label < len(CLASSES) for label in labels):
+        raise UserError(f"CIFAR10's {name} has labels outside 0 to {len(CLASSES) - 1}: download it again.")
+    images = data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, np.array(labels, np.int64), [f"{name}/{_text(file)}" for file in names]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _join(parts: list[tuple[np.ndarray, np.ndarray, list[str]]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    images, labels, names = zip(*parts, strict=True)
+    return (
+        np.ascontiguousarray(np.concatenate(images)),
+        np.concatenate(labels),
+        [name for part in names for name in part],
+    )

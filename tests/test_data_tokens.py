@@ -1,0 +1,185 @@
+"""Token files: what is written is read back, from any iterable, and damaged files are refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tamingfast.data import loader
+from tamingfast.data.tokens import FORMAT, TokenDataset, write_tokens
+from tamingfast.errors import UserError
+
+
+def grids(count, vocab_size, seed=0, shape=(4, 6)):
+    return np.random.default_rng(seed).integers(0, vocab_size, (count, *shape))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [
+        (256, torch.uint8),
+        (257, torch.int16),
+        (1024, torch.int16),
+        (32768, torch.int16),
+        (32769, torch.int32),
+        (70000, torch.int32),
+    ],
+)
+def test_tokens_come_back_from_the_smallest_type_that_fits(tmp_path, vocab_size, dtype):
+    path = tmp_path / "tokens.safetensors"
+    source = grids(9, vocab_size)
+    source[0, 0, 0] = vocab_size - 1
+    assert write_tokens(path, source, vocab_size) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens.safetensors"]
+    # Any reader of the format can read the file.
+    stored = load_file(path)
+    assert set(stored) == {"indices"}
+    assert stored["indices"].dtype == dtype
+    assert np.array_equal(stored["indices"].numpy(), source)
+    dataset = TokenDataset(path, vocab_size=vocab_size)
+    assert (len(dataset), dataset.vocab_size, dataset.grid, dataset.classes) == (9, vocab_size, (4, 6), None)
+    item = dataset[8]
+    assert set(item) == {"indices"}
+    assert item["indices"].dtype == torch.int64
+    assert np.array_equal(item["indices"].numpy(), source[8].reshape(-1))
+
+
+def test_a_generator_is_written_as_it_comes_and_may_fill_the_labels(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    labels = []
+
+    def encode():
+        for number in range(5):
+            labels.append(torch.full((3 + number,), number))
+            yield torch.from_numpy(grids(3 + number, 50, seed=number))
+
+    metadata = {"first_stage": "a" * 64, "source": "ünïcode crops", "flips": "yes"}
+    classes = ["ant", "bee", "cat", "dog", "emu"]
+    count = write_tokens(path, encode(), 50, class_label=labels, metadata=metadata, classes=classes)
+    assert count == 25
+    dataset = TokenDataset(path)
+    assert dataset.classes == classes
+    assert metadata.items() <= dataset.metadata.items()
+    expected = np.concatenate([grids(3 + number, 50, seed=number) for number in range(5)])
+    (batch,) = loader(dataset, 25, 0, 0, shuffle=False)
+    assert np.array_equal(batch["indices"].numpy(), expected.reshape(25, -1))
+    assert batch["class_label"].dtype == torch.int64
+    assert batch["class_label"].tolist() == torch.cat(labels).tolist()
+    assert dataset[24]["class_label"] == 4
+
+
+def test_labels_without_names_are_named_by_their_numbers(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    write_tokens(path, torch.zeros(3, 2, 2, dtype=torch.int64), 8, class_label=[0, 2, 1])
+    assert TokenDataset(path).classes == ["0", "1", "2"]
+
+
+def test_workers_and_copies_map_the_file_again(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    write_tokens(path, grids(400, 1000), 1000)
+    dataset = TokenDataset(path)
+    assert len(pickle.dumps(dataset)) < 1000
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[7]["indices"], dataset[7]["indices"])
+    alone = [batch["indices"] for batch in loader(dataset, 16, 1, 2)]
+    others = [batch["indices"] for batch in loader(dataset, 16, 1, 2, workers=2)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"indices": np.full((1, 2, 2), 8)}, "reach from 8 to 8, but 0 to 7", id="too large"),
+        pytest.param({"indices": np.full((1, 2, 2), -1)}, "reach from -1", id="negative"),
+        pytest.param({"indices": np.zeros((1, 2, 2))}, "dtype float64", id="float"),
+        pytest.param({"indices": np.zeros((2, 2), int)}, r"shape \(2, 2\)", id="not grids"),
+        pytest.param({"indices": []}, "hold no grid", id="empty"),
+        pytest.param(
+            {"indices": [np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int)]}, "all must agree", id="shapes differ"
+        ),
+        pytest.param({"class_label": [1, 2]}, "2 values .* but 3 integers", id="labels too few"),
+        pytest.param({"class_label": [0.5, 1, 2]}, "integers are expected", id="labels float"),
+        pytest.param({"class_label": [0, 1, 2], "classes": ["a", "b"]}, "from 0 to 2, but 0 to 1", id="label unnamed"),
+        pytest.param({"class_label": [0, -1, 2]}, "from -1 to 2", id="label negative"),
+        pytest.param({"metadata": {"flips": True}}, "not a string", id="metadata type"),
+        pytest.param({"metadata": {"format": "x"}}, "reserved", id="metadata reserved"),
+        pytest.param({"vocab_size": 0}, "vocab_size is 0", id="vocabulary"),
+    ],
+)
+def test_wrong_arguments_leave_no_file(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_tokens(
+            tmp_path / "tokens.safetensors",
+            **{"indices": np.zeros((3, 2, 2), int), "vocab_size": 8, **arguments},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_writing_keeps_the_old_file(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    write_tokens(path, grids(3, 8), 8)
+
+    def encode():
+        yield grids(3, 8, seed=1)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_tokens(path, encode(), 8)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert np.array_equal(TokenDataset(path)[0]["indices"].numpy(), grids(3, 8)[0].reshape(-1))
+
+
+def test_truncated_files_are_refused_wherever_they_end(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    write_tokens(path, grids(20, 300), 300)
+    content = path.read_bytes()
+    for keep in (0, 4, 8, 300, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(UserError, match="truncated or not a safetensors file"):
+            TokenDataset(path)
+
+
+def test_files_that_are_not_token_files_are_refused(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        TokenDataset(path)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        TokenDataset(tmp_path)
+    path.write_bytes(b"no tokens at all")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        TokenDataset(path)
+    good = {"indices": torch.zeros(2, 3, 3, dtype=torch.int16)}
+    marks = {"format": FORMAT, "vocab_size": "8"}
+    save_file(good, path)
+    with pytest.raises(UserError, match="without the marks of a token file"):
+        TokenDataset(path)
+    for tensors in (
+        {"weight": torch.zeros(2)},
+        {"indices": torch.zeros(2, 3, 3)},
+        {"indices": torch.zeros(2, 3, dtype=torch.int16)},
+        {"indices": torch.zeros(0, 3, 3, dtype=torch.int16)},
+        {**good, "class_label": torch.zeros(3, dtype=torch.int64)},
+    ):
+        save_file(tensors, path, metadata=marks)
+        with pytest.raises(UserError, match=r"integers indices \(N, h, w\)"):
+            TokenDataset(path)
+
+
+def test_values_out_of_range_and_another_vocabulary_are_refused(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    marks = {"format": FORMAT, "vocab_size": "8"}
+    for token in (8, -3):
+        save_file({"indices": torch.tensor([[[1, token]]], dtype=torch.int16)}, path, metadata=marks)
+        with pytest.raises(UserError, match=f"has the token {token} in grids 0 to 0, but 0 to 7 is expected"):
+            TokenDataset(path)
+    tensors = {"indices": torch.zeros(1, 2, 2, dtype=torch.int16), "class_label": torch.tensor([2])}
+    save_file(tensors, path, metadata={**marks, "classes": json.dumps(["a", "b"])})
+    with pytest.raises(UserError, match="class labels from 2 to 2, but 0 to 1"):
+        TokenDataset(path)
+    write_tokens(path, grids(2, 8), 8)
+    with pytest.raises(UserError, match="a vocabulary of 8, but 16 is expected"):
+        TokenDataset(path, vocab_size=16)
