@@ -30,8 +30,6 @@ def load_yaml(path: str | os.PathLike) -> Any:
 
 def plain(config: Any) -> Any:
     """OmegaConf containers as plain dicts and lists (interpolations resolved); everything else unchanged."""
-    if isinstance(config, Mapping | list | tuple | str | int | float | bool) or config is None:
-        return config
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

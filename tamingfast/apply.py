@@ -1,0 +1,214 @@
+"""What a trained model is used for: drawing images, reconstructing and completing them, encoding data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tamingfast.errors import UserError
+
+TOP_K = 100  # the paper's choice, with temperature 1.0
+
+
+def first_stage_of(model: nn.Module) -> nn.Module:
+    """The first stage of a prior, or the model itself; UserError when there is none."""
+    stage = getattr(model, "first_stage_model", model)
+    if not hasattr(stage, "factor"):
+        raise UserError(f"got a {type(model).__name__}, which is no first stage and has none; give a VQGAN or a prior")
+    return stage
+
+
+def check_prior(model: nn.Module) -> nn.Module:
+    """The model itself; UserError when it is no prior."""
+    if not hasattr(model, "transformer"):
+        raise UserError(f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`")
+    return model
+
+
+def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor:
+    """Condition tokens (count, 1) of an unconditional or class-conditional prior.
+
+    Without ``label`` the classes take turns. Raises UserError for labels that the model does not know and for priors
+    whose condition is an image.
+    """
+    if model.be_unconditional:
+        if label is not None:
+            raise UserError(f"got class {label}, but the model is unconditional; leave the class out")
+        return torch.full((count, 1), model.sos_token, device=model.device)
+    classes = getattr(model.cond_stage_model, "n_classes", None)
+    if classes is None:
+        raise UserError(
+            f"the model is conditioned on '{model.cond_stage_key}', which a class cannot stand for; "
+            "call tamingfast.sampling.sample_grid with the condition's tokens"
+        )
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"got class {label}; the model knows 0 to {classes - 1}")
+    labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
+    return labels[:, None].to(model.device)
+
+
+def trained_size(model: nn.Module) -> int | None:
+    """Side in pixels of the images that the model was trained on, where its config says so."""
+    config = getattr(model, "config", None) or {}
+    data = config.get("data") or {}
+    if "size" in data:
+        return int(data["size"])
+    first = getattr(first_stage_of(model), "encoder", None)
+    return None if first is None else 16 * first_stage_of(model).factor
+
+
+def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """Tokens (rows, columns) of an image of so many pixels; UserError unless both are multiples of f."""
+    factor = first_stage_of(model).factor
+    if height < 1 or width < 1 or height % factor or width % factor:
+        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        raise UserError(
+            f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, for example {near[0]}x{near[1]}"
+        )
+    return height // factor, width // factor
+
+
+def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int = 1) -> int:
+    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits."""
+    room = model.transformer.config.block_size - condition_tokens + 1
+    if rows * columns <= room:
+        return max(rows, columns)
+    return min(16, int(room**0.5))
+
+
+def draw(
+    model: nn.Module,
+    cond: Tensor,
+    rows: int,
+    columns: int,
+    batch: int = 16,
+    progress: Callable[[int, int], Any] | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """Token grids (b, rows, columns) of len(cond) images in batches; the batch size does not change the result.
+
+    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and ``start`` and ``mask`` of
+    all images are cut along. ``progress(done, total)`` counts sampled tokens over all images.
+    """
+    from tamingfast.sampling import sample_grid
+
+    vocabulary = model.transformer.config.vocab_size
+    options = {"window": window_of(model, rows, columns, cond.shape[1]), "top_k": TOP_K} | options
+    if options["top_k"] is not None:
+        options["top_k"] = min(options["top_k"], vocabulary)
+    first_image = options.pop("first_image", 0)
+    for first in range(0, len(cond), batch):
+        part = slice(first, first + batch)
+        cut = {key: options[key][part] for key in ("start",) if options.get(key) is not None}
+        count = len(cond[part])
+
+        def count_tokens(done: int, total: int, first: int = first, count: int = count) -> None:
+            progress(first * total + done * count, len(cond) * total)
+
+        yield sample_grid(
+            model, cond[part], rows, columns, first_image=first_image + first,
+            callback=None if progress is None else count_tokens, **(options | cut),
+        )  # fmt: skip
+
+
+def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> Tensor:
+    """Image files, scaled to cover height x width pixels and cut at the centre: (B, 3, height, width) in [-1, 1].
+
+    A directory stands for the images in it. Raises UserError naming a file that is missing or cannot be read.
+    """
+    from tamingfast.data.folders import EXTENSIONS, read_rgb
+
+    files: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory")
+        files += inside
+    batch = []
+    for path in files:
+        try:
+            image = read_rgb(path)
+        except FileNotFoundError:
+            raise UserError(f"no image at {path}; give the path of an existing file") from None
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+        batch.append(_cover(image, height, width))
+    pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1
+
+
+def _cover(image: Any, height: int, width: int) -> np.ndarray:
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.fit(image, (width, height)))
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Images (B, 3, H, W) through the first stage, and how far the result is from them.
+
+    Figures: ``l1`` mean absolute difference (images in [-1, 1]), ``psnr`` in dB, ``codes`` different codes in use.
+    """
+    stage = first_stage_of(model)
+    quant, _, (_, _, indices) = stage.encode(x)
+    out = stage.decode(quant).clamp(-1, 1)
+    mse = float((out - x).square().mean())
+    psnr = 10 * float(np.log10(4 / mse)) if mse > 0 else float("inf")
+    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(indices.unique().numel())}
+
+
+@torch.no_grad()
+def complete(model: nn.Module, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
+    """Images whose lower half is drawn anew under the tokens of the upper half: (B, 3, H, W) -> the same shape.
+
+    ``cond`` (B, c) are condition tokens; ``options`` go to `draw`.
+    """
+    quant, _, (_, _, indices) = model.first_stage_model.encode(x)
+    rows, columns = quant.shape[2:]
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    mask[rows // 2 :] = True
+    start = indices.view(len(x), rows, columns)
+    grids = torch.cat(list(draw(model, cond, rows, columns, start=start, mask=mask, **options)))
+    return model.decode_grid(grids)
+
+
+def encode(
+    model: nn.Module,
+    dataset: Dataset,
+    path: str | os.PathLike,
+    batch: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> int:
+    """Write the tokens of every image of ``dataset`` to a token file that the prior's training reads; returns how many.
+
+    Images are taken as the dataset's epoch 0 gives them. ``progress(n)`` runs after every n images.
+    """
+    from tamingfast.data import loader
+    from tamingfast.data.tokens import write_tokens
+
+    stage = first_stage_of(model)
+    classes = getattr(dataset, "classes", None)
+    labels: list[int] = []
+
+    @torch.no_grad()
+    def grids() -> Iterator[np.ndarray]:
+        for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
+            x = items["image"].permute(0, 3, 1, 2).to(stage.device)
+            quant, _, (_, _, indices) = stage.encode(x)
+            if classes is not None:
+                labels.extend(items["class_label"].tolist())
+            yield indices.view(len(x), *quant.shape[2:]).cpu().numpy()
+            if progress is not None:
+                progress(len(x))
+
+    metadata = {"source": getattr(dataset, "description", type(dataset).__name__)}
+    # The list is filled while the grids are written.
+    class_label = None if classes is None else labels
+    return write_tokens(path, grids(), stage.n_embed, class_label=class_label, metadata=metadata, classes=classes)

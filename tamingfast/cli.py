@@ -1,0 +1,337 @@
+"""The ``tamingfast`` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamingfast import __version__
+from tamingfast.errors import UserError
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=os.environ.get("TAMINGFAST_LOG", "WARNING").upper())
+    arguments = _parse(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; nothing is left to say and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        message = _for_people(error)
+        if message is None:
+            raise
+        print(f"tamingfast: error: {message}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # argparse gives up on positional arguments that follow an option after others came before it, which is how
+    # anybody writes overrides: train vqgan CONFIG --out DIR training.steps=100.
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _for_people(error: Exception) -> str | None:
+    """One sentence for mistakes that a person can mend, None for our own."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith(("TAMINGFAST_", "CUDA out of memory")):
+        return str(error).splitlines()[0]
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
+    top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, text: str, parents: Sequence = (), to: Any = commands) -> argparse.ArgumentParser:
+        added = to.add_parser(name, help=text, description=text, parents=list(parents))
+        added.set_defaults(run=run)
+        return added
+
+    device = _options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
+    resume = _options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
+    overrides = _options(("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"}))
+    drawing = _drawing_options()
+
+    command = add("reproduce", reproduce, "the paper's pixel-versus-latent comparison", (device, resume, overrides))
+    command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
+    command.add_argument("--out", default="runs/reproduce", help="directory of the report (default: %(default)s)")
+
+    training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(required=True, metavar="STAGE")
+    for name, run, text in (
+        ("vqgan", train_vqgan, "the first stage: images to tokens and back"),
+        ("prior", train_prior, "the second stage: a transformer over the tokens"),
+    ):
+        command = add(name, run, text, (device, resume), to=training)
+        command.add_argument("config", help="a preset's name or a YAML file, the original's included")
+        command.add_argument("--out", required=True, help="run directory to write")
+        command.add_argument("--seed", type=int, help="the same as training.seed=N")
+        if name == "prior":
+            command.add_argument("--first-stage", help="run or checkpoint of the first stage")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
+
+    command = add("sample", sample, "draw new images", (device, drawing))
+    command.add_argument("model", help="run directory or checkpoint of a prior")
+    command.add_argument("-n", "--count", type=int, default=16, help="how many (default: %(default)s)")
+    command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
+    command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
+    command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
+    command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
+
+    for name, run, text in (
+        ("reconstruct", reconstruct, "images above what the first stage makes of them"),
+        ("complete", complete, "keep the upper half of images and draw the lower half anew"),
+    ):
+        command = add(name, run, text, (device, drawing) if name == "complete" else (device,))
+        command.add_argument("model", help="run directory or checkpoint")
+        command.add_argument("images", nargs="+", help="image files, or directories of them")
+        command.add_argument("--size", help="HEIGHTxWIDTH in pixels to cut them to; default: as trained")
+        command.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
+        if name == "complete":
+            command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
+            command.add_argument("--times", type=int, default=3, help="completions of each image (default: %(default)s)")
+
+    command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
+    command.add_argument("model", help="run directory or checkpoint of a first stage")
+    command.add_argument("--out", required=True, help="token file to write (.safetensors)")
+    command.add_argument("--split", choices=("train", "validation"), default="train")
+    command.add_argument("--batch", type=int, default=64)
+    command.add_argument("overrides", nargs="*", metavar="key=value",
+                         help="the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on")  # fmt: skip
+
+    command = add("inspect", inspect, "what a checkpoint holds")
+    command.add_argument("checkpoint")
+    command = add("convert", convert, "any checkpoint to one .safetensors file with its config inside")
+    command.add_argument("checkpoint")
+    command.add_argument("out", help="file to write (.safetensors)")
+    command.add_argument("--config", help="YAML of the checkpoint, where it does not lie beside it")
+    add("info", info, "what this machine can run, and why not more")
+    return top
+
+
+def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    for name, settings in arguments:
+        group.add_argument(name, **settings)
+    return group
+
+
+def _drawing_options() -> argparse.ArgumentParser:
+    return _options(
+        ("--temperature", {"type": float, "default": 1.0}),
+        ("--top-k", {"type": int, "default": 100, "help": "0: all tokens (default: %(default)s)"}),
+        ("--top-p", {"type": float, "help": "nucleus: the likeliest tokens that hold this probability"}),
+        ("--greedy", {"action": "store_true", "help": "always the likeliest token"}),
+        ("--seed", {"type": int, "default": 0}),
+        ("--batch", {"type": int, "default": 16, "help": "images at a time; does not change them (default: %(default)s)"}),
+        ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
+        ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
+        ("--backend", {"default": "auto", "help": "auto, torch or naive"}),
+        ("--dtype", {"help": "weights while drawing: float32, bfloat16 or float16; default: as stored"}),
+    )
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    from tamingfast import reproduce as experiments
+
+    path = experiments.run(arguments.preset, arguments.out, arguments.overrides, arguments.resume, arguments.device)
+    print(path.read_text(encoding="utf-8"))
+    print(f"written: {path} and the pictures beside it", file=sys.stderr)
+
+
+def train_vqgan(arguments: argparse.Namespace) -> None:
+    from tamingfast.training import vqgan
+
+    _said(vqgan.train(_config(arguments), arguments.out, arguments.resume, arguments.device))
+
+
+def train_prior(arguments: argparse.Namespace) -> None:
+    from tamingfast.training import prior
+
+    _said(prior.train(_config(arguments), arguments.first_stage, arguments.out, arguments.resume, arguments.device))
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from tamingfast.training import load_config
+
+    seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
+    return load_config(arguments.config, [*arguments.overrides, *seed])
+
+
+def _said(path: Path) -> None:
+    print(f"written: {path}")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from tamingfast import apply, images
+
+    model = apply.check_prior(_load(arguments))
+    rows, columns = apply.grid_size(model, *_size(arguments, model))
+    cond = apply.conditions(model, _at_least_one(arguments.count, "--count"), arguments.label)
+    with _bar("tokens") as bar:
+        grids = apply.draw(model, cond, rows, columns, progress=bar.moved, **_drawing(arguments))
+        batch = torch.cat([model.decode_grid(grid).cpu() for grid in grids])
+    out = Path(arguments.out)
+    if arguments.separate:
+        for number, pixels in enumerate(images.to_uint8(batch)):
+            images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
+    else:
+        images.save_grid(out, batch)
+    _said(out)
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    from tamingfast import apply, images
+
+    model = _load(arguments)
+    x = _images(arguments, model)
+    out, figures = apply.reconstruct(model, x)
+    images.save_rows(arguments.out, [x, out])
+    print(json.dumps(figures))
+    _said(arguments.out)
+
+
+def complete(arguments: argparse.Namespace) -> None:
+    from tamingfast import apply, images
+
+    model = apply.check_prior(_load(arguments))
+    x = _images(arguments, model)
+    cond = apply.conditions(model, len(x), arguments.label)
+    rows = [x]
+    for again in range(_at_least_one(arguments.times, "--times")):
+        with _bar("tokens") as bar:
+            rows.append(
+                apply.complete(model, x, cond, first_image=again * len(x), progress=bar.moved, **_drawing(arguments))
+            )
+    images.save_rows(arguments.out, rows)
+    _said(arguments.out)
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    from tamingfast import apply
+    from tamingfast.training.settings import build_datasets
+
+    model = _load(arguments)
+    settings = (model.config or {}).get("data") or {}
+    if arguments.overrides:
+        from omegaconf import OmegaConf
+
+        settings = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
+    train, validation = build_datasets({"data": settings})
+    dataset = train if arguments.split == "train" else validation
+    with _bar("images", len(dataset)) as bar:
+        count = apply.encode(model, dataset, arguments.out, arguments.batch, progress=bar.update)
+    print(f"written: {arguments.out}, {count} images")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from tamingfast.checkpoints import describe
+
+    print(json.dumps(describe(arguments.checkpoint), indent=2))
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from tamingfast import checkpoints
+
+    _said(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config))
+
+
+def info(arguments: argparse.Namespace) -> None:
+    from tamingfast import backends
+
+    print(f"tamingfast {__version__}\n{backends.describe()}")
+
+
+# --- what commands share --------------------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from tamingfast.backends import pick_device
+    from tamingfast.checkpoints import load_model
+
+    return load_model(arguments.model, device=pick_device(arguments.device))
+
+
+def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
+    from tamingfast import apply
+
+    if arguments.size is None:
+        side = apply.trained_size(model)
+        if side is None:
+            raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
+        return side, side
+    height, cross, width = arguments.size.lower().partition("x")
+    if not (height.isdigit() and (width.isdigit() or not cross)):
+        raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
+    return int(height), int(width or height)
+
+
+def _images(arguments: argparse.Namespace, model: Any) -> Any:
+    from tamingfast import apply
+
+    height, width = _size(arguments, model)
+    apply.grid_size(model, height, width)
+    return apply.load_images(arguments.images, height, width).to(model.device)
+
+
+def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("temperature", "top_p", "greedy", "seed", "schedule", "stride", "backend", "dtype")
+    _at_least_one(arguments.batch, "--batch")
+    return {name: getattr(arguments, name) for name in names} | {
+        "top_k": arguments.top_k or None,
+        "batch": arguments.batch,
+    }
+
+
+def _at_least_one(value: int, name: str) -> int:
+    if value < 1:
+        raise UserError(f"got {name} {value}; expected at least 1")
+    return value
+
+
+@contextlib.contextmanager
+def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
+    """A progress bar, on a terminal; ``moved(done, total)`` sets it where ``update(n)`` would add."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def moved(self, done: int, total: int) -> None:
+            self.total = total
+            self.update(done - self.n)
+
+    with Bar(total=total, unit=f" {unit}", disable=None) as bar:
+        yield bar
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The report of `tamingfast.reproduce`: tables as Markdown and JSON, plots and sample sheets as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamingfast.files import atomic_write, write_json
+from tamingfast.training.checkpoint import read_metrics
+
+PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
+
+_PROTOCOLS = {
+    "paper": "(a) the paper's: full forward pass per token",
+    "cached": "(b) key/value cache",
+    "fastest": "(c) our fastest path",
+}
+
+
+def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
+    """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the Markdown's path.
+
+    ``results`` is what `tamingfast.reproduce.run` measured; nothing else enters the report. Sample sheets that
+    ``results["pictures"]`` names lie in ``out`` already.
+    """
+    out = Path(out)
+    write_json(out / "report.json", results)
+    plot_training(results["runs"], out)
+    plot_speed(results["speed"], out / "speed.png")
+    with atomic_write(out / "report.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
+    return out / "report.md"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    return "\n\n".join([
+        f"# Pixels against latents: preset `{results['preset']}`",
+        _machine(results),
+        "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
+        "## Training\n\n" + _training_table(results),
+        "## Pictures\n\n" + "\n\n".join(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
+    ]) + "\n"  # fmt: skip
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"Data: {results['data']}. Measured on {machine['cpu']}, {machine['threads']} threads; {machine['gpu']}; "
+        f"torch {machine['torch']}, Python {machine['python']}. Everything below comes from this one run, which took "
+        f"{results['seconds'] / 60:.1f} minutes of training and measuring."
+    )
+
+
+def speed_table(speed: Mapping[str, Any]) -> str:
+    """The paper's comparison as a Markdown table: seconds per image from pixels and from latents, and their ratio."""
+    rows = [
+        "| protocol | pixels, s/image | latents, s/image | pixels / latents | paper | pixels, tokens/s | latents, tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, label in _PROTOCOLS.items():
+        pixels, latents = speed[key]["pixels"], speed[key]["latents"]
+        ratio = pixels["seconds_per_image"] / latents["seconds_per_image"]
+        rows.append(
+            f"| {label} | {pixels['seconds_per_image']:.4g} | {latents['seconds_per_image']:.4g} | **{ratio:.2f}** | "
+            f"{PAPER_RATIO if key == 'paper' else '-'} | {pixels['tokens_per_second']:,.0f} | "
+            f"{latents['tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def _speed_notes(speed: Mapping[str, Any]) -> str:
+    paper, fastest = speed["paper"], speed["fastest"]
+    latents, pixels = paper["latents"], paper["pixels"]
+    whole = pixels["seconds_per_image"] / fastest["latents"]["seconds_per_image"]
+    lines = [
+        f"- From pixels by the paper's protocol to latents on our fastest path: **{whole:.0f} times** faster.",
+        f"- (a) and (b) draw batches of {speed['batch']}; times include the decoding of tokens to images.",
+    ]
+    for name in ("pixels", "latents"):
+        row = fastest[name]
+        lines.append(
+            f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, weights {row['dtype'] or 'as trained'}, "
+            f"the best of {len(row['candidates'])} settings tried."
+        )
+    if pixels.get("integrated"):
+        lines.append(
+            f"- (a) for pixels is timed at {len(pixels['prefixes'])} prefix lengths and integrated over all "
+            f"{pixels['tokens']} steps. The same estimate for latents is {latents['integrated_seconds_per_image']:.4g} s/image, "
+            f"against {latents['seconds_per_image']:.4g} measured over a whole run "
+            f"({latents['integrated_seconds_per_image'] / latents['seconds_per_image'] - 1:+.1%})."
+        )
+    return "\n".join(lines)
+
+
+def _training_table(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"Both priors are the same transformer, {results['prior']['parameters'] / 1e6:.1f} M parameters without embeddings and "
+        f"head ({results['prior']['n_layer']} layers, {results['prior']['n_head']} heads, width {results['prior']['n_embd']}), "
+        f"trained with the same budget of {results['prior']['budget_flops']:.3g} floating-point operations.",
+        "",
+        "| stage | tokens per image | vocabulary | steps | minutes | validation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
+        lines.append(
+            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | {run['seconds'] / 60:.1f} | {figures} |"
+        )
+    lines += [
+        "",
+        "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so they do "
+        "not compare the two priors with each other.",
+        "",
+        "![training curves](training.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], split: str, name: str) -> tuple[list[float], list[float]]:
+    points = [(line["step"], line[name]) for line in lines if line.get("split") == split and name in line]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """One panel per run: its curve while training and on validation data, over steps."""
+    figure, axes = _figure(len(runs))
+    for axis, run in zip(axes, runs, strict=True):
+        lines = read_metrics(out / run["directory"])
+        for split, style in (("train", "-"), ("validation", "o-")):
+            x, y = _curve(lines, split, run["curve"])
+            axis.plot(x, y, style, label=split, alpha=0.8, markersize=3)
+        axis.set(title=run["label"], xlabel="step", ylabel=run["curve"])
+        axis.legend()
+    _save(figure, out / "training.png")
+
+
+def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
+    """Bars of seconds per image, logarithmic, with the ratio of each pair above it."""
+    figure, (axis,) = _figure(1)
+    for offset, name in ((-0.2, "pixels"), (0.2, "latents")):
+        seconds = [speed[key][name]["seconds_per_image"] for key in _PROTOCOLS]
+        axis.bar([i + offset for i in range(len(seconds))], seconds, width=0.38, label=name)
+    for i, key in enumerate(_PROTOCOLS):
+        pixels, latents = (speed[key][name]["seconds_per_image"] for name in ("pixels", "latents"))
+        axis.annotate(f"{pixels / latents:.1f}x", (i, pixels), ha="center", va="bottom", fontweight="bold")
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"])
+    axis.set(ylabel="seconds per image", title="Sampling from pixels and from latents")
+    axis.margins(y=0.15)
+    axis.legend()
+    _save(figure, path)
+
+
+def _figure(columns: int) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, and nothing that looks for a screen.
+    figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

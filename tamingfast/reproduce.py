@@ -1,0 +1,338 @@
+"""The paper's experiments. Here: sampling images from pixels against sampling them from latents (section 4.4)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tamingfast import apply, backends, images, report
+from tamingfast.checkpoints import load_model
+from tamingfast.config import load_yaml, plain
+from tamingfast.errors import UserError, nearest
+from tamingfast.sampling import sample_grid
+from tamingfast.training import prior as prior_training
+from tamingfast.training import vqgan as vqgan_training
+from tamingfast.training.checkpoint import progress, read_metrics
+from tamingfast.training.color_clusters import fit_color_clusters
+from tamingfast.training.settings import build_datasets
+
+logger = logging.getLogger(__name__)
+
+PRESETS = Path(__file__).parent / "configs" / "reproduce"
+_SECTIONS = ("data", "vqgan", "colors", "prior", "sampling", "timing")
+
+#: Consecutive steps that are timed at each prefix length.
+STEPS_PER_NODE = 4
+#: Run directories below the output, in the order in which they are made.
+VQGAN, COLORS, LATENT_PRIOR, PIXEL_PRIOR = "vqgan", "colors", "prior_latents", "prior_pixels"
+
+
+def presets() -> list[str]:
+    """Names of the packaged presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A preset's settings with ``key=value`` overrides; UserError for unknown presets and sections."""
+    from omegaconf import OmegaConf
+
+    if name not in presets():
+        raise UserError(f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})")
+    settings = load_yaml(PRESETS / f"{name}.yaml")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        section = key.split(".")[0]
+        if not equals:
+            raise UserError(f"the override '{override}' is not of the form key=value, e.g. timing.batch=4")
+        if section not in _SECTIONS:
+            raise UserError(f"unknown key '{key}'{nearest(section, _SECTIONS)} (sections: {', '.join(_SECTIONS)})")
+        settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
+    return plain(settings)
+
+
+def run(
+    preset: str, out: str | os.PathLike, overrides: Sequence[str] = (), resume: bool = False, device: str | None = None
+) -> Path:
+    """Train both stages and the pixel baseline, sample them, time them; returns the path of ``out/report.md``.
+
+    One first stage (f = 2), then the same transformer once on its tokens and once on colour-clustered pixels, both with
+    the same number of floating-point operations. ``resume`` continues an interrupted run in ``out``. Raises UserError
+    for bad settings and when ``out`` holds a run that is not to be resumed.
+    """
+    settings, out = load_preset(preset, overrides), Path(out)
+    device = str(backends.pick_device(device))
+    began = time.perf_counter()
+    datasets = build_datasets({"data": settings["data"]})
+    runs, facts = _train_all(settings, datasets, out, resume, device)
+    models = {"latents": load_model(out / LATENT_PRIOR, device=device), "pixels": load_model(out / PIXEL_PRIOR, device=device)}
+    size = datasets[0][0]["image"].shape[0]
+    pictures = _pictures(models, datasets[1], settings["sampling"], size, out)
+    speed = measure_speed(models, size, settings["sampling"], **settings["timing"])
+    results = {
+        "preset": preset,
+        "data": datasets[0].description,
+        "machine": backends.machine(),
+        "settings": settings,
+        "runs": runs,
+        "prior": facts,
+        "speed": speed,
+        "pictures": pictures,
+        # Training time is each run's own, so that a resumed reproduction reports the whole.
+        "seconds": sum(run["seconds"] for run in runs) + speed["seconds"],
+        "seconds_this_call": time.perf_counter() - began,
+    }
+    return report.write(results, out)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _train_all(settings: Mapping[str, Any], datasets: tuple, out: Path, resume: bool, device: str) -> tuple[list, dict]:
+    def again(stage: str) -> bool:
+        return resume and (out / stage / "config.yaml").exists()
+
+    data = settings["data"]
+    vqgan = {**settings["vqgan"], "data": data}
+    vqgan_training.train(vqgan, out / VQGAN, resume=again(VQGAN), device=device, datasets=datasets)
+    if not again(COLORS):
+        fit_color_clusters(datasets[0], settings["colors"]["count"], settings["colors"]["seed"], out / COLORS, data)
+
+    latent = load_model(out / VQGAN)
+    side = datasets[0][0]["image"].shape[0]
+    tokens = {LATENT_PRIOR: (side // latent.factor) ** 2, PIXEL_PRIOR: side**2}
+    vocabulary = {LATENT_PRIOR: latent.n_embed, PIXEL_PRIOR: settings["colors"]["count"]}
+    geometry = settings["prior"]["model"]["params"]["transformer_config"]["params"]
+    cost = {name: training_flops(geometry, n, vocabulary[name]) for name, n in tokens.items()}
+    steps = settings["prior"]["training"]["steps"]
+    budget = steps * settings["prior"]["training"]["batch_size"] * cost[LATENT_PRIOR]
+    # The cadence of logs and checkpoints is scaled with the steps, so that both curves have as many points.
+    share = cost[LATENT_PRIOR] / cost[PIXEL_PRIOR]
+    for name, stage in ((LATENT_PRIOR, VQGAN), (PIXEL_PRIOR, COLORS)):
+        config = {**settings["prior"], "data": data}
+        if name == PIXEL_PRIOR:
+            config["training"] = _scaled(config["training"], share)
+        prior_training.train(config, out / stage, out / name, resume=again(name), device=device, datasets=datasets)
+
+    labels = {
+        VQGAN: ("VQGAN", tokens[LATENT_PRIOR], vocabulary[LATENT_PRIOR], "rec_loss"),
+        LATENT_PRIOR: ("prior on latents", tokens[LATENT_PRIOR], vocabulary[LATENT_PRIOR], "nll"),
+        PIXEL_PRIOR: ("prior on pixels", tokens[PIXEL_PRIOR], vocabulary[PIXEL_PRIOR], "nll"),
+    }
+    runs = [_run_facts(out, name, *label) for name, label in labels.items()]
+    facts = {**geometry, "parameters": 12 * geometry["n_layer"] * geometry["n_embd"] ** 2, "budget_flops": budget}
+    return runs, facts
+
+
+def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) -> float:
+    """Floating-point operations to train a GPT on one sequence: three times a forward pass.
+
+    A forward pass is two operations for each weight of a linear layer and token (12 L d^2 in the blocks, V d in the
+    head), and 4 T^2 d per layer for scores and weighted values.
+    """
+    layers, width = geometry["n_layer"], geometry["n_embd"]
+    linear = 2 * tokens * (12 * layers * width**2 + vocabulary * width)
+    return 3.0 * (linear + 4 * layers * tokens**2 * width)
+
+
+def _scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:
+    counts = ("steps", "log_every", "validate_every", "image_every", "checkpoint_every")
+    scaled = {key: max(1, round(training[key] * share)) for key in counts if training.get(key)}
+    return {**training, **scaled}
+
+
+def _run_facts(out: Path, directory: str, label: str, tokens: int, vocabulary: int, curve: str) -> dict[str, Any]:
+    done = progress(out / directory)
+    last = read_metrics(out / directory, "validation")[-1]
+    shown = ("rec_loss", "codebook_usage", "codebook_perplexity", "nll")
+    return {
+        "directory": directory,
+        "label": label,
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "curve": curve,
+        "steps": done["step"],
+        "seconds": done["seconds"],
+        "validation": {name: last[name] for name in shown if name in last},
+    }
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _pictures(models: Mapping[str, nn.Module], validation: Any, sampling: Mapping[str, Any], size: int, out: Path) -> dict:
+    count, columns = sampling["images"], sampling["columns"]
+    chosen = np.linspace(0, len(validation) - 1, 2 * columns).astype(int)
+    shown = torch.stack([torch.as_tensor(validation[i]["image"]) for i in chosen.tolist()]).permute(0, 3, 1, 2)
+    model = models["latents"]
+    pictures = {"reconstructions.png": "Validation crops above their reconstructions by the VQGAN"}
+    rows = []
+    for part in shown.to(model.device).split(columns):
+        rows += [part, apply.reconstruct(model, part)[0]]
+    _sheet(out / "reconstructions.png", rows, columns)
+    for name, prior in models.items():
+        options = _sampling_options(prior, size, sampling)
+        side = size // prior.first_stage_model.factor
+        grids = apply.draw(prior, apply.conditions(prior, count), side, side, batch=sampling["batch"], **options)
+        _sheet(out / f"samples_{name}.png", [prior.decode_grid(grid) for grid in grids], columns)
+        pictures[f"samples_{name}.png"] = f"Samples of the prior on {name}, drawn token by token"
+    x = shown[:columns].to(model.device)
+    halves = x.clone()
+    halves[:, :, size // 2 :] = 1.0
+    options, cond = _sampling_options(model, size, sampling), apply.conditions(model, columns)
+    completed = [apply.complete(model, x, cond, first_image=again * columns, **options) for again in range(3)]
+    _sheet(out / "completions.png", [x, halves, *completed], columns)
+    text = "Validation crops, their upper halves, and three completions of each by the prior on latents"
+    return pictures | {"completions.png": text}
+
+
+def _sampling_options(model: nn.Module, size: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for pictures and timing; the window is the whole image."""
+    return {
+        "window": size // model.first_stage_model.factor,
+        "temperature": sampling["temperature"],
+        "top_k": min(sampling["top_k"], model.transformer.config.vocab_size),
+        "seed": sampling["seed"],
+    }
+
+
+def _sheet(path: Path, batches: Sequence[Tensor], columns: int, scale: int = 3) -> None:
+    """A grid of images, magnified without smoothing: 32-pixel images are too small to look at."""
+    sheet = images.grid(torch.cat([batch.cpu() for batch in batches]), columns)
+    images.save_png(path, sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module],
+    size: int,
+    sampling: Mapping[str, Any],
+    batch: int,
+    prefixes: int,
+    repeats: int,
+    fastest_batches: Sequence[int],
+    fastest_dtypes: Sequence[str | None],
+) -> dict[str, Any]:
+    """Seconds per image of both representations under three protocols; every figure is measured here.
+
+    (a) the paper's: a full forward pass per token, decoding included. Latents are timed over a whole run; so are pixels
+    when ``prefixes`` is 0, else at as many evenly spaced prefix lengths, interpolated linearly and summed over all steps.
+    (b) the same with a key/value cache. (c) the best of all ``fastest_batches`` and ``fastest_dtypes``.
+    """
+    began = time.perf_counter()
+    timers = {name: _Timer(model, size, sampling, repeats) for name, model in models.items()}
+    speed: dict[str, Any] = {"batch": batch, "paper": {}, "cached": {}, "fastest": {}}
+    for name, timer in timers.items():
+        logger.info("timing %s", name)
+        speed["paper"][name] = _paper_protocol(timer, batch, prefixes, whole=name == "latents" or not prefixes)
+        speed["cached"][name] = timer.figures(timer.whole(batch, backend="torch"), batch)
+        speed["fastest"][name] = _fastest(timer, fastest_batches, fastest_dtypes)
+    speed["seconds"] = time.perf_counter() - began
+    return speed
+
+
+def _paper_protocol(timer: _Timer, batch: int, prefixes: int, whole: bool) -> dict[str, Any]:
+    estimate, nodes, step_seconds = None, [], []
+    if prefixes:
+        nodes = np.linspace(0, timer.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
+        step_seconds = timer.naive_steps(batch, nodes)
+        middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]
+        every_step = np.interp(np.arange(timer.tokens), middles, step_seconds)
+        estimate = float(every_step.sum()) + timer.decode(batch)
+    figures = timer.figures(timer.whole(batch, backend="naive") if whole else estimate, batch)
+    figures |= {"integrated": not whole, "prefixes": nodes, "step_seconds": step_seconds}
+    return figures | {"integrated_seconds_per_image": estimate and estimate / batch}
+
+
+def _fastest(timer: _Timer, batches: Sequence[int], dtypes: Sequence[str | None]) -> dict[str, Any]:
+    """Try every setting on one row of tokens in the middle of the image, then time the best over whole images."""
+    candidates = [
+        {"batch": batch, "dtype": dtype, "row_seconds_per_image": timer.row(batch, dtype=dtype) / batch}
+        for batch in batches
+        for dtype in dtypes
+    ]
+    best = min(candidates, key=lambda candidate: candidate["row_seconds_per_image"])
+    seconds = timer.whole(best["batch"], backend="auto", dtype=best["dtype"])
+    return {
+        **timer.figures(seconds, best["batch"]), "backend": "auto", "dtype": best["dtype"], "candidates": candidates
+    }  # fmt: skip
+
+
+class _Timer:
+    """Times the sampling and decoding of batches of one model."""
+
+    def __init__(self, model: nn.Module, size: int, sampling: Mapping[str, Any], repeats: int):
+        self.model, self.repeats = model, repeats
+        self.side = size // model.first_stage_model.factor
+        self.tokens = self.side**2
+        self.options = _sampling_options(model, size, sampling)
+
+    def figures(self, seconds: float, batch: int) -> dict[str, Any]:
+        """What the report says of a batch that took ``seconds``."""
+        return {
+            "seconds_per_image": seconds / batch,
+            "tokens_per_second": batch * self.tokens / seconds,
+            "tokens": self.tokens,
+            "batch": batch,
+        }
+
+    def whole(self, batch: int, backend: str, dtype: str | None = None) -> float:
+        """Seconds to draw and decode ``batch`` images, once; a row drawn before warms up."""
+        self.row(batch, backend=backend, dtype=dtype, repeats=1)
+        return self._clock(lambda: self.model.decode_grid(self._sample(batch, backend=backend, dtype=dtype)))
+
+    def decode(self, batch: int) -> float:
+        """Seconds to decode ``batch`` images, the median of several."""
+        grid = torch.zeros(batch, self.side, self.side, dtype=torch.int64, device=self.model.device)
+        return self._median(lambda: self.model.decode_grid(grid), self.repeats)
+
+    def naive_steps(self, batch: int, lengths: Sequence[int]) -> list[float]:
+        """Seconds of one full forward pass and token choice after each number of image tokens.
+
+        A few steps in a row, less what a call costs that draws nothing, the medians of several.
+        """
+        mask = torch.zeros(self.tokens, dtype=torch.bool)
+        idle = self._median(lambda: self._sample(batch, mask=mask, backend="naive"), self.repeats)
+        seconds = []
+        for length in lengths:
+            here = mask.clone()
+            here[length : length + STEPS_PER_NODE] = True
+            busy = self._median(lambda here=here: self._sample(batch, mask=here, backend="naive"), self.repeats)
+            seconds.append((busy - idle) / STEPS_PER_NODE)
+        return seconds
+
+    def row(self, batch: int, backend: str = "auto", dtype: str | None = None, repeats: int | None = None) -> float:
+        """Seconds to draw the middle row of ``batch`` images on a known upper half, the median of several."""
+        mask = torch.zeros(self.side, self.side, dtype=torch.bool)
+        mask[self.side // 2] = True
+        return self._median(lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats)
+
+    def _sample(self, batch: int, mask: Tensor | None = None, **how: Any) -> Tensor:
+        if mask is not None:
+            start = torch.zeros(batch, self.side, self.side, dtype=torch.int64, device=self.model.device)
+            how |= {"start": start, "mask": mask.view(self.side, self.side)}
+        return sample_grid(self.model, apply.conditions(self.model, batch), self.side, self.side, **self.options, **how)
+
+    def _median(self, work: Callable[[], Any], repeats: int) -> float:
+        work()
+        return float(np.median([self._clock(work) for _ in range(repeats)]))
+
+    def _clock(self, work: Callable[[], Any]) -> float:
+        self._wait()
+        began = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)

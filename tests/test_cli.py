@@ -1,0 +1,266 @@
+"""The command line, on a reproduction small enough to make in a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import golden
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tamingfast
+from tamingfast import cli, report, reproduce
+from tamingfast.data.tokens import TokenDataset
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """The smoke preset's output, made once."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    assert run("reproduce", "--preset", "smoke", "--out", out, "timing.repeats=1", "timing.prefixes=3") == 0
+    return out
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+class TestReproduce:
+    def test_report_holds_what_was_measured(self, reproduced):
+        results = json.loads((reproduced / "report.json").read_text())
+        text = (reproduced / "report.md").read_text()
+        for protocol in ("paper", "cached", "fastest"):
+            pixels, latents = (results["speed"][protocol][name] for name in ("pixels", "latents"))
+            assert pixels["tokens"] == 1024 and latents["tokens"] == 256
+            for row in (pixels, latents):
+                rate = row["tokens"] / row["seconds_per_image"]
+                assert row["tokens_per_second"] == pytest.approx(rate)
+            assert f"**{pixels['seconds_per_image'] / latents['seconds_per_image']:.2f}**" in text
+        assert results["data"] in text and "CIFAR" not in text
+        assert results["speed"]["paper"]["pixels"]["integrated"] and "integrated" in text
+        for picture in [*results["pictures"], "training.png", "speed.png"]:
+            assert f"({picture})" in text or picture == "speed.png"
+            with Image.open(reproduced / picture) as image:
+                assert len(np.unique(np.asarray(image))) > 10
+
+    def test_both_priors_had_the_same_budget(self, reproduced):
+        results = json.loads((reproduced / "report.json").read_text())
+        geometry, runs = results["prior"], {run["directory"]: run for run in results["runs"]}
+        batch = results["settings"]["prior"]["training"]["batch_size"]
+        spent = [
+            runs[name]["steps"] * batch * reproduce.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
+            for name in (reproduce.LATENT_PRIOR, reproduce.PIXEL_PRIOR)
+        ]
+        one_step = spent[1] / runs[reproduce.PIXEL_PRIOR]["steps"]
+        assert spent[0] == pytest.approx(geometry["budget_flops"])
+        assert abs(spent[1] - spent[0]) <= one_step / 2 + 1
+
+    def test_flops_of_a_forward_pass_are_those_that_torch_counts(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        geometry = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+        model = tamingfast.GPT(vocab_size=50, block_size=64, **geometry)
+        with FlopCounterMode(display=False) as counter, tamingfast.backends.use("reference"):
+            model(torch.zeros(1, 64, dtype=torch.int64))
+        assert reproduce.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
+
+    def test_a_finished_run_is_resumed_without_training_again(self, reproduced):
+        before = (reproduced / "vqgan" / "state.pt").stat().st_mtime_ns
+        again = ["timing.repeats=1", "timing.prefixes=0", "timing.batch=1", "sampling.images=1"]
+        assert run("reproduce", "--preset", "smoke", "--out", reproduced, "--resume", *again) == 0
+        assert (reproduced / "vqgan" / "state.pt").stat().st_mtime_ns == before
+        assert not json.loads((reproduced / "report.json").read_text())["speed"]["paper"]["pixels"]["integrated"]
+
+    def test_an_existing_run_is_not_overwritten(self, reproduced, capsys):
+        assert run("reproduce", "--preset", "smoke", "--out", reproduced) == cli.USAGE_ERROR
+        assert "--resume" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", reproduce.presets())
+    def test_presets_are_complete(self, name):
+        settings = reproduce.load_preset(name)
+        assert set(settings) == {"data", "vqgan", "colors", "prior", "sampling", "timing"}
+
+    def test_table_states_the_ratio(self):
+        row = {"seconds_per_image": 2.0, "tokens_per_second": 1.0}
+        faster = {"seconds_per_image": 0.5, "tokens_per_second": 1.0}
+        speed = {key: {"pixels": row, "latents": faster} for key in ("paper", "cached", "fastest")}
+        assert report.speed_table(speed).count("**4.00**") == 3
+        assert "14.08" in report.speed_table(speed)
+
+
+class TestSample:
+    def test_count_and_determinism(self, reproduced, tmp_path):
+        prior = reproduced / "prior_latents"
+        for name, batch in (("a", 3), ("b", 1)):
+            out = tmp_path / f"{name}.png"
+            assert run("sample", prior, "-n", 3, "--batch", batch, "--out", out, "--seed", 5, "--separate") == 0
+        for number in range(3):
+            first, second = (np.asarray(Image.open(tmp_path / f"{name}-{number:04d}.png")) for name in "ab")
+            assert first.shape == (32, 32, 3)
+            assert (first == second).all()
+
+    def test_larger_than_trained(self, reproduced, tmp_path):
+        out = tmp_path / "wide.png"
+        assert run("sample", reproduced / "prior_latents", "-n", 1, "--size", "32x40", "--out", out, "--schedule", "block") == 0
+        assert Image.open(out).size == (40 + 4, 32 + 4)
+
+    def test_pixels(self, reproduced, tmp_path):
+        assert run("sample", reproduced / "prior_pixels", "-n", 1, "--size", "8x8", "--out", tmp_path / "p.png") == 0
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--size", "33"], "multiples of 2"),
+            (["--size", "big"], "expected HEIGHTxWIDTH"),
+            (["--class", "1"], "unconditional"),
+            (["-n", "0"], "at least 1"),
+            (["--temperature", "0"], "greedy"),
+            (["--schedule", "zigzag"], "zigzag"),
+            (["--dtype", "int8"], "native engine"),
+            (["--device", "warp"], "device 'warp'"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, words, message):
+        code = run("sample", reproduced / "prior_latents", "--out", tmp_path / "x.png", *words)
+        error = capsys.readouterr().err.strip()
+        assert code == cli.USAGE_ERROR
+        assert message in error and len(error.splitlines()) == 1 and "Traceback" not in error
+        assert not (tmp_path / "x.png").exists()
+
+    def test_a_first_stage_cannot_draw(self, reproduced, capsys):
+        assert run("sample", reproduced / "vqgan") == cli.USAGE_ERROR
+        assert "train prior" in capsys.readouterr().err
+
+    def test_original_checkpoints(self, tmp_path):
+        out = tmp_path / "s.png"
+        for name, label in (("net2net_class", ["--class", "3"]), ("net2net_uncond", [])):
+            assert run("sample", golden.checkpoint(name), "-n", 1, "--out", out, "--size", "8x8", *label) == 0
+
+    def test_spatial_conditions_are_pointed_elsewhere(self, capsys):
+        assert run("sample", golden.checkpoint("net2net_seg")) == cli.USAGE_ERROR
+        assert "segmentation" in capsys.readouterr().err
+
+
+class TestImages:
+    def test_reconstruct(self, reproduced, photo, tmp_path, capsys):
+        out = tmp_path / "r.png"
+        assert run("reconstruct", reproduced / "vqgan", photo, photo, "--out", out) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert figures["l1"] > 0 and figures["psnr"] > 0 and figures["codes"] >= 1
+        assert Image.open(out).size == (2 * 34 + 2, 2 * 34 + 2)
+
+    def test_completion_keeps_the_upper_half(self, reproduced, photo, tmp_path):
+        out = tmp_path / "c.png"
+        prior = reproduced / "prior_pixels"  # pixels as tokens: what is kept is kept to the colour
+        assert run("complete", prior, photo, "--out", out, "--times", 2, "--size", "8x8") == 0
+        sheet = np.asarray(Image.open(out)).astype(int)
+        given, *completed = (sheet[2 + i * 10 : 10 + i * 10, 2:10] for i in range(3))
+        model = tamingfast.load_model(prior).first_stage_model
+        x = torch.as_tensor(given / 127.5 - 1).permute(2, 0, 1)[None].float()
+        kept = ((model(x)[0][0].permute(1, 2, 0) + 1) * 127.5).round().int().numpy()
+        for image in completed:
+            assert (image[:4] == kept[:4]).all()
+        assert (completed[0][4:] != completed[1][4:]).any()
+
+    def test_a_directory_of_images(self, reproduced, photo, tmp_path):
+        assert run("reconstruct", reproduced / "vqgan", photo.parent, "--out", tmp_path / "out" / "r.png") == 0
+
+    @pytest.mark.parametrize(("name", "content"), [("none.png", None), ("text.png", b"not an image")])
+    def test_unreadable_images_are_named(self, reproduced, tmp_path, capsys, name, content):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert run("reconstruct", reproduced / "vqgan", tmp_path / name) == cli.USAGE_ERROR
+        assert name in capsys.readouterr().err
+
+
+class TestEncodeAndTrain:
+    def test_token_file_feeds_the_prior(self, reproduced, photo, tmp_path):
+        folder = tmp_path / "data"
+        for label in ("cat", "dog"):
+            (folder / label).mkdir(parents=True)
+            for i in range(6):
+                Image.open(photo).rotate(30 * i).save(folder / label / f"{i}.png")
+        tokens = tmp_path / "tokens.safetensors"
+        data = ["name=folder", f"path={folder}", "size=32", "flip=false", "validation_fraction=0.2"]
+        assert run("encode", reproduced / "vqgan", "--out", tokens, *data) == 0
+        dataset = TokenDataset(tokens)
+        assert dataset.grid == (16, 16) and list(dataset.classes) == ["cat", "dog"]
+        out = tmp_path / "prior"
+        words = ["train", "prior", "tiny", "--first-stage", reproduced / "vqgan", "--out", out]
+        words += ["data.name=tokens", f"data.path={tokens}", "prior.condition=class", "training.steps=2"]
+        words += ["training.batch_size=2", "--seed", 3, "training.image_every=null"]
+        assert run(*words) == 0
+        model = tamingfast.load_model(out)
+        assert model.cond_stage_model.n_classes == 2
+        assert model.config["training"]["seed"] == 3
+        assert run("sample", out, "-n", 2, "--size", "8x8", "--out", tmp_path / "s.png") == 0
+        original = tamingfast.load_model(reproduced / "vqgan").state_dict()
+        inside = model.first_stage_model.state_dict()
+        assert all(torch.equal(inside[key], original[key]) for key in inside)
+
+    def test_vqgan_by_preset_and_overrides(self, tmp_path):
+        words = ["train", "vqgan", "photos32_vqgan", "--out", tmp_path / "run", "training.steps=1", "training.batch_size=2"]
+        words += ["model.params.ddconfig.ch=32", "data.length=8", "training.validation_batches=1", "training.image_every=1"]
+        assert run(*words) == 0
+        assert list((tmp_path / "run" / "images").glob("*.png"))
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["photos32_vqgan", "training.step=3"], "did you mean 'steps'"),
+            (["photos32_vqgan", "data.name=fotos"], "photos"),
+            (["nonsense"], "presets:"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, capsys, words, message):
+        assert run("train", "vqgan", "--out", tmp_path / "x", *words) == cli.USAGE_ERROR
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+
+
+class TestFiles:
+    def test_inspect(self, capsys):
+        assert run("inspect", golden.checkpoint("net2net_seg")) == 0
+        assert json.loads(capsys.readouterr().out)["values_by_part"]["cond_stage_model"] > 0
+
+    def test_convert(self, reproduced, tmp_path, capsys):
+        out = tmp_path / "m.safetensors"
+        assert run("convert", reproduced / "prior_latents", out) == 0
+        assert run("sample", out, "-n", 1, "--size", "8x8", "--out", tmp_path / "s.png") == 0
+        assert run("convert", reproduced / "prior_latents", tmp_path / "m.bin") == cli.USAGE_ERROR
+        assert ".safetensors" in capsys.readouterr().err
+
+    def test_info(self, capsys):
+        assert run("info") == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in ("torch", "native", "triton", "gpu"))
+
+
+def test_unknown_words_are_refused(capsys):
+    for words in (["sample", "x", "--colour", "red"], ["info", "extra"], ["nonsense"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*words)
+        assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_interrupt_and_closed_pipe(reproduced):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "tamingfast.cli", "inspect", str(golden.checkpoint("net2net_seg"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.wait()
