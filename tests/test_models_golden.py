@@ -114,7 +114,7 @@ def test_transformer_training_by_hand():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(float(loss))
+        seen.append(loss.item())
     assert_close(torch.tensor(seen, dtype=torch.float64), torch.as_tensor(recorded["loss"]), **TOLERANCE)
     assert all(parameter.grad is None for parameter in model.first_stage_model.parameters())
 

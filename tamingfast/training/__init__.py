@@ -1,0 +1,7 @@
+"""Training of both stages: `vqgan.train`, `prior.train`, and the configs that they take."""
+
+from __future__ import annotations
+
+from tamingfast.training.settings import load_config, presets
+
+__all__ = ["load_config", "presets"]

@@ -1,0 +1,114 @@
+"""Training that has gone wrong: stop before bad weights reach the disk, and say what probably happened."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamingfast.errors import UserError
+
+COLLAPSED_USAGE = 0.01
+COLLAPSED_FOR = 3
+SEPARATED_MARGIN = 1.0
+
+
+class Monitor:
+    """Watches one run. `check` raises UserError; `hints` returns advice that is worth a line on the terminal."""
+
+    def __init__(self, learning_rate: float, precision: str):
+        self.learning_rate = learning_rate
+        self.precision = precision
+        self._losses: deque[float] = deque(maxlen=50)
+        self._collapsed = 0
+        self._separated = 0
+        self._told: set[str] = set()
+
+    def check(
+        self, step: int, loss: float, grad_norm: float, values: Mapping[str, Tensor], batches: Sequence[Any]
+    ) -> None:
+        """Raise UserError with the likely cause unless ``loss`` and ``grad_norm`` of this step are finite.
+
+        Called before the optimizer moves, so the weights are still those of the step before.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._losses.append(loss)
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+        raise UserError(f"{what} at step {step}: {self._cause(numbers, batches)}")
+
+    def explain(self, step: int, error: ValueError, batches: Sequence[Any]) -> None:
+        """Raise UserError with the likely cause when ``error`` is an op's refusal of values that are not finite."""
+        if not isinstance(error, UserError) and re.search(r"\bnan\b|infinit", str(error), re.IGNORECASE):
+            raise UserError(
+                f"values inside the model are not finite at step {step}: {self._cause({}, batches)}"
+            ) from error
+
+    def _cause(self, values: Mapping[str, float], batches: Sequence[Any]) -> str:
+        if (bad := non_finite_image(batches)) is not None:
+            return f"the image {bad} has values that are not finite; remove or repair it, then continue with --resume"
+        if values.get("d_weight", 0.0) > 1e3:
+            return (
+                f"the adaptive discriminator weight has reached {values['d_weight']:.3g}; raise disc_start or lower "
+                "disc_weight in model.params.lossconfig.params"
+            )
+        broken = sorted(name for name, value in values.items() if not math.isfinite(value))
+        where = f" (first seen in {', '.join(broken)})" if broken else ""
+        if len(self._losses) >= 10 and self._losses[-1] > 2 * min(self._losses) > 0:
+            return (
+                f"the loss rose from {min(self._losses):.3g} to {self._losses[-1]:.3g} before it{where}; the learning "
+                f"rate {self.learning_rate:.3g} is probably too high: set a lower training.learning_rate"
+            )
+        if self.precision != "float32":
+            return f"{self.precision} probably overflowed{where}; try training.precision=float32"
+        return (
+            f"the learning rate {self.learning_rate:.3g} is probably too high{where}; set a lower "
+            "training.learning_rate or training.grad_clip=1.0"
+        )
+
+    def hints(self, values: Mapping[str, float]) -> list[str]:
+        """Advice after a validation with these ``values``; each hint is given once."""
+        self._collapsed = self._collapsed + 1 if values.get("codebook_usage", 1.0) < COLLAPSED_USAGE else 0
+        margin = min(values.get("logits_real", 0.0), -values.get("logits_fake", 0.0))
+        self._separated = self._separated + 1 if margin > SEPARATED_MARGIN else 0
+        found = []
+        if self._collapsed >= COLLAPSED_FOR:
+            found.append(
+                f"less than {COLLAPSED_USAGE:.0%} of the codes were used in {COLLAPSED_FOR} validations running: the "
+                "codebook has collapsed; a lower learning rate, a smaller n_embed or a larger batch may help"
+            )
+        if self._separated >= COLLAPSED_FOR:
+            found.append(
+                f"the discriminator told every image from its reconstruction in {COLLAPSED_FOR} validations running "
+                "and teaches little; a later disc_start or a smaller disc_ndf may help"
+            )
+        fresh = [hint for hint in found if hint not in self._told]
+        self._told.update(fresh)
+        return fresh
+
+
+def non_finite_image(batches: Iterable[Any]) -> str | None:
+    """The ``file_path_`` (or the place in the batch) of the first image with NaN or infinite values; None without."""
+    for batch in batches:
+        images = batch.get("image") if isinstance(batch, Mapping) else None
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            continue
+        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            paths = batch.get("file_path_")
+            return str(paths[bad[0]]) if paths else f"number {bad[0]} of the batch"
+    return None
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all gradients, float32 (); 0 when there are none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -1,0 +1,269 @@
+"""The second stage's training: paper section 3.2, on the tokens of a frozen first stage."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tamingfast.config import instantiate_from_config, plain
+from tamingfast.errors import UserError, nearest
+from tamingfast.training import distributed, feed, loop
+from tamingfast.training.settings import build_datasets, check_stage, training_settings
+from tamingfast.training.vqgan import optimizers_of
+from tamingfast.weights import load_into
+
+# The original's names, so that a run's config also reads well there.
+MODEL = "taming.models.cond_transformer.Net2NetTransformer"
+GPT = "taming.modules.transformer.mingpt.GPT"
+LABELATOR = "taming.modules.util.Labelator"
+DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
+PERMUTERS = "taming.modules.transformer.permuter"
+
+#: ``prior.ordering`` -> class of the permuter (second source, section 3); None keeps the tokens as they are.
+ORDERINGS = {
+    "row_major": None,
+    "spiral_out": "SpiralOut",
+    "spiral_in": "SpiralIn",
+    "z_curve": "ZCurve",
+    "subsample": "Subsample",
+    "alternate": "AlternateParsing",
+    "random": "Random",
+}
+SAMPLE_TOP_K = 100
+
+
+def train(
+    config: Mapping[str, Any],
+    first_stage: str | os.PathLike | None,
+    out: str | os.PathLike,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    datasets: tuple[Dataset, Dataset | None] | None = None,
+) -> Path:
+    """Train a prior on the tokens of ``first_stage`` (a run directory or checkpoint) into ``out``; returns it.
+
+    The model's config is completed by `prior_config`, and without a ``data:`` section the first stage's is used. With
+    ``first_stage`` None the config must be complete, as the original's are, with the first stage's ``ckpt_path``.
+    ``datasets`` (training, validation) replaces the ``data:`` section; items with ``indices`` (h, w) are taken as
+    tokens, others are encoded batch by batch. Raises as `tamingfast.training.vqgan.train`.
+    """
+    config, out = dict(plain(config)), Path(out)
+    settings = training_settings(config)
+    check_stage(config, prior=True)
+    with distributed.world(device) as among:
+        frozen, weights = _first_stage(first_stage)
+        config["data"] = config.get("data") or frozen.get("data") or {}
+        datasets = datasets or build_datasets(config)
+        if first_stage is not None:
+            config = prior_config(frozen, config, *_token_facts(frozen, datasets[0]))
+        described = config.get("model") or {}
+        lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
+        loop.prepare(config, out, resume, settings, datasets[0], among)
+        torch.manual_seed(feed.key(settings.seed, "weights"))
+        model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
+        if weights is not None:
+            load_into(model.first_stage_model, weights, first_stage, optional=("loss.", "colorize"))
+        stage = PriorStage(model.to(among.device), lr, _grid(model.first_stage_model, datasets[0]), settings.seed)
+        return loop.run(stage, settings, datasets, out, among, resume)
+
+
+def prior_config(
+    first_stage_config: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    grid: tuple[int, int],
+    classes: int | None = None,
+) -> dict[str, Any]:
+    """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage settles.
+
+    ``grid`` is tokens per side, (height, width); ``classes`` how many labels the data have. ``prior.condition`` is
+    "none" (one start token) or "class"; ``prior.ordering`` a key of `ORDERINGS`. The vocabulary holds the codes and the
+    condition's tokens, the block size both sequences; what ``model.params`` gives already is kept. The first stage is
+    embedded without its loss and without a path: its weights become part of the prior's.
+
+    Raises UserError for unknown conditions and orderings, and for classes that the data do not have.
+    """
+    config = {key: value for key, value in plain(overrides).items() if key != "prior"}
+    options = {"condition": "none", "ordering": "row_major", "classes": None} | (plain(overrides).get("prior") or {})
+    given = dict((config.get("model") or {}).get("params") or {})
+    params: dict[str, Any] = {"first_stage_config": _embedded(first_stage_config)}
+
+    condition_tokens, condition_vocabulary = 1, 0
+    if "cond_stage_config" in given:
+        condition_tokens = math.prod(grid) if not _is_single_token(given["cond_stage_config"]) else 1
+        condition_vocabulary = _condition_vocabulary(given["cond_stage_config"])
+    elif _choice(options["condition"], ("none", "class"), "prior.condition") == "class":
+        condition_vocabulary = options["classes"] or classes
+        if not condition_vocabulary:
+            raise UserError(
+                "prior.condition=class needs labels, but the data have none; set prior.classes or prior.condition=none"
+            )
+        params |= {
+            "cond_stage_config": {"target": LABELATOR, "params": {"n_classes": condition_vocabulary}},
+            "cond_stage_key": "class_label",
+        }
+    else:
+        params |= {"cond_stage_config": "__is_unconditional__", "cond_stage_key": "image", "unconditional": True}
+    permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
+    if permuter is not None:
+        params["permuter_config"] = {"target": f"{PERMUTERS}.{permuter}", "params": {"H": grid[0], "W": grid[1]}}
+
+    codes, _ = _geometry(first_stage_config)
+    settled = {
+        "vocab_size": max(codes, condition_vocabulary, given.get("sos_token", 0) + 1),
+        "block_size": condition_tokens + math.prod(grid),
+    }
+    transformer = dict(given.get("transformer_config") or {})
+    transformer = {
+        "target": transformer.get("target", GPT),
+        "params": settled | dict(transformer.get("params") or {}),
+    }
+    config["model"] = {
+        "base_learning_rate": (config.get("model") or {}).get("base_learning_rate"),
+        "target": (config.get("model") or {}).get("target", MODEL),
+        "params": params
+        | given
+        | {"first_stage_config": params["first_stage_config"], "transformer_config": transformer},
+    }
+    return config
+
+
+def _choice(value: Any, valid: tuple[str, ...], name: str) -> str:
+    if value not in valid:
+        hint = nearest(str(value), valid) or f"; valid are {', '.join(valid)}"
+        raise UserError(f"{name} is '{value}', which is unknown{hint}")
+    return value
+
+
+def _is_single_token(stage: Any) -> bool:
+    return stage == "__is_unconditional__" or (isinstance(stage, Mapping) and stage.get("target") == LABELATOR)
+
+
+def _condition_vocabulary(stage: Any) -> int:
+    params = stage.get("params") or {} if isinstance(stage, Mapping) else {}
+    # A coordinate stage rounds to n_embed itself.
+    extra = 1 if isinstance(stage, Mapping) and str(stage.get("target")).endswith("CoordStage") else 0
+    return params.get("n_classes") or params.get("n_embed", 0) + extra
+
+
+def _embedded(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = plain(config)["model"]
+    params = {
+        key: value for key, value in model["params"].items() if key not in ("ckpt_path", "ignore_keys", "monitor")
+    }
+    if "lossconfig" in params:
+        params["lossconfig"] = {"target": DUMMY_LOSS}
+    return {"target": model["target"], "params": params}
+
+
+def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(number of codes, pixels per token along a side) of a first stage, from its config alone."""
+    with torch.device("meta"):
+        stage = instantiate_from_config(_embedded(first_stage_config))
+    return stage.n_embed, stage.factor
+
+
+def _first_stage(path: str | os.PathLike | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """A first stage's config and weights; an empty config and None without a path."""
+    if path is None:
+        return {}, None
+    from tamingfast.checkpoints import load_model
+
+    model = load_model(path, device="cpu")
+    if not hasattr(model, "factor"):
+        raise UserError(
+            f"{path} holds a {type(model).__name__}, which is no first stage; give the run of `train vqgan`"
+        )
+    return model.config, model.state_dict()
+
+
+def _token_facts(first_stage_config: Mapping[str, Any], dataset: Dataset) -> tuple[tuple[int, int], int | None]:
+    """(grid, number of classes) of a dataset under a first stage. UserError when its tokens are another's."""
+    codes, factor = _geometry(first_stage_config)
+    vocabulary = getattr(dataset, "vocab_size", None)
+    if vocabulary is not None and vocabulary != codes:
+        raise UserError(
+            f"the token file was written with {vocabulary} codes but the first stage has {codes}; encode the data with "
+            "this first stage"
+        )
+    classes = getattr(dataset, "classes", None)
+    return _tokens_of(dataset, factor), classes if isinstance(classes, int | None) else len(classes)
+
+
+def _grid(first_stage: nn.Module, dataset: Dataset) -> tuple[int, int]:
+    return _tokens_of(dataset, first_stage.factor)
+
+
+def _tokens_of(dataset: Dataset, factor: int) -> tuple[int, int]:
+    if hasattr(dataset, "grid"):
+        return tuple(dataset.grid)
+    height, width = dataset[0]["image"].shape[:2]
+    if height % factor or width % factor:
+        raise UserError(
+            f"the images are {height} x {width}, no multiple of the first stage's {factor}; set data.size to one"
+        )
+    return height // factor, width // factor
+
+
+class PriorStage:
+    """A `Net2NetTransformer` with its AdamW."""
+
+    shown = ("loss", "nll", "perplexity")
+
+    def __init__(self, model: nn.Module, learning_rate: float, grid: tuple[int, int], seed: int = 0):
+        self.model, self.grid, self.seed = model, grid, seed
+        model.learning_rate = learning_rate
+        self.optimizers = optimizers_of(model)
+
+    def tokens(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, n) in the ordering's sequence, and condition tokens (B, c)."""
+        model = self.model
+        # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            if "indices" not in batch:
+                x, c = model.get_xc(batch)
+                return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
+            z = model.permuter(batch["indices"].flatten(1).long())
+            return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
+
+    def nll(self, batch: Mapping[str, Any]) -> Tensor:
+        """Cross entropy of the batch's image tokens, nats per token ()."""
+        z, c = self.tokens(batch)
+        logits = self.model.token_logits(z, c)
+        return F.cross_entropy(logits.flatten(0, 1).float(), z.flatten())
+
+    def loss(self, batch: Mapping[str, Any], index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        value = self.nll(batch)
+        return value, {"loss": value}
+
+    def validate(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Mean negative log-likelihood in nats per token, and its exponential."""
+        total, images = 0.0, 0
+        for batch in batches:
+            size = len(batch["indices"] if "indices" in batch else batch[self.model.first_stage_key])
+            total += float(self.nll(batch)) * size
+            images += size
+        nll = total / images
+        return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+
+    def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """What the first stage makes of the batch, and samples under the same conditions."""
+        z, c = self.tokens(batch)
+        height, width = self.grid
+        shown = self.model.decode_grid(self.model.permuter(z, reverse=True).view(-1, height, width))
+        samples = self.model.sample_images(
+            c,
+            height,
+            width,
+            window=max(height, width),
+            top_k=min(SAMPLE_TOP_K, self.model.transformer.config.vocab_size),
+            seed=self.seed,
+        )
+        return [shown, samples]

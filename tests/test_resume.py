@@ -1,0 +1,166 @@
+"""A run that is interrupted, in whatever way, and continued is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from tamingfast import UserError, checkpoints, load_model
+from tamingfast.training import checkpoint, loop, vqgan
+
+STAGES = ("vqgan", "prior")
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory) -> Path:
+    return tiny.train("vqgan", tmp_path_factory.mktemp("first") / "run", steps=2)
+
+
+def same_run(one: Path, other: Path) -> None:
+    assert (one / checkpoint.METRICS).read_text() == (other / checkpoint.METRICS).read_text()
+    states = [torch.load(out / checkpoint.STATE, weights_only=True) for out in (one, other)]
+    for part in ("model", "optimizers"):
+        left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in states)
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    models = [load_model(out).state_dict() for out in (one, other)]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_mid_epoch(stage, first_stage, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, tiny.__file__, stage, out, first_stage if stage == "prior" else "-", "100000"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        deadline = time.monotonic() + 100
+        metrics = out / checkpoint.METRICS
+        while not (checkpoint.exists(out) and metrics.read_bytes().count(b'"train"') >= 7):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    with open(metrics, "a") as stream:
+        stream.write('{"step": 100, "epoch": 9, "split": "train", "lo')  # what a kill in mid-line leaves
+    reached = checkpoint.progress(out)
+    assert reached["step"] % 5 == 0 and reached["batch"] == reached["step"] % 6
+
+    settings = {"steps": reached["step"] + 4, "checkpoint_every": 5}
+    tiny.train(stage, out, first_stage, resume=True, **settings)
+    same_run(out, tiny.train(stage, tmp_path / "unbroken", first_stage, **settings))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_asked_to_stop(stage, number, first_stage, tmp_path, monkeypatch):
+    def asked(self, index, read=tiny.Noise.__getitem__):
+        # The fifth image of the second epoch, in its third step.
+        if self.epoch == 1 and not self.seed:
+            self.reads = getattr(self, "reads", 0) + 1
+            if self.reads == 5:
+                os.kill(os.getpid(), number)
+        return read(self, index)
+
+    out, before = tmp_path / "stopped", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.Noise, "__getitem__", asked)
+        with pytest.raises(loop.Stopped, match=rf"after step 9 \({number.name}\).*--resume"):
+            tiny.train(stage, out, first_stage, steps=15)
+    assert signal.getsignal(number) == before
+    assert checkpoint.progress(out)["step"] == 9
+    tiny.train(stage, out, first_stage, resume=True, steps=15)
+    same_run(out, tiny.train(stage, tmp_path / "unbroken", first_stage, steps=15))
+
+
+def test_killed_between_the_two_files(tmp_path, monkeypatch):
+    out, save, calls = tmp_path / "killed", checkpoints.save_weights, []
+
+    def dies_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_weights", dies_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train("vqgan", out, steps=9)
+    assert checkpoint.progress(out)["step"] == 6
+    load_model(out)  # the export of step 3 is older, and whole
+    tiny.train("vqgan", out, resume=True, steps=9)
+    same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=9))
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train("vqgan", out)
+    tiny.train("vqgan", out, resume=True)
+    same_run(out, tiny.train("vqgan", tmp_path / "unbroken"))
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=5, accumulate=2)
+    assert checkpoint.read_metrics(out)[-1]["split"] == "validation"  # of the end, not of an epoch's end
+    finished = (out / checkpoint.METRICS).read_text()
+    tiny.train("vqgan", out, resume=True, steps=5, accumulate=2)
+    assert (out / checkpoint.METRICS).read_text() == finished
+    tiny.train("vqgan", out, resume=True, steps=8, accumulate=2)
+    same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=8, accumulate=2))
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    one = tiny.train("vqgan", tmp_path / "one", steps=4)
+    same_run(one, tiny.train("vqgan", tmp_path / "two", steps=4, workers=2))
+
+
+def test_another_seed_is_another_run(tmp_path):
+    one, two = tiny.train("vqgan", tmp_path / "one", steps=1), tiny.train("vqgan", tmp_path / "two", steps=1, seed=1)
+    assert (one / checkpoint.METRICS).read_text() != (two / checkpoint.METRICS).read_text()
+
+
+def test_time_budget_counts_over_interruptions(tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=None, seconds=0.3)
+    reached = checkpoint.progress(out)
+    assert reached["seconds"] >= 0.3 and reached["step"] >= 1
+    tiny.train("vqgan", out, resume=True, steps=None, seconds=0.3)
+    assert checkpoint.progress(out)["step"] == reached["step"]
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=2)
+    with pytest.raises(UserError, match="already holds a training run; continue it with --resume"):
+        tiny.train("vqgan", out)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        tiny.train("vqgan", tmp_path / "nowhere", resume=True)
+    with pytest.raises(UserError, match="training.batch_size is 1 but the run in .* began with 2"):
+        tiny.train("vqgan", out, resume=True, batch_size=1)
+    changed = tiny.config(tiny.VQGAN, {"n_embed": 32})
+    with pytest.raises(UserError, match="model.params.n_embed is 32 but"):
+        vqgan.train(changed, out, True, "cpu", tiny.datasets())
+    with pytest.raises(UserError, match="12 training images but the run in .* began with 13"):
+        vqgan.train(tiny.config(tiny.VQGAN), out, True, "cpu", (tiny.Noise(12), None))
+
+
+def test_damaged_states_are_named(tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=2)
+    whole = (out / "state.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        (out / "state.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="state.pt cannot be read"):
+            tiny.train("vqgan", out, resume=True)
+    with pytest.raises(UserError, match="holds no state.pt"):
+        checkpoint.progress(tmp_path / "nowhere")
