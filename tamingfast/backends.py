@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tamingfast.errors import UserError
+
 logger = logging.getLogger("tamingfast")
 
 # Which ops each backend has; a kernel is made known by its name here and a branch in ops.py.
@@ -194,3 +196,18 @@ def describe() -> str:
     for variable in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA"):
         lines.append(f"{variable} = {os.environ.get(variable) or 'not set, chosen by device and dtype'}")
     return "\n".join(lines)
+
+
+def pick_device(name: str | None = None) -> Any:
+    """The `torch.device` of that name, a GPU if None and there is one; UserError where it cannot be used here."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({reason}); see `tamingfast info`") from error
+    return device

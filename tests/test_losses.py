@@ -165,6 +165,20 @@ def test_discriminator_joins_at_its_start_step():
     assert loss(codebook, x, reconstruction, 1, 5)[0] > 0
 
 
+def test_a_resting_discriminator_changes_no_gradient():
+    layer, x, reconstruction = decoder_and_images()
+    gradients = []
+    for rest in (False, True):
+        loss = loss_with(disc_start=5, perceptual_weight=0.0, rest_before_start=rest)
+        calls = []
+        loss.discriminator.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        value, _ = loss(torch.tensor(0.25), x, layer(x), 0, 4, last_layer=layer.weight)
+        gradients.append(torch.autograd.grad(value, list(layer.parameters())))
+        assert len(calls) == (0 if rest else 1)
+    for with_judgement, without in zip(*gradients, strict=True):
+        assert_close(with_judgement, without)
+
+
 def test_perceptual_term_is_added_and_stays_out_of_the_state_dict():
     loss, (layer, x, reconstruction) = (
         loss_with(disc_start=9, perceptual_weight=2.0, perceptual_weights="random"),

@@ -204,7 +204,7 @@ class _Run:
         self.training, self.validation = datasets
         self.per_epoch = epoch_steps(self.training, settings, among.size)
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, 0, 0.0  # saved: the step of the state on disk
         self.metrics: checkpoint.Metrics | None = None
 
     def train(self, resume: bool) -> Path:
@@ -287,7 +287,7 @@ class _Run:
 
     def finish(self) -> None:
         """Save first: what follows can be repeated, the training cannot."""
-        if self.step and not self.due(self.settings.checkpoint_every):
+        if self.step != self.saved:
             self.save()
         if not self.due(self.validate_every):
             self.validate((self.step - 1) // self.per_epoch)
@@ -344,6 +344,7 @@ class _Run:
             "metrics_bytes": self.metrics.size(),
         }
         checkpoint.save(self.out, self.stage.model, self.stage.optimizers, progress)
+        self.saved = self.step
 
     def restore(self) -> int:
         """Take up the state in ``out``; returns how much of the metrics belongs to it."""
@@ -358,4 +359,5 @@ class _Run:
                     "many, or start a new run in another directory"
                 )
         self.step, self.seconds = progress["step"], progress["seconds"]
+        self.saved = self.step
         return progress["metrics_bytes"]

@@ -1,0 +1,52 @@
+# Every target makes .venv when it is missing or out of date, with the versions of constraints.txt.
+PYTHON ?= python3
+PRESET ?= cpu
+OUT ?= runs/reproduce
+THREADS ?= 2
+TEST_ARGS ?=
+BENCH_ARGS ?=
+# `make bench RECORD=name` keeps the figures in benchmarks/results/name.json.
+RECORD ?=
+
+BIN := .venv/bin
+DEPENDENCIES := .venv/dependencies.stamp
+READY := .venv/ready.stamp
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
+	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
+
+.PHONY: reproduce test bench bench-gpu lint clean
+
+reproduce: $(READY)
+	$(BIN)/tamingfast reproduce --preset $(PRESET) --out $(OUT)
+
+test: $(READY)
+	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q $(TEST_ARGS)
+
+bench: $(READY)
+	$(BENCHMARK)
+
+bench-gpu: $(READY)
+	$(BENCHMARK) -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+clean:
+	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
+
+# torch comes first and alone, so that nothing else decides which build of it is taken. lpips comes without its
+# dependencies: it asks for torchvision, whose published builds do not import beside a CPU-only torch.
+$(DEPENDENCIES): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test]' clang-format ruff
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips
+	touch $@
+
+# The editable installation is repeated when the native sources change, and only it.
+$(READY): $(DEPENDENCIES) setup.py $(NATIVE)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --no-deps --editable .
+	touch $@

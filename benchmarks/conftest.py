@@ -1,0 +1,125 @@
+"""Shared by all benchmarks: facts of the machine, its limits measured in the same run, and fair comparison.
+
+The recorded JSON carries, beside each figure, what ran it (``machine_info.tamingfast``) and how fast this machine
+copies memory and multiplies matrices, so that a figure can be read as a share of what is physically possible.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tamingfast import backends
+
+
+def pytest_report_header() -> list[str]:
+    return backends.describe().splitlines()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    device = backends.gpu()
+    if not device.available:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=device.reason))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    devices = ["cpu", "cuda"] if backends.gpu().available else ["cpu"]
+    machine_info["tamingfast"] = backends.machine() | {"limits": {device: limits(device) for device in devices}}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+_limits: dict[str, dict[str, float]] = {}
+
+
+def limits(device: str) -> dict[str, float]:
+    """The best copy bandwidth (bytes read plus written) and float32 matrix-product rate seen so far in this run.
+
+    Every call tries again and keeps the best: a limit taken once, while something else ran, would be beaten. The rate
+    is that of torch's library, which does not use every instruction set of every processor: shares over 1 can be real.
+    """
+    # 256 MiB is larger than any cache.
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    side = 2048 if device == "cpu" else 8192
+    a = torch.ones(side, side, device=device)
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(3))
+    product = min(seconds(lambda: a @ a, device) for _ in range(3))
+    tried = {
+        "copy_gb_per_s": 2 * source.numel() * source.element_size() / copy / 1e9,
+        "matmul_float32_gflop_per_s": 2 * side**3 / product / 1e9,
+    }
+    seen = _limits.setdefault(device, tried)
+    for name, value in tried.items():
+        seen[name] = max(seen[name], value)
+    return seen
+
+
+@pytest.fixture
+def compare(benchmark) -> Callable[..., None]:
+    """Time ``ours`` against ``rivals`` in turns, so that a disturbance of the machine meets all alike.
+
+    ``compare(ours, rivals, device, flop, size)``: rivals maps names to callables, all of which the caller has run
+    and validated; flop and size (bytes) are what the problem itself asks for. extra_info gets each rival's median
+    seconds, the ratio of the fastest rival's to ours, and our share of the limit: the larger of size / bandwidth and
+    flop / rate, over our time.
+    """
+
+    def run(
+        ours: Callable[[], Any],
+        rivals: dict[str, Callable[[], Any]],
+        device: str,
+        flop: float,
+        size: float,
+        rounds: int = 5,
+    ) -> None:
+        times: dict[str, list[float]] = {name: [] for name in rivals}
+
+        def between_rounds() -> None:
+            for name, rival in rivals.items():
+                times[name].append(seconds(rival, device))
+            limits(device)
+
+        def timed() -> None:
+            ours()
+            synchronize(device)
+
+        benchmark.pedantic(timed, setup=between_rounds, rounds=rounds)
+
+        mine = benchmark.stats.stats.median
+        medians = {name: statistics.median(measured) for name, measured in times.items()}
+        limit = limits(device)
+        best = max(size / limit["copy_gb_per_s"], flop / limit["matmul_float32_gflop_per_s"]) / 1e9
+        benchmark.extra_info |= {
+            "rival_seconds": medians,
+            "best_rival": min(medians, key=medians.get),
+            "ratio_to_best_rival": min(medians.values()) / mine,
+            "gflop_per_s": flop / mine / 1e9,
+            "share_of_limit": best / mine,
+        }
+        print(
+            f"\n  {mine * 1e3:.1f} ms, {benchmark.extra_info['ratio_to_best_rival']:.2f}x the best of "
+            + ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in medians.items())
+            + f"; {flop / mine / 1e9:.0f} GFLOP/s, {100 * best / mine:.0f} % of torch's copy or matmul"
+        )
+
+    return run

@@ -1,0 +1,18 @@
+// Instruction sets that kernels are compiled for, and the choice among them when the program runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace tamingfast {
+
+enum class Isa { generic, avx2, avx512 };
+
+// What this processor and this build can run, the slowest first.
+std::vector<std::string> supported_isas();
+
+// The instruction set of that name, the fastest for "auto".
+// Throws std::invalid_argument when the name is unknown or the processor cannot run it.
+Isa parse_isa(const std::string& name);
+
+}  // namespace tamingfast

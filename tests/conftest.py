@@ -1,0 +1,33 @@
+"""Shared by all tests: seeds, and the skip of what needs a GPU."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tamingfast import backends
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    device = backends.gpu()
+    if not device.available:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=device.reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Global generators start alike for every test, so that a test alone and in the suite does the same."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the libraries under test may use the legacy generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator of the test's own."""
+    return torch.Generator().manual_seed(0)
