@@ -28,7 +28,9 @@ def first_stage_of(model: nn.Module) -> nn.Module:
 def check_prior(model: nn.Module) -> nn.Module:
     """The model itself; UserError when it is no prior."""
     if not hasattr(model, "transformer"):
-        raise UserError(f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`")
+        raise UserError(
+            f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`"
+        )
     return model
 
 
@@ -70,7 +72,8 @@ def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
     if height < 1 or width < 1 or height % factor or width % factor:
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
         raise UserError(
-            f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, for example {near[0]}x{near[1]}"
+            f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, "
+            f"for example {near[0]}x{near[1]}"
         )
     return height // factor, width // factor
 
@@ -94,8 +97,8 @@ def draw(
 ) -> Iterator[Tensor]:
     """Token grids (b, rows, columns) of len(cond) images in batches; the batch size does not change the result.
 
-    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and ``start`` and ``mask`` of
-    all images are cut along. ``progress(done, total)`` counts sampled tokens over all images.
+    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and a ``start`` for all
+    images is cut along. ``progress(done, total)`` counts sampled tokens over all images.
     """
     from tamingfast.sampling import sample_grid
 
@@ -129,7 +132,9 @@ def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> 
     for path in map(Path, paths):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory")
+            raise UserError(
+                f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory"
+            )
         files += inside
     batch = []
     for path in files:

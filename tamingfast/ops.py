@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import backends, reference
+from tamingfast import backends, reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

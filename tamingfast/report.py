@@ -20,7 +20,7 @@ _PROTOCOLS = {
 
 
 def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
-    """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the Markdown's path.
+    """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the report's path.
 
     ``results`` is what `tamingfast.reproduce.run` measured; nothing else enters the report. Sample sheets that
     ``results["pictures"]`` names lie in ``out`` already.
@@ -56,10 +56,9 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 def speed_table(speed: Mapping[str, Any]) -> str:
     """The paper's comparison as a Markdown table: seconds per image from pixels and from latents, and their ratio."""
-    rows = [
-        "| protocol | pixels, s/image | latents, s/image | pixels / latents | paper | pixels, tokens/s | latents, tokens/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ["protocol", "pixels, s/image", "latents, s/image", "pixels / latents", "paper"]
+    heads += ["pixels, tokens/s", "latents, tokens/s"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, label in _PROTOCOLS.items():
         pixels, latents = speed[key]["pixels"], speed[key]["latents"]
         ratio = pixels["seconds_per_image"] / latents["seconds_per_image"]
@@ -82,24 +81,25 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
     for name in ("pixels", "latents"):
         row = fastest[name]
         lines.append(
-            f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, weights {row['dtype'] or 'as trained'}, "
-            f"the best of {len(row['candidates'])} settings tried."
+            f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, "
+            f"weights {row['dtype'] or 'as trained'}, the best of {len(row['candidates'])} settings tried."
         )
     if pixels.get("integrated"):
+        estimate, measured = latents["integrated_seconds_per_image"], latents["seconds_per_image"]
         lines.append(
             f"- (a) for pixels is timed at {len(pixels['prefixes'])} prefix lengths and integrated over all "
-            f"{pixels['tokens']} steps. The same estimate for latents is {latents['integrated_seconds_per_image']:.4g} s/image, "
-            f"against {latents['seconds_per_image']:.4g} measured over a whole run "
-            f"({latents['integrated_seconds_per_image'] / latents['seconds_per_image'] - 1:+.1%})."
+            f"{pixels['tokens']} steps. The same estimate for latents is {estimate:.4g} s/image, against "
+            f"{measured:.4g} measured over a whole run ({estimate / measured - 1:+.1%})."
         )
     return "\n".join(lines)
 
 
 def _training_table(results: Mapping[str, Any]) -> str:
+    prior = results["prior"]
     lines = [
-        f"Both priors are the same transformer, {results['prior']['parameters'] / 1e6:.1f} M parameters without embeddings and "
-        f"head ({results['prior']['n_layer']} layers, {results['prior']['n_head']} heads, width {results['prior']['n_embd']}), "
-        f"trained with the same budget of {results['prior']['budget_flops']:.3g} floating-point operations.",
+        f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
+        f"head ({prior['n_layer']} layers, {prior['n_head']} heads, width {prior['n_embd']}), trained with the same "
+        f"budget of {prior['budget_flops']:.3g} floating-point operations.",
         "",
         "| stage | tokens per image | vocabulary | steps | minutes | validation |",
         "|---|---|---|---|---|---|",
@@ -107,12 +107,13 @@ def _training_table(results: Mapping[str, Any]) -> str:
     for run in results["runs"]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
         lines.append(
-            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | {run['seconds'] / 60:.1f} | {figures} |"
+            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | {run['seconds'] / 60:.1f} "
+            f"| {figures} |"
         )
     lines += [
         "",
-        "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so they do "
-        "not compare the two priors with each other.",
+        "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
+        "they do not compare the two priors with each other.",
         "",
         "![training curves](training.png)",
     ]
@@ -147,7 +148,9 @@ def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
         pixels, latents = (speed[key][name]["seconds_per_image"] for name in ("pixels", "latents"))
         axis.annotate(f"{pixels / latents:.1f}x", (i, pixels), ha="center", va="bottom", fontweight="bold")
     axis.set_yscale("log")
-    axis.set_xticks(range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"])
+    axis.set_xticks(
+        range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"]
+    )
     axis.set(ylabel="seconds per image", title="Sampling from pixels and from latents")
     axis.margins(y=0.15)
     axis.legend()

@@ -45,7 +45,9 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     if name not in presets():
-        raise UserError(f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})")
+        raise UserError(
+            f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})"
+        )
     settings = load_yaml(PRESETS / f"{name}.yaml")
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -72,7 +74,10 @@ def run(
     began = time.perf_counter()
     datasets = build_datasets({"data": settings["data"]})
     runs, facts = _train_all(settings, datasets, out, resume, device)
-    models = {"latents": load_model(out / LATENT_PRIOR, device=device), "pixels": load_model(out / PIXEL_PRIOR, device=device)}
+    models = {
+        "latents": load_model(out / LATENT_PRIOR, device=device),
+        "pixels": load_model(out / PIXEL_PRIOR, device=device),
+    }
     size = datasets[0][0]["image"].shape[0]
     pictures = _pictures(models, datasets[1], settings["sampling"], size, out)
     speed = measure_speed(models, size, settings["sampling"], **settings["timing"])
@@ -143,7 +148,7 @@ def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) ->
 
 
 def _scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:
-    counts = ("steps", "log_every", "validate_every", "image_every", "checkpoint_every")
+    counts = ("steps", "warmup_steps", "decay_steps", "log_every", "validate_every", "image_every", "checkpoint_every")
     scaled = {key: max(1, round(training[key] * share)) for key in counts if training.get(key)}
     return {**training, **scaled}
 
@@ -167,7 +172,9 @@ def _run_facts(out: Path, directory: str, label: str, tokens: int, vocabulary: i
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _pictures(models: Mapping[str, nn.Module], validation: Any, sampling: Mapping[str, Any], size: int, out: Path) -> dict:
+def _pictures(
+    models: Mapping[str, nn.Module], validation: Any, sampling: Mapping[str, Any], size: int, out: Path
+) -> dict:
     count, columns = sampling["images"], sampling["columns"]
     chosen = np.linspace(0, len(validation) - 1, 2 * columns).astype(int)
     shown = torch.stack([torch.as_tensor(validation[i]["image"]) for i in chosen.tolist()]).permute(0, 3, 1, 2)
@@ -224,8 +231,8 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Seconds per image of both representations under three protocols; every figure is measured here.
 
-    (a) the paper's: a full forward pass per token, decoding included. Latents are timed over a whole run; so are pixels
-    when ``prefixes`` is 0, else at as many evenly spaced prefix lengths, interpolated linearly and summed over all steps.
+    (a) the paper's: a full forward pass per token, decoding included. Latents are timed over a whole run; so are
+    pixels when ``prefixes`` is 0, else at as many evenly spaced prefix lengths, interpolated and summed over all steps.
     (b) the same with a key/value cache. (c) the best of all ``fastest_batches`` and ``fastest_dtypes``.
     """
     began = time.perf_counter()
@@ -314,7 +321,9 @@ class _Timer:
         """Seconds to draw the middle row of ``batch`` images on a known upper half, the median of several."""
         mask = torch.zeros(self.side, self.side, dtype=torch.bool)
         mask[self.side // 2] = True
-        return self._median(lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats)
+        return self._median(
+            lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats
+        )
 
     def _sample(self, batch: int, mask: Tensor | None = None, **how: Any) -> Tensor:
         if mask is not None:

@@ -18,7 +18,7 @@ from tamingfast.perceptual import LPIPS, VGG16
 
 
 def vgg_state(width_scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Random weights under torchvision's names: convolutions are numbered with the activations and pools between them."""
+    """Random weights under torchvision's names, which count activations and pools too."""
     generator = torch.Generator().manual_seed(1)
     state, index, channels = {}, 0, 3
     for level in VGG16:
@@ -166,7 +166,7 @@ def test_discriminator_joins_at_its_start_step():
 
 
 def test_a_resting_discriminator_changes_no_gradient():
-    layer, x, reconstruction = decoder_and_images()
+    layer, x, _ = decoder_and_images()
     gradients = []
     for rest in (False, True):
         loss = loss_with(disc_start=5, perceptual_weight=0.0, rest_before_start=rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -164,3 +165,23 @@ def test_damaged_states_are_named(tmp_path):
             tiny.train("vqgan", out, resume=True)
     with pytest.raises(UserError, match="holds no state.pt"):
         checkpoint.progress(tmp_path / "nowhere")
+
+
+def test_a_schedule_of_rates_survives_an_interruption(tmp_path, monkeypatch):
+    settings = {"warmup_steps": 2, "decay_steps": 6}
+    seen = []
+    original = loop._Run.move
+
+    def noted(self, batches):
+        seen.append(self.stage.optimizers[0].param_groups[0]["lr"] / self.rates[0])
+        return original(self, batches)
+
+    monkeypatch.setattr(loop._Run, "move", noted)
+    whole_run = tiny.train("vqgan", tmp_path / "whole", steps=6, **settings)
+    whole, seen[:] = list(seen), []
+    parts = tiny.train("vqgan", tmp_path / "parts", steps=4, **settings)
+    tiny.train("vqgan", parts, resume=True, steps=6, **settings)
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert whole == pytest.approx([0.5 * cosine[0], *cosine[1:]])
+    assert seen == whole
+    same_run(whole_run, parts)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ..errors import UserError
-from .batches import Loader, loader
+from tamingfast.data.batches import Loader, loader
+from tamingfast.errors import UserError
 
 __all__ = ["Loader", "build", "loader"]
 

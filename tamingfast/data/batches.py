@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import UserError
-from .base import random_bits
+from tamingfast.data.base import random_bits
+from tamingfast.errors import UserError
 
 
 def loader(

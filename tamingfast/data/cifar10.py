@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files import digest
-from .base import ArrayDataset, random_bits, random_integers, to_unit_scale
+from tamingfast.data.base import ArrayDataset, random_bits, random_integers, to_unit_scale
+from tamingfast.errors import UserError
+from tamingfast.files import digest
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"

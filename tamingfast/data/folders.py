@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
-from .base import EpochDataset, positive, random_bits, random_integers, to_unit_scale
+from tamingfast.data.base import EpochDataset, positive, random_bits, random_integers, to_unit_scale
+from tamingfast.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 

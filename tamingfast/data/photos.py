@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError
-from .base import ArrayDataset, positive, random_bits, random_integers, random_units, to_unit_scale
+from tamingfast.data.base import ArrayDataset, positive, random_bits, random_integers, random_units, to_unit_scale
+from tamingfast.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
-from ..files import atomic_write
-from .base import ArrayDataset
+from tamingfast.data.base import ArrayDataset
+from tamingfast.errors import UserError
+from tamingfast.files import atomic_write
 
 FORMAT = "tamingfast tokens 1"
 _RESERVED = ("format", "vocab_size", "classes")

@@ -161,7 +161,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:
-        """Empty keys and values for ``length`` positions (default ``block_size``): two (B, n_head, length, D) a layer."""
+        """Empty keys and values for ``length`` positions (default ``block_size``): (B, n_head, length, D) each."""
         length = self.block_size if length is None else length
         self._check_length(length)
         shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)

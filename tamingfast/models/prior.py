@@ -37,7 +37,8 @@ class Net2NetTransformer(Module):
     Configs are ``{target, params}`` mappings. ``cond_stage_config`` may be ``"__is_first_stage__"`` or
     ``"__is_unconditional__"`` (then the condition is one ``sos_token``). All tokens share one vocabulary; the
     ordering of ``permuter_config`` moves image tokens only. In training a token is kept with probability ``pkeep``
-    and is drawn uniformly from the vocabulary otherwise. ``downsample_cond_size`` resizes spatial conditions before they are encoded.
+    and is drawn uniformly from the vocabulary otherwise. ``downsample_cond_size`` resizes spatial conditions before
+    they are encoded.
     """
 
     def __init__(

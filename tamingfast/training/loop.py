@@ -7,6 +7,7 @@ of a run is its weights, its optimizers and its step number, and a continued run
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -121,6 +122,14 @@ def learning_rate(settings: Training, base: float | None, size: int) -> float:
     return images_per_step(settings, size) * base
 
 
+def rate_factor(settings: Training, step: int) -> float:
+    """What the learning rate is multiplied by at ``step`` (from 0): warm-up times cosine decay, 1 without either."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.decay_steps is None:
+        return warm
+    return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / settings.decay_steps)))
+
+
 class _Interrupts:
     """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts as it always does."""
 
@@ -198,6 +207,10 @@ def run(
     return _Run(stage, settings, datasets, out, among).train(resume)
 
 
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 class _Run:
     def __init__(self, stage: Stage, settings: Training, datasets: tuple, out: Path, among: World):
         self.stage, self.settings, self.out, self.among = stage, settings, out, among
@@ -206,6 +219,7 @@ class _Run:
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
         self.step, self.saved, self.seconds = 0, 0, 0.0  # saved: the step of the state on disk
         self.metrics: checkpoint.Metrics | None = None
+        self.rates = [group["lr"] for group in _groups(stage.optimizers)]
 
     def train(self, resume: bool) -> Path:
         from tqdm import tqdm
@@ -249,6 +263,7 @@ class _Run:
         self.stage.model.train()
         self.stage.model.global_step = self.step
         torch.manual_seed(key(self.settings.seed, self.step, self.among.rank))
+        self.set_rates()
         values = self.move(mine)
         self.seconds += time.perf_counter() - began
         self.step += 1
@@ -261,6 +276,11 @@ class _Run:
             self.draw()
         if self.due(self.settings.checkpoint_every):
             self.save()
+
+    def set_rates(self) -> None:
+        factor = rate_factor(self.settings, self.step)
+        for group, rate in zip(_groups(self.stage.optimizers), self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def move(self, batches: list[Any]) -> dict[str, Tensor]:
         try:

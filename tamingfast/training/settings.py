@@ -29,7 +29,8 @@ class Training:
 
     ``steps`` and ``seconds`` (of training proper, without validation and checkpoints) end the run, whichever comes
     first. ``validate_every`` None validates after each epoch; ``image_every`` None writes no images.
-    ``learning_rate`` None follows the paper: accumulate * devices * batch_size * model.base_learning_rate.
+    ``learning_rate`` None follows the paper: accumulate * devices * batch_size * model.base_learning_rate. The paper
+    keeps it constant; ``warmup_steps`` raises it linearly first, ``decay_steps`` lowers it to zero along a cosine.
     ``batch_size`` is images per device and forward pass. Two settings leave the original's path for short runs:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
     """
@@ -41,6 +42,8 @@ class Training:
     seed: int = 0
     precision: str = "float32"
     learning_rate: float | None = None
+    warmup_steps: int = 0
+    decay_steps: int | None = None
     grad_clip: float | None = None
     shared_forward: bool = False
     codebook_from_data: bool = False
@@ -77,7 +80,7 @@ FREE_TO_CHANGE = frozenset({
 
 
 def _check_number(name: str, value: Any, whole: bool) -> None:
-    smallest = 0 if name in ("seed", "workers") else 1
+    smallest = 0 if name in ("seed", "workers", "warmup_steps") else 1
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise UserError(f"training.{name} is {value!r}, expected a {'whole ' if whole else ''}number")
     if (whole and value < smallest) or (not whole and value <= 0):
