@@ -75,6 +75,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.losses.lpips": {"LPIPS": "tamingfast.perceptual:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
+    "taming.data.base": {"ImagePaths": "tamingfast.data.folders:ImageFiles"},
     "taming.data.custom": {
         "CustomTrain": "tamingfast.data.folders:CustomTrain",
         "CustomTest": "tamingfast.data.folders:CustomTest",
