@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.errors import UserError
+from tamingfast.weights import fingerprint
 
 TOP_K = 100  # the paper's choice, with temperature 1.0
 
@@ -213,7 +214,10 @@ def encode(
             if progress is not None:
                 progress(len(x))
 
-    metadata = {"source": getattr(dataset, "description", type(dataset).__name__)}
+    metadata = {
+        "source": getattr(dataset, "description", type(dataset).__name__),
+        "first_stage": fingerprint(stage),
+    }
     # The list is filled while the grids are written.
     class_label = None if classes is None else labels
     return write_tokens(path, grids(), stage.n_embed, class_label=class_label, metadata=metadata, classes=classes)

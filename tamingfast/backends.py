@@ -46,7 +46,7 @@ class Availability:
 def requested() -> str | None:
     """The backend that the user asked for, None for the automatic choice. RuntimeError when there is none such."""
     if _requested is not None and _requested not in KERNELS:
-        raise RuntimeError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(KERNELS)}.")
+        raise RuntimeError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(KERNELS)}")
     return _requested
 
 
@@ -59,7 +59,7 @@ def use(backend: str | None) -> Iterator[None]:
     """
     global _requested
     if backend is not None and backend not in KERNELS:
-        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(KERNELS)}.")
+        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(KERNELS)}")
     before, _requested = _requested, backend
     try:
         yield
@@ -75,7 +75,7 @@ def isa() -> str:
         return name
     supported = module.build_info()["isas"]
     if name not in supported:
-        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or what runs here: {', '.join(supported)}.")
+        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or what runs here: {', '.join(supported)}")
     return name
 
 

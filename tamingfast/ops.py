@@ -80,7 +80,7 @@ def _nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     if reason is None:
         return _native_nearest_code(z, codebook)
     if asked == "native":
-        raise RuntimeError(f"The native backend was asked for, but cannot run nearest_code: {reason}.")
+        raise RuntimeError(f"the native backend was asked for, but cannot run nearest_code: {reason}")
     backends.log_fallback("nearest_code", "native", reason)
     return reference.nearest_code(z, codebook)
 
@@ -146,7 +146,7 @@ def _asked_for(op: str) -> str | None:
     """The backend that the user asked for; RuntimeError when it cannot run ``op`` on this machine."""
     backend = backends.requested()
     if backend is not None and (reason := backends.refusal(backend, op)):
-        raise RuntimeError(f"The {backend} backend was asked for, but cannot run {op}: {reason}.")
+        raise RuntimeError(f"the {backend} backend was asked for, but cannot run {op}: {reason}")
     return backend
 
 

@@ -93,7 +93,7 @@ def sample_grid(
     shape = cond.shape[1:]
     fixed = len(shape) == 1
     if not (fixed and shape[0] >= 1) and shape != (height, width):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width}).")
+        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
     batch, prefix = cond.shape[0], shape[0] if fixed else plan.window_tokens
     _check_block_size(gpt, prefix, plan)
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
@@ -135,9 +135,9 @@ def _permuted(plan: Schedule, order: np.ndarray) -> Schedule:
         return plan
     if not plan.single_window or len(order) != plan.window_tokens:
         raise UserError(
-            f"The permuter orders {len(order)} tokens, so it can sample only as many in one window, "
+            f"the permuter orders {len(order)} tokens, so it can sample only as many in one window, "
             f"but the grid is {plan.height} x {plan.width} and the window {plan.window_height} x "
-            f"{plan.window_width}."
+            f"{plan.window_width}"
         )
     return one_window(plan.height, plan.width, order)
 
@@ -147,7 +147,7 @@ def _check_block_size(gpt: nn.Module, prefix: int, plan: Schedule) -> None:
     if needed > gpt.config.block_size:
         raise UserError(
             f"{prefix} conditioning tokens and a window of {plan.window_height} x {plan.window_width} need a "
-            f"block size of {needed}, but the transformer's is {gpt.config.block_size}: use a smaller window."
+            f"block size of {needed}, but the transformer's is {gpt.config.block_size}: use a smaller window"
         )
 
 
@@ -155,10 +155,10 @@ def _tokens(name: str, value: Tensor, vocab: int, device: torch.device) -> Tenso
     """`value` as int64 on the device, after a look at its type and range."""
     value = torch.as_tensor(value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {value.dtype}, but it must hold integer tokens.")
+        raise ValueError(f"{name} has dtype {value.dtype}, but it must hold integer tokens")
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocab:
         low, high = int(value.min()), int(value.max())
-        raise ValueError(f"{name} holds tokens from {low} to {high}, but they must lie in 0 to {vocab - 1}.")
+        raise ValueError(f"{name} holds tokens from {low} to {high}, but they must lie in 0 to {vocab - 1}")
     return value.to(device, torch.int64)
 
 
@@ -174,9 +174,9 @@ def _canvas(
         mask = torch.as_tensor(mask)
         if start is None or start.shape != grid:
             got = "None" if start is None else f"of shape {tuple(start.shape)}"
-            raise ValueError(f"start is {got}, but a mask needs a start of shape {grid}.")
+            raise ValueError(f"start is {got}, but a mask needs a start of shape {grid}")
         if mask.dtype != torch.bool or mask.shape not in (grid, grid[1:]):
-            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, but it must be bool {grid[1:]} or {grid}.")
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, but it must be bool {grid[1:]} or {grid}")
         wanted = mask.to(device).expand(grid).flatten(1)
         kept = start.to(device).masked_fill(wanted.view(grid), 0)  # what is resampled may hold anything
         canvas = _tokens("start", kept, vocab, device).flatten(1)
@@ -185,7 +185,7 @@ def _canvas(
         if start.ndim != 2 or start.shape[0] != batch or start.shape[1] > limit:
             raise ValueError(
                 f"start has shape {tuple(start.shape)}, but without a mask it must be ({batch}, k): the "
-                f"first k of {limit} tokens, where one window covers the grid."
+                f"first k of {limit} tokens, where one window covers the grid"
             )
         given = torch.from_numpy(plan.order[: start.shape[1]]).to(device)
         canvas[:, given] = _tokens("start", start, vocab, device)
@@ -198,7 +198,7 @@ def _noise(
 ) -> Iterator[Tensor]:
     """Noise (B, vocab) for each position of the plan, in decoding order."""
     if not 0 <= first_image <= (1 << 32) - batch:
-        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1.")
+        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
     images = torch.arange(first_image, first_image + batch, device=device)[:, None]
     positions = torch.from_numpy(plan.positions()).to(device)
     chunks = positions.split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
@@ -211,9 +211,9 @@ def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
     """The transformer in eval mode and the wanted type; what the caller handed in is as it was afterwards."""
     name = str(dtype).removeprefix("torch.")
     if name == "int8":
-        raise UserError("dtype 'int8' needs the native engine, which is not there: use bfloat16 or float32.")
+        raise UserError("dtype 'int8' needs the native engine, which is not there: use bfloat16 or float32")
     if dtype is not None and name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None.")
+        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
     if dtype is not None and getattr(torch, name) != next(gpt.parameters()).dtype:
         gpt = copy.deepcopy(gpt).to(getattr(torch, name))
     training = [module for module in gpt.modules() if module.training]
@@ -228,7 +228,7 @@ def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
 def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder:
     """The one place that chooses which engine samples."""
     if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}.")
+        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")
     causal = gpt.config.n_unmasked <= prefix
     if backend == "naive":
         # Image tokens that attend in both directions would see what is not sampled yet in a whole window.
