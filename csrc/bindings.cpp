@@ -221,7 +221,8 @@ void decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std::uint
             std::int64_t fed, const std::vector<std::int64_t>& steps, const std::vector<std::uint8_t>& wanted,
             const std::vector<std::uint32_t>& rows, const std::vector<std::uint32_t>& columns,
             const std::vector<std::uint32_t>& images, std::int64_t choices, bool greedy, double temperature,
-            std::int64_t top_k, double top_p, std::uint64_t seed, const Engine::Progress& progress) {
+            std::int64_t top_k, double top_p, std::uint64_t seed, const Engine::Progress& progress, std::int64_t every,
+            std::int64_t before) {
   const std::int64_t batch = static_cast<std::int64_t>(slots.size()), count = static_cast<std::int64_t>(steps.size());
   check_size("length", length, 1);
   check_length("wanted", wanted.size(), batch * count);
@@ -229,16 +230,29 @@ void decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std::uint
   check_length("columns", columns.size(), count);
   check_length("images", images.size(), batch);
   check_size("top_k", top_k, 0);
+  check_size("every", every, 1);
+  check_size("before", before, 0);
   if (!(temperature > 0.0 && temperature <= std::numeric_limits<float>::max()))
     throw std::invalid_argument("temperature: got " + std::to_string(temperature) + ", expected a positive number");
   if (!(top_p > 0.0 && top_p <= 1.0))
     throw std::invalid_argument("top_p: got " + std::to_string(top_p) + ", expected above 0 and at most 1");
-  const tamingfast::Decoding decoding{
-      batch, slots.data(), check_array<std::int64_t>("sequences", sequences, batch, length), length, fed, count,
-      steps.data(), wanted.data(), rows.data(), columns.data(), images.data(), choices,
-      {greedy, static_cast<float>(temperature), top_k, top_p, seed}};
-  // Held by the GIL-free work through its address only.
-  const Engine::Progress report = !progress ? Engine::Progress() : [&](std::int64_t done) { progress(done); };
+  const tamingfast::Decoding decoding{batch,
+                                      slots.data(),
+                                      check_array<std::int64_t>("sequences", sequences, batch, length),
+                                      length,
+                                      fed,
+                                      count,
+                                      steps.data(),
+                                      wanted.data(),
+                                      rows.data(),
+                                      columns.data(),
+                                      images.data(),
+                                      choices,
+                                      {greedy, static_cast<float>(temperature), top_k, top_p, seed}};
+  // The Python function stays referenced, never copied, while the GIL is away.
+  const auto report = [&](std::int64_t done) {
+    if (progress && (before + done) % every == 0) progress(before + done);
+  };
   interruptible(engine, [&](Engine& native) { native.decode(decoding, interrupted, report); });
 }
 
@@ -285,56 +299,78 @@ PYBIND11_MODULE(_C, module) {
            py::arg("weights"), py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
            "weights: addresses of contiguous float32 parameters by their names in the state dict, read here and not "
            "kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked.")
-      .def("reserve", [](GPTEngine& e, std::int64_t slots, std::int64_t length) {
-             e.use([&](Engine& native) { native.reserve(slots, length); });
-           }, py::arg("slots"), py::arg("length"),
-           "Makes the cache anew for that many sequences of `length` positions, all empty. MemoryError with the bytes.")
-      .def("length", [](GPTEngine& e, std::int64_t slot) {
-             return e.use([&](Engine& native) { return native.length(slot); });
-           }, py::arg("slot"), "How many positions of the slot are valid.")
-      .def("truncate", [](GPTEngine& e, std::int64_t slot, std::int64_t length) {
-             e.use([&](Engine& native) { native.truncate(slot, length); });
-           }, py::arg("slot"), py::arg("length"), "Forgets the positions from `length` on.")
-      .def("copy", [](GPTEngine& e, std::int64_t source, std::int64_t target, std::int64_t length) {
-             e.use([&](Engine& native) { native.copy(source, target, length); });
-           }, py::arg("source"), py::arg("target"), py::arg("length"),
-           "Makes the slot `target` hold the first `length` positions of `source`.")
+      .def(
+          "reserve",
+          [](GPTEngine& e, std::int64_t slots, std::int64_t length) {
+            e.use([&](Engine& native) { native.reserve(slots, length); });
+          },
+          py::arg("slots"), py::arg("length"),
+          "Makes the cache anew for that many sequences of `length` positions, all empty. MemoryError with the bytes.")
+      .def(
+          "length",
+          [](GPTEngine& e, std::int64_t slot) { return e.use([&](Engine& native) { return native.length(slot); }); },
+          py::arg("slot"), "How many positions of the slot are valid.")
+      .def(
+          "truncate",
+          [](GPTEngine& e, std::int64_t slot, std::int64_t length) {
+            e.use([&](Engine& native) { native.truncate(slot, length); });
+          },
+          py::arg("slot"), py::arg("length"), "Forgets the positions from `length` on.")
+      .def(
+          "copy",
+          [](GPTEngine& e, std::int64_t source, std::int64_t target, std::int64_t length) {
+            e.use([&](Engine& native) { native.copy(source, target, length); });
+          },
+          py::arg("source"), py::arg("target"), py::arg("length"),
+          "Makes the slot `target` hold the first `length` positions of `source`.")
       .def("step", &step, py::arg("items"), py::arg("logits"), py::arg("out"), py::arg("rows"),
            "Feeds a list of (slot, start, tokens); logits 'none', 'last' or 'all' go to float32 (rows, vocab_size).")
-      .def("decode", &decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
-           py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
-           py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-           py::arg("seed"), py::arg("progress") = py::none(),
-           "Decodes positions `steps` of the sequences int64 (batch, length) in place; see engine.h. top_k 0 keeps all.")
-      .def("set_threads", [](GPTEngine& e, int threads) {
-             e.use([&](Engine& native) { native.set_threads(threads); });
-           }, py::arg("threads"))
-      .def("info", [](GPTEngine& e) {
-             struct { std::size_t weights, cache; std::int64_t slots, capacity; int threads; } facts;
-             e.use([&](Engine& n) {
-               facts = {n.weight_bytes(), n.cache_bytes(), n.slots(), n.capacity(), n.threads()};
-             });
-             py::dict info;
-             info["weight_bytes"] = facts.weights;
-             info["cache_bytes"] = facts.cache;
-             info["slots"] = facts.slots;
-             info["capacity"] = facts.capacity;
-             info["threads"] = facts.threads;
-             return info;
-           }, "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions of a slot), threads.")
+      .def(
+          "decode", &decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
+          py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
+          py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+          py::arg("seed"), py::arg("progress") = py::none(), py::arg("every") = 1, py::arg("before") = 0,
+          "Decodes positions `steps` of the sequences int64 (batch, length) in place; see engine.h. top_k 0 keeps all.")
+      .def(
+          "set_threads", [](GPTEngine& e, int threads) { e.use([&](Engine& native) { native.set_threads(threads); }); },
+          py::arg("threads"))
+      .def(
+          "info",
+          [](GPTEngine& e) {
+            struct {
+              std::size_t weights, cache;
+              std::int64_t slots, capacity;
+              int threads;
+            } facts;
+            e.use(
+                [&](Engine& n) { facts = {n.weight_bytes(), n.cache_bytes(), n.slots(), n.capacity(), n.threads()}; });
+            py::dict info;
+            info["weight_bytes"] = facts.weights;
+            info["cache_bytes"] = facts.cache;
+            info["slots"] = facts.slots;
+            info["capacity"] = facts.capacity;
+            info["threads"] = facts.threads;
+            return info;
+          },
+          "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions of a slot), threads.")
       .def("close", &GPTEngine::close, "Frees the memory; every later call raises ValueError.");
-  module.def("philox4x32", [](const std::array<std::uint32_t, 4>& c, const std::array<std::uint32_t, 2>& key) {
-    const tamingfast::Words words = tamingfast::philox4x32({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
-    return std::array<std::uint32_t, 4>{words.at[0], words.at[1], words.at[2], words.at[3]};
-  }, py::arg("counter"), py::arg("key"), "Philox4x32-10, for tests of csrc/philox.h.");
-  module.def("gumbel_noise", [](std::uint64_t seed, std::uint32_t image, std::uint32_t row, std::uint32_t column,
-                                std::uint32_t vocab) {
-    std::vector<float> noise(vocab);
-    for (std::uint32_t v = 0; v < vocab; ++v)
-      noise[v] = tamingfast::gumbel(tamingfast::noise_words(seed, {image, row, column}, v / 4).at[v % 4]);
-    return noise;
-  }, py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"), py::arg("vocab"),
-             "The noise of tamingfast.sampling.filters, for tests of csrc/philox.h.");
+  module.def(
+      "philox4x32",
+      [](const std::array<std::uint32_t, 4>& c, const std::array<std::uint32_t, 2>& key) {
+        const tamingfast::Words words = tamingfast::philox4x32({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
+        return std::array<std::uint32_t, 4>{words.at[0], words.at[1], words.at[2], words.at[3]};
+      },
+      py::arg("counter"), py::arg("key"), "Philox4x32-10, for tests of csrc/philox.h.");
+  module.def(
+      "gumbel_noise",
+      [](std::uint64_t seed, std::uint32_t image, std::uint32_t row, std::uint32_t column, std::uint32_t vocab) {
+        std::vector<float> noise(vocab);
+        for (std::uint32_t v = 0; v < vocab; ++v)
+          noise[v] = tamingfast::gumbel(tamingfast::noise_words(seed, {image, row, column}, v / 4).at[v % 4]);
+        return noise;
+      },
+      py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"), py::arg("vocab"),
+      "The noise of tamingfast.sampling.filters, for tests of csrc/philox.h.");
   module.def("build_info", &build_info,
              "dict: version, compiler, cxx_standard, openmp, isas (what this build and processor can run).");
 }

@@ -1,4 +1,5 @@
-// The token choice on the host: temperature, top-k, top-p, Gumbel-max. tamingfast/sampling/filters.py is its definition.
+// The token choice on the host: temperature, top-k, top-p, Gumbel-max. tamingfast/sampling/filters.py is its
+// definition.
 #pragma once
 
 #include <algorithm>

@@ -57,17 +57,17 @@ enum class Logits { none, last, all };
 // before it and written into `sequences`, where everything else that precedes a step must be known.
 struct Decoding {
   std::int64_t batch;
-  const std::int64_t* slots;      // (batch,), distinct
-  std::int64_t* sequences;        // (batch, length)
+  const std::int64_t* slots;  // (batch,), distinct
+  std::int64_t* sequences;    // (batch, length)
   std::int64_t length;
-  std::int64_t fed;               // leading positions of every slot that hold these tokens already
-  std::int64_t count;             // of steps
-  const std::int64_t* steps;      // (count,), rising, from 1 on
-  const std::uint8_t* wanted;     // (batch, count): 0 keeps the token that is there
-  const std::uint32_t* rows;      // (count,), of the noise
-  const std::uint32_t* columns;   // (count,)
-  const std::uint32_t* images;    // (batch,)
-  std::int64_t choices;           // vocabulary entries that may be chosen: the first ones
+  std::int64_t fed;              // leading positions of every slot that hold these tokens already
+  std::int64_t count;            // of steps
+  const std::int64_t* steps;     // (count,), rising, from 1 on
+  const std::uint8_t* wanted;    // (batch, count): 0 keeps the token that is there
+  const std::uint32_t* rows;     // (count,), of the noise
+  const std::uint32_t* columns;  // (count,)
+  const std::uint32_t* images;   // (batch,)
+  std::int64_t choices;          // vocabulary entries that may be chosen: the first ones
   Choice options;
 };
 
@@ -80,7 +80,8 @@ struct Interrupted : std::runtime_error {
 
 class Engine {
  public:
-  // Asked about every 20 ms on the calling thread; true stops the work with Interrupted, the slots cut to what is valid.
+  // Asked about every 20 ms on the calling thread; true stops the work with Interrupted, the slots cut to what is
+  // valid.
   using Poll = std::function<bool()>;
   using Progress = std::function<void(std::int64_t done)>;
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,8 @@ class GPTEngine:
         top_p: float | None = None,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
+        every: int = 1,
+        before: int = 0,
     ) -> None:
         """Decodes tokens of several sequences side by side and writes them into `sequences`.
 
@@ -127,14 +130,16 @@ class GPTEngine:
             fed: leading positions that all slots hold already, from an earlier call with the same tokens.
             choices: only the first so many entries of the vocabulary may be chosen; default: all.
             greedy, temperature, top_k, top_p, seed: as in `tamingfast.sampling.filters.choose` and `gumbel_noise`.
-            progress: called with the number of steps done, after each.
+            progress: called with `before` + the number of steps done, whenever `every` divides it.
 
         Raises:
             ValueError: names the argument that is wrong; or logits hold NaN.
             KeyboardInterrupt: within 100 ms of Ctrl-C; the slots then hold what is valid.
         """
         if sequences.dtype != torch.int64 or sequences.ndim != 2 or not sequences.is_contiguous():
-            raise ValueError(f"sequences: got {sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)")
+            raise ValueError(
+                f"sequences: got {sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)"
+            )
         if len(sequences) != len(slots):
             raise ValueError(f"slots: got {len(slots)}, expected one for each of {len(sequences)} sequences")
         steps = list(map(int, steps))
@@ -158,6 +163,8 @@ class GPTEngine:
             1.0 if top_p is None else top_p,
             seed,
             progress,
+            every,
+            before,
         )
 
     def info(self) -> dict[str, int]:
@@ -169,15 +176,33 @@ class GPTEngine:
         self._native.close()
 
 
-_engines: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, GPTEngine]]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, GPTEngine]]] = weakref.WeakKeyDictionary()
 
 
-def engine_of(gpt: nn.Module, dtype: str) -> GPTEngine:
-    """The engine of this GPT, packed at the first call and again after its parameters have changed."""
-    state = (backends.isa(), *((value.data_ptr(), value._version) for value in gpt.parameters()))
-    known = _engines.get(gpt)
-    if known is None or known[0] != state:
-        known = _engines[gpt] = (state, {})
-    if dtype not in known[1]:
-        known[1][dtype] = GPTEngine(gpt, dtype)
-    return known[1][dtype]
+def _fingerprint(gpt: nn.Module) -> tuple:
+    """Changes when the parameters do; the sums are there for writes through `.data`, which leave the version."""
+    values = [value.detach() for value in gpt.parameters()]
+    sums = torch.stack([value.flatten()[::997].float().sum() for value in values]).tolist()
+    return backends.isa(), *((value.data_ptr(), value._version) for value in values), repr(sums)
+
+
+@contextlib.contextmanager
+def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iterator[GPTEngine]:
+    """An engine of this GPT with at least that much room, all slots empty, for the caller alone.
+
+    It is kept with the GPT afterwards, so that weights are packed again only after they have changed.
+    """
+    state = _fingerprint(gpt)
+    kept = _engines.setdefault(gpt, {})
+    known, engine = kept.pop(dtype, (None, None))
+    if known != state:
+        engine = GPTEngine(gpt, dtype)
+    room = engine.info()
+    if room["slots"] < slots or room["capacity"] < length:
+        engine.reserve(slots, length)
+    for slot in range(slots):
+        engine.truncate(slot, 0)
+    try:
+        yield engine
+    finally:
+        kept[dtype] = (state, engine)

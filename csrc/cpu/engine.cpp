@@ -65,7 +65,8 @@ double available_memory() {
     char line[128];
     double kilobytes = 0.0;
     bool found = false;
-    while (!found && std::fgets(line, sizeof line, file)) found = std::sscanf(line, "MemAvailable: %lf", &kilobytes) == 1;
+    while (!found && std::fgets(line, sizeof line, file))
+      found = std::sscanf(line, "MemAvailable: %lf", &kilobytes) == 1;
     std::fclose(file);
     if (found) return kilobytes * 1024.0;
   }
@@ -187,7 +188,7 @@ struct Engine::State {
   std::int64_t width;   // n_embd rounded up to whole panels
   std::int64_t hidden;  // 4 n_embd, likewise
   std::int64_t qkv_width;
-  std::int64_t vocab;   // likewise
+  std::int64_t vocab;  // likewise
   std::int64_t head_dim;
 
   Memory tok_emb, pos_emb;  // (vocab_size, width), (block_size, width)
@@ -315,8 +316,8 @@ void Engine::State::embed(const Pass& pass, Range rows) {
   }
 }
 
-void Engine::State::normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias, int thread,
-                              int of) {
+void Engine::State::normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias,
+                              int thread, int of) {
   const Range mine = share(rows, thread, of);
   for (std::int64_t r = mine.first; r < mine.last; ++r)
     kernels.layer_norm(dtype, from + r * stride(width), geometry.n_embd, weight.at(), bias.at(),
@@ -562,8 +563,8 @@ void Engine::decode(const Decoding& d, const Poll& poll, const Progress& progres
   check(d.fed >= 0, got("fed", d.fed, "0 or more"));
   for (std::int64_t i = 0; i < d.count; ++i) {
     check_range("steps", d.steps[i], i == 0 ? 1 : d.steps[i - 1] + 1, d.length - 1);
-    check(d.steps[i] <= s.capacity, got("steps", d.steps[i], "at most " + std::to_string(s.capacity) +
-                                                                 ", one more than the cache holds"));
+    check(d.steps[i] <= s.capacity,
+          got("steps", d.steps[i], "at most " + std::to_string(s.capacity) + ", one more than the cache holds"));
   }
   std::vector<std::int64_t> fed(d.batch, d.fed);
   std::vector<Feed> feeds;

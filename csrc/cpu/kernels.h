@@ -33,7 +33,7 @@ enum class Epilogue { store, add, gelu };
 
 // Rows of activations are `float`, or with Kernels::pairs and half-width weights bfloat16.
 struct Product {
-  const void* x;    // (rows, ldx)
+  const void* x;  // (rows, ldx)
   std::int64_t ldx;
   std::int64_t rows;
   Epilogue epilogue;
@@ -70,9 +70,17 @@ struct Kernels {
 
 const Kernels& kernels_for(Isa isa);
 
-namespace generic { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-namespace avx512bf16 { extern const Kernels kernels; }
+namespace generic {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 
 }  // namespace tamingfast

@@ -3,6 +3,8 @@
 // newer processor, could be the one that the linker keeps for all.
 #include <stdint.h>
 #include <string.h>
+
+#include <initializer_list>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12, on its own _mm512_undefined_epi32
 #if TF_LANES > 4
 #include <immintrin.h>
@@ -15,11 +17,11 @@ namespace TF_ISA {
 namespace {
 
 constexpr int kLanes = TF_LANES;
-constexpr int kPieces = static_cast<int>(kPanel) / kLanes;        // vectors in a row of a panel
-constexpr int kBlockPieces = static_cast<int>(kBlock) / kLanes;   // vectors in a block of positions
-constexpr int kWide = kLanes == 16 ? kPieces : 2;                 // vectors of a tile that has several rows
+constexpr int kPieces = static_cast<int>(kPanel) / kLanes;          // vectors in a row of a panel
+constexpr int kBlockPieces = static_cast<int>(kBlock) / kLanes;     // vectors in a block of positions
+constexpr int kWide = kLanes == 16 ? kPieces : 2;                   // vectors of a tile that has several rows
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 5 : 4;  // sums of a tile fill the registers
-constexpr int64_t kRowBlock = 96;                                 // rows whose activations stay in L2
+constexpr int64_t kRowBlock = 96;                                   // rows whose activations stay in L2
 constexpr bool kDot = TF_DOT;
 
 typedef float Floats __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
@@ -31,6 +33,18 @@ inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
 inline Floats spread(float value) { return Floats{} + value; }
 inline Floats pick(Ints condition, Floats yes, Floats no) {
   return (Floats)((condition & (Ints)yes) | (~condition & (Ints)no));
+}
+
+// a * b + c with one rounding, the same on every instruction set: where the compiler has no fused instruction, in
+// float64, whose second rounding hardly ever shows. Elementwise work uses it, so that bfloat16 roundings agree.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if TF_LANES > 4 || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return a * b + c;
+#else
+  Floats result;
+  for (int i = 0; i < kLanes; ++i) result[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+  return result;
+#endif
 }
 
 // --- bfloat16 and int8 -----------------------------------------------------------------------------------------------
@@ -106,17 +120,11 @@ inline void store_activation(Dtype dtype, void* out, int64_t i, Floats v) {
 // exp to about 1 ulp for any x up to 88; below -87 it stays at exp(-87), which is 1e-38. NaN stays NaN.
 inline Floats exponential(Floats x) {
   x = pick(x < -87.0f, spread(-87.0f), x);
-  const Floats shifted = x * 1.44269504f + 12582912.0f;  // the rounded quotient stands in the low bits
+  const Floats shifted = fused(x, spread(1.44269504f), spread(12582912.0f));  // the rounded quotient, in the low bits
   const Floats n = shifted - 12582912.0f;
-  const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  const Floats r = fused(n, spread(-1.42860677e-6f), fused(n, spread(-0.693145752f), x));  // ln 2 in two parts
   Floats p = spread(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fused(p, r, spread(c));
   const Ints power = ((Ints)shifted - 0x4B400000 + 127) << 23;
   return p * (Floats)power;
 }
@@ -125,12 +133,9 @@ inline Floats exponential(Floats x) {
 inline Floats gelu(Floats x) {
   const Floats z = x * 0.70710678f;
   const Floats size = (Floats)((Words)z & 0x7fffffffu);
-  const Floats t = 1.0f / (1.0f + 0.3275911f * size);
+  const Floats t = 1.0f / fused(spread(0.3275911f), size, spread(1.0f));
   Floats p = spread(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fused(p, t, spread(c));
   const Floats tail = p * t * exponential(-(z * z));  // 1 - erf(|z|)
   return 0.5f * x * pick(x < 0.0f, tail, 2.0f - tail);
 }
@@ -162,15 +167,15 @@ void layer_norm(Dtype dtype, const float* x, int64_t n, const float* gain, const
   for (int64_t i = 0; i < whole; i += kBlock)
     for (int v = 0; v < kBlockPieces; ++v) {
       const Floats difference = load(x + i + v * kLanes) - mean;
-      square.piece[v] += difference * difference;
+      square.piece[v] = fused(difference, difference, square.piece[v]);
     }
   for (int v = 0; v < kBlockPieces; ++v) {
     const Floats difference = load(last + v * kLanes) - mean;
-    square.piece[v] += difference * difference;
+    square.piece[v] = fused(difference, difference, square.piece[v]);
   }
   const float scale = 1.0f / __builtin_sqrtf(square.total() / static_cast<float>(n) + 1e-5f);
   for (int64_t i = 0; i < round_up(n, kBlock); i += kLanes)  // gain and bias are padded with zeros
-    store_activation(dtype, out, i, (load(x + i) - mean) * scale * load(gain + i) + load(bias + i));
+    store_activation(dtype, out, i, fused((load(x + i) - mean) * scale, load(gain + i), load(bias + i)));
 }
 
 // --- matrix products -------------------------------------------------------------------------------------------------
@@ -320,8 +325,8 @@ inline void finish(Dtype dtype, const Product& p, const Matrix& m, const float* 
     const int64_t channel = panel * kPanel + v * kLanes;
     const int64_t at = row * p.ldo + channel;
     Floats value = load(sums + v * kLanes);
-    if (m.scale) value = value * load(m.scale + channel);
-    if (m.bias) value = value + load(m.bias + channel);
+    const Floats bias = m.bias ? load(m.bias + channel) : Floats{};
+    value = m.scale ? fused(value, load(m.scale + channel), bias) : value + bias;
     float* out = static_cast<float*>(p.out);
     if (p.epilogue == Epilogue::gelu)
       store_activation(dtype, p.out, at, gelu(value));
@@ -420,7 +425,7 @@ template <int Queries, int Pieces>
   for (int64_t j = 0; j < length; ++j)
     for (int v = 0; v < Pieces; ++v) {
       const Floats value = load(values + j * width + v * kLanes);
-      for (int r = 0; r < Queries; ++r) sum[r][v] += weights[r * lds + j] * value;
+      for (int r = 0; r < Queries; ++r) sum[r][v] = fused(spread(weights[r * lds + j]), value, sum[r][v]);
     }
   for (int r = 0; r < Queries; ++r)
     for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[r][v]);
@@ -433,7 +438,7 @@ template <int Queries, int Pieces>
   for (int64_t j = 0; j < length; ++j)
     for (int v = 0; v < Pieces; ++v) {
       const Floats value = load_bfloat16(values + j * width + v * kLanes);
-      for (int r = 0; r < Queries; ++r) sum[r][v] += weights[r * lds + j] * value;
+      for (int r = 0; r < Queries; ++r) sum[r][v] = fused(spread(weights[r * lds + j]), value, sum[r][v]);
     }
   for (int r = 0; r < Queries; ++r)
     for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[r][v]);

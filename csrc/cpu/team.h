@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -27,6 +28,11 @@ inline void yield_processor() {
 #endif
 }
 
+inline int processors() {
+  static const int count = static_cast<int>(std::thread::hardware_concurrency());
+  return count;
+}
+
 class Barrier {
  public:
   // Must be called by all `threads`; `idle` runs while waiting.
@@ -42,7 +48,9 @@ class Barrier {
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       idle();
       relax();
-      if (spins > 4000) yield_processor();  // somebody else may need this processor for the last one to arrive
+      // Somebody else may need this processor for the last one to arrive; certainly so with more threads than
+      // processors.
+      if (spins > (threads <= processors() ? 4000 : 0)) yield_processor();
     }
   }
 
