@@ -28,9 +28,7 @@ def first_stage_of(model: nn.Module) -> nn.Module:
 def check_prior(model: nn.Module) -> nn.Module:
     """The model itself; UserError when it is no prior."""
     if not hasattr(model, "transformer"):
-        raise UserError(
-            f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`"
-        )
+        raise UserError(f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`")
     return model
 
 
@@ -131,9 +129,7 @@ def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> 
     for path in map(Path, paths):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
         if not inside:
-            raise UserError(
-                f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory"
-            )
+            raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory")
         files += inside
     batch = []
     for path in files:

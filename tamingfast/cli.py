@@ -75,18 +75,14 @@ def parser() -> argparse.ArgumentParser:
 
     device = _options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
     resume = _options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
-    overrides = _options(
-        ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"})
-    )
+    overrides = _options(("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"}))
     drawing = _drawing_options()
 
     command = add("reproduce", reproduce, "the paper's pixel-versus-latent comparison", (device, resume, overrides))
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
     command.add_argument("--out", default="runs/reproduce", help="directory of the report (default: %(default)s)")
 
-    training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(
-        required=True, metavar="STAGE"
-    )
+    training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(required=True, metavar="STAGE")
     for name, run, text in (
         ("vqgan", train_vqgan, "the first stage: images to tokens and back"),
         ("prior", train_prior, "the second stage: a transformer over the tokens"),
@@ -118,9 +114,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
         if name == "complete":
             command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
-            command.add_argument(
-                "--times", type=int, default=3, help="completions of each image (default: %(default)s)"
-            )
+            command.add_argument("--times", type=int, default=3, help="completions of each image (default: %(default)s)")
 
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
@@ -154,10 +148,7 @@ def _drawing_options() -> argparse.ArgumentParser:
         ("--top-p", {"type": float, "help": "nucleus: the likeliest tokens that hold this probability"}),
         ("--greedy", {"action": "store_true", "help": "always the likeliest token"}),
         ("--seed", {"type": int, "default": 0}),
-        (
-            "--batch",
-            {"type": int, "default": 16, "help": "images at a time; does not change them (default: %(default)s)"},
-        ),
+        ("--batch", {"type": int, "default": 16, "help": "images at a time; does not change them (default: %(default)s)"}),
         ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
         ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
         ("--backend", {"default": "auto", "help": "auto, torch or naive"}),

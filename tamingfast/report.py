@@ -147,9 +147,7 @@ def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
         pixels, latents = (speed[key][name]["seconds_per_image"] for name in ("pixels", "latents"))
         axis.annotate(f"{pixels / latents:.1f}x", (i, pixels), ha="center", va="bottom", fontweight="bold")
     axis.set_yscale("log")
-    axis.set_xticks(
-        range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"]
-    )
+    axis.set_xticks(range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"])
     axis.set(ylabel="seconds per image", title="Sampling from pixels and from latents")
     axis.margins(y=0.15)
     axis.legend()

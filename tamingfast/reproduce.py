@@ -45,9 +45,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     if name not in presets():
-        raise UserError(
-            f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})"
-        )
+        raise UserError(f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})")
     settings = load_yaml(PRESETS / f"{name}.yaml")
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -74,10 +72,7 @@ def run(
     began = time.perf_counter()
     datasets = build_datasets({"data": settings["data"]})
     runs, facts = _train_all(settings, datasets, out, resume, device)
-    models = {
-        "latents": load_model(out / LATENT_PRIOR, device=device),
-        "pixels": load_model(out / PIXEL_PRIOR, device=device),
-    }
+    models = {"latents": load_model(out / LATENT_PRIOR, device=device), "pixels": load_model(out / PIXEL_PRIOR, device=device)}
     size = datasets[0][0]["image"].shape[0]
     pictures = _pictures(models, datasets[1], settings["sampling"], size, out)
     speed = measure_speed(models, size, settings["sampling"], **settings["timing"])
@@ -172,9 +167,7 @@ def _run_facts(out: Path, directory: str, label: str, tokens: int, vocabulary: i
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _pictures(
-    models: Mapping[str, nn.Module], validation: Any, sampling: Mapping[str, Any], size: int, out: Path
-) -> dict:
+def _pictures(models: Mapping[str, nn.Module], validation: Any, sampling: Mapping[str, Any], size: int, out: Path) -> dict:
     count, columns = sampling["images"], sampling["columns"]
     chosen = np.linspace(0, len(validation) - 1, 2 * columns).astype(int)
     shown = torch.stack([torch.as_tensor(validation[i]["image"]) for i in chosen.tolist()]).permute(0, 3, 1, 2)
@@ -321,9 +314,7 @@ class _Timer:
         """Seconds to draw the middle row of ``batch`` images on a known upper half, the median of several."""
         mask = torch.zeros(self.side, self.side, dtype=torch.bool)
         mask[self.side // 2] = True
-        return self._median(
-            lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats
-        )
+        return self._median(lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats)
 
     def _sample(self, batch: int, mask: Tensor | None = None, **how: Any) -> Tensor:
         if mask is not None:

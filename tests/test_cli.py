@@ -61,9 +61,7 @@ class TestReproduce:
         geometry, runs = results["prior"], {run["directory"]: run for run in results["runs"]}
         batch = results["settings"]["prior"]["training"]["batch_size"]
         spent = [
-            runs[name]["steps"]
-            * batch
-            * reproduce.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
+            runs[name]["steps"] * batch * reproduce.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
             for name in (reproduce.LATENT_PRIOR, reproduce.PIXEL_PRIOR)
         ]
         one_step = spent[1] / runs[reproduce.PIXEL_PRIOR]["steps"]
@@ -116,10 +114,7 @@ class TestSample:
 
     def test_larger_than_trained(self, reproduced, tmp_path):
         out = tmp_path / "wide.png"
-        assert (
-            run("sample", reproduced / "prior_latents", "-n", 1, "--size", "32x40", "--out", out, "--schedule", "block")
-            == 0
-        )
+        assert run("sample", reproduced / "prior_latents", "-n", 1, "--size", "32x40", "--out", out, "--schedule", "block") == 0
         assert Image.open(out).size == (40 + 4, 32 + 4)
 
     def test_pixels(self, reproduced, tmp_path):
@@ -217,21 +212,8 @@ class TestEncodeAndTrain:
         assert all(torch.equal(inside[key], original[key]) for key in inside)
 
     def test_vqgan_by_preset_and_overrides(self, tmp_path):
-        words = [
-            "train",
-            "vqgan",
-            "photos32_vqgan",
-            "--out",
-            tmp_path / "run",
-            "training.steps=1",
-            "training.batch_size=2",
-        ]
-        words += [
-            "model.params.ddconfig.ch=32",
-            "data.length=8",
-            "training.validation_batches=1",
-            "training.image_every=1",
-        ]
+        words = ["train", "vqgan", "photos32_vqgan", "--out", tmp_path / "run", "training.steps=1", "training.batch_size=2"]
+        words += ["model.params.ddconfig.ch=32", "data.length=8", "training.validation_batches=1", "training.image_every=1"]
         assert run(*words) == 0
         assert list((tmp_path / "run" / "images").glob("*.png"))
 
