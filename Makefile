@@ -11,7 +11,7 @@ RECORD ?=
 BIN := .venv/bin
 DEPENDENCIES := .venv/dependencies.stamp
 READY := .venv/ready.stamp
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl tests/*.cpp)
 BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
 

@@ -3,7 +3,8 @@
 Every op has up to three implementations: ``triton`` (GPU), ``native`` (the extension ``tamingfast._C``) and
 ``reference`` (plain torch). :mod:`tamingfast.ops` chooses among them by device and dtype; a user chooses with
 the environment variable ``TAMINGFAST_BACKEND`` (read once, at import) or ``with backends.use("reference"):``.
-``TAMINGFAST_ISA`` names the instruction set of the native kernels (``generic``, ``avx2``, ``avx512``).
+``TAMINGFAST_ISA`` names the instruction set of the native kernels (``generic``, ``avx2``, ``avx512``,
+``avx512bf16``).
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tamingfast import backends, engine
 from tamingfast.errors import UserError
-from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder
+from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 
-BACKENDS = ("auto", "torch", "naive")
-DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "native", "torch", "naive")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: Drawn at a time: enough to hide the generator's launches, few enough to stay below 64 MiB.
 NOISE_ENTRIES = 1 << 20
 
@@ -69,10 +70,11 @@ def sample_grid(
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with `mask`.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of `start`.
-        backend: "torch" keeps a static key/value cache, "naive" is the paper's full forward pass per token,
-            "auto" is the fastest that can run.
-        dtype: weights' type during the pass: "float32", "bfloat16", "float16", or None for the model's own.
-            Another type than the model's own works on a copy.
+        backend: "native" is the engine in C++ (CPU), "torch" keeps a static key/value cache, "naive" is the paper's
+            full forward pass per token, "auto" is the fastest that can run.
+        dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
+            the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
+            its copy and its cache with the model until the weights change.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
 
     Returns:
@@ -98,27 +100,68 @@ def sample_grid(
     _check_block_size(gpt, prefix, plan)
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
-    noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, plan, vocab, device)
-
-    with _evaluating(gpt, dtype) as model:
-        decoder = _decoder(backend, model, batch, prefix, plan, shared=prefix if fixed else 0)
-        done, total = 0, sum(len(run.steps) for run in plan.runs)
-        for run in plan.runs:
-            cells = torch.from_numpy(plan.cells(run)).to(device)
-            # A conditioning grid is cropped in raster order whatever the order of the image tokens.
-            context = cond if fixed else cond.flatten(1)[:, cells.sort().values]
-            sequence = torch.cat((context, canvas[:, cells]), dim=1)
-            sampled = wanted[:, cells]
-            decoder.enter(sequence)
-            for step in run.steps.tolist():
-                logits = decoder.logits(prefix + step)[:, :vocab]
-                token = choose(logits, next(noise), temperature=temperature, top_k=top_k, top_p=top_p)
-                sequence[:, prefix + step] = torch.where(sampled[:, step], token, sequence[:, prefix + step])
-                done += 1
-                if callback is not None and (done % width == 0 or done == total):
-                    callback(done, total)
-            canvas[:, cells] = sequence[:, prefix:]
+    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_images(first_image, batch)
+    chosen, dtype = _backend(backend, gpt, dtype)
+    if chosen == "native":
+        images = range(first_image, first_image + batch)
+        choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
+        room = prefix + plan.window_tokens - 1
+        with engine.borrowed_engine(gpt, dtype, batch, room) as lent:
+            decoder = NativeDecoder(lent, batch, prefix if fixed else 0, choice)
+            canvas = _drive(functools.partial(_native_run, decoder), plan, cond, canvas, wanted, callback)
+    else:
+        noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, plan, vocab, device)
+        with _evaluating(gpt, dtype) as model:
+            decoder = _decoder(chosen, model, batch, prefix, plan, shared=prefix if fixed else 0)
+            run = functools.partial(_torch_run, decoder, vocab, noise, choice)
+            canvas = _drive(run, plan, cond, canvas, wanted, callback)
     return canvas.view(batch, height, width)
+
+
+def _drive(
+    decode: Callable[..., None],
+    plan: Schedule,
+    cond: Tensor,
+    canvas: Tensor,
+    wanted: Tensor,
+    callback: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Fills the canvas run by run; `decode` writes a run's tokens into its window's sequence."""
+    done, total = 0, sum(len(run.steps) for run in plan.runs)
+    report = None if callback is None else lambda count: callback(count, total)
+    prefix = cond.shape[1] if cond.ndim == 2 else plan.window_tokens
+    for run in plan.runs:
+        cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
+        # A conditioning grid is cropped in raster order whatever the order of the image tokens.
+        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
+        sequence = torch.cat((context, canvas[:, cells]), dim=1)
+        decode(sequence, prefix, run.steps, wanted[:, cells], divmod(plan.cells(run)[run.steps], plan.width), report,
+               plan.width, done)  # fmt: skip
+        canvas[:, cells] = sequence[:, prefix:]
+        done += len(run.steps)
+    if report is not None and total % plan.width:
+        report(total)
+    return canvas
+
+
+def _native_run(decoder: NativeDecoder, sequence, prefix, steps, sampled, places, report, every, done) -> None:
+    rows, columns = places
+    decoder.decode(
+        sequence, (prefix + steps).tolist(), sampled[:, torch.from_numpy(steps)], rows.tolist(), columns.tolist(),
+        report, every, done,
+    )  # fmt: skip
+
+
+def _torch_run(
+    decoder: Decoder, vocab, noise, choice, sequence, prefix, steps, sampled, places, report, every, done
+) -> None:
+    decoder.enter(sequence)
+    for count, step in enumerate(steps.tolist(), done + 1):
+        token = choose(decoder.logits(prefix + step)[:, :vocab], next(noise), **choice)
+        sequence[:, prefix + step] = torch.where(sampled[:, step], token, sequence[:, prefix + step])
+        if report is not None and count % every == 0:
+            report(count)
 
 
 def _parts(transformer: nn.Module) -> tuple[nn.Module, np.ndarray | None, int]:
@@ -193,12 +236,15 @@ def _canvas(
     return canvas, wanted
 
 
+def _check_images(first_image: int, batch: int) -> None:
+    if not 0 <= first_image <= (1 << 32) - batch:
+        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1.")
+
+
 def _noise(
     seed: int, first_image: int, batch: int, plan: Schedule, vocab: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Noise (B, vocab) for each position of the plan, in decoding order."""
-    if not 0 <= first_image <= (1 << 32) - batch:
-        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
     images = torch.arange(first_image, first_image + batch, device=device)[:, None]
     positions = torch.from_numpy(plan.positions()).to(device)
     chunks = positions.split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
@@ -207,15 +253,10 @@ def _noise(
 
 
 @contextmanager
-def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
+def _evaluating(gpt: nn.Module, dtype: str) -> Iterator[nn.Module]:
     """The transformer in eval mode and the wanted type; what the caller handed in is as it was afterwards."""
-    name = str(dtype).removeprefix("torch.")
-    if name == "int8":
-        raise UserError("dtype 'int8' needs the native engine, which is not there: use bfloat16 or float32")
-    if dtype is not None and name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
-    if dtype is not None and getattr(torch, name) != next(gpt.parameters()).dtype:
-        gpt = copy.deepcopy(gpt).to(getattr(torch, name))
+    if getattr(torch, dtype) != next(gpt.parameters()).dtype:
+        gpt = copy.deepcopy(gpt).to(getattr(torch, dtype))
     training = [module for module in gpt.modules() if module.training]
     gpt.eval()
     try:
@@ -225,10 +266,28 @@ def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
             module.training = True
 
 
-def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder:
-    """The one place that chooses which engine samples."""
+def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
+    """The one place that chooses which engine samples: "native", "torch" or "naive", and its weights' type."""
     if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")
+        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}.")
+    name = str(next(gpt.parameters()).dtype if dtype is None else dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None.")
+    reason = engine.refusal(gpt)
+    if reason is None and name not in engine.DTYPES:
+        reason = f"it has no {name} weights"
+    if backend == "native" and reason is not None:
+        raise UserError(f"backend 'native' cannot run here: {reason}.")
+    if reason is None and backend == "auto" and backends.requested() == "reference":
+        reason = "the torch reference was asked for"
+    if backend == "native" or (backend == "auto" and reason is None):
+        return "native", name
+    if name == "int8":
+        raise UserError(f"dtype 'int8' needs the native engine ({reason or f'backend is {backend}'}): use bfloat16.")
+    return "torch" if backend == "auto" else backend, name
+
+
+def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder:
     causal = gpt.config.n_unmasked <= prefix
     if backend == "naive":
         # Image tokens that attend in both directions would see what is not sampled yet in a whole window.
