@@ -28,10 +28,12 @@ logger = logging.getLogger("tamingfast")
 
 # Which ops each backend has; a kernel is made known by its name here and a branch in ops.py.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "triton": (),
-    "native": ("nearest_code",),
-    "reference": ("causal_attention", "group_norm_silu", "nearest_code"),
+    "triton": ("causal_attention", "group_norm_silu", "nearest_code", "quantize"),
+    "native": ("nearest_code", "quantize"),
+    "reference": ("causal_attention", "group_norm_silu", "nearest_code", "quantize"),
 }
+
+_OLDEST_TRITON = (8, 0)  # compute capability: bfloat16 on the matrix units
 
 _requested = os.environ.get("TAMINGFAST_BACKEND") or None
 
@@ -105,14 +107,28 @@ def _why_no_native(error: ImportError) -> str:
 
 @functools.cache
 def _triton() -> Availability:
+    import torch
+
     try:
         version = importlib.import_module("triton").__version__
     except ImportError as error:
         return Availability(False, f"triton cannot be imported ({error})")
-    if not KERNELS["triton"]:
-        return Availability(False, f"triton {version} is there, but this version of tamingfast has no Triton kernel")
+    if interpreted():
+        return Availability(True, f"triton {version}, interpreted on the CPU because TRITON_INTERPRET is set")
     device = gpu()
+    if device.available and torch.version.hip is not None:
+        return Availability(False, f"triton {version}, but its kernels are written for CUDA devices, and this is ROCm")
+    if device.available and torch.cuda.get_device_capability() < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return Availability(
+            False, f"triton {version}, but its kernels need compute capability {oldest}: {device.reason}"
+        )
     return Availability(device.available, f"triton {version}, {device.reason}")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, for tests: on CPU tensors, slowly, and only when asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -79,21 +79,12 @@ class VectorQuantizer(_Remap, nn.Module):
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("temp, rescale_logits and return_logits have no meaning here; use GumbelQuantize for them")
-        z = z.permute(0, 2, 3, 1)  # (B, h, w, D)
-        flat = z.reshape(-1, self.e_dim)
-        indices = ops.nearest_code(flat.detach(), self.embedding.weight.detach())
-        z_q = self.embedding(indices).view(z.shape)
-
-        to_codes = torch.mean((z_q.detach() - z) ** 2)
-        to_latents = torch.mean((z_q - z.detach()) ** 2)
+        z_q, indices, to_codes, to_latents, _ = ops.quantize(z, self.embedding.weight)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
-
-        z_q = z + (z_q - z).detach()
-        z_q = z_q.permute(0, 3, 1, 2).contiguous()
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:
-            indices = indices.reshape(z.shape[0], z.shape[1], z.shape[2])
+            indices = indices.reshape(z.shape[0], *z.shape[2:])
         return z_q, loss, (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
