@@ -45,7 +45,7 @@ class GPTEngine:
 
     def __init__(self, gpt: nn.Module, dtype: str = "float32", threads: int | None = None) -> None:
         if (reason := refusal(gpt)) is not None:
-            raise RuntimeError(f"The native engine cannot run this transformer: {reason}.")
+            raise RuntimeError(f"the native engine cannot run this transformer: {reason}")
         module, _ = backends.native()
         self.threads = threads
         self.vocab_size = gpt.config.vocab_size

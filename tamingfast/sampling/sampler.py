@@ -238,7 +238,7 @@ def _canvas(
 
 def _check_images(first_image: int, batch: int) -> None:
     if not 0 <= first_image <= (1 << 32) - batch:
-        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1.")
+        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
 
 
 def _noise(
@@ -269,21 +269,21 @@ def _evaluating(gpt: nn.Module, dtype: str) -> Iterator[nn.Module]:
 def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
     """The one place that chooses which engine samples: "native", "torch" or "naive", and its weights' type."""
     if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}.")
+        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")
     name = str(next(gpt.parameters()).dtype if dtype is None else dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None.")
+        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
     reason = engine.refusal(gpt)
     if reason is None and name not in engine.DTYPES:
         reason = f"it has no {name} weights"
     if backend == "native" and reason is not None:
-        raise UserError(f"backend 'native' cannot run here: {reason}.")
+        raise UserError(f"backend 'native' cannot run here: {reason}")
     if reason is None and backend == "auto" and backends.requested() == "reference":
         reason = "the torch reference was asked for"
     if backend == "native" or (backend == "auto" and reason is None):
         return "native", name
     if name == "int8":
-        raise UserError(f"dtype 'int8' needs the native engine ({reason or f'backend is {backend}'}): use bfloat16.")
+        raise UserError(f"dtype 'int8' needs the native engine ({reason or f'backend is {backend}'}): use bfloat16")
     return "torch" if backend == "auto" else backend, name
 
 
