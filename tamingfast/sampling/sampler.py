@@ -17,6 +17,7 @@ from tamingfast.errors import UserError
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
+from tamingfast.sampling.waves import MEMORY, TorchEngine, plan_waves, sample_waves
 
 BACKENDS = ("auto", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,9 +47,14 @@ def sample_grid(
     mask: Tensor | None = None,
     backend: str = "auto",
     dtype: str | None = None,
+    memory: int = MEMORY,
     callback: Callable[[int, int], None] | None = None,
+    observer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples the image tokens of a batch of grids, one after the other inside sliding windows.
+    """Samples the image tokens of a batch of grids inside sliding windows.
+
+    The tokens are those of one position after the other in raster order. Where several windows cover the grid and
+    attention is causal over image tokens, positions whose context is known are computed together all the same.
 
     A window's sequence is its conditioning followed by its image tokens without the last; the logits of
     image token i stand at index c - 1 + i. Source: Esser et al. 2021, section 3.3 and figure 3.
@@ -73,7 +79,10 @@ def sample_grid(
             "auto" is the fastest that can run.
         dtype: weights' type during the pass: "float32", "bfloat16", "float16", or None for the model's own.
             Another type than the model's own works on a copy.
+        memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
+        observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
+            were added; `pending` is where they are still to come. It must not change them.
 
     Returns:
         int64 (B, height, width) on the transformer's device.
@@ -98,27 +107,49 @@ def sample_grid(
     _check_block_size(gpt, prefix, plan)
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
-    noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, plan, vocab, device)
+    report = _Report(canvas, wanted, plan, callback, observer)
 
     with _evaluating(gpt, dtype) as model:
+
+        def pick(logits: Tensor, drawn: Tensor | None) -> Tensor:
+            return choose(logits[..., :vocab], drawn, temperature=temperature, top_k=top_k, top_p=top_p)
+
         decoder = _decoder(backend, model, batch, prefix, plan, shared=prefix if fixed else 0)
-        done, total = 0, sum(len(run.steps) for run in plan.runs)
-        for run in plan.runs:
-            cells = torch.from_numpy(plan.cells(run)).to(device)
-            # A conditioning grid is cropped in raster order whatever the order of the image tokens.
-            context = cond if fixed else cond.flatten(1)[:, cells.sort().values]
-            sequence = torch.cat((context, canvas[:, cells]), dim=1)
-            sampled = wanted[:, cells]
-            decoder.enter(sequence)
-            for step in run.steps.tolist():
-                logits = decoder.logits(prefix + step)[:, :vocab]
-                token = choose(logits, next(noise), temperature=temperature, top_k=top_k, top_p=top_p)
-                sequence[:, prefix + step] = torch.where(sampled[:, step], token, sequence[:, prefix + step])
-                done += 1
-                if callback is not None and (done % width == 0 or done == total):
-                    callback(done, total)
-            canvas[:, cells] = sequence[:, prefix:]
+        waves = None if decoder is not None else plan_waves(model, plan, batch, prefix, memory)
+        positions = plan.positions() if waves is None else waves.cells
+        noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, positions, width, vocab, device)
+        if waves is None:
+            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise, report.added)
+        elif len(waves):
+            engine = TorchEngine(model, int(waves.slots.max()) + 1, batch, prefix + plan.window_tokens - 1)
+            n_unmasked = model.config.n_unmasked
+            sample_waves(engine, plan, waves, cond, canvas, wanted, pick, noise, n_unmasked, report.added)
     return canvas.view(batch, height, width)
+
+
+def _one_by_one(
+    decoder: Decoder,
+    plan: Schedule,
+    cond: Tensor,
+    canvas: Tensor,
+    wanted: Tensor,
+    pick: Callable[[Tensor, Tensor | None], Tensor],
+    noise: Iterator[Tensor | None],
+    after_step: Callable[[Tensor], None],
+) -> None:
+    """Samples into `canvas` position by position; the arguments are those of `sample_waves`."""
+    for run in plan.runs:
+        cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
+        # A conditioning grid is cropped in raster order whatever the order of the image tokens.
+        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
+        sequence = torch.cat((context, canvas[:, cells]), dim=1)
+        prefix, sampled = context.shape[1], wanted[:, cells]
+        decoder.enter(sequence)
+        for step in run.steps.tolist():
+            token = pick(decoder.logits(prefix + step), next(noise))
+            token = torch.where(sampled[:, step], token, sequence[:, prefix + step])
+            sequence[:, prefix + step] = canvas[:, cells[step]] = token
+            after_step(cells[step : step + 1])
 
 
 def _parts(transformer: nn.Module) -> tuple[nn.Module, np.ndarray | None, int]:
@@ -193,16 +224,45 @@ def _canvas(
     return canvas, wanted
 
 
+class _Report:
+    """Tells the callback and the observer of a call of `sample_grid` what has been sampled."""
+
+    def __init__(
+        self,
+        canvas: Tensor,
+        wanted: Tensor,
+        plan: Schedule,
+        callback: Callable[[int, int], None] | None,
+        observer: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
+        self.shape = (len(canvas), plan.height, plan.width)
+        self.canvas, self.pending = canvas, wanted.clone()
+        self.callback, self.observer = callback, observer
+        self.done, self.total = 0, int(plan.wanted.sum())
+
+    def added(self, cells: Tensor) -> None:
+        """The tokens at the raster indices `cells` are sampled."""
+        width, before = self.shape[2], self.done
+        self.done += len(cells)
+        if self.callback is not None:
+            for row in range(before // width + 1, self.done // width + 1):
+                self.callback(row * width, self.total)
+            if self.done == self.total and self.done % width:
+                self.callback(self.done, self.total)
+        if self.observer is not None:
+            self.pending[:, cells] = False
+            self.observer(self.canvas.view(self.shape), self.pending.view(self.shape))
+
+
 def _noise(
-    seed: int, first_image: int, batch: int, plan: Schedule, vocab: int, device: torch.device
+    seed: int, first_image: int, batch: int, positions: np.ndarray, width: int, vocab: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Noise (B, vocab) for each position of the plan, in decoding order."""
+    """Noise (B, vocab) for each of the raster indices `positions` of a grid of `width` columns, in turn."""
     if not 0 <= first_image <= (1 << 32) - batch:
         raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1.")
     images = torch.arange(first_image, first_image + batch, device=device)[:, None]
-    positions = torch.from_numpy(plan.positions()).to(device)
-    chunks = positions.split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
-    drawn = (gumbel_noise(seed, images, part // plan.width, part % plan.width, vocab) for part in chunks)
+    chunks = torch.from_numpy(positions).to(device).split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
+    drawn = (gumbel_noise(seed, images, part // width, part % width, vocab) for part in chunks)
     return (noise for chunk in drawn for noise in chunk.unbind(1))
 
 
@@ -225,8 +285,8 @@ def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
             module.training = True
 
 
-def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder:
-    """The one place that chooses which engine samples."""
+def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder | None:
+    """The one place that chooses which engine samples; None stands for waves."""
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}.")
     causal = gpt.config.n_unmasked <= prefix
@@ -240,6 +300,8 @@ def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedu
             f"forward pass."
         )
         return NaiveDecoder(gpt, whole_window=False)
+    if not plan.single_window:
+        return None
     return CachedDecoder(gpt, batch, prefix + plan.window_tokens - 1, shared)
 
 
