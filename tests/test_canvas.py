@@ -199,8 +199,9 @@ from tamingfast.sampling.canvas import Canvas
 sys.path.insert(0, sys.argv[1])
 from test_sampler import tiny_gpt, tokens
 torch.set_num_threads(1)
-Canvas.blank(tokens(2, 3), 20, 24, **{settings}).sample(
-    tiny_gpt(), path=sys.argv[2], every=0.02, progress=lambda done, total: time.sleep(0.05))
+gpt = tiny_gpt()
+gpt.head.register_forward_hook(lambda *call: time.sleep(0.03))
+Canvas.blank(tokens(2, 3), 20, 24, **{settings}).sample(gpt, path=sys.argv[2], every=0.02)
 """
 
 
