@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from torch.utils.data import Dataset
 
 from tamingfast.errors import UserError
 from tamingfast.weights import fingerprint
+
+if TYPE_CHECKING:
+    from tamingfast.sampling.canvas import Canvas
 
 TOP_K = 100  # the paper's choice, with temperature 1.0
 
@@ -122,12 +127,61 @@ def draw(
         )  # fmt: skip
 
 
+def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
+    """The canvas with settings for `sample_grid`: the window that the model's block size holds, and those given."""
+    _, rows, columns = canvas.tokens.shape
+    room, cond = model.transformer.config.block_size + 1, canvas.cond
+    window = min(16, math.isqrt(room // 2)) if cond.ndim == 3 else window_of(model, rows, columns, cond.shape[1])
+    top_k = None if top_k is None else min(top_k, model.transformer.config.vocab_size)
+    return replace(canvas, settings={"window": window, "top_k": top_k} | settings)
+
+
+@torch.no_grad()
+def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
+    """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens ``cond``."""
+    from tamingfast.sampling.canvas import Canvas
+
+    stage = model.first_stage_model
+    grid_size(model, *x.shape[2:])
+    quant, _, (_, _, indices) = stage.encode(x)
+    return Canvas.of(indices.view(len(x), *quant.shape[2:]), cond)
+
+
+@torch.no_grad()
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas; what is still to be sampled is gray."""
+    images = []
+    for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
+        known = tokens.masked_fill(pending, 0).to(model.device)
+        pixels = model.decode_grid(known).cpu()
+        factor = pixels.shape[-1] // tokens.shape[-1]
+        gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        images.append(pixels.masked_fill(gray, 0.0))
+    return torch.cat(images)
+
+
+def read_photo(path: str | os.PathLike) -> Tensor:
+    """An image file as it is: (1, 3, H, W) in [-1, 1]. Raises UserError when it is missing or cannot be read."""
+    return _pixels([np.asarray(_read(Path(path)))])
+
+
+def read_mask(path: str | os.PathLike, height: int, width: int) -> Tensor:
+    """An image file of the given size as bool (H, W), True where it is lighter than mid-gray."""
+    mask = np.asarray(_read(Path(path)).convert("L")) >= 128
+    if mask.shape != (height, width):
+        raise UserError(
+            f"{path} is {mask.shape[0]}x{mask.shape[1]} pixels, but the photo is {height}x{width}: "
+            "give a mask of the photo's size"
+        )
+    return torch.from_numpy(mask)
+
+
 def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> Tensor:
     """Image files, scaled to cover height x width pixels and cut at the centre: (B, 3, height, width) in [-1, 1].
 
     A directory stands for the images in it. Raises UserError naming a file that is missing or cannot be read.
     """
-    from tamingfast.data.folders import EXTENSIONS, read_rgb
+    from tamingfast.data.folders import EXTENSIONS
 
     files: list[Path] = []
     for path in map(Path, paths):
@@ -137,17 +191,22 @@ def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> 
                 f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory"
             )
         files += inside
-    batch = []
-    for path in files:
-        try:
-            image = read_rgb(path)
-        except FileNotFoundError:
-            raise UserError(f"no image at {path}; give the path of an existing file") from None
-        except Exception as error:
-            raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
-        batch.append(_cover(image, height, width))
-    pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-    return pixels.float() / 127.5 - 1
+    return _pixels([_cover(_read(path), height, width) for path in files])
+
+
+def _read(path: Path) -> Any:
+    from tamingfast.data.folders import read_rgb
+
+    try:
+        return read_rgb(path)
+    except FileNotFoundError:
+        raise UserError(f"no image at {path}; give the path of an existing file") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def _pixels(batch: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _cover(image: Any, height: int, width: int) -> np.ndarray:

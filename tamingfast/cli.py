@@ -16,6 +16,7 @@ from tamingfast import __version__
 from tamingfast.errors import UserError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+CANVAS = ".canvas"  # suffix of files that hold a `tamingfast.sampling.canvas.Canvas`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
         ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"})
     )
     drawing = _drawing_options()
+    painting = _options(
+        ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
+        ("--preview", {"metavar": "PNG", "help": "picture of what is drawn so far, renewed while drawing"}),
+        ("--canvas", {"metavar": "FILE", "help": "keep the tokens here; default: beside --out until it is written"}),
+        ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
+    )
 
     command = add("reproduce", reproduce, "the paper's pixel-versus-latent comparison", (device, resume, overrides))
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
@@ -99,13 +106,32 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--first-stage", help="run or checkpoint of the first stage")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
 
-    command = add("sample", sample, "draw new images", (device, drawing))
+    command = add("sample", sample, "draw new images", (device, drawing, painting))
     command.add_argument("model", help="run directory or checkpoint of a prior")
     command.add_argument("-n", "--count", type=int, default=16, help="how many (default: %(default)s)")
     command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
-    command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
     command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
+
+    for name, run, text in (
+        ("edit", edit, "draw the masked region of a photo anew"),
+        ("outpaint", outpaint, "draw what lies around a photo"),
+    ):
+        command = add(name, run, text, (device, drawing, painting))
+        command.add_argument("model", help="run directory or checkpoint of a prior")
+        command.add_argument("photo", help="image file, or a canvas kept by --canvas")
+        command.add_argument("-n", "--count", type=int, default=1, help="how many versions (default: %(default)s)")
+        command.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
+        command.add_argument(
+            "--reconstruct", action="store_true", help="show the first stage's version of the photo where it is kept"
+        )
+        if name == "edit":
+            command.add_argument(
+                "--mask", required=True, help="image of the photo's size, white where it is drawn anew"
+            )
+        else:
+            for side in ("left", "right", "top", "bottom"):
+                command.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="default: 0")
 
     for name, run, text in (
         ("reconstruct", reconstruct, "images above what the first stage makes of them"),
@@ -211,23 +237,125 @@ def _said(path: Path) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    import torch
-
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    rows, columns = apply.grid_size(model, *_size(arguments, model))
-    cond = apply.conditions(model, _at_least_one(arguments.count, "--count"), arguments.label)
-    with _bar("tokens") as bar:
-        grids = apply.draw(model, cond, rows, columns, progress=bar.moved, **_drawing(arguments))
-        batch = torch.cat([model.decode_grid(grid).cpu() for grid in grids])
+    batch = apply.decoded(model, _painted(arguments, model, lambda: _blank(arguments, model)), arguments.batch)
     out = Path(arguments.out)
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
     else:
         images.save_grid(out, batch)
-    _said(out)
+    _drawn(arguments)
+
+
+def _blank(arguments: argparse.Namespace, model: Any) -> Any:
+    from tamingfast import apply
+    from tamingfast.sampling.canvas import Canvas
+
+    rows, columns = apply.grid_size(model, *_size(arguments, model))
+    return Canvas.blank(
+        apply.conditions(model, _at_least_one(arguments.count, "--count"), arguments.label), rows, columns
+    )
+
+
+def edit(arguments: argparse.Namespace) -> None:
+    from tamingfast import apply
+    from tamingfast.sampling.canvas import token_mask
+
+    model = apply.check_prior(_load(arguments))
+    factor = apply.first_stage_of(model).factor
+    canvas, photo = _opened(arguments, model)
+    height, width = (side * factor for side in canvas.tokens.shape[1:])
+    mask = token_mask(apply.read_mask(arguments.mask, height, width), factor)
+    if not mask.any():
+        raise UserError(
+            f"{arguments.mask} has no white pixel, so nothing would be drawn; paint white what is to change"
+        )
+    canvas = canvas.resample(mask)
+    finished = _painted(arguments, model, lambda: canvas)
+    _write_edited(arguments, model, finished, photo, canvas.pending)
+
+
+def outpaint(arguments: argparse.Namespace) -> None:
+    import torch.nn.functional as F
+
+    from tamingfast import apply
+
+    model = apply.check_prior(_load(arguments))
+    factor = apply.first_stage_of(model).factor
+    sides = {side: getattr(arguments, side) for side in ("left", "right", "top", "bottom")}
+    for side, pixels in sides.items():
+        if pixels < 0 or pixels % factor:
+            raise UserError(f"got --{side} {pixels}; this model needs multiples of {factor} pixels, 0 or more")
+    if not any(sides.values()):
+        raise UserError("nothing to draw; give --left, --right, --top or --bottom PIXELS")
+    canvas, photo = _opened(arguments, model)
+    canvas = canvas.outpaint(**{side: pixels // factor for side, pixels in sides.items()})
+    finished = _painted(arguments, model, lambda: canvas)
+    photo = None if photo is None else F.pad(photo, tuple(sides.values()))
+    _write_edited(arguments, model, finished, photo, canvas.pending)
+
+
+def _opened(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """The canvas of a photo, or of the file that holds one, ``--count`` times, and the photo, None for a file."""
+    from tamingfast import apply
+    from tamingfast.sampling.canvas import Canvas
+
+    count = _at_least_one(arguments.count, "--count")
+    if Path(arguments.photo).suffix == CANVAS:
+        canvas = Canvas.load(arguments.photo)
+        if len(canvas.tokens) > 1 and count > 1:
+            raise UserError(f"{arguments.photo} holds {len(canvas.tokens)} images; leave -n out to work on all of them")
+        parts = (canvas.tokens, canvas.pending, canvas.cond)
+        count = max(count, len(canvas.tokens))
+        return Canvas(*(part.expand(count, *part.shape[1:]) for part in parts), model=canvas.model), None
+    photo = apply.read_photo(arguments.photo).expand(count, -1, -1, -1).to(model.device)
+    return apply.photo_canvas(model, photo, apply.conditions(model, count, arguments.label)), photo.cpu()
+
+
+def _write_edited(arguments: argparse.Namespace, model: Any, finished: Any, photo: Any, drawn: Any) -> None:
+    from tamingfast import apply, images
+    from tamingfast.sampling.canvas import keep_pixels
+
+    batch = apply.decoded(model, finished, arguments.batch)
+    if photo is not None and not arguments.reconstruct:
+        batch = keep_pixels(batch, photo, drawn.cpu())
+    if len(batch) == 1:
+        images.save_png(arguments.out, images.to_uint8(batch[0]))
+    else:
+        images.save_grid(arguments.out, batch)
+    _drawn(arguments)
+
+
+def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]) -> Any:
+    """The finished canvas: of the file that ``--resume`` goes on with, else of ``begin()``."""
+    from tamingfast import apply, images
+    from tamingfast.sampling.canvas import Canvas
+
+    drawing = _drawing(arguments)
+    options = {name: drawing.pop(name) for name in ("batch", "backend")}
+    path = _canvas_file(arguments)
+    canvas = Canvas.load(path) if arguments.resume else apply.painted(model, begin(), **drawing)
+
+    def preview(now: Any) -> None:
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
+
+    with _bar("tokens") as bar:
+        return canvas.sample(
+            model, path=path, preview=preview if arguments.preview else None, progress=bar.moved, **options
+        )
+
+
+def _canvas_file(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(CANVAS)
+
+
+def _drawn(arguments: argparse.Namespace) -> None:
+    if not arguments.canvas:  # it was there to be resumed, and there is nothing left to do
+        _canvas_file(arguments).unlink(missing_ok=True)
+    _said(arguments.out)
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:

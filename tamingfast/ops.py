@@ -209,7 +209,7 @@ def _on_triton(op: str, device: torch.device, refusal: str | None) -> bool:
     if reason is None:
         return True
     if asked == "triton":
-        raise RuntimeError(f"The triton backend was asked for, but cannot run {op}: {reason}.")
+        raise RuntimeError(f"the triton backend was asked for, but cannot run {op}: {reason}")
     _log_fallback(op, reason)
     return False
 

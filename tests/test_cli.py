@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import tamingfast
-from tamingfast import cli, report, reproduce
+from tamingfast import cli, report, reproduce, sampling
 from tamingfast.data.tokens import TokenDataset
 
 
@@ -160,6 +160,88 @@ class TestSample:
     def test_spatial_conditions_are_pointed_elsewhere(self, capsys):
         assert run("sample", golden.checkpoint("net2net_seg")) == cli.USAGE_ERROR
         assert "segmentation" in capsys.readouterr().err
+
+
+class TestCanvas:
+    @pytest.fixture
+    def square(self, photo, tmp_path):
+        path = tmp_path / "square.png"
+        Image.open(photo).crop((0, 0, 32, 32)).save(path)
+        return path
+
+    @pytest.fixture
+    def mask(self, tmp_path):
+        pixels = np.zeros((32, 32), np.uint8)
+        pixels[10:20, 12:24] = 255
+        path = tmp_path / "mask.png"
+        Image.fromarray(pixels).save(path)
+        return path
+
+    def test_edit_keeps_what_is_not_masked(self, reproduced, square, mask, tmp_path):
+        out = tmp_path / "e.png"
+        assert run("edit", reproduced / "prior_latents", square, "--mask", mask, "--out", out) == 0
+        before, after = (np.asarray(Image.open(path)).astype(int) for path in (square, out))
+        changed = np.abs(after - before).max(2)
+        assert changed[10:20, 12:24].mean() > 5
+        assert changed[:8].max() == changed[22:].max() == changed[:, :10].max() == changed[:, 26:].max() == 0
+        assert not list(tmp_path.glob("*.canvas"))
+
+    def test_outpaint_and_go_on(self, reproduced, square, tmp_path):
+        prior, out, kept = reproduced / "prior_latents", tmp_path / "o.png", tmp_path / "o.canvas"
+        words = ["--out", out, "--canvas", kept, "--schedule", "block", "--preview", tmp_path / "p.png"]
+        assert run("outpaint", prior, square, "--right", 8, "--bottom", 4, *words) == 0
+        before, after = (np.asarray(Image.open(path)).astype(int) for path in (square, out))
+        assert after.shape == (36, 40, 3)
+        assert (after[:30, :30] == before[:30, :30]).all()
+        assert len(np.unique(after[:, 32:])) > 3
+        assert run("outpaint", prior, kept, "--left", 4, "--out", out) == 0
+        assert Image.open(out).size == (44, 36)
+        assert run("outpaint", prior, square, "--top", 2, "-n", 2, "--out", out, "--reconstruct") == 0
+        assert Image.open(out).size == (2 * 34 + 2, 34 + 4)
+
+    def test_a_canvas_is_resumed_to_the_same_image(self, reproduced, tmp_path, monkeypatch):
+        prior, out = reproduced / "prior_latents", tmp_path / "s.png"
+        words = ["sample", prior, "-n", 1, "--size", "32x40", "--out", out]
+        assert run(*words) == 0
+        expected = out.read_bytes()
+        out.unlink()
+
+        class Stopped(sampling.canvas._Regularly):
+            def tick(self):
+                super().tick()
+                self.ticks = getattr(self, "ticks", 0) + 1
+                if self.ticks == 50:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling.canvas, "_Regularly", Stopped)
+            assert run(*words) == cli.INTERRUPTED
+        assert not out.exists() and (tmp_path / "s.canvas").exists()
+        assert run(*words, "--resume") == 0
+        assert out.read_bytes() == expected
+        assert run(*words, "--resume") == cli.USAGE_ERROR
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["edit", "square.png", "--mask", "photo.png"], "photo.png is 50x70 pixels, but the photo is 32x32"),
+            (["edit", "square.png", "--mask", "black.png"], "no white pixel"),
+            (["edit", "none.png", "--mask", "black.png"], "no image at"),
+            (["outpaint", "photo.png", "--right", 3], "--right 3; this model needs multiples of 2"),
+            (["outpaint", "odd.png", "--right", 2], "got a size of 31x31 pixels; this model needs multiples of 2"),
+            (["outpaint", "square.png"], "nothing to draw"),
+            (["outpaint", "square.png", "--right", 8, "--schedule", "block", "--stride", 99], "stride is 99"),
+            (["outpaint", "square.png", "--right", 8, "--resume"], "no canvas at"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, reproduced, square, photo, capsys, words, message, monkeypatch):
+        monkeypatch.chdir(square.parent)
+        Image.new("RGB", (32, 32)).save("black.png")
+        Image.open(square).crop((0, 0, 31, 31)).save("odd.png")
+        command, *rest = words
+        assert run(command, reproduced / "prior_latents", *rest) == cli.USAGE_ERROR
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
 
 
 class TestImages:

@@ -96,6 +96,35 @@ def test_cached_equals_naive(rule, kind, greedy):
     assert cached.unique().numel() > 3
 
 
+@pytest.mark.parametrize("memory", [0, 10_000, 40_000])
+@pytest.mark.parametrize("kind", ["prefix", "grid"])
+@pytest.mark.parametrize("rule", RULES)
+def test_memory_does_not_change_the_tokens(gpt, rule, kind, memory, monkeypatch):
+    """Fewer cache slots, and several calls per wave."""
+    cond = tokens(2, 7, 9) if kind == "grid" else tokens(2, 3)
+    options = dict(window=4, schedule=rule, stride=2, seed=3, top_k=20)
+    expected = sample_grid(gpt, cond, 7, 9, backend="naive", **options)
+    monkeypatch.setattr("tamingfast.sampling.waves.TOKENS_PER_CALL", 40)
+    assert torch.equal(sample_grid(gpt, cond, 7, 9, memory=memory, **options), expected)
+
+
+@pytest.mark.parametrize(("window", "batch"), [(16, 2), (4, 1), (4, 3)])
+def test_the_observer_sees_every_token_arrive(gpt, window, batch):
+    cond, seen = tokens(batch, 3), []
+    start, mask = tokens(batch, 6, 5, seed=9), torch.rand(batch, 6, 5) < 0.7
+    grid = sample_grid(
+        gpt, cond, 6, 5, start=start, mask=mask, window=window, observer=lambda *a: seen.append([t.clone() for t in a])
+    )
+    before = mask
+    for now, pending in seen:
+        assert (before & ~pending).any(), "called for nothing"
+        assert not (pending & ~before).any()
+        assert torch.equal(now[~pending], grid[~pending]), "what is not pending is final"
+        before = pending
+    assert not before.any()
+    assert len(seen) >= 6
+
+
 @pytest.mark.parametrize("n_unmasked", [0, 2, 3])
 @pytest.mark.parametrize("rule", ["strided", "block"])
 def test_cached_equals_naive_where_windows_do_not_overlap(rule, n_unmasked):

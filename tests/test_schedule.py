@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamingfast.sampling.schedule import RULES, make_schedule, one_window, window_starts
+from tamingfast.sampling.schedule import RULES, make_schedule, make_waves, one_window, wave_numbers, window_starts
 
 sizes, windows = st.integers(1, 40), st.integers(1, 18)
 grids = st.tuples(sizes, sizes, windows, st.sampled_from(RULES), windows).map(
@@ -131,3 +131,100 @@ def test_an_order_says_where_the_tokens_of_a_sequence_lie():
 def test_errors_are_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_schedule(*arguments)
+
+
+# --- waves ----------------------------------------------------------------------------------------
+
+
+def waves_by_definition(plan) -> np.ndarray:
+    """Visits one position after the other and looks at every token before it in its window."""
+    numbers = np.full(plan.height * plan.width, -1)
+    for run in plan.runs:
+        cells = plan.cells(run)
+        for step in run.steps:
+            numbers[cells[step]] = numbers[cells[:step]].max(initial=-1) + 1
+    return numbers.reshape(plan.height, plan.width)
+
+
+masks = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.9, 1.0]))
+
+
+def drawn_mask(mask, height, width) -> np.ndarray:
+    seed, share = mask
+    return np.random.default_rng(seed).random((height, width)) < share
+
+
+@settings(max_examples=150, deadline=None)
+@given(grids, masks)
+def test_wave_numbers_are_those_of_the_definition(case, mask):
+    height, width, *rule = case
+    plan = make_schedule(height, width, *rule).only(drawn_mask(mask, height, width))
+    numbers = wave_numbers(plan)
+    assert (numbers == waves_by_definition(plan)).all()
+    assert ((numbers >= 0) == plan.wanted).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("height", "width", "waves"), [(64, 64, 1072), (64, 128, 1136), (256, 256, 4336), (16, 16, 256), (40, 9, 360)]
+)
+def test_wave_counts(rule, height, width, waves):
+    plan = make_schedule(height, width, 16, rule)
+    assert wave_numbers(plan).max() + 1 == waves == (height - 1) * min(16, width) + width
+    assert len(make_waves(plan)) == waves
+
+
+def test_waves_of_an_order_go_one_by_one():
+    plan = one_window(2, 3, [3, 0, 5, 1, 4, 2]).only(np.array([[True, False, True], [True, False, True]]))
+    assert wave_numbers(plan).tolist() == [[1, -1, 3], [0, -1, 2]]
+    assert len(make_waves(plan.only(np.zeros((2, 3), dtype=bool)))) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(grids, masks, st.sampled_from([1, 2, 5, None]))
+def test_slots_hold_what_waves_say(case, mask, slots):
+    """Replays the waves on slots that remember what they were fed."""
+    height, width, *rule = case
+    plan = make_schedule(height, width, *rule).only(drawn_mask(mask, height, width))
+    waves = make_waves(plan, slots)
+    known = ~plan.wanted.reshape(-1)
+    held = {}
+    for first, last in zip(waves.bounds[:-1], waves.bounds[1:], strict=True):
+        assert first < last
+        used = waves.slots[first:last].tolist()
+        assert len(set(used)) == len(used), "two entries of a wave share a slot"
+        for entry in range(first, last):
+            cell, corner, step, slot, fed = (
+                int(a[entry]) for a in (waves.cells, waves.corners, waves.steps, waves.slots, waves.fed)
+            )
+            assert corner + plan.offsets[step] == cell
+            assert known[corner + plan.offsets[:step]].all()
+            assert fed < step
+            if fed >= 0:
+                assert held[slot] == (corner, fed)
+            held[slot] = (corner, step)
+        assert not known[waves.cells[first:last]].any(), "sampled twice"
+        known[waves.cells[first:last]] = True
+    assert known.all()
+    assert waves.slots.max(initial=0) < (slots or height * width)
+
+
+def test_enough_slots_feed_each_window_of_a_block_once():
+    plan = make_schedule(64, 64, 16, "block")
+    waves = make_waves(plan)
+    assert (waves.fed < 0).sum() == len(plan.runs) == 49
+    assert waves.slots.max() + 1 <= 8, "no more windows are open at once than lie side by side"
+    last_steps = sum(int(run.steps[-1]) for run in plan.runs)
+    assert waves.tokens_fed(256) == 49 * 256 + last_steps
+    assert waves.tokens_fed(256) < make_waves(plan, 2).tokens_fed(256) < make_waves(plan, 1).tokens_fed(256)
+    with pytest.raises(ValueError, match="slots: got 0"):
+        make_waves(plan, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes, sizes, windows, windows)
+def test_strided_is_block_in_another_order_where_the_stride_is_long(height, width, window, stride):
+    stride = max(min(stride, window), window - window // 2)
+    strided, block = (make_schedule(height, width, window, rule, stride) for rule in ("strided", "block"))
+    assert (strided.corners == block.corners).all()
+    assert (strided.steps == block.steps).all()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ class GPTConfig:
 LayerCache = tuple[Tensor, Tensor]
 
 
+class Feed(NamedTuple):
+    """Tokens of one call of `GPT.forward_ragged`: positions ``start`` to ``stop - 1`` of the sequences in ``slot``."""
+
+    slot: int
+    start: int
+    stop: int
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention, causal but for the first ``n_unmasked`` positions, which see one another."""
 
@@ -54,8 +63,10 @@ class CausalSelfAttention(nn.Module):
         return attention_mask(self.block_size, self.n_unmasked, self.proj.weight.device)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, t, _ = x.shape
-        return tuple(p(x).view(b, t, self.n_head, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
+        return tuple(self._split(p(x)) for p in (self.query, self.key, self.value))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
 
     def _join(self, y: Tensor) -> Tensor:
         return self.resid_drop(self.proj(y.transpose(1, 2).flatten(2)))
@@ -80,6 +91,33 @@ class CausalSelfAttention(nn.Module):
             mask = torch.arange(stop, device=x.device) <= rows[:, None]
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
+    def forward_ragged(self, x: Tensor, cache: LayerCache, feeds: Sequence[Feed], last_only: bool) -> Tensor:
+        """The same for the tokens of several feeds, one after the other in x (B, T, n_embd); cache (slots, B, ...).
+
+        With ``last_only`` the result holds the last token of each feed alone, (B, number of feeds, n_embd).
+        """
+        ends = _ends(feeds)
+        k, v = self._split(self.key(x)), self._split(self.value(x))
+        q = self._split(self.query(x[:, [end - 1 for end in ends]] if last_only else x))
+        outputs = []
+        for i, (feed, end) in enumerate(zip(feeds, ends, strict=True)):
+            begin = end - (feed.stop - feed.start)
+            keys, values = cache[0][feed.slot], cache[1][feed.slot]
+            keys[:, :, feed.start : feed.stop] = k[:, :, begin:end]
+            values[:, :, feed.start : feed.stop] = v[:, :, begin:end]
+            seen = keys[:, :, : feed.stop], values[:, :, : feed.stop]
+            if last_only or feed.stop - feed.start == 1:
+                asking = q[:, :, i : i + 1] if last_only else q[:, :, begin:end]
+                outputs.append(F.scaled_dot_product_attention(asking, *seen))
+            elif feed.start == 0:
+                own = (part[:, :, begin:end] for part in (q, k, v))
+                outputs.append(ops.causal_attention(*own, n_unmasked=self.n_unmasked))
+            else:
+                rows = torch.arange(feed.start, feed.stop, device=x.device)
+                mask = torch.arange(feed.stop, device=x.device) <= rows[:, None]
+                outputs.append(F.scaled_dot_product_attention(q[:, :, begin:end], *seen, attn_mask=mask))
+        return self._join(torch.cat(outputs, dim=2))
+
 
 class Block(nn.Module):
     """Attention and a four times wider MLP with exact GELU, each behind a LayerNorm and added to its input."""
@@ -102,6 +140,11 @@ class Block(nn.Module):
 
     def forward_cached(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
         x = x + self.attn.forward_cached(self.ln1(x), cache, start)
+        return x + self.mlp(self.ln2(x))
+
+    def forward_ragged(self, x: Tensor, cache: LayerCache, feeds: Sequence[Feed], last_only: bool) -> Tensor:
+        kept = x[:, [end - 1 for end in _ends(feeds)]] if last_only else x
+        x = kept + self.attn.forward_ragged(self.ln1(x), cache, feeds, last_only)
         return x + self.mlp(self.ln2(x))
 
 
@@ -223,6 +266,25 @@ class GPT(nn.Module):
         present = torch.stack([torch.stack((keys[:, :, start:], values[:, :, start:])) for keys, values in cache])
         return logits, loss, present
 
+    def new_slots(self, slots: int, batch: int, length: int) -> list[LayerCache]:
+        """Empty caches for `forward_ragged`: keys and values (slots, B, n_head, length, D) of each layer."""
+        self._check_length(length)
+        shape = (slots, batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
+        return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
+
+    def forward_ragged(self, idx: Tensor, cache: list[LayerCache], feeds: Sequence[Feed]) -> Tensor:
+        """Logits (B, number of feeds, vocab_size) of the last token of each feed.
+
+        ``idx`` (B, T) holds the tokens of all feeds, one after the other; each feed has a slot of ``cache`` of its own
+        and is as long as its positions say. What `forward_cached` says of the cache holds for each slot.
+        """
+        place = torch.cat([torch.arange(feed.start, feed.stop, device=idx.device) for feed in feeds])
+        x = self.tok_emb(idx) + self.pos_emb[0, place]
+        last = len(self.blocks) - 1
+        for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
+            x = block.forward_ragged(x, layer, feeds, last_only=i == last)
+        return self.head(self.ln_f(x))
+
     def _check_length(self, length: int) -> None:
         if length > self.block_size:
             raise ValueError(
@@ -235,6 +297,10 @@ def attention_mask(size: int, n_unmasked: int, device: torch.device) -> Tensor:
     mask = torch.ones(size, size, device=device).tril_()
     mask[:n_unmasked, :n_unmasked] = 1
     return mask.view(1, 1, size, size)
+
+
+def _ends(feeds: Sequence[Feed]) -> list[int]:
+    return list(itertools.accumulate(feed.stop - feed.start for feed in feeds))
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

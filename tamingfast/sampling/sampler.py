@@ -18,6 +18,7 @@ from tamingfast.errors import UserError
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
+from tamingfast.sampling.waves import MEMORY, NativeEngine, TorchEngine, plan_waves, sample_waves
 
 BACKENDS = ("auto", "native", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -47,9 +48,14 @@ def sample_grid(
     mask: Tensor | None = None,
     backend: str = "auto",
     dtype: str | None = None,
+    memory: int = MEMORY,
     callback: Callable[[int, int], None] | None = None,
+    observer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples the image tokens of a batch of grids, one after the other inside sliding windows.
+    """Samples the image tokens of a batch of grids inside sliding windows.
+
+    The tokens are those of one position after the other in raster order. Where several windows cover the grid and
+    attention is causal over image tokens, positions whose context is known are computed together all the same.
 
     A window's sequence is its conditioning followed by its image tokens without the last; the logits of
     image token i stand at index c - 1 + i. Source: Esser et al. 2021, section 3.3 and figure 3.
@@ -75,7 +81,10 @@ def sample_grid(
         dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
             the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
             its copy and its cache with the model until the weights change.
+        memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
+        observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
+            were added; `pending` is where they are still to come. It must not change them.
 
     Returns:
         int64 (B, height, width) on the transformer's device.
@@ -100,68 +109,103 @@ def sample_grid(
     _check_block_size(gpt, prefix, plan)
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
+    report = _Report(canvas, wanted, plan, callback, observer)
+    chosen, dtype = _backend(backend, gpt, dtype)
+    causal = gpt.config.n_unmasked <= prefix
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_images(first_image, batch)
-    chosen, dtype = _backend(backend, gpt, dtype)
-    if chosen == "native":
+
+    def noise(positions: np.ndarray) -> Iterator[Tensor | None]:
+        drawn = _noise(seed, first_image, batch, positions, width, vocab, device)
+        return itertools.repeat(None) if greedy else drawn
+
+    def pick(logits: Tensor, drawn: Tensor | None) -> Tensor:
+        return choose(logits[..., :vocab], drawn, **choice)
+
+    # Windows that wait for nobody go together, where the cache of each is exact.
+    waves = None
+    if chosen != "naive" and causal and not plan.single_window:
+        waves = plan_waves(gpt, plan, batch, prefix, memory)
+    length = prefix + plan.window_tokens - 1
+    shared = prefix if fixed else 0
+    if waves is not None:
+        slots = int(waves.slots.max(initial=-1)) + 1
+        with _wave_engine(chosen, gpt, dtype, slots, batch, length) as runner:
+            drawn = noise(waves.cells)
+            sample_waves(runner, plan, waves, cond, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
+    elif chosen == "native":
         images = range(first_image, first_image + batch)
         choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
-        room = prefix + plan.window_tokens - 1
-        with engine.borrowed_engine(gpt, dtype, batch, room) as lent:
-            decoder = NativeDecoder(lent, batch, prefix if fixed else 0, choice)
-            canvas = _drive(functools.partial(_native_run, decoder), plan, cond, canvas, wanted, callback)
+        with engine.borrowed_engine(gpt, dtype, batch, length) as lent:
+            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, cond, canvas, wanted, report)
     else:
-        noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, plan, vocab, device)
         with _evaluating(gpt, dtype) as model:
-            decoder = _decoder(chosen, model, batch, prefix, plan, shared=prefix if fixed else 0)
-            run = functools.partial(_torch_run, decoder, vocab, noise, choice)
-            canvas = _drive(run, plan, cond, canvas, wanted, callback)
+            decoder = _decoder(chosen, model, batch, plan, causal, length, shared)
+            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise(plan.positions()), report.added)
     return canvas.view(batch, height, width)
 
 
-def _drive(
-    decode: Callable[..., None],
+@contextmanager
+def _wave_engine(
+    chosen: str, gpt: nn.Module, dtype: str, slots: int, batch: int, length: int
+) -> Iterator[NativeEngine | TorchEngine]:
+    if chosen == "native":
+        with engine.borrowed_engine(gpt, dtype, slots * batch, length) as lent:
+            yield NativeEngine(lent, batch)
+    else:
+        with _evaluating(gpt, dtype) as model:
+            yield TorchEngine(model, slots, batch, length)
+
+
+def _run_by_run(
+    decoder: NativeDecoder, plan: Schedule, cond: Tensor, canvas: Tensor, wanted: Tensor, report: _Report
+) -> None:
+    """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
+    for run in plan.runs:
+        places = plan.cells(run)
+        cells = torch.from_numpy(places)
+        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
+        sequence = torch.cat((context, canvas[:, cells]), dim=1)
+        prefix, reported = context.shape[1], 0
+
+        def tell(done: int, cells=cells, sequence=sequence, prefix=prefix, steps=run.steps) -> None:
+            nonlocal reported
+            canvas[:, cells] = sequence[:, prefix:]
+            report.added(cells[torch.from_numpy(steps[reported:done])])
+            reported = done
+
+        rows, columns = divmod(places[run.steps], plan.width)
+        decoder.decode(
+            sequence, (prefix + run.steps).tolist(), wanted[:, cells][:, torch.from_numpy(run.steps)],
+            rows.tolist(), columns.tolist(), tell if report.listened_to else None, plan.width, 0,
+        )  # fmt: skip
+        if reported < len(run.steps):
+            tell(len(run.steps))
+
+
+def _one_by_one(
+    decoder: Decoder,
     plan: Schedule,
     cond: Tensor,
     canvas: Tensor,
     wanted: Tensor,
-    callback: Callable[[int, int], None] | None,
-) -> Tensor:
-    """Fills the canvas run by run; `decode` writes a run's tokens into its window's sequence."""
-    done, total = 0, sum(len(run.steps) for run in plan.runs)
-    report = None if callback is None else lambda count: callback(count, total)
-    prefix = cond.shape[1] if cond.ndim == 2 else plan.window_tokens
+    pick: Callable[[Tensor, Tensor | None], Tensor],
+    noise: Iterator[Tensor | None],
+    after_step: Callable[[Tensor], None],
+) -> None:
+    """Samples into `canvas` position by position; the arguments are those of `sample_waves`."""
     for run in plan.runs:
         cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
         # A conditioning grid is cropped in raster order whatever the order of the image tokens.
         context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
         sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        decode(sequence, prefix, run.steps, wanted[:, cells], divmod(plan.cells(run)[run.steps], plan.width), report,
-               plan.width, done)  # fmt: skip
-        canvas[:, cells] = sequence[:, prefix:]
-        done += len(run.steps)
-    if report is not None and total % plan.width:
-        report(total)
-    return canvas
-
-
-def _native_run(decoder: NativeDecoder, sequence, prefix, steps, sampled, places, report, every, done) -> None:
-    rows, columns = places
-    decoder.decode(
-        sequence, (prefix + steps).tolist(), sampled[:, torch.from_numpy(steps)], rows.tolist(), columns.tolist(),
-        report, every, done,
-    )  # fmt: skip
-
-
-def _torch_run(
-    decoder: Decoder, vocab, noise, choice, sequence, prefix, steps, sampled, places, report, every, done
-) -> None:
-    decoder.enter(sequence)
-    for count, step in enumerate(steps.tolist(), done + 1):
-        token = choose(decoder.logits(prefix + step)[:, :vocab], next(noise), **choice)
-        sequence[:, prefix + step] = torch.where(sampled[:, step], token, sequence[:, prefix + step])
-        if report is not None and count % every == 0:
-            report(count)
+        prefix, sampled = context.shape[1], wanted[:, cells]
+        decoder.enter(sequence)
+        for step in run.steps.tolist():
+            token = pick(decoder.logits(prefix + step), next(noise))
+            token = torch.where(sampled[:, step], token, sequence[:, prefix + step])
+            sequence[:, prefix + step] = canvas[:, cells[step]] = token
+            after_step(cells[step : step + 1])
 
 
 def _parts(transformer: nn.Module) -> tuple[nn.Module, np.ndarray | None, int]:
@@ -236,20 +280,50 @@ def _canvas(
     return canvas, wanted
 
 
-def _check_images(first_image: int, batch: int) -> None:
-    if not 0 <= first_image <= (1 << 32) - batch:
-        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
+class _Report:
+    """Tells the callback and the observer of a call of `sample_grid` what has been sampled."""
+
+    def __init__(
+        self,
+        canvas: Tensor,
+        wanted: Tensor,
+        plan: Schedule,
+        callback: Callable[[int, int], None] | None,
+        observer: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
+        self.shape = (len(canvas), plan.height, plan.width)
+        self.canvas, self.pending = canvas, wanted.clone()
+        self.callback, self.observer = callback, observer
+        self.done, self.total = 0, int(plan.wanted.sum())
+        self.listened_to = callback is not None or observer is not None
+
+    def added(self, cells: Tensor) -> None:
+        """The tokens at the raster indices `cells` are sampled."""
+        width, before = self.shape[2], self.done
+        self.done += len(cells)
+        if self.callback is not None:
+            for row in range(before // width + 1, self.done // width + 1):
+                self.callback(row * width, self.total)
+            if self.done == self.total and self.done % width:
+                self.callback(self.done, self.total)
+        if self.observer is not None:
+            self.pending[:, cells] = False
+            self.observer(self.canvas.view(self.shape), self.pending.view(self.shape))
 
 
 def _noise(
-    seed: int, first_image: int, batch: int, plan: Schedule, vocab: int, device: torch.device
+    seed: int, first_image: int, batch: int, positions: np.ndarray, width: int, vocab: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Noise (B, vocab) for each position of the plan, in decoding order."""
+    """Noise (B, vocab) for each of the raster indices `positions` of a grid of `width` columns, in turn."""
     images = torch.arange(first_image, first_image + batch, device=device)[:, None]
-    positions = torch.from_numpy(plan.positions()).to(device)
-    chunks = positions.split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
-    drawn = (gumbel_noise(seed, images, part // plan.width, part % plan.width, vocab) for part in chunks)
+    chunks = torch.from_numpy(positions).to(device).split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
+    drawn = (gumbel_noise(seed, images, part // width, part % width, vocab) for part in chunks)
     return (noise for chunk in drawn for noise in chunk.unbind(1))
+
+
+def _check_images(first_image: int, batch: int) -> None:
+    if not 0 <= first_image <= (1 << 32) - batch:
+        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
 
 
 @contextmanager
@@ -287,19 +361,19 @@ def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]
     return "torch" if backend == "auto" else backend, name
 
 
-def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder:
-    causal = gpt.config.n_unmasked <= prefix
-    if backend == "naive":
+def _decoder(
+    chosen: str, gpt: nn.Module, batch: int, plan: Schedule, causal: bool, length: int, shared: int
+) -> Decoder:
+    if chosen == "naive":
         # Image tokens that attend in both directions would see what is not sampled yet in a whole window.
         return NaiveDecoder(gpt, whole_window=causal and not plan.single_window)
     if not causal:
         _log_once(
             f"The transformer attends in both directions over {gpt.config.n_unmasked} tokens, more than the "
-            f"{prefix} of the conditioning, so no key/value cache is exact and every token takes a full "
-            f"forward pass."
+            "conditioning has, so no key/value cache is exact and every token takes a full forward pass."
         )
         return NaiveDecoder(gpt, whole_window=False)
-    return CachedDecoder(gpt, batch, prefix + plan.window_tokens - 1, shared)
+    return CachedDecoder(gpt, batch, length, shared)
 
 
 @functools.cache

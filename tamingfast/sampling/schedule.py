@@ -15,15 +15,24 @@ Rules, for a position p on an axis of n tokens with a window of w tokens (both a
     block    windows at multiples of `stride` (the last at n - w) in raster order; each decodes all that is
              still unknown inside it.
 `paper`, `scene` and `strided` decode the grid in raster order, `block` in raster order within windows. Under
-every rule all tokens that precede a position in its window's sequence are known when it is decoded.
+every rule all tokens that precede a position in its window's sequence are known when it is decoded. With
+`stride` >= w - w // 2, `strided` and `block` give every position the same window, hence the same token.
+
+Nothing forces one position at a time. Whatever the rule, all a position needs lies before it in its window, so
+the grid falls into waves (`make_waves`): a position's wave is the first after those of the tokens before it. For
+an unmasked grid wider than the window that makes (height - 1) * w + width waves instead of height * width steps.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from tamingfast.errors import UserError
@@ -48,13 +57,16 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """All runs that fill a height x width grid, in an order in which they can be decoded.
+    """Which window each position of a height x width grid is decoded in, and which positions are.
 
     Attributes:
         height, width: of the grid, in tokens.
         window_height, window_width: of every window, in tokens.
         order: int64 (window tokens,); token k of a window's sequence lies at its raster cell order[k].
-        runs: every position of the grid is a step of at most one of them.
+        row_starts: int64 (height,), the first row of the window in which a row's positions are decoded.
+        column_starts: int64 (width,), likewise its first column.
+        by_window: whether a window is finished before the next is entered; else the grid goes in raster order.
+        wanted: bool (height, width), the positions to decode; the others are known.
     """
 
     height: int
@@ -62,7 +74,10 @@ class Schedule:
     window_height: int
     window_width: int
     order: NDArray[np.int64]
-    runs: tuple[Run, ...]
+    row_starts: NDArray[np.int64]
+    column_starts: NDArray[np.int64]
+    by_window: bool
+    wanted: NDArray[np.bool_]
 
     @property
     def window_tokens(self) -> int:
@@ -73,20 +88,46 @@ class Schedule:
         """Whether one window covers the grid."""
         return (self.window_height, self.window_width) == (self.height, self.width)
 
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Raster indices in the grid of a window's sequence, less that of its corner: int64 (window_tokens,)."""
+        row, column = np.divmod(self.order, self.window_width)
+        return row * self.width + column
+
+    @cached_property
+    def corners(self) -> NDArray[np.int64]:
+        """Raster index of the upper left corner of each position's window: int64 (height * width,)."""
+        return np.add.outer(self.row_starts * self.width, self.column_starts).reshape(-1)
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """Index of each position in its window's sequence: int64 (height * width,)."""
+        row = np.arange(self.height) - self.row_starts
+        column = np.arange(self.width) - self.column_starts
+        return np.argsort(self.order)[np.add.outer(row * self.window_width, column).reshape(-1)]
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Every wanted position as a step of one run, in an order in which they can be decoded."""
+        positions = self.positions()
+        corner, step = self.corners[positions], self.steps[positions]
+        moves = np.flatnonzero(np.diff(corner)) + 1
+        parts = zip(np.split(corner, moves), np.split(step, moves), strict=True)
+        return tuple(Run(*map(int, divmod(c[0], self.width)), steps) for c, steps in parts if len(steps))
+
     def cells(self, run: Run) -> NDArray[np.int64]:
         """Raster indices in the grid of the window's sequence: int64 (window_tokens,)."""
-        row, column = np.divmod(self.order, self.window_width)
-        return (run.row + row) * self.width + run.column + column
+        return run.row * self.width + run.column + self.offsets
 
     def positions(self) -> NDArray[np.int64]:
-        """Raster indices in the grid of all steps, in decoding order: int64 (number of steps,)."""
-        return np.concatenate([np.empty(0, np.int64)] + [self.cells(run)[run.steps] for run in self.runs])
+        """Raster indices in the grid of all wanted positions, in decoding order."""
+        keys = (self.steps, self.corners) if self.by_window or self.single_window else (np.arange(self.steps.size),)
+        visited = np.lexsort(keys)
+        return visited[self.wanted.reshape(-1)[visited]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Schedule:
         """The schedule without the positions that are False in `wanted` (height, width): they are known."""
-        wanted = wanted.reshape(-1)
-        runs = (replace(run, steps=run.steps[wanted[self.cells(run)[run.steps]]]) for run in self.runs)
-        return replace(self, runs=tuple(run for run in runs if len(run.steps)))
+        return replace(self, wanted=self.wanted & wanted.reshape(self.wanted.shape))
 
 
 def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper", stride: int = 8) -> Schedule:
@@ -107,14 +148,16 @@ def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper
     if rule in ("strided", "block") and stride > window:
         raise UserError(f"stride is {stride}, but schedule {rule!r} needs at most the window's {window} tokens")
     window_height, window_width = min(window, height), min(window, width)
-    runs = _block_runs if rule == "block" else _raster_runs
     return Schedule(
         height=height,
         width=width,
         window_height=window_height,
         window_width=window_width,
         order=np.arange(window_height * window_width),
-        runs=tuple(runs(height, width, window_height, window_width, rule, stride)),
+        row_starts=window_starts(height, window_height, rule, stride),
+        column_starts=window_starts(width, window_width, rule, stride),
+        by_window=rule == "block",
+        wanted=np.ones((height, width), dtype=bool),
     )
 
 
@@ -127,41 +170,140 @@ def one_window(height: int, width: int, order: ArrayLike) -> Schedule:
     order = np.asarray(order, dtype=np.int64)
     if not np.array_equal(np.sort(order), np.arange(height * width)):
         raise ValueError(f"order has {order.size} entries, but it must be a permutation of {height * width} grid cells")
-    return Schedule(height, width, height, width, order, (Run(0, 0, np.arange(height * width)),))
+    return replace(make_schedule(height, width, max(height, width)), order=order)
 
 
 def window_starts(size: int, window: int, rule: Rule, stride: int) -> NDArray[np.int64]:
-    """First token of the window for each position of one axis, int64 (size,); not for `block`."""
+    """First token of the window for each position of one axis, int64 (size,)."""
     behind = {
         "paper": window // 2,
         "scene": (window - 1) // 2,
         "strided": min(window // 2, max(window - stride, 0)),
+        "block": max(window - stride, 0),  # the first window that reaches p has room for a stride behind it
     }[rule]
-    step = stride if rule == "strided" else 1
+    step = stride if rule in ("strided", "block") else 1
     starts = np.maximum(np.arange(size) - behind, 0) // step * step
     return np.minimum(starts, size - window)
 
 
-def _raster_runs(height: int, width: int, window_height: int, window_width: int, rule: Rule, stride: int) -> list[Run]:
-    row, column = np.divmod(np.arange(height * width), width)
-    row0 = window_starts(height, window_height, rule, stride)[row]
-    column0 = window_starts(width, window_width, rule, stride)[column]
-    step = (row - row0) * window_width + column - column0
-    moves = np.flatnonzero(np.diff(row0) | np.diff(column0)) + 1
-    first = np.concatenate(([0], moves))
-    return [Run(int(row0[i]), int(column0[i]), steps) for i, steps in zip(first, np.split(step, moves), strict=True)]
+@dataclass(frozen=True, eq=False)
+class Waves:
+    """Positions in groups that may be sampled at once, each with the cache slot that its window's tokens are in.
+
+    Entry e samples the token at `cells[e]`: the tokens of its window's sequence from `fed[e]` (with the conditioning
+    before them when that is -1: the slot holds nothing of this window) up to and without `steps[e]` go into slot
+    `slots[e]`, and the logits of the last of them decide. Entries of a wave use different slots; a slot keeps what it
+    was fed until an entry with `fed` -1 takes it over.
+
+    Attributes:
+        bounds: int64 (number of waves + 1,); wave i is the entries bounds[i] to bounds[i + 1].
+        cells: int64, raster index in the grid of the sampled token.
+        corners: int64, raster index in the grid of its window's upper left corner.
+        steps: int64, its index in the window's sequence.
+        slots: int64, the cache slot.
+        fed: int64, image tokens of this window that the slot holds already, or -1.
+    """
+
+    bounds: NDArray[np.int64]
+    cells: NDArray[np.int64]
+    corners: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    fed: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def tokens_fed(self, prefix: int) -> int:
+        """Tokens that pass through the transformer for one image with `prefix` conditioning tokens."""
+        return int(np.where(self.fed < 0, prefix + self.steps, self.steps - self.fed).sum())
 
 
-def _block_runs(height: int, width: int, window_height: int, window_width: int, rule: Rule, stride: int) -> list[Run]:
-    unknown = np.ones((height, width), dtype=bool)
-    runs = []
-    for row in _block_starts(height, window_height, stride):
-        for column in _block_starts(width, window_width, stride):
-            inside = unknown[row : row + window_height, column : column + window_width]
-            runs.append(Run(int(row), int(column), np.flatnonzero(inside)))
-            inside[:] = False
-    return runs
+def wave_numbers(plan: Schedule) -> NDArray[np.int64]:
+    """The wave in which each position may be sampled, int64 (height, width); -1 where it is known.
+
+    It is one more than the latest wave among the tokens that precede the position in its window's sequence.
+    """
+    numbers = np.full((plan.height, plan.width), -1)
+    if plan.single_window:
+        positions = plan.positions()
+        numbers.reshape(-1)[positions] = np.arange(len(positions))
+        return numbers
+    beyond = plan.height * plan.width + plan.width  # above any difference of waves and ranks
+    for row, top in enumerate(plan.row_starts):
+        columns = np.flatnonzero(plan.wanted[row])
+        if not len(columns):
+            continue
+        above = numbers[top:row].max(0, initial=-1)
+        earliest = sliding_window_view(above, plan.window_width).max(-1)[plan.column_starts[columns]] + 1
+        # In a row each position follows its wanted neighbour to the left, unless that lies outside its window: then a
+        # new chain begins. number = max over the chain so far of (earliest - rank), plus its own rank.
+        chain = np.zeros(len(columns), np.int64)
+        chain[1:] = np.cumsum(columns[:-1] < plan.column_starts[columns[1:]])
+        rank = np.arange(len(columns))
+        shift = chain * beyond - rank
+        numbers[row, columns] = np.maximum.accumulate(earliest + shift) - shift
+    return numbers
 
 
-def _block_starts(size: int, window: int, stride: int) -> NDArray[np.int64]:
-    return np.minimum(np.arange(0, size - window + stride, stride), size - window)
+def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
+    """Groups the wanted positions of `plan` into waves and assigns cache slots to their windows.
+
+    Args:
+        slots: how many windows the cache holds at once, at least 1; waves of more positions are cut. When it is full
+            the window that is needed again last makes room (Belady's rule). None: as many as are of use.
+
+    Raises:
+        ValueError: slots < 1.
+    """
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots: got {slots}, expected at least 1")
+    numbers = wave_numbers(plan).reshape(-1)
+    cells = np.flatnonzero(numbers >= 0)
+    cells = cells[np.argsort(numbers[cells], kind="stable")]
+    sizes = np.bincount(numbers[cells])
+    bounds = np.concatenate(([0], np.cumsum(sizes)))
+    if slots is not None and sizes.max(initial=0) > slots:
+        cuts = [np.arange(first, last, slots) for first, last in pairwise(bounds)]
+        bounds = np.concatenate([*cuts, bounds[-1:]])
+    corners, steps = plan.corners[cells], plan.steps[cells]
+    slot, fed = _assign_slots(bounds.tolist(), corners.tolist(), steps.tolist(), slots or len(cells))
+    return Waves(bounds, cells, corners, steps, slot, fed)
+
+
+def _assign_slots(
+    bounds: list[int], corners: list[int], steps: list[int], slots: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Slot and tokens fed before, per entry."""
+    never = len(corners)
+    following, last_seen = [never] * len(corners), {}
+    for entry in range(len(corners) - 1, -1, -1):
+        following[entry] = last_seen.get(corners[entry], never)
+        last_seen[corners[entry]] = entry
+    slot, fed = [0] * len(corners), [-1] * len(corners)
+    resident: dict[int, int] = {}  # window -> the entry that used it last
+    free, opened = [], 0  # slots given back, and how many were ever used
+    latest: list[tuple[int, int]] = []  # (-entry that needs it again, window): the heap to evict from
+    for first, last in pairwise(bounds):
+        for entry in range(first, last):
+            previous = resident.get(corners[entry])
+            if previous is not None:
+                slot[entry], fed[entry] = slot[previous], steps[previous]
+            elif free or opened < slots:
+                slot[entry] = heapq.heappop(free) if free else opened
+                opened = max(opened, slot[entry] + 1)
+            else:
+                # An entry of this wave is needed sooner than any other, so what is evicted is none of them.
+                while True:
+                    needed, window = heapq.heappop(latest)
+                    if window in resident and following[resident[window]] == -needed:
+                        break
+                slot[entry] = slot[resident.pop(window)]
+        for entry in range(first, last):
+            if following[entry] < never:
+                resident[corners[entry]] = entry
+                heapq.heappush(latest, (-following[entry], corners[entry]))
+            else:
+                resident.pop(corners[entry], None)
+                heapq.heappush(free, slot[entry])
+    return np.asarray(slot, np.int64), np.asarray(fed, np.int64)

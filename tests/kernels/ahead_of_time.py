@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,121 @@
+"""Executes a schedule wave by wave: all positions whose context is known in one ragged call.
+
+Per wave and image only tokens that the wanted logits depend on, and that the window's cache slot does not hold
+already, pass through the transformer; see `tamingfast.sampling.schedule.Waves`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tamingfast.engine import GPTEngine
+from tamingfast.models.gpt import Feed
+from tamingfast.sampling.schedule import Schedule, Waves, make_waves
+
+#: Bytes for keys and values unless the caller says otherwise.
+MEMORY = 2 << 30
+#: Tokens per call: enough to fill any machine, few enough for activations to stay small beside the cache.
+TOKENS_PER_CALL = 8192
+
+
+class Engine(Protocol):
+    """What runs the transformer for a wave."""
+
+    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+        """Feeds int64 (B, T), the tokens of all feeds in turn, into their slots; logits (B, number of feeds, V)."""
+
+
+class TorchEngine:
+    """The transformer itself, with `slots` caches of `batch` sequences of `length` tokens each."""
+
+    def __init__(self, gpt: nn.Module, slots: int, batch: int, length: int) -> None:
+        self.gpt = gpt
+        self.cache = gpt.new_slots(slots, batch, length)
+
+    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+        return self.gpt.forward_ragged(tokens, self.cache, feeds)
+
+
+class NativeEngine:
+    """The engine in C++, whose slot ``slot * batch + image`` holds one image's window."""
+
+    def __init__(self, engine: GPTEngine, batch: int) -> None:
+        self.engine, self.batch = engine, batch
+
+    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+        lists = [part.tolist() for part in tokens.split([feed.stop - feed.start for feed in feeds], 1)]
+        items = [
+            (feed.slot * self.batch + image, feed.start, lists[i][image])
+            for image in range(self.batch)
+            for i, feed in enumerate(feeds)
+        ]
+        return self.engine.step(items).view(self.batch, len(feeds), -1)
+
+
+def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:
+    """Bytes of the keys and values of `batch` sequences of `length` tokens."""
+    return 2 * len(gpt.blocks) * batch * length * gpt.config.n_embd * gpt.pos_emb.element_size()
+
+
+def plan_waves(gpt: nn.Module, plan: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
+    """The waves of `plan` with as many cache slots as `memory` bytes hold, at least one."""
+    return make_waves(plan, max(1, memory // slot_bytes(gpt, batch, prefix + plan.window_tokens - 1)))
+
+
+def sample_waves(
+    engine: Engine,
+    plan: Schedule,
+    waves: Waves,
+    cond: Tensor,
+    canvas: Tensor,
+    wanted: Tensor,
+    pick: Callable[[Tensor, Tensor | None], Tensor],
+    noise: Iterator[Tensor | None],
+    n_unmasked: int = 0,
+    after_wave: Callable[[Tensor], None] = lambda cells: None,
+) -> None:
+    """Samples into `canvas`.
+
+    Args:
+        engine: has the slots that `waves` names.
+        cond: int64 (B, c), the same before every window, or (B, height, width), cropped with it.
+        canvas: int64 (B, height * width), written where `wanted`, bool of the same shape, is True.
+        pick: tokens (B, n) from logits (B, n, V) and the noise of the same shape, or None.
+        noise: (B, V), or None, for each entry of `waves` in turn.
+        n_unmasked: leading tokens that attend to each other, so they are fed together.
+        after_wave: called with the raster indices of the cells that were just sampled.
+    """
+    fixed = cond.ndim == 2
+    context = cond if fixed else cond.flatten(1)
+    prefix = cond.shape[1] if fixed else plan.window_tokens
+    raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
+    crop = raster.sort().values  # a conditioning grid is cropped in raster order whatever that of the image tokens
+    filled: set[int] = set()  # slots that hold a conditioning that never changes
+    bounds = waves.bounds.tolist()
+    entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
+    for first, last in pairwise(bounds):
+        cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
+        logits, tokens, feeds = [], [], []
+        for corner, step, slot, fed in entries[first:last]:
+            start = prefix + fed if fed >= 0 else 0
+            if fed < 0 and fixed and slot in filled and prefix >= n_unmasked and step > 0:
+                start = prefix
+            filled.add(slot)
+            feed = Feed(slot, start, prefix + step)
+            if feeds and canvas.shape[0] * (sum(f.stop - f.start for f in feeds) + feed.stop - start) > TOKENS_PER_CALL:
+                logits.append(engine.step(torch.cat(tokens, 1), feeds))
+                tokens, feeds = [], []
+            if start < prefix:
+                tokens.append(context[:, start:] if fixed else context[:, corner + crop[start:]])
+            tokens.append(canvas[:, corner + raster[max(start - prefix, 0) : step]])
+            feeds.append(feed)
+        logits.append(engine.step(torch.cat(tokens, 1), feeds))
+        drawn = [next(noise) for _ in range(first, last)]
+        chosen = pick(torch.cat(logits, 1), None if drawn[0] is None else torch.stack(drawn, 1))
+        canvas[:, cells] = torch.where(wanted[:, cells], chosen, canvas[:, cells])
+        after_wave(cells)
