@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/limits.h"
 #include "cpu/nearest_code.h"
 #include "engine.h"
 
@@ -371,6 +373,29 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"), py::arg("vocab"),
       "The noise of tamingfast.sampling.filters, for tests of csrc/philox.h.");
+  module.def(
+      "read_bandwidth",
+      [](std::int64_t bytes, int threads, int repeats) {
+        check_size("bytes", bytes, 1 << 20);
+        check_size("threads", threads, 1);
+        check_size("repeats", repeats, 1);
+        py::gil_scoped_release unlocked;
+        return tamingfast::read_bandwidth(bytes, std::min(threads, 256), repeats);
+      },
+      py::arg("bytes"), py::arg("threads"), py::arg("repeats") = 5,
+      "Bytes per second that the threads read together from an array of that size: the best of the repeats.");
+  module.def(
+      "arithmetic_rate",
+      [](const std::string& dtype, int threads, int repeats, const std::string& isa) {
+        check_size("threads", threads, 1);
+        check_size("repeats", repeats, 1);
+        const tamingfast::Dtype type = named("dtype", dtype, kDtypes);
+        const tamingfast::Isa chosen = tamingfast::parse_isa(isa);
+        py::gil_scoped_release unlocked;
+        return tamingfast::arithmetic_rate(type, std::min(threads, 256), repeats, chosen);
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("repeats") = 5, py::arg("isa") = "auto",
+      "Floating-point operations per second of the threads together, operands in registers: the best of the repeats.");
   module.def("build_info", &build_info,
              "dict: version, compiler, cxx_standard, openmp, isas (what this build and processor can run).");
 }

@@ -12,6 +12,7 @@
 #include "choose.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 namespace tamingfast {
 
@@ -71,9 +72,6 @@ struct Decoding {
   Choice options;
 };
 
-struct OutOfMemory : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };

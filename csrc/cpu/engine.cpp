@@ -10,12 +10,8 @@
 #include <limits>
 #include <new>
 
+#include "memory.h"
 #include "team.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace tamingfast {
 namespace {
@@ -24,39 +20,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::int64_t kPassRows = 512;  // token rows that go through the weights together
 constexpr std::int64_t kMaxThreads = 256;
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
-
-std::string bytes_text(double bytes) { return std::to_string(static_cast<long long>(bytes)) + " bytes"; }
-
-// Zeroed memory that the kernel may back with huge pages: weights are streamed, and page walks cost bandwidth.
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(std::size_t size) : size_(size) {
-    if (size == 0) return;
-    const std::size_t alignment = size >= kHugePage ? kHugePage : 64;
-    const std::size_t whole = (size + alignment - 1) / alignment * alignment;
-    data_.reset(static_cast<char*>(std::aligned_alloc(alignment, whole)));
-    if (!data_) throw OutOfMemory("memory: " + bytes_text(static_cast<double>(size)) + " were refused by the system");
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(data_.get(), whole, MADV_HUGEPAGE);
-#endif
-    std::memset(data_.get(), 0, whole);
-  }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_.get());
-  }
-  std::size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> data_;
-  std::size_t size_ = 0;
-};
 
 // What the system would still give, or infinity where it does not tell.
 double available_memory() {
@@ -344,7 +308,9 @@ void Engine::State::attend(const Pass& pass, std::int64_t layer, int thread, int
     for (std::int64_t i = 0; i < run.count; ++i)
       kernels.remember(dtype, q + i * ldq + c, q + i * ldq + 2 * c, head_dim, run.start + i, keys, keys + keys_bytes);
     char* out = joined.as<char>() + (run.row * stride(width) + head_index * head_dim) * activation_size();
-    kernels.attend(dtype, {q, ldq, run.count, run.start, geometry.n_unmasked, head_dim, keys, keys + keys_bytes,
+    const bool more = task + 1 < tasks.last;
+    const char* next = more ? cache_of(layer, pass.runs[(task + 1) / heads].slot, (task + 1) % heads) : keys;
+    kernels.attend(dtype, {q, ldq, run.count, run.start, geometry.n_unmasked, head_dim, keys, keys + keys_bytes, next,
                            attention_scratch[thread].as<float>(), out, stride(width)});
   }
   barrier.wait(of, [] {});

@@ -52,8 +52,9 @@ struct Attention {
   std::int64_t d;
   const void* keys;
   const void* values;
-  float* scratch;  // kQueries * (d + 1 + length rounded up to kBlock) floats
-  void* out;       // (rows, ldo), activations
+  const void* next;  // the keys that will be read after these, if any: they are prefetched
+  float* scratch;    // kQueries * (d + 1 + length rounded up to kBlock) floats
+  void* out;         // (rows, ldo), activations
   std::int64_t ldo;
 };
 
@@ -66,6 +67,8 @@ struct Kernels {
   void (*remember)(Dtype dtype, const float* k, const float* v, std::int64_t d, std::int64_t position, void* keys,
                    void* values);
   void (*attend)(Dtype dtype, const Attention& attention);
+  // Does that many times 1024 multiply-adds or dot products in registers; returns the floating-point operations.
+  double (*exercise)(Dtype dtype, std::int64_t times);
 };
 
 const Kernels& kernels_for(Isa isa);

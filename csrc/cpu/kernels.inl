@@ -12,6 +12,15 @@
 
 #include "kernels.h"
 
+// In a vector register, so that the compiler takes no part of a chain of operations away.
+#if defined(__x86_64__)
+#define TF_KEEP(v) "+v"(v)
+#elif defined(__aarch64__)
+#define TF_KEEP(v) "+w"(v)
+#else
+#define TF_KEEP(v) "+m"(v)
+#endif
+
 namespace tamingfast {
 namespace TF_ISA {
 namespace {
@@ -113,6 +122,26 @@ inline void store_activation(Dtype dtype, void* out, int64_t i, Floats v) {
     store_bfloat16(static_cast<uint16_t*>(out) + i, v);
   else
     store(static_cast<float*>(out) + i, (Floats)round_bfloat16(v));
+}
+
+// `n` activations; nothing past them is written.
+inline void store_activations(Dtype dtype, void* out, int64_t at, const float* values, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_activation(dtype, out, at + i, load(values + i));
+  for (; i < n; ++i) {
+    if (dtype == Dtype::float32)
+      static_cast<float*>(out)[at + i] = values[i];
+    else if (kDot)
+      static_cast<uint16_t*>(out)[at + i] = to_bfloat16(values[i]);
+    else
+      static_cast<float*>(out)[at + i] = from_bfloat16(to_bfloat16(values[i]));
+  }
+}
+
+inline void store_bfloat16s(uint16_t* out, const float* values, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_bfloat16(out + i, load(values + i));
+  for (; i < n; ++i) out[i] = to_bfloat16(values[i]);
 }
 
 // --- elementary functions --------------------------------------------------------------------------------------------
@@ -373,9 +402,13 @@ void remember(Dtype dtype, const float* k, const float* v, int64_t d, int64_t po
     return;
   }
   uint16_t* to = static_cast<uint16_t*>(keys) + block * round_up(d, 2) * kBlock + 2 * lane;
-  for (int64_t i = 0; i < d; ++i) to[i / 2 * 2 * kBlock + i % 2] = to_bfloat16(k[i]);
-  uint16_t* row = static_cast<uint16_t*>(values) + position * width;
-  for (int64_t i = 0; i < d; ++i) row[i] = to_bfloat16(v[i]);
+  for (int64_t first = 0; first < d; first += kPanel) {
+    uint16_t rounded[kPanel];
+    const int64_t here = d - first < kPanel ? d - first : kPanel;
+    store_bfloat16s(rounded, k + first, here);
+    for (int64_t i = 0; i < here; ++i) to[(first + i) / 2 * 2 * kBlock + i % 2] = rounded[i];
+  }
+  store_bfloat16s(static_cast<uint16_t*>(values) + position * width, v, d);
 }
 
 // Scores of Queries rows against `Blocks` blocks of positions.
@@ -418,30 +451,26 @@ template <int Queries, int Blocks>
     for (int b = 0; b < kSums; ++b) store(scores + r * lds + b * kLanes, sum[r][b]);
 }
 
-template <int Queries, int Pieces>
-[[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, int64_t length, const float* values,
-                                                int64_t width, float (*out)[kPanel * 2]) {
-  Floats sum[Queries][Pieces] = {};
-  for (int64_t j = 0; j < length; ++j)
-    for (int v = 0; v < Pieces; ++v) {
-      const Floats value = load(values + j * width + v * kLanes);
-      for (int r = 0; r < Queries; ++r) sum[r][v] = fused(spread(weights[r * lds + j]), value, sum[r][v]);
-    }
-  for (int r = 0; r < Queries; ++r)
-    for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[r][v]);
-}
+inline Floats load_stored(const float* p) { return load(p); }
+inline Floats load_stored(const uint16_t* p) { return load_bfloat16(p); }
 
-template <int Queries, int Pieces>
-[[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, int64_t length,
-                                                const uint16_t* values, int64_t width, float (*out)[kPanel * 2]) {
-  Floats sum[Queries][Pieces] = {};
-  for (int64_t j = 0; j < length; ++j)
-    for (int v = 0; v < Pieces; ++v) {
-      const Floats value = load_bfloat16(values + j * width + v * kLanes);
-      for (int r = 0; r < Queries; ++r) sum[r][v] = fused(spread(weights[r * lds + j]), value, sum[r][v]);
-    }
+// The sum over positions of weight times values, those at even and at odd positions apart, for two chains of additions.
+template <int Queries, int Pieces, class Stored>
+[[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, int64_t length, const Stored* values,
+                                                int64_t width, const char* ahead, float (*out)[kPanel * 2]) {
+  Floats sum[2][Queries][Pieces] = {};
+  for (int64_t j = 0; j < length; j += 2, ahead += 2 * Pieces * sizeof(Floats) * sizeof(Stored) / sizeof(float)) {
+    for (uint64_t line = 0; line < 2 * Pieces * sizeof(Floats) * sizeof(Stored) / sizeof(float); line += 64)
+      __builtin_prefetch(ahead + line, 0, 2);
+    for (int half = 0; half < 2; ++half)
+      for (int v = 0; v < Pieces; ++v) {
+        const Floats value = load_stored(values + (j + half) * width + v * kLanes);
+        for (int r = 0; r < Queries; ++r)
+          sum[half][r][v] = fused(spread(weights[r * lds + j + half]), value, sum[half][r][v]);
+      }
+  }
   for (int r = 0; r < Queries; ++r)
-    for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[0][r][v] + sum[1][r][v]);
 }
 
 // In place: scores to exp(scale (score - largest)) over the first n, 0 from there to the end. Returns 1 / their sum.
@@ -471,18 +500,12 @@ inline float softmax(float* scores, int64_t n, int64_t end, float scale) {
 }
 
 // The queries as the score loops read them: rows of d floats, or of d / 2 pairs of bfloat16.
-template <class Stored>
-inline void round_queries(const Attention& a, int64_t row, int queries, int64_t d, float* rounded) {
-  for (int r = 0; r < queries; ++r)
-    for (int64_t i = 0; i < d; ++i) {
-      const float value = i < a.d ? a.q[(row + r) * a.ldq + i] : 0.0f;
-      if (sizeof(Stored) == 4)
-        rounded[r * d + i] = value;
-      else if (kDot)
-        reinterpret_cast<uint16_t*>(rounded + r * d)[i] = to_bfloat16(value);
-      else
-        rounded[r * d + i] = from_bfloat16(to_bfloat16(value));
-    }
+inline void round_queries(Dtype dtype, const Attention& a, int64_t row, int queries, int64_t d, float* rounded) {
+  for (int r = 0; r < queries; ++r) {
+    rounded[r * d + d - 1] = 0.0f;  // what d has more than the head
+    if (kDot && dtype != Dtype::float32) rounded[r * d + d / 2 - 1] = 0.0f;
+    store_activations(dtype, rounded + r * d, 0, a.q + (row + r) * a.ldq, a.d);
+  }
 }
 
 template <class Stored, int Queries>
@@ -501,11 +524,15 @@ void attend_rows(Dtype dtype, const Attention& a, int64_t row, int64_t stop) {
   const int64_t lds = round_up(most, kBlock);
   float* rounded = a.scratch;
   float* scores = rounded + Queries * round_up(d, 2);
-  round_queries<Stored>(a, row, Queries, d, rounded);
+  round_queries(dtype, a, row, Queries, d, rounded);
   constexpr int kAtOnce = Queries == 1 ? 4 : 2;
   int64_t block = 0;
-  for (; block + kAtOnce <= lds / kBlock; block += kAtOnce)
+  const char* line = reinterpret_cast<const char*>(values);
+  for (; block + kAtOnce <= lds / kBlock; block += kAtOnce) {
+    for (const char* end = line + kAtOnce * kBlock * width * sizeof(Stored); line < end; line += 64)
+      __builtin_prefetch(line, 0, 2);
     score_blocks<Queries, kAtOnce>(rounded, d, d, keys + block * d * kBlock, scores + block * kBlock, lds);
+  }
   for (; block < lds / kBlock; ++block)
     score_blocks<Queries, 1>(rounded, d, d, keys + block * d * kBlock, scores + block * kBlock, lds);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.d));
@@ -515,28 +542,19 @@ void attend_rows(Dtype dtype, const Attention& a, int64_t row, int64_t stop) {
     float out[Queries][kPanel * 2];
     const int64_t blocks = (width - first) / kBlock;
     const Stored* value = values + first;
+    const char* ahead = static_cast<const char*>(a.next) + first * lds * sizeof(Stored);
     if (blocks >= 3)
-      weigh_values<Queries, 3 * kBlockPieces>(scores, lds, most, value, width, out);
+      weigh_values<Queries, 3 * kBlockPieces>(scores, lds, most, value, width, ahead, out);
     else if (blocks == 2)
-      weigh_values<Queries, 2 * kBlockPieces>(scores, lds, most, value, width, out);
+      weigh_values<Queries, 2 * kBlockPieces>(scores, lds, most, value, width, ahead, out);
     else
-      weigh_values<Queries, kBlockPieces>(scores, lds, most, value, width, out);
+      weigh_values<Queries, kBlockPieces>(scores, lds, most, value, width, ahead, out);
     const int64_t end = width - first < 3 * kBlock ? width - first : 3 * kBlock;
     for (int r = 0; r < Queries; ++r)
       for (int64_t i = 0; i < end; i += kLanes) store(out[r] + i, load(out[r] + i) * over[r]);
     // Heads lie side by side without padding, so the last values of one must not reach into the next.
     const int64_t wanted = a.d - first < end ? a.d - first : end;
-    for (int r = 0; r < Queries; ++r) {
-      const int64_t at = (row + r) * a.ldo + first;
-      for (int64_t i = 0; i < wanted; ++i) {
-        if (dtype == Dtype::float32)
-          static_cast<float*>(a.out)[at + i] = out[r][i];
-        else if (kDot)
-          static_cast<uint16_t*>(a.out)[at + i] = to_bfloat16(out[r][i]);
-        else
-          static_cast<float*>(a.out)[at + i] = from_bfloat16(to_bfloat16(out[r][i]));
-      }
-    }
+    for (int r = 0; r < Queries; ++r) store_activations(dtype, a.out, (row + r) * a.ldo + first, out[r], wanted);
   }
 }
 
@@ -553,10 +571,30 @@ void attend(Dtype dtype, const Attention& a) {
   attend_typed<uint16_t>(dtype, a);
 }
 
+// --- the limit -------------------------------------------------------------------------------------------------------
+
+double exercise(Dtype dtype, int64_t times) {
+  constexpr int kSums = 16;  // chains enough to hide the latency of each
+  Floats sum[kSums] = {};
+  Floats x = spread(0.5f), y = spread(0.25f);
+  (void)dtype;
+  for (int64_t i = 0; i < times * 1024 / kSums; ++i)
+    for (int j = 0; j < kSums; ++j) {
+#if TF_DOT
+      if (dtype != Dtype::float32)
+        sum[j] = dot(sum[j], (__m512i)x, (__m512i)y);
+      else
+#endif
+        sum[j] = sum[j] * x + y;
+      asm volatile("" : TF_KEEP(sum[j]));
+    }
+  return static_cast<double>(times) * 1024 * kLanes * (kDot && dtype != Dtype::float32 ? 4 : 2);
+}
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {kDot, pack, multiply, layer_norm, remember, attend};
+const Kernels kernels = {kDot, pack, multiply, layer_norm, remember, attend, exercise};
 
 }  // namespace TF_ISA
 }  // namespace tamingfast
