@@ -147,12 +147,12 @@ def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas; what is still to be sampled is gray."""
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, exact: bool = True) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray; ``exact`` as in `decode_grid`."""
     images = []
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known).cpu()
+        pixels = model.decode_grid(known, exact=exact).cpu()
         factor = pixels.shape[-1] // tokens.shape[-1]
         gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         images.append(pixels.masked_fill(gray, 0.0))

@@ -340,7 +340,7 @@ def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]
     canvas = Canvas.load(path) if arguments.resume else apply.painted(model, begin(), **drawing)
 
     def preview(now: Any) -> None:
-        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
 
     with _bar("tokens") as bar:
         return canvas.sample(
