@@ -148,12 +148,12 @@ def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas; what is still to be sampled is gray."""
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, exact: bool = True) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray; ``exact`` as in `decode_grid`."""
     images = []
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known).cpu()
+        pixels = model.decode_grid(known, exact=exact).cpu()
         factor = pixels.shape[-1] // tokens.shape[-1]
         gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         images.append(pixels.masked_fill(gray, 0.0))
@@ -242,6 +242,38 @@ def complete(model: nn.Module, x: Tensor, cond: Tensor, **options: Any) -> Tenso
     start = indices.view(len(x), rows, columns)
     grids = torch.cat(list(draw(model, cond, rows, columns, start=start, mask=mask, **options)))
     return model.decode_grid(grids)
+
+
+@torch.no_grad()
+def likelihood(
+    model: nn.Module,
+    x: Tensor,
+    cond: Tensor,
+    strides: Sequence[int] = (8,),
+    batch: int = 4,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """What each schedule costs on images (B, 3, H, W): a row each with ``name``, ``nats`` and ``tokens_per_token``.
+
+    ``nats`` is the mean over tokens and images of `tamingfast.sampling.likelihood.negative_log_likelihood`.
+    """
+    from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
+
+    canvas = painted(model, photo_canvas(model, x, cond))
+    _, rows, columns = canvas.tokens.shape
+    window, prefix = canvas.settings["window"], cond.shape[1]
+    rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
+    found = []
+    for done, (rule, stride) in enumerate(rules):
+        options = dict(window=window, schedule=rule, stride=stride)
+        parts = zip(cond.split(batch), canvas.tokens.split(batch), strict=True)
+        nats = torch.cat([negative_log_likelihood(model, *part, **options) for part in parts])
+        work = tokens_per_token(rows, columns, prefix, **options)
+        name = rule if rule in ("paper", "scene") else f"{rule} {stride}"
+        found.append({"name": name, "nats": float(nats.mean()), "tokens_per_token": work})
+        if progress is not None:
+            progress(done + 1, len(rules))
+    return found
 
 
 def encode(

@@ -148,6 +148,17 @@ def parser() -> argparse.ArgumentParser:
                 "--times", type=int, default=3, help="completions of each image (default: %(default)s)"
             )
 
+    command = add("likelihood", likelihood, "what each schedule costs: nats per token of real images", (device,))
+    command.add_argument("model", help="run directory or checkpoint of a prior")
+    command.add_argument("images", nargs="+", help="image files, or directories of them")
+    command.add_argument(
+        "--size", help="HEIGHTxWIDTH in pixels to cut them to, larger than trained; default: as trained"
+    )
+    command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
+    command.add_argument("--strides", type=int, nargs="+", default=[8], help="of strided and block (default: 8)")
+    command.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
+    command.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
+
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
@@ -340,7 +351,7 @@ def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]
     canvas = Canvas.load(path) if arguments.resume else apply.painted(model, begin(), **drawing)
 
     def preview(now: Any) -> None:
-        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
 
     with _bar("tokens") as bar:
         return canvas.sample(
@@ -383,6 +394,24 @@ def complete(arguments: argparse.Namespace) -> None:
             )
     images.save_rows(arguments.out, rows)
     _said(arguments.out)
+
+
+def likelihood(arguments: argparse.Namespace) -> None:
+    from tamingfast import apply
+    from tamingfast.sampling.likelihood import plot
+
+    model = apply.check_prior(_load(arguments))
+    x = _images(arguments, model)
+    cond = apply.conditions(model, len(x), arguments.label)
+    with _bar("schedules") as bar:
+        rows = apply.likelihood(
+            model, x, cond, arguments.strides, _at_least_one(arguments.batch, "--batch"), progress=bar.moved
+        )
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.plot:
+        plot(arguments.plot, rows)
+        _said(arguments.plot)
 
 
 def encode(arguments: argparse.Namespace) -> None:

@@ -139,9 +139,9 @@ def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
     for axis, run in zip(axes, runs, strict=True):
         lines = read_metrics(out / run["directory"])
         for split, style in (("train", "-"), ("validation", "o-")):
-            x, y = _curve(lines, split, run["curve"])
+            x, y = _curve(lines, split, run["curve"][split])
             axis.plot(x, y, style, label=split, alpha=0.8, markersize=3)
-        axis.set(title=run["label"], xlabel="step", ylabel=run["curve"])
+        axis.set(title=run["label"], xlabel="step", ylabel=run["curve"]["validation"])
         axis.legend()
     _save(figure, out / "training.png")
 

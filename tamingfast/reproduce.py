@@ -126,10 +126,16 @@ def _train_all(settings: Mapping[str, Any], datasets: tuple, out: Path, resume: 
             config["training"] = _scaled(config["training"], share)
         prior_training.train(config, out / stage, out / name, resume=again(name), device=device, datasets=datasets)
 
+    nll = {"train": "loss", "validation": "nll"}
     labels = {
-        VQGAN: ("VQGAN", tokens[LATENT_PRIOR], vocabulary[LATENT_PRIOR], "rec_loss"),
-        LATENT_PRIOR: ("prior on latents", tokens[LATENT_PRIOR], vocabulary[LATENT_PRIOR], "nll"),
-        PIXEL_PRIOR: ("prior on pixels", tokens[PIXEL_PRIOR], vocabulary[PIXEL_PRIOR], "nll"),
+        VQGAN: (
+            "VQGAN",
+            tokens[LATENT_PRIOR],
+            vocabulary[LATENT_PRIOR],
+            {"train": "rec_loss", "validation": "rec_loss"},
+        ),
+        LATENT_PRIOR: ("prior on latents", tokens[LATENT_PRIOR], vocabulary[LATENT_PRIOR], nll),
+        PIXEL_PRIOR: ("prior on pixels", tokens[PIXEL_PRIOR], vocabulary[PIXEL_PRIOR], nll),
     }
     runs = [_run_facts(out, name, *label) for name, label in labels.items()]
     facts = {**geometry, "parameters": 12 * geometry["n_layer"] * geometry["n_embd"] ** 2, "budget_flops": budget}
@@ -153,7 +159,9 @@ def _scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:
     return {**training, **scaled}
 
 
-def _run_facts(out: Path, directory: str, label: str, tokens: int, vocabulary: int, curve: str) -> dict[str, Any]:
+def _run_facts(
+    out: Path, directory: str, label: str, tokens: int, vocabulary: int, curve: Mapping[str, str]
+) -> dict[str, Any]:
     done = progress(out / directory)
     last = read_metrics(out / directory, "validation")[-1]
     shown = ("rec_loss", "codebook_usage", "codebook_perplexity", "nll")

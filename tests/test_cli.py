@@ -221,6 +221,14 @@ class TestCanvas:
         assert out.read_bytes() == expected
         assert run(*words, "--resume") == cli.USAGE_ERROR
 
+    def test_likelihood(self, reproduced, square, tmp_path, capsys):
+        words = [square, "--strides", 4, 8, "--plot", tmp_path / "plot.png"]
+        assert run("likelihood", reproduced / "prior_latents", *words) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[:-1]]
+        assert [row["name"] for row in rows] == ["paper", "scene", "strided 4", "strided 8", "block 4", "block 8"]
+        assert all(0 < row["nats"] < 20 for row in rows)
+        assert Image.open(tmp_path / "plot.png").size[0] > 100
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

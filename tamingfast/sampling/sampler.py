@@ -95,18 +95,8 @@ def sample_grid(
     """
     check_filters(temperature, top_k, top_p)
     check_seed(seed)
-    gpt, permutation, vocab = _parts(transformer)
-    plan = make_schedule(height, width, window, schedule, stride)
-    if permutation is not None:
-        plan = _permuted(plan, permutation)
-    device = next(gpt.parameters()).device
-    cond = _tokens("cond", cond, gpt.config.vocab_size, device)
-    shape = cond.shape[1:]
-    fixed = len(shape) == 1
-    if not (fixed and shape[0] >= 1) and shape != (height, width):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
-    batch, prefix = cond.shape[0], shape[0] if fixed else plan.window_tokens
-    _check_block_size(gpt, prefix, plan)
+    gpt, plan, cond, prefix, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
+    batch, device, fixed = len(cond), cond.device, cond.ndim == 2
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
@@ -181,6 +171,26 @@ def _run_by_run(
         )  # fmt: skip
         if reported < len(run.steps):
             tell(len(run.steps))
+
+
+def plan_grid(
+    transformer: nn.Module, cond: Tensor, height: int, width: int, window: int, schedule: str, stride: int
+) -> tuple[nn.Module, Schedule, Tensor, int, int]:
+    """The GPT, the schedule, `cond` as int64 on its device, conditioning tokens per window, entries to choose from.
+
+    Arguments and errors are those of `sample_grid`.
+    """
+    gpt, permutation, vocab = _parts(transformer)
+    plan = make_schedule(height, width, window, schedule, stride)
+    if permutation is not None:
+        plan = _permuted(plan, permutation)
+    cond = _tokens("cond", cond, gpt.config.vocab_size, next(gpt.parameters()).device)
+    shape = cond.shape[1:]
+    if not (len(shape) == 1 and shape[0] >= 1) and shape != (height, width):
+        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
+    prefix = shape[0] if len(shape) == 1 else plan.window_tokens
+    _check_block_size(gpt, prefix, plan)
+    return gpt, plan, cond, prefix, vocab
 
 
 def _one_by_one(

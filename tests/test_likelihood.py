@@ -1,0 +1,56 @@
+"""The likelihood of real tokens under each schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_sampler import VOCAB, prior, tiny_gpt, tokens
+
+from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token
+from tamingfast.sampling.schedule import RULES, make_schedule
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return tiny_gpt()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_call", [1, 8192])
+@pytest.mark.parametrize("kind", ["prefix", "grid"])
+@pytest.mark.parametrize("rule", RULES)
+def test_each_token_by_itself(gpt, rule, kind, per_call, monkeypatch):
+    monkeypatch.setattr("tamingfast.sampling.likelihood.TOKENS_PER_CALL", per_call)
+    image = tokens(2, 7, 9, seed=4)
+    cond = tokens(2, 7, 9) if kind == "grid" else tokens(2, 3)
+    nats = negative_log_likelihood(gpt, cond, image, window=4, schedule=rule, stride=2)
+    plan = make_schedule(7, 9, 4, rule, 2)
+    expected = torch.empty(2, 63)
+    for run in plan.runs:
+        cells = plan.cells(run)
+        context = cond.flatten(1)[:, cells] if kind == "grid" else cond
+        for step in run.steps:
+            sequence = torch.cat((context, image.flatten(1)[:, cells[:step]]), 1)
+            log = gpt(sequence)[0][:, -1].log_softmax(-1)
+            expected[:, cells[step]] = -log.gather(1, image.flatten(1)[:, cells[step], None])[:, 0]
+    torch.testing.assert_close(nats, expected.view(2, 7, 9))
+
+
+def test_probabilities_of_all_codes_sum_to_one(gpt):
+    cond = tokens(1, 3).expand(6, -1)
+    codes = torch.arange(6)[:, None, None]
+    nats = negative_log_likelihood(prior(gpt, codes=6), cond, codes, window=4)
+    assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert VOCAB > 6
+
+
+def test_work_and_plot(tmp_path):
+    work = {rule: tokens_per_token(32, 32, 1, 16, rule, 8) for rule in RULES}
+    assert work["block"] == work["strided"] < work["paper"] / 4
+    rows = [{"name": rule, "nats": 1.0 + i, "tokens_per_token": value} for i, (rule, value) in enumerate(work.items())]
+    plot(tmp_path / "a.png", rows)
+    plot(tmp_path / "b.png", [row | {"seconds": 1.0 + i} for i, row in enumerate(rows)])
+    first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab")
+    assert len(np.unique(first)) > 10 and (first != second).any()
