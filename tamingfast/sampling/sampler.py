@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, engine
 from tamingfast.errors import UserError
-from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
+from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 
@@ -109,59 +109,57 @@ def sample_grid(
         room = prefix + plan.window_tokens - 1
         with engine.borrowed_engine(gpt, dtype, batch, room) as lent:
             decoder = NativeDecoder(lent, batch, prefix if fixed else 0, choice)
-            canvas = _drive(functools.partial(_native_run, decoder), plan, cond, canvas, wanted, callback)
+            _drive(decoder.decode, plan, cond, canvas, wanted, callback)
     else:
         noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, plan, vocab, device)
         with _evaluating(gpt, dtype) as model:
             decoder = _decoder(chosen, model, batch, prefix, plan, shared=prefix if fixed else 0)
-            run = functools.partial(_torch_run, decoder, vocab, noise, choice)
-            canvas = _drive(run, plan, cond, canvas, wanted, callback)
+            _drive(functools.partial(_decode, decoder, vocab, noise, choice), plan, cond, canvas, wanted, callback)
     return canvas.view(batch, height, width)
 
 
 def _drive(
-    decode: Callable[..., None],
+    decode: Callable[[Task, Callable[[int], None] | None, int], None],
     plan: Schedule,
     cond: Tensor,
     canvas: Tensor,
     wanted: Tensor,
     callback: Callable[[int, int], None] | None,
-) -> Tensor:
-    """Fills the canvas run by run; `decode` writes a run's tokens into its window's sequence."""
+) -> None:
+    """Fills the canvas in place, a task for each run of the plan."""
     done, total = 0, sum(len(run.steps) for run in plan.runs)
     report = None if callback is None else lambda count: callback(count, total)
-    prefix = cond.shape[1] if cond.ndim == 2 else plan.window_tokens
     for run in plan.runs:
         cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
         # A conditioning grid is cropped in raster order whatever the order of the image tokens.
         context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
-        sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        decode(sequence, prefix, run.steps, wanted[:, cells], divmod(plan.cells(run)[run.steps], plan.width), report,
-               plan.width, done)  # fmt: skip
+        sequence, prefix = torch.cat((context, canvas[:, cells]), dim=1), context.shape[1]
+        places = cells[run.steps]
+        rows, columns = (places // plan.width).tolist(), (places % plan.width).tolist()
+        steps = (prefix + run.steps).tolist()
+        decode(Task(sequence, steps, wanted[:, places], rows, columns, done), report, plan.width)
         canvas[:, cells] = sequence[:, prefix:]
         done += len(run.steps)
     if report is not None and total % plan.width:
         report(total)
-    return canvas
 
 
-def _native_run(decoder: NativeDecoder, sequence, prefix, steps, sampled, places, report, every, done) -> None:
-    rows, columns = places
-    decoder.decode(
-        sequence, (prefix + steps).tolist(), sampled[:, torch.from_numpy(steps)], rows.tolist(), columns.tolist(),
-        report, every, done,
-    )  # fmt: skip
-
-
-def _torch_run(
-    decoder: Decoder, vocab, noise, choice, sequence, prefix, steps, sampled, places, report, every, done
+def _decode(
+    decoder: Decoder,
+    vocab: int,
+    noise: Iterator[Tensor | None],
+    choice: dict,
+    task: Task,
+    report: Callable[[int], None] | None,
+    every: int,
 ) -> None:
-    decoder.enter(sequence)
-    for count, step in enumerate(steps.tolist(), done + 1):
-        token = choose(decoder.logits(prefix + step)[:, :vocab], next(noise), **choice)
-        sequence[:, prefix + step] = torch.where(sampled[:, step], token, sequence[:, prefix + step])
-        if report is not None and count % every == 0:
-            report(count)
+    """Does a task with a torch backend; `noise` yields that of each step, in decoding order."""
+    decoder.enter(task.sequence)
+    for i, step in enumerate(task.steps):
+        token = choose(decoder.logits(step)[:, :vocab], next(noise), **choice)
+        task.sequence[:, step] = torch.where(task.wanted[:, i], token, task.sequence[:, step])
+        if report is not None and (task.before + i + 1) % every == 0:
+            report(task.before + i + 1)
 
 
 def _parts(transformer: nn.Module) -> tuple[nn.Module, np.ndarray | None, int]:
