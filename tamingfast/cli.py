@@ -151,8 +151,8 @@ def _drawing_options() -> argparse.ArgumentParser:
         ("--batch", {"type": int, "default": 16, "help": "images at a time; does not change them (default: %(default)s)"}),
         ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
         ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
-        ("--backend", {"default": "auto", "help": "auto, torch or naive"}),
-        ("--dtype", {"help": "weights while drawing: float32, bfloat16 or float16; default: as stored"}),
+        ("--backend", {"default": "auto", "help": "auto, native, torch or naive"}),
+        ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
     )
 
 
