@@ -1,7 +1,7 @@
 """Shared by all benchmarks: facts of the machine, its limits measured in the same run, and fair comparison.
 
-The recorded JSON carries, beside each figure, what ran it (``machine_info.tamingfast``) and how fast this machine
-copies memory and multiplies matrices, so that a figure can be read as a share of what is physically possible.
+The recorded JSON carries, beside each figure, what ran it (``machine_info.tamingfast``) and how fast this machine reads
+memory and multiplies, so that a figure can be read as a share of what is physically possible.
 """
 
 from __future__ import annotations
