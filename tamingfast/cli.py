@@ -197,8 +197,8 @@ def _drawing_options() -> argparse.ArgumentParser:
         ),
         ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
         ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
-        ("--backend", {"default": "auto", "help": "auto, torch or naive"}),
-        ("--dtype", {"help": "weights while drawing: float32, bfloat16 or float16; default: as stored"}),
+        ("--backend", {"default": "auto", "help": "auto, native, torch or naive"}),
+        ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
     )
 
 

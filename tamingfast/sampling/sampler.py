@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, engine
 from tamingfast.errors import UserError
-from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
+from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 from tamingfast.sampling.waves import MEMORY, NativeEngine, TorchEngine, plan_waves, sample_waves
@@ -165,10 +165,9 @@ def _run_by_run(
             reported = done
 
         rows, columns = divmod(places[run.steps], plan.width)
-        decoder.decode(
-            sequence, (prefix + run.steps).tolist(), wanted[:, cells][:, torch.from_numpy(run.steps)],
-            rows.tolist(), columns.tolist(), tell if report.listened_to else None, plan.width, 0,
-        )  # fmt: skip
+        steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
+        task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
+        decoder.decode(task, tell if report.listened_to else None, plan.width)
         if reported < len(run.steps):
             tell(len(run.steps))
 
