@@ -11,9 +11,11 @@ RECORD ?=
 BIN := .venv/bin
 DEPENDENCIES := .venv/dependencies.stamp
 READY := .venv/ready.stamp
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl tests/*.cpp)
 BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
+# Triton decides at import whether it interprets or compiles, so the interpreter's tests have a process of their own.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
 .PHONY: reproduce test bench bench-gpu lint clean
 
@@ -22,6 +24,7 @@ reproduce: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q $(TEST_ARGS)
+	$(INTERPRETED) $(BIN)/python -m pytest -q tests/kernels
 
 bench: $(READY)
 	$(BENCHMARK)

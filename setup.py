@@ -11,8 +11,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/nearest_code.cpp"]
-HEADERS = ["csrc/cpu/isa.h", "csrc/cpu/nearest_code.h"]
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+HEADERS = sorted(str(path) for ending in ("h", "inl") for path in Path("csrc").rglob(f"*.{ending}"))
 # Read by tamingfast/backends.py, so that `tamingfast info` can tell why there is no extension.
 FAILURE_NOTE = "_C.failure.txt"
 

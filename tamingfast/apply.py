@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.errors import UserError
+from tamingfast.weights import fingerprint
 
 if TYPE_CHECKING:
     from tamingfast.sampling.canvas import Canvas
@@ -308,7 +309,10 @@ def encode(
             if progress is not None:
                 progress(len(x))
 
-    metadata = {"source": getattr(dataset, "description", type(dataset).__name__)}
+    metadata = {
+        "source": getattr(dataset, "description", type(dataset).__name__),
+        "first_stage": fingerprint(stage),
+    }
     # The list is filled while the grids are written.
     class_label = None if classes is None else labels
     return write_tokens(path, grids(), stage.n_embed, class_label=class_label, metadata=metadata, classes=classes)

@@ -3,7 +3,8 @@
 Every op has up to three implementations: ``triton`` (GPU), ``native`` (the extension ``tamingfast._C``) and
 ``reference`` (plain torch). :mod:`tamingfast.ops` chooses among them by device and dtype; a user chooses with
 the environment variable ``TAMINGFAST_BACKEND`` (read once, at import) or ``with backends.use("reference"):``.
-``TAMINGFAST_ISA`` names the instruction set of the native kernels (``generic``, ``avx2``, ``avx512``).
+``TAMINGFAST_ISA`` names the instruction set of the native kernels (``generic``, ``avx2``, ``avx512``,
+``avx512bf16``).
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ logger = logging.getLogger("tamingfast")
 
 # Which ops each backend has; a kernel is made known by its name here and a branch in ops.py.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "triton": (),
-    "native": ("nearest_code",),
-    "reference": ("causal_attention", "group_norm_silu", "nearest_code"),
+    "triton": ("causal_attention", "group_norm_silu", "nearest_code", "quantize"),
+    "native": ("nearest_code", "quantize"),
+    "reference": ("causal_attention", "group_norm_silu", "nearest_code", "quantize"),
 }
+
+_OLDEST_TRITON = (8, 0)  # compute capability: bfloat16 on the matrix units
 
 _requested = os.environ.get("TAMINGFAST_BACKEND") or None
 
@@ -46,7 +49,7 @@ class Availability:
 def requested() -> str | None:
     """The backend that the user asked for, None for the automatic choice. RuntimeError when there is none such."""
     if _requested is not None and _requested not in KERNELS:
-        raise RuntimeError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(KERNELS)}.")
+        raise RuntimeError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(KERNELS)}")
     return _requested
 
 
@@ -59,7 +62,7 @@ def use(backend: str | None) -> Iterator[None]:
     """
     global _requested
     if backend is not None and backend not in KERNELS:
-        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(KERNELS)}.")
+        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(KERNELS)}")
     before, _requested = _requested, backend
     try:
         yield
@@ -75,7 +78,7 @@ def isa() -> str:
         return name
     supported = module.build_info()["isas"]
     if name not in supported:
-        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or what runs here: {', '.join(supported)}.")
+        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or what runs here: {', '.join(supported)}")
     return name
 
 
@@ -104,14 +107,28 @@ def _why_no_native(error: ImportError) -> str:
 
 @functools.cache
 def _triton() -> Availability:
+    import torch
+
     try:
         version = importlib.import_module("triton").__version__
     except ImportError as error:
         return Availability(False, f"triton cannot be imported ({error})")
-    if not KERNELS["triton"]:
-        return Availability(False, f"triton {version} is there, but this version of tamingfast has no Triton kernel")
+    if interpreted():
+        return Availability(True, f"triton {version}, interpreted on the CPU because TRITON_INTERPRET is set")
     device = gpu()
+    if device.available and torch.version.hip is not None:
+        return Availability(False, f"triton {version}, but its kernels are written for CUDA devices, and this is ROCm")
+    if device.available and torch.cuda.get_device_capability() < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return Availability(
+            False, f"triton {version}, but its kernels need compute capability {oldest}: {device.reason}"
+        )
     return Availability(device.available, f"triton {version}, {device.reason}")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, for tests: on CPU tensors, slowly, and only when asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

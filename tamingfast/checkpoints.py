@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamingfast.config import instantiate_from_config, load_yaml, plain
+from tamingfast import compat
+from tamingfast.backends import pick_device
+from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
-from tamingfast.weights import load_into, read_checkpoint, read_state_dict
+from tamingfast.weights import load_into, read_checkpoint, read_state_dict, state_dict_of
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "weights.safetensors"
 
+# Where the original saves, and where its published models lie.
+_CHECKPOINT_FOLDERS = ("checkpoints", "ckpts")
 # Parts that a checkpoint for use, rather than for further training, may lack.
 _OPTIONAL = ("loss.",)
 
@@ -37,20 +41,28 @@ def load_model(
     ``checkpoint`` is a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project. ``config``
     is a YAML path or a mapping; by default it is looked for where both projects put it: beside the file, in the run's
     ``configs/``, or in the safetensors metadata. A first stage without any config is inferred from its weights.
-    ``device`` and ``dtype`` (a torch dtype or its name) default to the CPU and to what the file holds.
+    ``device`` defaults to the CPU, ``dtype`` ("float32", "bfloat16", "float16" or the torch dtype) to float32.
 
-    Raises UserError, in one sentence, when the file is missing, damaged, unsafe, not finite or of another architecture.
+    A config builds networks of this package and nothing else, so neither file runs code; a mapping given by the caller
+    may also name other `torch.nn.Module` classes. Raises UserError, in one sentence, when a file is missing, damaged,
+    unsafe, not finite or of another architecture.
     """
+    dtype, device = _dtype(dtype), pick_device("cpu" if device is None else device)
     path = _weights_path(Path(checkpoint))
     state = read_state_dict(path)
     settings = _config_for(path, config, state)
     model = _build(settings)
     _adopt_buffers(model, state)
     load_into(model, state, path, optional=_OPTIONAL)
-    if dtype is not None:
-        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model.config = settings
-    return model.to(device or "cpu").eval()
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
+    if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise UserError(f"got dtype '{dtype}'; expected float32, bfloat16 or float16")
+    return found
 
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
@@ -100,8 +112,10 @@ def _build(settings: Mapping[str, Any]) -> nn.Module:
 def _weights_path(path: Path) -> Path:
     if not path.is_dir():
         return path
-    candidates = [path / WEIGHTS_FILE, path / "checkpoints" / "last.ckpt"]
-    candidates += sorted((path / "checkpoints").glob("*.ckpt"), reverse=True)
+    candidates = [path / WEIGHTS_FILE, *(path / folder / "last.ckpt" for folder in _CHECKPOINT_FOLDERS)]
+    candidates += [
+        file for folder in _CHECKPOINT_FOLDERS for file in sorted((path / folder).glob("*.ckpt"), reverse=True)
+    ]
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -109,6 +123,7 @@ def _weights_path(path: Path) -> Path:
 
 
 def _config_for(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    by_hand = isinstance(config, Mapping)
     if config is None:
         config = _embedded_config(path) or _neighbouring_config(path)
     elif isinstance(config, str | os.PathLike):
@@ -122,7 +137,28 @@ def _config_for(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[st
         raise UserError(
             f"the config for {path} has no 'model' section with a 'target'; give the one it was trained with"
         )
+    _check_targets(model, by_hand)
     return config
+
+
+def _check_targets(config: Any, by_hand: bool) -> None:
+    """UserError for a ``target`` that is not a network or schedule: a config from a file must not run functions."""
+    if isinstance(config, list | tuple):
+        for value in config:
+            _check_targets(value, by_hand)
+    if not isinstance(config, Mapping):
+        return
+    target = config.get("target")
+    if isinstance(target, str):
+        ours = target.rpartition(".")[0] in compat.NAMES or target.startswith("tamingfast.models.")
+        found = get_obj_from_str(target) if ours or by_hand else None
+        if not (isinstance(found, type) and (issubclass(found, nn.Module) or found.__name__.endswith("Scheduler"))):
+            raise UserError(
+                f"the config names '{target}', which is no network of this package and is not run; remove it, or pass "
+                "the config as a mapping if it is a torch module that you trust"
+            )
+    for value in config.values():
+        _check_targets(value, by_hand)
 
 
 def _embedded_config(path: Path) -> Any:
@@ -131,14 +167,17 @@ def _embedded_config(path: Path) -> Any:
 
         with safe_open(path, framework="pt") as stream:
             text = (stream.metadata() or {}).get("config")
-        return None if text is None else json.loads(text)
+        try:
+            return None if text is None else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the config inside {path} is not JSON ({error}); give the config with config=") from error
     return None
 
 
 def _neighbouring_config(path: Path) -> Any:
     from omegaconf import OmegaConf
 
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    run = path.parent.parent if path.parent.name in _CHECKPOINT_FOLDERS else path.parent
     # The original writes one config per start of a run; later ones override earlier ones.
     projects = sorted((run / "configs").glob("*project.yaml"))
     if projects:
@@ -203,7 +242,7 @@ def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """What ``tamingfast inspect`` shows: size, training step, tensors, parameters and dtypes of a checkpoint file."""
     path = _weights_path(Path(checkpoint))
     content = read_checkpoint(path)
-    tensors = read_state_dict(path)
+    tensors = state_dict_of(content, path)
     dtypes: dict[str, int] = {}
     for value in tensors.values():
         name = str(value.dtype).removeprefix("torch.")

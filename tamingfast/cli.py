@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(f"tamingfast: error: {message}", file=sys.stderr)
-        return USAGE_ERROR
+        return INTERRUPTED if type(error).__name__ == "Stopped" else USAGE_ERROR
     return 0
 
 
@@ -222,6 +222,7 @@ def train_vqgan(arguments: argparse.Namespace) -> None:
 def train_prior(arguments: argparse.Namespace) -> None:
     from tamingfast.training import prior
 
+    _need_first_stage(arguments)
     _said(prior.train(_config(arguments), arguments.first_stage, arguments.out, arguments.resume, arguments.device))
 
 
@@ -230,6 +231,16 @@ def _config(arguments: argparse.Namespace) -> Any:
 
     seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
     return load_config(arguments.config, [*arguments.overrides, *seed])
+
+
+def _need_first_stage(arguments: argparse.Namespace) -> None:
+    # Only a config in the original's layout names its first stage itself.
+    if arguments.first_stage is None:
+        params = (_config(arguments).get("model") or {}).get("params") or {}
+        if "first_stage_config" not in params:
+            raise UserError(
+                "the config names no first stage; give --first-stage RUN, a run of `tamingfast train vqgan`"
+            )
 
 
 def _said(path: Path) -> None:
@@ -471,6 +482,8 @@ def _images(arguments: argparse.Namespace, model: Any) -> Any:
 
 
 def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.top_k < 0:
+        raise UserError(f"got --top-k {arguments.top_k}; expected a number of tokens, or 0 to keep all")
     names = ("temperature", "top_p", "greedy", "seed", "schedule", "stride", "backend", "dtype")
     _at_least_one(arguments.batch, "--batch")
     return {name: getattr(arguments, name) for name in names} | {

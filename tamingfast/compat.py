@@ -7,6 +7,7 @@ Configs say ``target: taming.models.vqgan.VQModel``; third-party code imports th
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
 import types
 from typing import Any
@@ -26,7 +27,7 @@ NAMES: dict[str, dict[str, str]] = {
     "taming.models.dummy_cond_stage": {"DummyCondStage": f"{_MODELS}.conditioning:DummyCondStage"},
     "taming.modules.diffusionmodules.model": {
         name: f"{_MODELS}.vqgan:{name}"
-        for name in ("Encoder", "Decoder", "ResnetBlock", "AttnBlock", "Upsample", "Downsample")
+        for name in ("Encoder", "Decoder", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Normalize")
     },
     "taming.modules.discriminator.model": {
         "NLayerDiscriminator": f"{_MODELS}.discriminator:NLayerDiscriminator",
@@ -39,17 +40,22 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.misc.coord": {"CoordStage": f"{_MODELS}.conditioning:CoordStage"},
     "taming.modules.vqvae.quantize": {
-        # Both names of the original: the second is what its VQModel imports as the first.
-        "VectorQuantizer": f"{_MODELS}.quantize:VectorQuantizer",
+        # The second is what the original's VQModel imports under the first one's name.
+        "VectorQuantizer": f"{_MODELS}.quantize:OneHotVectorQuantizer",
         "VectorQuantizer2": f"{_MODELS}.quantize:VectorQuantizer",
         "GumbelQuantize": f"{_MODELS}.quantize:GumbelQuantize",
         "EMAVectorQuantizer": f"{_MODELS}.quantize:EMAVectorQuantizer",
+        "EmbeddingEMA": f"{_MODELS}.quantize:EmbeddingEMA",
     },
     "taming.modules.transformer.mingpt": {
         "GPT": f"{_MODELS}.gpt:GPT",
         "GPTConfig": f"{_MODELS}.gpt:GPTConfig",
         "Block": f"{_MODELS}.gpt:Block",
         "CausalSelfAttention": f"{_MODELS}.gpt:CausalSelfAttention",
+        "sample": f"{_MODELS}.gpt:sample",
+        "sample_with_past": f"{_MODELS}.gpt:sample_with_past",
+        "top_k_logits": f"{_MODELS}.gpt:top_k_logits",
+        "top_k_top_p_filtering": f"{_MODELS}.gpt:top_k_top_p_filtering",
         "KMeans": f"{_MODELS}.color_clusters:KMeans",
     },
     "taming.modules.transformer.permuter": {
@@ -66,8 +72,16 @@ NAMES: dict[str, dict[str, str]] = {
         )
     },
     "taming.modules.losses.vqperceptual": {
-        name: f"tamingfast.losses:{name}"
-        for name in ("DummyLoss", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "vanilla_d_loss")
+        **{
+            name: f"tamingfast.losses:{name}"
+            for name in ("DummyLoss", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "vanilla_d_loss")
+        },
+        # latent-diffusion takes these from here, with `import *`.
+        "LPIPS": "tamingfast.perceptual:LPIPS",
+        "NLayerDiscriminator": f"{_MODELS}.discriminator:NLayerDiscriminator",
+        "weights_init": f"{_MODELS}.discriminator:weights_init",
+        "F": "torch.nn:functional",
+        "nn": "torch:nn",
     },
     "taming.modules.losses": {"DummyLoss": "tamingfast.losses:DummyLoss"},
     "taming.modules.losses.segmentation": {
@@ -75,7 +89,6 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.losses.lpips": {"LPIPS": "tamingfast.perceptual:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
-    "taming.data.base": {"ImagePaths": "tamingfast.data.folders:ImageFiles"},
     "taming.data.custom": {
         "CustomTrain": "tamingfast.data.folders:CustomTrain",
         "CustomTest": "tamingfast.data.folders:CustomTest",
@@ -120,6 +133,7 @@ def _ensure_module(path: str) -> None:
     module = types.ModuleType(path, f"Stand-in for {path}, served by tamingfast.")
     module.__tamingfast__ = True
     module.__path__ = []  # marks a package, so that submodules can be imported from it
+    module.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
     known = NAMES.get(path, {})
 
     def lookup(name: str) -> Any:

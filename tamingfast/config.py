@@ -64,7 +64,12 @@ def instantiate_from_config(config: Any, **overrides: Any) -> Any:
         unknown = next((key for key in params if key not in accepted), None)
         hint = nearest(unknown, accepted) if unknown else ""
         raise UserError(f"the params of '{config['target']}' do not fit: {error}{hint}") from error
-    return target(**params)
+    try:
+        return target(**params)
+    except UserError:
+        raise
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(f"the params of '{config['target']}' do not fit: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

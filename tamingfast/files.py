@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tamingfast.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -20,6 +22,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     rename, so a crash leaves either the old file or the new one.
     """
     target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{target} is a directory; give the name of a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept last because writers such as Pillow choose the format by it.
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".partial{target.suffix}", dir=target.parent)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 
 
@@ -51,8 +53,11 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write uint8 pixels (H, W, 3) as PNG, atomically."""
+    """Write uint8 pixels (H, W, 3) as PNG, atomically; UserError for a name that says another format."""
     from PIL import Image
+
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
 
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")

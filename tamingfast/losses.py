@@ -12,8 +12,20 @@ from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
 from tamingfast.perceptual import LPIPS
 
 
+def _drop_perceptual_weights(loss: nn.Module, state: dict, prefix: str, *args: object) -> None:
+    """Load hook: the original's checkpoints carry LPIPS's fixed weights and often the whole loss."""
+    perceptual = f"{prefix}perceptual_loss."
+    dropped = prefix if isinstance(loss, DummyLoss) else perceptual
+    for key in [key for key in state if key.startswith(dropped)]:
+        del state[key]
+
+
 class DummyLoss(nn.Module):
-    """Stands where a model is only used, not trained."""
+    """Stands where a model is only used, not trained; a checkpoint's loss is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_drop_perceptual_weights)
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -73,6 +85,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         self.disc_loss = _DISCRIMINATOR_LOSSES[disc_loss]
         self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
         self.disc_conditional, self.rest_before_start = disc_conditional, rest_before_start
+        self.register_load_state_dict_pre_hook(_drop_perceptual_weights)
 
     @property
     def perceptual_loss(self) -> LPIPS:

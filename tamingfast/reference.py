@@ -71,6 +71,29 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def quantize(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Vectors replaced by their nearest codes, and what trains both (van den Oord et al. 2017, eq. 2 and 3).
+
+    z: (B, D, *) or (N, D), codebook: (K, D). Returns ``(z_q, indices, to_codes, to_latents, counts)``: the codes in the
+    shape and layout of z, with the gradient of z (straight-through); int64 (N,), of z's vectors in the order (B, *); the mean of
+    ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``, in float32 at least; how often each code was chosen, int64 (K,).
+    Given ``indices``, it does not search.
+    """
+    latents = z.movedim(1, -1)
+    if indices is None:
+        indices = nearest_code(latents.reshape(-1, z.shape[1]), codebook)
+    codes = codebook[indices].view(latents.shape)
+    dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
+    to_codes = (codes.detach().to(dtype) - latents.to(dtype)).square().mean()
+    to_latents = (codes.to(dtype) - latents.detach().to(dtype)).square().mean()
+    # The value is the code itself; z + (codes - z) would differ from it by rounding.
+    z_q = codes.detach() + (latents - latents.detach())
+    counts = torch.zeros(len(codebook), dtype=torch.int64, device=z.device)
+    counts.index_add_(0, indices, torch.ones_like(indices))
+    z_q = z_q.movedim(-1, 1)
+    return z_q.contiguous() if z.is_contiguous() else z_q, indices, to_codes, to_latents, counts
+
+
 def group_norm_silu(
     x: torch.Tensor,
     weight: torch.Tensor,

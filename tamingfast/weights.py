@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import logging
 import os
 import pickle
@@ -22,29 +23,13 @@ logger = logging.getLogger(__name__)
 #: Keys that a training checkpoint carries beside the model: they are dropped when a model is loaded.
 TRAINING_ONLY = ("loss.perceptual_loss.", "first_stage_model.loss.", "cond_stage_model.loss.", "model_ema.")
 
-# What old Lightning pickles mention beside tensors. The names are mapped to inert stand-ins: nothing of
-# Lightning or omegaconf is imported or run while a checkpoint is read.
-_LIGHTNING_NAMES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-    "main.ImageLogger",
-    "main.SetupCallback",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "argparse.Namespace",
-    "pathlib.PosixPath",
-    "typing.Any",
-)
+# What Lightning's pickles mention beside tensors: callbacks, hyper-parameters, configs. Every name below these is
+# mapped to an inert stand-in, so nothing of these packages is imported or run while a checkpoint is read.
+_INERT_FAMILIES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "main.", "taming.")
+_INERT_NAMES = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "typing.Any")
 # Subclasses of dict; the reader fills only true dicts with items.
-_LIGHTNING_DICTS = (
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
-)
+_DICT_NAMES = ("AttributeDict",)
+_HARMLESS = (dict, list, tuple, set, frozenset, int, float, complex, bool, str, bytes)
 
 
 class _Inert:
@@ -57,23 +42,23 @@ class _Inert:
         pass
 
 
-def _allowed_globals() -> list[Any]:
+def _allowed_globals(path: Path) -> list[Any]:
     import numpy as np
 
-    names = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _LIGHTNING_NAMES]
-    names += [(collections.OrderedDict, name) for name in _LIGHTNING_DICTS]
-    # Scalars such as a monitored best score are pickled through numpy, under its old and its new module name.
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "b1")}
-    return [
-        *names,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *dtypes,
-        collections.OrderedDict,
-        collections.defaultdict,
-    ]
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file or the format before torch 1.6: what is wrong with it shows when it is read
+        wanted = []
+    names = []
+    for name in wanted:
+        leaf = name.rpartition(".")[2]
+        if name.startswith(_INERT_FAMILIES) or name in _INERT_NAMES:
+            names.append((collections.OrderedDict if leaf in _DICT_NAMES else type(leaf, (_Inert,), {}), name))
+    # Scalars and arrays are pickled through numpy, under its old and its new module name.
+    rebuild = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
+    names += [(rebuild[leaf], f"numpy.{core}.multiarray.{leaf}") for leaf in rebuild for core in ("core", "_core")]
+    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "b1", "U1", "O")}
+    return [*names, np.dtype, np.ndarray, *dtypes, *_HARMLESS, collections.OrderedDict, collections.defaultdict]
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -82,9 +67,14 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     Nothing but tensors, containers and a short list of inert Lightning names is unpickled. Raises UserError,
     in one sentence, for a file that is missing, truncated, not a checkpoint, or that wants more.
     """
-    content = read_checkpoint(path)
-    state = content.get("state_dict", content)
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return state_dict_of(read_checkpoint(path), path)
+
+
+def state_dict_of(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's ``state_dict``, of our ``state.pt``'s ``model``, or of the mapping itself."""
+    state = content.get("state_dict", content.get("model", content))
+    items = state.items() if isinstance(state, Mapping) else ()
+    tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights; expected a checkpoint with a 'state_dict' of tensors")
     return tensors
@@ -118,7 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path, size: int) -> Any:
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
+        with torch.serialization.safe_globals(_allowed_globals(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
@@ -188,6 +178,17 @@ def load_into(
         )
     if missing or unexpected:
         logger.warning("%s: %d keys missing, %d left over", source, len(missing), len(unexpected))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short digest of a model's weights, losses aside: equal for equal models, whatever file they come from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        # Colours for drawing label maps are random and change nothing.
+        if not key.startswith(("loss.", "colorize")):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import shutil
 import sys
 import types
@@ -11,6 +12,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import tamingfast
@@ -189,6 +191,73 @@ def test_what_lightning_leaves_in_a_pickle_is_accepted(copied, monkeypatch):
         if path.startswith("pytorch_lightning"):
             monkeypatch.delitem(sys.modules, path)
     tamingfast.load_model(copied)
+
+
+def test_hyper_parameters_of_a_real_config_are_accepted(copied):
+    content = torch.load(copied, weights_only=True)
+    config = OmegaConf.create({"a": {"b": [1, 2.0, "x", None, True]}, "c": "${a.b}"})
+    content["hyper_parameters"] = {"cfg": config, "n": collections.defaultdict(dict), "array": np.arange(3.0)}
+    torch.save(content, copied)
+    tamingfast.load_model(copied)
+
+
+@pytest.mark.parametrize("where", ["metadata", "yaml", "nested"])
+def test_configs_cannot_run_functions(where, tmp_path, capfd):
+    command = {"target": "os.system", "params": {"command": "echo ran"}}
+    path = checkpoints.convert(golden.checkpoint("vqmodel_f2"), tmp_path / "m.safetensors")
+    config = checkpoints.without_checkpoints(tamingfast.load_model(path).config)
+    if where == "nested":
+        config["model"]["params"]["lossconfig"] = command
+    else:
+        config["model"] = command
+    if where == "yaml":
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        given = tmp_path / "config.yaml"
+    else:
+        given = None
+        checkpoints.save_weights(path, read_state_dict(path), {"config": json.dumps(config)})
+    with pytest.raises(UserError, match=r"os\.system.*not run") as error:
+        tamingfast.load_model(path, given)
+    sentence(error)
+    assert "ran" not in capfd.readouterr().out.split()
+
+
+def test_broken_config_inside_a_file(tmp_path):
+    checkpoints.save_weights(tmp_path / "m.safetensors", {"a": torch.zeros(1)}, {"config": "{"})
+    with pytest.raises(UserError, match="not JSON"):
+        tamingfast.load_model(tmp_path / "m.safetensors")
+
+
+def test_published_layout(copied, tmp_path):
+    (tmp_path / "run" / "ckpts").mkdir(parents=True)
+    (tmp_path / "run" / "configs").mkdir()
+    copied.with_suffix(".yaml").rename(tmp_path / "run" / "configs" / "model.yaml")
+    copied.rename(tmp_path / "run" / "ckpts" / "last.ckpt")
+    for opened in (tmp_path / "run", tmp_path / "run" / "ckpts" / "last.ckpt"):
+        assert type(tamingfast.load_model(opened)).__name__ == "VQModel"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"dtype": "float33"}, "float33"), ({"dtype": "int8"}, "int8"), ({"device": "cudaa"}, "cudaa")],
+)
+def test_wrong_options(copied, options, match):
+    with pytest.raises(UserError, match=match):
+        tamingfast.load_model(copied, **options)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": [1, 2]}, {1: torch.zeros(1)}, {"state_dict": {"a": 1}}])
+def test_files_without_weights(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no weights"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+def test_perceptual_weights_are_dropped_by_a_strict_load():
+    model = tamingfast.load_model(golden.checkpoint("vqgan_training"))
+    state = {**model.state_dict(), "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}
+    model.load_state_dict(state)
+    tamingfast.load_model(golden.checkpoint("vqmodel_f2")).load_state_dict(state)
 
 
 def test_ignore_keys(copied):

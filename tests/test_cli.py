@@ -136,6 +136,9 @@ class TestSample:
             (["--schedule", "zigzag"], "zigzag"),
             (["--dtype", "int8"], "native engine"),
             (["--device", "warp"], "device 'warp'"),
+            (["--top-k", "-1"], "0 to keep all"),
+            (["--out", "."], "is a directory"),
+            (["--out", "x.jpg"], "ends in .png"),
         ],
     )
     def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, words, message):
@@ -337,6 +340,35 @@ class TestEncodeAndTrain:
         assert run("train", "vqgan", "--out", tmp_path / "x", *words) == cli.USAGE_ERROR
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1
+
+    def test_tokens_of_another_first_stage_are_refused(self, reproduced, tmp_path, capsys):
+        tokens, other = tmp_path / "tokens.safetensors", tmp_path / "other"
+        assert run("encode", reproduced / "vqgan", "--out", tokens, "name=photos", "size=32", "length=8") == 0
+        small = ["training.steps=1", "training.batch_size=2", "training.validation_batches=1", "data.length=8"]
+        settings = reproduce.load_preset("smoke")["vqgan"]
+        (tmp_path / "other.yaml").write_text(json.dumps(settings | {"data": {"name": "photos", "size": 32}}))
+        assert run("train", "vqgan", tmp_path / "other.yaml", "--out", other, *small) == 0
+        words = ["--out", tmp_path / "p", "data.name=tokens", f"data.path={tokens}", "training.steps=1"]
+        assert run("train", "prior", "tiny", "--first-stage", other, *words) == cli.USAGE_ERROR
+        assert "another first stage" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["vqgan", "photos32_vqgan", "data.size=33"], "multiple of the first stage's 2"),
+            (["vqgan", "photos32_vqgan", "model.params.ddconfig.ch=33"], "do not fit"),
+            (["vqgan", "photos32_vqgan", "model.params.n_embed=abc"], "do not fit"),
+            (["prior", "tiny"], "--first-stage"),
+            (["prior", "tiny", "--first-stage", "RUN", "data.name=photos", "data.size=36", "prior.ordering=subsample"],
+             "subsample"),
+        ],
+    )  # fmt: skip
+    def test_models_that_cannot_be_built(self, reproduced, tmp_path, capsys, words, message):
+        words = [str(reproduced / "vqgan") if word == "RUN" else word for word in words]
+        assert run("train", *words, "--out", tmp_path / "x", "training.steps=1") == cli.USAGE_ERROR
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+        assert not (tmp_path / "x").exists()
 
 
 class TestFiles:

@@ -24,7 +24,7 @@ import tamingfast.compat; tamingfast.compat.install(); tamingfast.compat.install
 from taming.models.vqgan import VQModel, GumbelVQ
 import taming.modules.transformer.mingpt as mingpt
 from taming.models import cond_transformer
-import tamingfast, importlib
+import tamingfast, importlib, importlib.util
 assert VQModel is tamingfast.VQModel and mingpt.GPT is tamingfast.GPT
 assert cond_transformer.Net2NetTransformer is tamingfast.Net2NetTransformer
 quantize = importlib.import_module("taming.modules.vqvae.quantize")
@@ -33,6 +33,12 @@ try:
     from taming.models.vqgan import Nonsense
 except ImportError as error:
     print("refused:", error)
+assert importlib.util.find_spec("taming") is not None
+from taming.models import cond_transformer, vqgan
+from taming.modules.transformer.mingpt import sample_with_past
+from taming.modules.losses.vqperceptual import *
+assert LPIPS and NLayerDiscriminator and weights_init and hinge_d_loss and F
+from taming.modules.diffusionmodules.model import Encoder, Decoder, Normalize
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("refused:")

@@ -179,9 +179,9 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "photo"}, "dataset name 'photo' is unknown: use 'photos', the nearest of cifar10, folder, photos"),
+        ({"name": "photo"}, "dataset name 'photo' is unknown; did you mean 'photos'?"),
         ({}, "lack a name: add name="),
-        ({"name": "photos", "sise": 32}, "'sise' is unknown: use 'size'"),
+        ({"name": "photos", "sise": 32}, "'sise' is unknown; did you mean 'size'?"),
         ({"name": "folder"}, "needs the key 'path'"),
         ({"name": "photos", "size": 301}, "at most 300"),
         ({"name": "photos", "size": 0}, "size is 0"),

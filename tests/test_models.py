@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +14,10 @@ from torch.testing import assert_close
 from tamingfast.models.color_clusters import ColorClusters, KMeans
 from tamingfast.models.conditioning import CoordStage, Labelator
 from tamingfast.models.discriminator import ActNorm, NLayerDiscriminator
-from tamingfast.models.gpt import GPT
+from tamingfast.models.gpt import GPT, sample, sample_with_past
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, VectorQuantizer
-from tamingfast.models.vqgan import EMAVQ, Encoder, LambdaWarmUpCosineScheduler, VQModel
+from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, OneHotVectorQuantizer, VectorQuantizer
+from tamingfast.models.vqgan import EMAVQ, LambdaWarmUpCosineScheduler, VQModel
 
 DUMMY = {"target": "taming.modules.losses.DummyLoss"}
 DDCONFIG = {
@@ -83,6 +86,14 @@ class TestVectorQuantizer:
         assert quantizer.unmap_to_all(torch.tensor([[0, 1, 2]])).tolist() == [used.tolist()]
         entries = quantizer.get_codebook_entry(torch.tensor([0, 1, 2, 0]), (1, 2, 2, 3))
         assert_close(entries[0, :, 0, 1], quantizer.embedding.weight[2])
+
+    def test_the_original_s_first_version_returns_more(self):
+        quantizer = OneHotVectorQuantizer(5, 3, 0.25)
+        _, _, (perplexity, encodings, indices) = quantizer(torch.randn(2, 3, 4, 4))
+        assert indices.shape == (32, 1) and encodings.shape == (32, 5)
+        assert_close(encodings.argmax(1), indices[:, 0])
+        share = torch.bincount(indices[:, 0], minlength=5) / 32
+        assert_close(perplexity, torch.exp(-torch.special.xlogy(share, share).sum()))
 
     def test_gumbel_s_arguments_are_refused(self):
         with pytest.raises(ValueError, match="GumbelQuantize"):
@@ -196,10 +207,19 @@ def test_actnorm_starts_by_standardising():
     assert patches.shape == (2, 1, 6, 6)
 
 
-def test_encoder_names_the_multiple():
-    config = {**DDCONFIG, "ch_mult": [1, 1, 1]}
-    with pytest.raises(ValueError, match="9 x 8 pixels.*multiples of 4"):
-        Encoder(**config)(torch.zeros(1, 3, 9, 8))
+def test_sides_that_f_does_not_divide_are_cut():
+    model = VQModel({**DDCONFIG, "ch_mult": [1, 1, 1]}, DUMMY, n_embed=12, embed_dim=4)
+    assert model.encoder(torch.zeros(1, 3, 11, 8)).shape == (1, 4, 2, 2)
+    assert model(torch.zeros(1, 3, 11, 8))[0].shape == (1, 3, 8, 8)
+
+
+def test_attributes_that_other_code_reads():
+    model = VQModel({**DDCONFIG, "ch_mult": [1, 1, 1]}, DUMMY, n_embed=12, embed_dim=4)
+    assert model.decoder.num_resolutions == model.encoder.num_resolutions == 3
+    assert model.decoder.z_shape == (1, 4, 2, 2)
+    assert model.encoder.resolution == 8 and model.encoder.in_channels == 3
+    mask = GPT(9, 5, n_layer=1, n_head=1, n_embd=4, n_unmasked=2).blocks[0].attn.mask
+    assert mask[0, 0].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1] * 5]
 
 
 def test_temperature_schedule():
@@ -237,7 +257,58 @@ class TestCache:
             GPT(9, 12, n_head=3, n_embd=16)
 
 
+class TestPast:
+    """The functions that the original's fast sampling script uses."""
+
+    @torch.no_grad()
+    def test_pieces_equal_the_whole(self):
+        model = GPT(9, 12, n_layer=2, n_head=2, n_embd=16).eval()
+        torch.nn.init.normal_(model.pos_emb)
+        tokens = torch.randint(0, 9, (3, 7))
+        logits, _, present = model.forward_with_past(tokens[:, :4])
+        assert present.shape == (2, 2, 3, 2, 4, 8)
+        past, pieces = [present], [logits]
+        for n in range(4, 7):
+            logits, loss, present = model.forward_with_past(tokens[:, n : n + 1], past=past, past_length=n)
+            past.append(present)
+            pieces.append(logits)
+        assert loss is None
+        assert_close(torch.cat(pieces, 1), model(tokens)[0])
+        with pytest.raises(ValueError, match="past holds 7"):
+            model.forward_with_past(tokens[:, :1], past=past, past_length=3)
+
+    def test_embeddings_come_first(self):
+        model = GPT(9, 12, n_layer=1, n_head=2, n_embd=16).eval()
+        tokens = torch.randint(0, 9, (2, 5))
+        logits, loss, _ = model.forward_with_past(
+            tokens[:, 2:], embeddings=model.tok_emb(tokens[:, :2]), targets=tokens
+        )
+        assert_close(logits, model(tokens)[0])
+        assert_close(loss, model(tokens, targets=tokens)[1])
+
+    def test_both_samplers_are_greedy_alike(self):
+        model = GPT(9, 12, n_layer=2, n_head=2, n_embd=16).eval()
+        x = torch.randint(0, 9, (2, 3))
+        cached = sample_with_past(x, model, steps=6, sample_logits=False)
+        assert_close(torch.cat((x, cached), 1), sample(model, x, steps=6))
+
+    def test_filters_are_the_original_s(self):
+        model = GPT(9, 12, n_layer=1, n_head=2, n_embd=16).eval()
+        x = torch.zeros(500, 1, dtype=torch.int64)
+        drawn = sample_with_past(x, model, steps=1, top_k=2, top_p=0.99)
+        best = model(x[:1])[0][0, -1].topk(2).indices
+        assert set(drawn.unique().tolist()) <= set(best.tolist())
+
+
 class TestPrior:
+    def test_survives_pickling_and_copying(self):
+        model = prior().train()
+        x = torch.randn(1, 3, 8, 8)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            again.train()
+            assert not again.first_stage_model.training
+            assert_close(again(x, x)[0], model(x, x)[0])
+
     def test_loss_covers_image_tokens_only(self):
         model = prior().eval()
         x = torch.randn(2, 3, 8, 8)

@@ -84,7 +84,9 @@ def test_source_archive_carries_everything_that_a_build_needs(source):
     (archive,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    native = {str(path.relative_to(ROOT)) for suffix in ("cpp", "h") for path in ROOT.glob(f"csrc/**/*.{suffix}")}
+    native = {
+        str(path.relative_to(ROOT)) for suffix in ("cpp", "h", "inl") for path in ROOT.glob(f"csrc/**/*.{suffix}")
+    }
     kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*.py")}
     package = {name for name in modules() if not name.startswith("tamingfast/kernels/")}
     assert not (native | kernels | package | data_files() | {"setup.py", "pyproject.toml", "LICENSE"}) - names

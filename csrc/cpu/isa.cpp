@@ -16,7 +16,12 @@ std::vector<Entry> supported() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     entries.push_back({"avx2", Isa::avx2});
-    if (__builtin_cpu_supports("avx512f")) entries.push_back({"avx512", Isa::avx512});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      entries.push_back({"avx512", Isa::avx512});
+      if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+        entries.push_back({"avx512bf16", Isa::avx512bf16});
+    }
   }
 #endif
   return entries;

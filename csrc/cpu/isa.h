@@ -6,7 +6,8 @@
 
 namespace tamingfast {
 
-enum class Isa { generic, avx2, avx512 };
+// avx512 stands for F, BW, DQ and VL; avx512bf16 adds VBMI and BF16.
+enum class Isa { generic, avx2, avx512, avx512bf16 };
 
 // What this processor and this build can run, the slowest first.
 std::vector<std::string> supported_isas();

@@ -221,7 +221,7 @@ void scan_generic(const float* z, int count, const Codebook& book, Scratch& scra
 
 Path path_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return {48, scan_avx512};
+  if (isa == Isa::avx512 || isa == Isa::avx512bf16) return {48, scan_avx512};
   if (isa == Isa::avx2) return {16, scan_avx2};
 #endif
   (void)isa;

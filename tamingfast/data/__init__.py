@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from tamingfast.data.batches import Loader, loader
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, nearest
 
 __all__ = ["Loader", "build", "loader"]
 
@@ -31,7 +30,7 @@ def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
     options = dict(config)
     name = options.pop("name", None)
     if name is None:
-        raise UserError(f"The data settings lack a name: add name=... with one of {', '.join(sorted(_MODULES))}.")
+        raise UserError(f"the data settings lack a name: add name=... with one of {', '.join(sorted(_MODULES))}")
     if name not in _MODULES:
         raise UserError(_unknown("dataset name", name, _MODULES))
     factory = importlib.import_module(f"{__name__}.{_MODULES[name]}").build
@@ -42,11 +41,11 @@ def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and options.get(key) is None:
             raise UserError(
-                f"The {name} dataset needs the key {key!r}, which is missing: add {key}=... to the data settings."
+                f"the {name} dataset needs the key {key!r}, which is missing: add {key}=... to the data settings"
             )
     return factory(**options)
 
 
 def _unknown(what: str, got: object, valid: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(str(got), list(valid), n=1, cutoff=0.0)[0]
-    return f"The {what} {got!r} is unknown: use {nearest!r}, the nearest of {', '.join(sorted(valid))}."
+    hint = nearest(str(got), valid)
+    return f"the {what} {got!r} is unknown{hint} (valid: {', '.join(sorted(valid))})"

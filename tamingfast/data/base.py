@@ -59,7 +59,7 @@ def positive(name: str, value: Any) -> int:
     """``value`` when it is a whole number of at least 1, else UserError naming the setting."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise UserError(
-            f"{name} is {value!r}, but a whole number of at least 1 is expected: correct it in the data settings."
+            f"{name} is {value!r}, but a whole number of at least 1 is expected: correct it in the data settings"
         )
     return int(value)
 

@@ -78,7 +78,7 @@ class _Epoch(Dataset):
         items = len(dataset)  # type: ignore[arg-type]
         if drop_last and items < batch_size:
             raise UserError(
-                f"The dataset has {items} items, fewer than one batch of {batch_size}: lower the batch size."
+                f"the dataset has {items} items, fewer than one batch of {batch_size}: lower the batch size"
             )
         self.dataset, self.batch_size, self.epoch = dataset, batch_size, epoch
         self.order = np.arange(items)

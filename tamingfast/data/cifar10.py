@@ -69,7 +69,7 @@ def build(
     archive that lacks a file or holds anything but the official format.
     """
     if size != 32:
-        raise UserError(f"size is {size!r}, but CIFAR10 images are 32x32: set size=32 or choose another dataset.")
+        raise UserError(f"size is {size!r}, but CIFAR10 images are 32x32: set size=32 or choose another dataset")
     source = _locate(path, url, md5)
     members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
     batches = {name: _parse(name, content, images_per_batch) for name, content in members}
@@ -192,7 +192,7 @@ def _locate(path: str | os.PathLike | None, url: str, md5: str) -> Path:
         return given
     if not given.exists():
         raise UserError(
-            f"{given} does not exist: give the path of {ARCHIVE_NAME}, or leave the path out to download it."
+            f"{given} does not exist: give the path of {ARCHIVE_NAME}, or leave the path out to download it"
         )
     for candidate in (given / FOLDER_NAME, given / ARCHIVE_NAME):
         if candidate.exists():
@@ -200,7 +200,7 @@ def _locate(path: str | os.PathLike | None, url: str, md5: str) -> Path:
     if any((given / name).exists() for name in MEMBER_MD5):
         return given
     raise UserError(
-        f"{given} holds neither {FOLDER_NAME} nor {ARCHIVE_NAME}: give the directory or the archive that does."
+        f"{given} holds neither {FOLDER_NAME} nor {ARCHIVE_NAME}: give the directory or the archive that does"
     )
 
 
@@ -210,7 +210,7 @@ def _from_archive(archive: Path, md5: str) -> Iterator[tuple[str, bytes]]:
     if found != md5:
         raise UserError(
             f"{archive} has MD5 {found}, but {md5} is expected: it is incomplete or another file, so"
-            " delete it and download it again."
+            " delete it and download it again"
         )
     wanted = {f"{FOLDER_NAME}/{name}": name for name in MEMBER_MD5}
     try:
@@ -220,9 +220,9 @@ def _from_archive(archive: Path, md5: str) -> Iterator[tuple[str, bytes]]:
                 if name is not None:
                     yield name, tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} is not a readable tar archive ({error}): download {ARCHIVE_NAME} again.") from error
+        raise UserError(f"{archive} is not a readable tar archive ({error}): download {ARCHIVE_NAME} again") from error
     if wanted:
-        raise UserError(f"{archive} lacks {', '.join(wanted)}: download {ARCHIVE_NAME} again.")
+        raise UserError(f"{archive} lacks {', '.join(wanted)}: download {ARCHIVE_NAME} again")
 
 
 def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
@@ -232,13 +232,12 @@ def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[
             content = (folder / name).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{folder} lacks a readable {name} ({error.strerror}): extract {ARCHIVE_NAME} again."
+                f"{folder} lacks a readable {name} ({error.strerror}): extract {ARCHIVE_NAME} again"
             ) from error
         found = hashlib.md5(content).hexdigest()
         if found != member_md5.get(name):
             raise UserError(
-                f"{folder / name} has MD5 {found}, but {member_md5.get(name)} is expected: extract"
-                f" {ARCHIVE_NAME} again."
+                f"{folder / name} has MD5 {found}, but {member_md5.get(name)} is expected: extract {ARCHIVE_NAME} again"
             )
         yield name, content
 
@@ -279,7 +278,7 @@ def _parse(name: str, content: bytes, count: int) -> tuple[np.ndarray, np.ndarra
     except Exception as error:  # a broken or hostile pickle may raise anything
         reason = str(error) or type(error).__name__
         raise UserError(
-            f"CIFAR10's {name} is refused ({reason}): only arrays and lists are expected in it, so download it again."
+            f"CIFAR10's {name} is refused ({reason}): only arrays and lists are expected in it, so download it again"
         ) from error
     fields = batch if isinstance(batch, dict) else {}
     data, labels, names = (fields.get(key) for key in (b"data", b"labels", b"filenames"))
@@ -287,17 +286,16 @@ def _parse(name: str, content: bytes, count: int) -> tuple[np.ndarray, np.ndarra
         isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)
     ):
         raise UserError(
-            f"CIFAR10's {name} lacks data (uint8), labels or filenames: give the official python"
-            " version of the archive."
+            f"CIFAR10's {name} lacks data (uint8), labels or filenames: give the official python version of the archive"
         )
     if data.shape != (count, 3072) or len(labels) != count or len(names) != count:
         raise UserError(
             f"CIFAR10's {name} has data of shape {data.shape}, {len(labels)} labels and {len(names)}"
             " file names,"
-            f" but ({count}, 3072), {count} and {count} are expected: download it again."
+            f" but ({count}, 3072), {count} and {count} are expected: download it again"
         )
     if not all(isinstance(label, int) and 0 <= label < len(CLASSES) for label in labels):
-        raise UserError(f"CIFAR10's {name} has labels outside 0 to {len(CLASSES) - 1}: download it again.")
+        raise UserError(f"CIFAR10's {name} has labels outside 0 to {len(CLASSES) - 1}: download it again")
     images = data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, np.array(labels, np.int64), [f"{name}/{_text(file)}" for file in names]
 

@@ -176,7 +176,7 @@ class ImageFiles(EpochDataset):
                 "file_path_": self.paths[candidate],
             }
         raise UserError(
-            f"None of the {len(self.paths)} image files can be read, {self.paths[0]} being the first: give other files."
+            f"None of the {len(self.paths)} image files can be read, {self.paths[0]} being the first: give other files"
         )
 
     def _view(self, image: Image.Image, index: int) -> np.ndarray:
@@ -213,19 +213,18 @@ class ImageList(ImageFiles):
             lines = Path(paths_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{paths_file} cannot be read as a list of image paths ({error}): give a text file with"
-                " one path a line."
+                f"{paths_file} cannot be read as a list of image paths ({error}): give a text file with one path a line"
             ) from error
         paths = [line.strip() for line in lines if line.strip()]
         if not paths:
-            raise UserError(f"{paths_file} is empty: write the path of one image on each line.")
+            raise UserError(f"{paths_file} is empty: write the path of one image on each line")
         good, broken = _check_headers(paths)
         if not good:
             path, reason = broken[0]
             raise UserError(
                 f"None of the {len(paths)} images that {paths_file} lists can be opened, {path}"
                 f" ({reason}) being the first:"
-                " correct the paths, relative ones begin at the working directory."
+                " correct the paths, relative ones begin at the working directory"
             )
         super().__init__(good, size, random_crop, flip, seed, broken=broken)
 
@@ -286,7 +285,7 @@ def _existing_directory(key: str, path: str | os.PathLike) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"{key}={root} {what}, but a directory of images is expected: correct the path.")
+        raise UserError(f"{key}={root} {what}, but a directory of images is expected: correct the path")
     return root
 
 
@@ -299,14 +298,14 @@ def _scan(root: Path) -> tuple[list[tuple[str, str | None]], list[tuple[str, str
         there = f"{others} {names[0]}" if names else "no files"
         raise UserError(
             f"{root} holds {there}, but images ending in {', '.join(EXTENSIONS)} are expected in it or"
-            " in one sub-folder per class: put images there or correct the path."
+            " in one sub-folder per class: put images there or correct the path"
         )
     good, broken = _check_headers([str(root / name) for name in candidates])
     if not good:
         path, reason = broken[0]
         raise UserError(
             f"None of the {len(candidates)} image files in {root} can be opened, {path} ({reason})"
-            " being the first: replace them."
+            " being the first: replace them"
         )
     opened = set(good)
     files = [name for name in candidates if str(root / name) in opened]
@@ -350,10 +349,10 @@ def _reason(error: Exception) -> str:
 
 def _validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
     if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise UserError(f"validation_fraction is {fraction!r}, but a number between 0 and 1 is expected: correct it.")
+        raise UserError(f"validation_fraction is {fraction!r}, but a number between 0 and 1 is expected: correct it")
     if len(names) < 2:
         raise UserError(
-            f"{root} holds one readable image, but at least two are needed to keep one for validation: add images."
+            f"{root} holds one readable image, but at least two are needed to keep one for validation: add images"
         )
     place = {name: _hash_to_unit(name) for name in names}
     chosen = {name for name in names if place[name] < fraction}
@@ -379,5 +378,5 @@ def _check_classes(root: Path, files: list[tuple[str, str | None]], classes: lis
             raise UserError(
                 f"validation_path={root} has {found}, but the training classes are"
                 f" {', '.join(classes[:_NAMED])}:"
-                " use the same sub-folders in both."
+                " use the same sub-folders in both"
             )

@@ -82,7 +82,7 @@ def build(size: int = 32, seed: int = 0, length: int | None = None, flip: bool =
     if size > SMALLEST_SIDE:
         raise UserError(
             f"size is {size}, but the photographs can be cut to at most {SMALLEST_SIDE}: choose a"
-            " smaller size or the folder dataset."
+            " smaller size or the folder dataset"
         )
     planes = [(photograph, plane) for photograph in PHOTOGRAPHS for plane in _planes(photograph, size)]
     train = [plane for photograph, plane in planes if not photograph.validation]
@@ -230,7 +230,7 @@ def _read(photograph: Photograph) -> np.ndarray:
     spec = importlib.util.find_spec(photograph.package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"The photos dataset needs the package that provides {photograph.package!r}, which is not"
+            f"the photos dataset needs the package that provides {photograph.package!r}, which is not"
             " installed:"
             ' run pip install "tamingfast[train]".'
         )
@@ -240,6 +240,6 @@ def _read(photograph: Photograph) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(
-            f"The photograph {photograph.name} cannot be read from {path} ({error}):"
+            f"the photograph {photograph.name} cannot be read from {path} ({error}):"
             ' reinstall the package with pip install --force-reinstall "tamingfast[train]".'
         ) from error

@@ -149,7 +149,7 @@ class TokenDataset(ArrayDataset):
             raise UserError(
                 f"{self.path} holds tokens of a vocabulary of {self.vocab_size}, but {vocab_size} is"
                 " expected:"
-                " encode the images again with the first stage in use."
+                " encode the images again with the first stage in use"
             )
         self._indices = tensors["indices"].numpy()
         self._labels = tensors["class_label"].numpy() if "class_label" in tensors else None
@@ -172,7 +172,7 @@ class TokenDataset(ArrayDataset):
         if low < 0 or high >= len(names):
             raise UserError(
                 f"{self.path} has class labels from {low} to {high}, but 0 to {len(names) - 1} is"
-                " expected: encode the images again."
+                " expected: encode the images again"
             )
         return names
 
@@ -199,12 +199,12 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in {"indices", "class_label"} & set(file.keys())}
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist, but a token file is expected: {again}.") from error
+        raise UserError(f"{path} does not exist, but a token file is expected: {again}") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {again}.") from error
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {again}") from error
     if metadata.get("format") != FORMAT or not metadata.get("vocab_size", "").isdecimal():
         raise UserError(
-            f"{path} is a safetensors file without the marks of a token file ({FORMAT!r}, vocab_size): {again}."
+            f"{path} is a safetensors file without the marks of a token file ({FORMAT!r}, vocab_size): {again}"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     whole = all(not tensor.is_floating_point() and tensor.numel() for tensor in tensors.values())
@@ -212,7 +212,7 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not whole or len(grids) != 3 or shapes.get("class_label", grids[:1]) != grids[:1]:
         raise UserError(
             f"{path} has tensors {shapes}, but integers indices (N, h, w) and perhaps class_label (N,)"
-            f" are expected: {again}."
+            f" are expected: {again}"
         )
     return tensors, metadata
 
@@ -226,5 +226,5 @@ def _check_range(path: str, indices: np.ndarray, vocab_size: int) -> None:
             raise UserError(
                 f"{path} has the token {low if low < 0 else high} in grids {begin} to"
                 f" {begin + len(part) - 1}, but 0 to {vocab_size - 1}"
-                " is expected: encode the images again."
+                " is expected: encode the images again"
             )

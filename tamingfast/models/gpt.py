@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +49,18 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"got n_embd={config.n_embd}, which n_head={config.n_head} does not divide")
         self.n_head = config.n_head
         self.n_unmasked = getattr(config, "n_unmasked", 0)
+        self.block_size = config.block_size
         self.key = nn.Linear(config.n_embd, config.n_embd)
         self.query = nn.Linear(config.n_embd, config.n_embd)
         self.value = nn.Linear(config.n_embd, config.n_embd)
         self.attn_drop = nn.Dropout(config.attn_pdrop)
         self.resid_drop = nn.Dropout(config.resid_pdrop)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    @property
+    def mask(self) -> Tensor:
+        """The original's buffer: 1 where a position sees another, (1, 1, block_size, block_size)."""
+        return attention_mask(self.block_size, self.n_unmasked, self.proj.weight.device)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self._split(p(x)) for p in (self.query, self.key, self.value))
@@ -223,10 +229,42 @@ class GPT(nn.Module):
                 f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; "
                 "feed it whole from 0"
             )
-        x = self.tok_emb(idx) + self.pos_emb[:, start:stop]
+        return self._run_cached(self.tok_emb(idx), cache, start)
+
+    def _run_cached(self, embedded: Tensor, cache: list[LayerCache], start: int) -> Tensor:
+        x = embedded + self.pos_emb[:, start : start + embedded.shape[1]]
         for block, layer in zip(self.blocks, cache, strict=True):
             x = block.forward_cached(x, layer, start)
         return self.head(self.ln_f(x))
+
+    @torch.no_grad()
+    def forward_with_past(
+        self,
+        idx: Tensor,
+        embeddings: Tensor | None = None,
+        targets: Tensor | None = None,
+        past: Sequence[Tensor] | None = None,
+        past_length: int | None = None,
+    ):
+        """The original's cached step: ``(logits (B, t, vocab), loss or None, present)``.
+
+        ``present`` holds the new keys and values, (n_layer, 2, B, n_head, t, D); ``past`` is the list of all earlier
+        ones, of ``past_length`` positions together. Copies the whole past on each call; `forward_cached` does not.
+        """
+        x = self.tok_emb(idx)
+        if embeddings is not None:
+            x = torch.cat((embeddings, x), dim=1)
+        start = 0 if past is None else sum(part.shape[-2] for part in past)
+        if past is not None and start != past_length:
+            raise ValueError(f"got past_length={past_length}, but past holds {start} positions")
+        cache = self.new_cache(len(x), start + x.shape[1])
+        for layer, (keys, values) in enumerate(cache):
+            if past is not None:
+                keys[:, :, :start], values[:, :, :start] = torch.cat([part[layer] for part in past], dim=-2)
+        logits = self._run_cached(x, cache, start)
+        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        present = torch.stack([torch.stack((keys[:, :, start:], values[:, :, start:])) for keys, values in cache])
+        return logits, loss, present
 
     def new_slots(self, slots: int, batch: int, length: int) -> list[LayerCache]:
         """Empty caches for `forward_ragged`: keys and values (slots, B, n_head, length, D) of each layer."""
@@ -254,16 +292,21 @@ class GPT(nn.Module):
             )
 
 
+def attention_mask(size: int, n_unmasked: int, device: torch.device) -> Tensor:
+    """1 where a position (row) sees another (column), else 0: float32 (1, 1, size, size)."""
+    mask = torch.ones(size, size, device=device).tril_()
+    mask[:n_unmasked, :n_unmasked] = 1
+    return mask.view(1, 1, size, size)
+
+
 def _ends(feeds: Sequence[Feed]) -> list[int]:
     return list(itertools.accumulate(feed.stop - feed.start for feed in feeds))
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    size, n = gpt.block_size, gpt.config.n_unmasked
-    mask = torch.ones(size, size, device=gpt.pos_emb.device).tril_()
-    mask[:n, :n] = 1
+    mask = attention_mask(gpt.block_size, gpt.config.n_unmasked, gpt.pos_emb.device)
     for i in range(len(gpt.blocks)):
-        state[f"{prefix}blocks.{i}.attn.mask"] = mask.view(1, 1, size, size)
+        state[f"{prefix}blocks.{i}.attn.mask"] = mask
 
 
 def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
@@ -281,8 +324,69 @@ def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) 
 def _unmasked_prefix(mask: Tensor, name: str) -> int:
     n = int(mask[0].sum())
     n = 0 if n == 1 else n  # one unmasked position is plain causal attention
-    expected = torch.ones_like(mask).tril_()
-    expected[:n, :n] = 1
-    if not torch.equal(mask, expected):
+    if not torch.equal(mask.float(), attention_mask(len(mask), n, mask.device)[0, 0]):
         raise UserError(f"'{name}' is neither causal nor causal after an unmasked prefix, which is all this GPT can do")
     return n
+
+
+# --- the original's sampling functions ------------------------------------------------------------------------------
+
+
+def top_k_logits(logits: Tensor, k: int) -> Tensor:
+    """Logits with all but the k largest of the last axis (and ties) at -inf."""
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """`tamingfast.sampling.filters.top_k_top_p` under the original's name; 0 and 1.0 keep everything."""
+    from tamingfast.sampling.filters import top_k_top_p  # the filters' one home lies above the models
+
+    return top_k_top_p(logits, top_k=top_k or None, top_p=top_p if top_p < 1.0 else None)
+
+
+def pick(logits: Tensor, sample: bool) -> Tensor:
+    """One token for each row of logits (..., vocab): drawn by torch's generator, or the likeliest; int64 (...)."""
+    if not sample:
+        return logits.topk(1, dim=-1).indices[..., 0]
+    flat = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1)
+    return flat.view(logits.shape[:-1])
+
+
+@torch.no_grad()
+def sample(
+    model: GPT, x: Tensor, steps: int, temperature: float = 1.0, sample: bool = False, top_k: int | None = None
+) -> Tensor:
+    """Continue tokens x (B, k) by ``steps``, the whole sequence (cut to the block size) through the model each time."""
+    model.eval()
+    for _ in range(steps):
+        logits = model(x[:, -model.get_block_size() :])[0][:, -1] / temperature
+        logits = logits if top_k is None else top_k_logits(logits, top_k)
+        x = torch.cat((x, pick(logits, sample)[:, None]), dim=1)
+    return x
+
+
+@torch.no_grad()
+def sample_with_past(
+    x: Tensor,
+    model: GPT,
+    steps: int,
+    temperature: float = 1.0,
+    sample_logits: bool = True,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    callback: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Tokens (B, steps) that follow the condition x (B, c), with a key/value cache.
+
+    As in the original ``top_p`` counts only together with ``top_k``.
+    """
+    cache, done, sequence = model.new_cache(len(x), x.shape[1] + steps), 0, x
+    for n in range(steps):
+        if callback is not None:
+            callback(n)
+        logits = model.forward_cached(sequence[:, done:], cache, done)[:, -1] / temperature
+        done = sequence.shape[1]
+        if top_k is not None:
+            logits = top_k_top_p_filtering(logits, top_k, 1.0 if top_p is None else top_p)
+        sequence = torch.cat((sequence, pick(logits, sample_logits)[:, None]), dim=1)
+    return sequence[:, x.shape[1] :]

@@ -14,23 +14,19 @@ from tamingfast.config import instantiate_from_config, plain
 from tamingfast.models import tiled
 from tamingfast.models.base import Module, image_from_batch
 from tamingfast.models.conditioning import SOSProvider
+from tamingfast.models.gpt import pick, top_k_logits
 from tamingfast.models.vqgan import Decoder
 from tamingfast.orderings import Identity
 from tamingfast.weights import init_from_ckpt
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Replaces ``train`` of a frozen stage: its mode stays as it is."""
+    """The original's replacement for ``train`` of a frozen stage: its mode stays as it is."""
     return self
 
 
 def _frozen(config: Mapping[str, Any]) -> nn.Module:
-    stage = instantiate_from_config(config)
-    if isinstance(stage, nn.Module):
-        stage.eval().requires_grad_(False)
-        # Bound to the instance: Net2NetTransformer.train() must not reach into a frozen stage.
-        stage.train = disabled_train.__get__(stage)
-    return stage
+    return instantiate_from_config(config).eval().requires_grad_(False)
 
 
 class Net2NetTransformer(Module):
@@ -59,18 +55,12 @@ class Net2NetTransformer(Module):
         unconditional: bool = False,
     ):
         super().__init__()
-        self.be_unconditional = unconditional or cond_stage_config == "__is_unconditional__"
+        self.be_unconditional = unconditional
         self.sos_token = sos_token
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.downsample_cond_size, self.pkeep = downsample_cond_size, pkeep
-        self.first_stage_model = _frozen(first_stage_config)
-        if cond_stage_config == "__is_first_stage__":
-            self.cond_stage_model = self.first_stage_model
-        elif self.be_unconditional:
-            self.cond_stage_key = first_stage_key
-            self.cond_stage_model = SOSProvider(sos_token)
-        else:
-            self.cond_stage_model = _frozen(cond_stage_config)
+        self.init_first_stage_from_ckpt(first_stage_config)
+        self.init_cond_stage_from_ckpt(cond_stage_config)
         self.permuter = Identity() if plain(permuter_config) is None else instantiate_from_config(permuter_config)
         self.transformer = instantiate_from_config(transformer_config)
         if ckpt_path is not None:
@@ -79,6 +69,28 @@ class Net2NetTransformer(Module):
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
         """Load the weights of a checkpoint file; see `tamingfast.weights.init_from_ckpt`."""
         init_from_ckpt(self, path, ignore_keys)
+
+    def init_first_stage_from_ckpt(self, config: Mapping[str, Any]) -> None:
+        """Build the first stage, frozen; its config's own ``ckpt_path`` gives its weights."""
+        self.first_stage_model = _frozen(config)
+
+    def init_cond_stage_from_ckpt(self, config: Mapping[str, Any] | str) -> None:
+        """Build the condition stage, frozen, or take the first stage or a constant token as such."""
+        if config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        elif config == "__is_unconditional__" or self.be_unconditional:
+            self.be_unconditional = True
+            self.cond_stage_key = self.first_stage_key
+            self.cond_stage_model = SOSProvider(self.sos_token)
+        else:
+            self.cond_stage_model = _frozen(config)
+
+    def train(self, mode: bool = True) -> Net2NetTransformer:
+        """Training mode for the transformer; the frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        self.cond_stage_model.eval()
+        return self
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Images x and conditions c -> ``(logits (B, n, vocab), image tokens int64 (B, n))``."""
@@ -99,19 +111,12 @@ class Net2NetTransformer(Module):
         return logits[:, c_indices.shape[1] - 1 :]
 
     def top_k_logits(self, logits: Tensor, k: int) -> Tensor:
-        """Logits with all but the k largest of the last axis (and ties) at -inf."""
-        threshold = logits.topk(k, dim=-1).values[..., -1:]
-        return logits.masked_fill(logits < threshold, -torch.inf)
+        """`tamingfast.models.gpt.top_k_logits`."""
+        return top_k_logits(logits, k)
 
     def _draw(self, logits: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
         logits = logits / temperature
-        if top_k is not None:
-            logits = self.top_k_logits(logits, top_k)
-        if not sample:
-            return logits.topk(1, dim=-1).indices[..., 0]
-        probabilities = F.softmax(logits, dim=-1)
-        flat = torch.multinomial(probabilities.view(-1, probabilities.shape[-1]), 1)
-        return flat.view(probabilities.shape[:-1])
+        return pick(logits if top_k is None else self.top_k_logits(logits, top_k), sample)
 
     @torch.no_grad()
     def sample(

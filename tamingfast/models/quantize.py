@@ -79,21 +79,12 @@ class VectorQuantizer(_Remap, nn.Module):
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("temp, rescale_logits and return_logits have no meaning here; use GumbelQuantize for them")
-        z = z.permute(0, 2, 3, 1)  # (B, h, w, D)
-        flat = z.reshape(-1, self.e_dim)
-        indices = ops.nearest_code(flat.detach(), self.embedding.weight.detach())
-        z_q = self.embedding(indices).view(z.shape)
-
-        to_codes = torch.mean((z_q.detach() - z) ** 2)
-        to_latents = torch.mean((z_q - z.detach()) ** 2)
+        z_q, indices, to_codes, to_latents, _ = ops.quantize(z, self.embedding.weight)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
-
-        z_q = z + (z_q - z).detach()
-        z_q = z_q.permute(0, 3, 1, 2).contiguous()
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:
-            indices = indices.reshape(z.shape[0], z.shape[1], z.shape[2])
+            indices = indices.reshape(z.shape[0], *z.shape[2:])
         return z_q, loss, (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
@@ -101,6 +92,24 @@ class VectorQuantizer(_Remap, nn.Module):
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         return _as_grid(self.embedding(indices), shape)
+
+
+class OneHotVectorQuantizer(VectorQuantizer):
+    """The original's first ``VectorQuantizer``: the same codes and loss, returned with what it computed on the way."""
+
+    def __init__(self, n_e: int, e_dim: int, beta: float):
+        super().__init__(n_e, e_dim, beta)
+
+    def forward(self, z: Tensor):
+        """As `VectorQuantizer`, but ``(z_q, loss, (perplexity (), one-hot (B*h*w, n_e), indices (B*h*w, 1)))``."""
+        z_q, loss, (_, _, indices) = super().forward(z)
+        encodings = F.one_hot(indices, self.n_e).to(z.dtype)
+        return z_q, loss, (_perplexity(encodings), encodings, indices[:, None])
+
+
+def _perplexity(encodings: Tensor) -> Tensor:
+    usage = encodings.mean(0)
+    return torch.exp(-torch.sum(usage * torch.log(usage + 1e-10)))
 
 
 def _as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
@@ -159,15 +168,13 @@ class EMAVectorQuantizer(_Remap, nn.Module):
         indices = ops.nearest_code(flat.detach(), self.embedding.weight)
         z_q = self.embedding(indices).view(z.shape)
         encodings = F.one_hot(indices, self.num_tokens).to(z.dtype)
-        usage = encodings.mean(0)
-        perplexity = torch.exp(-torch.sum(usage * torch.log(usage + 1e-10)))
         if self.training and self.embedding.update:
             self.embedding.move(flat.detach(), indices)
         loss = self.beta * F.mse_loss(z_q.detach(), z)
         z_q = (z + (z_q - z).detach()).permute(0, 3, 1, 2).contiguous()
         if self.remap is not None:
             indices = self.remap_to_used(indices)
-        return z_q, loss, (perplexity, encodings, indices)
+        return z_q, loss, (_perplexity(encodings), encodings, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """As in `VectorQuantizer`; the original's class lacks it, so its priors could not decode."""

@@ -34,6 +34,11 @@ class GroupNorm(nn.GroupNorm):
         return ops.group_norm_silu(x, self.weight, self.bias, groups=self.num_groups, eps=self.eps, silu=self.silu)
 
 
+def Normalize(in_channels: int) -> GroupNorm:
+    """The normalisation of every block, under the original's name."""
+    return GroupNorm(in_channels)
+
+
 class ResnetBlock(nn.Module):
     """Two (norm, swish, 3x3 convolution) and a shortcut, which is a convolution where the width changes."""
 
@@ -146,6 +151,7 @@ def _through_level(level: nn.Module, h: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> latents (B, z_channels, H/f, W/f), f = 2^(len(ch_mult)-1).
 
+    Sides that f does not divide lose their last pixels, as in the original, so what is decoded is smaller.
     ``ch * ch_mult[i]`` is the width at level i; attention follows every block at ``attn_resolutions`` (in pixels of
     a square input of side ``resolution``). Further keyword arguments of the shared ``ddconfig`` are ignored.
     """
@@ -168,6 +174,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch * multiplier for multiplier in ch_mult]
         attn_resolutions = set(attn_resolutions)
+        self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -181,12 +189,6 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = 2 ** (len(self.down) - 1)
-        if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise ValueError(
-                f"got an image of {x.shape[-2]} x {x.shape[-1]} pixels; this encoder needs multiples of {factor}, "
-                "so crop or resize the image"
-            )
         h = self.conv_in(x)
         for level in self.down:
             h = _through_level(level, h)
@@ -220,11 +222,13 @@ class Decoder(nn.Module):
         widths = [ch * multiplier for multiplier in ch_mult]
         attn_resolutions = set(attn_resolutions)
         self.give_pre_end = give_pre_end
+        self.ch, self.temb_ch, self.resolution = ch, 0, resolution
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
+        lowest = resolution // 2 ** (len(widths) - 1)
+        self.z_shape = (1, z_channels, lowest, lowest)
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1], dropout)
         self.up = nn.ModuleList()
-        # Floor division as in the original: the decoder's own idea of the resolution at level i.
-        lowest = resolution // 2 ** (len(widths) - 1)
         for i, width in enumerate(widths):
             above = widths[min(i + 1, len(widths) - 1)]
             attention = lowest * 2 ** (len(widths) - 1 - i) in attn_resolutions

@@ -1,10 +1,13 @@
-"""Plain-torch backends of the sampler: each tells the logits of the next token of the current window."""
+"""Backends of the sampler: the torch ones tell the logits of a window's next token, the native one decodes runs."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from tamingfast.engine import GPTEngine
 
 
 class Decoder(Protocol):
@@ -75,3 +78,31 @@ class CachedDecoder:
         logits = self.gpt.forward_cached(self.sequence[:, start:length], self.cache, start)
         self.fed = length
         return logits[:, -1]
+
+
+class NativeDecoder:
+    """The engine in C++: whole runs of tokens, chosen there too; keys and values are kept as `CachedDecoder` does.
+
+    Args:
+        engine: with a slot for each image of the batch, all empty.
+        batch: B.
+        shared: leading tokens that are the same in every window.
+        options: of the choice, for `GPTEngine.decode`.
+    """
+
+    def __init__(self, engine: GPTEngine, batch: int, shared: int, options: dict[str, Any]) -> None:
+        self.engine = engine
+        self.slots = range(batch)
+        self.shared = shared
+        self.options = options
+
+    def decode(
+        self, sequence: Tensor, steps: list[int], wanted: Tensor, rows: list[int], columns: list[int],
+        progress: Callable[[int], None] | None, every: int, before: int,
+    ) -> None:  # fmt: skip
+        """Decodes the wanted (B, S) ones of `steps` in place; rows and columns (S,) are their places in the grid."""
+        fed = min(self.shared, *(self.engine.length(slot) for slot in self.slots))
+        self.engine.decode(
+            self.slots, sequence, steps, wanted=wanted, rows=rows, columns=columns, fed=fed,
+            progress=progress, every=every, before=before, **self.options,
+        )  # fmt: skip

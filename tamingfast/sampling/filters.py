@@ -59,7 +59,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
 def check_seed(seed: int) -> None:
     """Raises UserError unless `seed` fits the 64-bit key."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
-        raise UserError(f"seed is {seed!r}, but it must be an integer from 0 to 2**64 - 1.")
+        raise UserError(f"seed is {seed!r}, but it must be an integer from 0 to 2**64 - 1")
 
 
 def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: int) -> Tensor:
@@ -88,11 +88,11 @@ def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: i
 def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
     """Raises UserError when a sampling option is outside its range."""
     if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}, but it must be positive and finite: use greedy instead.")
+        raise UserError(f"temperature is {temperature}, but it must be positive and finite: use greedy instead")
     if top_k is not None and (top_k != int(top_k) or top_k < 1):
-        raise UserError(f"top_k is {top_k}, but it must be an integer of at least 1, or None to keep all.")
+        raise UserError(f"top_k is {top_k}, but it must be an integer of at least 1, or None to keep all")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}, but it must be above 0 and at most 1, or None to keep all.")
+        raise UserError(f"top_p is {top_p}, but it must be above 0 and at most 1, or None to keep all")
 
 
 def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -155,5 +155,5 @@ def choose(
     best = scores.gather(-1, tokens[..., None])
     if not bool((best > -torch.inf).all()):  # argmax lands on NaN where there is one
         found = "NaN" if bool(best.isnan().any()) else "only -inf"
-        raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights.")
+        raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
     return tokens

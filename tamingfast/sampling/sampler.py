@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tamingfast import backends, engine
 from tamingfast.errors import UserError
-from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder
+from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
-from tamingfast.sampling.waves import MEMORY, TorchEngine, plan_waves, sample_waves
+from tamingfast.sampling.waves import MEMORY, NativeEngine, TorchEngine, plan_waves, sample_waves
 
-BACKENDS = ("auto", "torch", "naive")
-DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "native", "torch", "naive")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: Drawn at a time: enough to hide the generator's launches, few enough to stay below 64 MiB.
 NOISE_ENTRIES = 1 << 20
 
@@ -75,10 +76,11 @@ def sample_grid(
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with `mask`.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of `start`.
-        backend: "torch" keeps a static key/value cache, "naive" is the paper's full forward pass per token,
-            "auto" is the fastest that can run.
-        dtype: weights' type during the pass: "float32", "bfloat16", "float16", or None for the model's own.
-            Another type than the model's own works on a copy.
+        backend: "native" is the engine in C++ (CPU), "torch" keeps a static key/value cache, "naive" is the paper's
+            full forward pass per token, "auto" is the fastest that can run.
+        dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
+            the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
+            its copy and its cache with the model until the weights change.
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
@@ -98,23 +100,77 @@ def sample_grid(
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
+    chosen, dtype = _backend(backend, gpt, dtype)
+    causal = gpt.config.n_unmasked <= prefix
+    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_images(first_image, batch)
 
-    with _evaluating(gpt, dtype) as model:
+    def noise(positions: np.ndarray) -> Iterator[Tensor | None]:
+        drawn = _noise(seed, first_image, batch, positions, width, vocab, device)
+        return itertools.repeat(None) if greedy else drawn
 
-        def pick(logits: Tensor, drawn: Tensor | None) -> Tensor:
-            return choose(logits[..., :vocab], drawn, temperature=temperature, top_k=top_k, top_p=top_p)
+    def pick(logits: Tensor, drawn: Tensor | None) -> Tensor:
+        return choose(logits[..., :vocab], drawn, **choice)
 
-        decoder = _decoder(backend, model, batch, prefix, plan, shared=prefix if fixed else 0)
-        waves = None if decoder is not None else plan_waves(model, plan, batch, prefix, memory)
-        positions = plan.positions() if waves is None else waves.cells
-        noise = itertools.repeat(None) if greedy else _noise(seed, first_image, batch, positions, width, vocab, device)
-        if waves is None:
-            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise, report.added)
-        elif len(waves):
-            engine = TorchEngine(model, int(waves.slots.max()) + 1, batch, prefix + plan.window_tokens - 1)
-            n_unmasked = model.config.n_unmasked
-            sample_waves(engine, plan, waves, cond, canvas, wanted, pick, noise, n_unmasked, report.added)
+    # Windows that wait for nobody go together, where the cache of each is exact.
+    waves = None
+    if chosen != "naive" and causal and not plan.single_window:
+        waves = plan_waves(gpt, plan, batch, prefix, memory)
+    length = prefix + plan.window_tokens - 1
+    shared = prefix if fixed else 0
+    if waves is not None:
+        slots = int(waves.slots.max(initial=-1)) + 1
+        with _wave_engine(chosen, gpt, dtype, slots, batch, length) as runner:
+            drawn = noise(waves.cells)
+            sample_waves(runner, plan, waves, cond, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
+    elif chosen == "native":
+        images = range(first_image, first_image + batch)
+        choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
+        with engine.borrowed_engine(gpt, dtype, batch, length) as lent:
+            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, cond, canvas, wanted, report)
+    else:
+        with _evaluating(gpt, dtype) as model:
+            decoder = _decoder(chosen, model, batch, plan, causal, length, shared)
+            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise(plan.positions()), report.added)
     return canvas.view(batch, height, width)
+
+
+@contextmanager
+def _wave_engine(
+    chosen: str, gpt: nn.Module, dtype: str, slots: int, batch: int, length: int
+) -> Iterator[NativeEngine | TorchEngine]:
+    if chosen == "native":
+        with engine.borrowed_engine(gpt, dtype, slots * batch, length) as lent:
+            yield NativeEngine(lent, batch)
+    else:
+        with _evaluating(gpt, dtype) as model:
+            yield TorchEngine(model, slots, batch, length)
+
+
+def _run_by_run(
+    decoder: NativeDecoder, plan: Schedule, cond: Tensor, canvas: Tensor, wanted: Tensor, report: _Report
+) -> None:
+    """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
+    for run in plan.runs:
+        places = plan.cells(run)
+        cells = torch.from_numpy(places)
+        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
+        sequence = torch.cat((context, canvas[:, cells]), dim=1)
+        prefix, reported = context.shape[1], 0
+
+        def tell(done: int, cells=cells, sequence=sequence, prefix=prefix, steps=run.steps) -> None:
+            nonlocal reported
+            canvas[:, cells] = sequence[:, prefix:]
+            report.added(cells[torch.from_numpy(steps[reported:done])])
+            reported = done
+
+        rows, columns = divmod(places[run.steps], plan.width)
+        decoder.decode(
+            sequence, (prefix + run.steps).tolist(), wanted[:, cells][:, torch.from_numpy(run.steps)],
+            rows.tolist(), columns.tolist(), tell if report.listened_to else None, plan.width, 0,
+        )  # fmt: skip
+        if reported < len(run.steps):
+            tell(len(run.steps))
 
 
 def plan_grid(
@@ -131,7 +187,7 @@ def plan_grid(
     cond = _tokens("cond", cond, gpt.config.vocab_size, next(gpt.parameters()).device)
     shape = cond.shape[1:]
     if not (len(shape) == 1 and shape[0] >= 1) and shape != (height, width):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width}).")
+        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
     prefix = shape[0] if len(shape) == 1 else plan.window_tokens
     _check_block_size(gpt, prefix, plan)
     return gpt, plan, cond, prefix, vocab
@@ -176,9 +232,9 @@ def _permuted(plan: Schedule, order: np.ndarray) -> Schedule:
         return plan
     if not plan.single_window or len(order) != plan.window_tokens:
         raise UserError(
-            f"The permuter orders {len(order)} tokens, so it can sample only as many in one window, "
+            f"the permuter orders {len(order)} tokens, so it can sample only as many in one window, "
             f"but the grid is {plan.height} x {plan.width} and the window {plan.window_height} x "
-            f"{plan.window_width}."
+            f"{plan.window_width}"
         )
     return one_window(plan.height, plan.width, order)
 
@@ -188,7 +244,7 @@ def _check_block_size(gpt: nn.Module, prefix: int, plan: Schedule) -> None:
     if needed > gpt.config.block_size:
         raise UserError(
             f"{prefix} conditioning tokens and a window of {plan.window_height} x {plan.window_width} need a "
-            f"block size of {needed}, but the transformer's is {gpt.config.block_size}: use a smaller window."
+            f"block size of {needed}, but the transformer's is {gpt.config.block_size}: use a smaller window"
         )
 
 
@@ -196,10 +252,10 @@ def _tokens(name: str, value: Tensor, vocab: int, device: torch.device) -> Tenso
     """`value` as int64 on the device, after a look at its type and range."""
     value = torch.as_tensor(value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {value.dtype}, but it must hold integer tokens.")
+        raise ValueError(f"{name} has dtype {value.dtype}, but it must hold integer tokens")
     if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocab:
         low, high = int(value.min()), int(value.max())
-        raise ValueError(f"{name} holds tokens from {low} to {high}, but they must lie in 0 to {vocab - 1}.")
+        raise ValueError(f"{name} holds tokens from {low} to {high}, but they must lie in 0 to {vocab - 1}")
     return value.to(device, torch.int64)
 
 
@@ -215,9 +271,9 @@ def _canvas(
         mask = torch.as_tensor(mask)
         if start is None or start.shape != grid:
             got = "None" if start is None else f"of shape {tuple(start.shape)}"
-            raise ValueError(f"start is {got}, but a mask needs a start of shape {grid}.")
+            raise ValueError(f"start is {got}, but a mask needs a start of shape {grid}")
         if mask.dtype != torch.bool or mask.shape not in (grid, grid[1:]):
-            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, but it must be bool {grid[1:]} or {grid}.")
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, but it must be bool {grid[1:]} or {grid}")
         wanted = mask.to(device).expand(grid).flatten(1)
         kept = start.to(device).masked_fill(wanted.view(grid), 0)  # what is resampled may hold anything
         canvas = _tokens("start", kept, vocab, device).flatten(1)
@@ -226,7 +282,7 @@ def _canvas(
         if start.ndim != 2 or start.shape[0] != batch or start.shape[1] > limit:
             raise ValueError(
                 f"start has shape {tuple(start.shape)}, but without a mask it must be ({batch}, k): the "
-                f"first k of {limit} tokens, where one window covers the grid."
+                f"first k of {limit} tokens, where one window covers the grid"
             )
         given = torch.from_numpy(plan.order[: start.shape[1]]).to(device)
         canvas[:, given] = _tokens("start", start, vocab, device)
@@ -249,6 +305,7 @@ class _Report:
         self.canvas, self.pending = canvas, wanted.clone()
         self.callback, self.observer = callback, observer
         self.done, self.total = 0, int(plan.wanted.sum())
+        self.listened_to = callback is not None or observer is not None
 
     def added(self, cells: Tensor) -> None:
         """The tokens at the raster indices `cells` are sampled."""
@@ -268,24 +325,22 @@ def _noise(
     seed: int, first_image: int, batch: int, positions: np.ndarray, width: int, vocab: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Noise (B, vocab) for each of the raster indices `positions` of a grid of `width` columns, in turn."""
-    if not 0 <= first_image <= (1 << 32) - batch:
-        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1.")
     images = torch.arange(first_image, first_image + batch, device=device)[:, None]
     chunks = torch.from_numpy(positions).to(device).split(max(1, NOISE_ENTRIES // max(1, batch * vocab)))
     drawn = (gumbel_noise(seed, images, part // width, part % width, vocab) for part in chunks)
     return (noise for chunk in drawn for noise in chunk.unbind(1))
 
 
+def _check_images(first_image: int, batch: int) -> None:
+    if not 0 <= first_image <= (1 << 32) - batch:
+        raise UserError(f"first_image is {first_image}, but image numbers must lie in 0 to 2**32 - 1")
+
+
 @contextmanager
-def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
+def _evaluating(gpt: nn.Module, dtype: str) -> Iterator[nn.Module]:
     """The transformer in eval mode and the wanted type; what the caller handed in is as it was afterwards."""
-    name = str(dtype).removeprefix("torch.")
-    if name == "int8":
-        raise UserError("dtype 'int8' needs the native engine, which is not there: use bfloat16 or float32.")
-    if dtype is not None and name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None.")
-    if dtype is not None and getattr(torch, name) != next(gpt.parameters()).dtype:
-        gpt = copy.deepcopy(gpt).to(getattr(torch, name))
+    if getattr(torch, dtype) != next(gpt.parameters()).dtype:
+        gpt = copy.deepcopy(gpt).to(getattr(torch, dtype))
     training = [module for module in gpt.modules() if module.training]
     gpt.eval()
     try:
@@ -295,24 +350,40 @@ def _evaluating(gpt: nn.Module, dtype: str | None) -> Iterator[nn.Module]:
             module.training = True
 
 
-def _decoder(backend: str, gpt: nn.Module, batch: int, prefix: int, plan: Schedule, shared: int) -> Decoder | None:
-    """The one place that chooses which engine samples; None stands for waves."""
+def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
+    """The one place that chooses which engine samples: "native", "torch" or "naive", and its weights' type."""
     if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}.")
-    causal = gpt.config.n_unmasked <= prefix
-    if backend == "naive":
+        raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")
+    name = str(next(gpt.parameters()).dtype if dtype is None else dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
+    reason = engine.refusal(gpt)
+    if reason is None and name not in engine.DTYPES:
+        reason = f"it has no {name} weights"
+    if backend == "native" and reason is not None:
+        raise UserError(f"backend 'native' cannot run here: {reason}")
+    if reason is None and backend == "auto" and backends.requested() == "reference":
+        reason = "the torch reference was asked for"
+    if backend == "native" or (backend == "auto" and reason is None):
+        return "native", name
+    if name == "int8":
+        raise UserError(f"dtype 'int8' needs the native engine ({reason or f'backend is {backend}'}): use bfloat16")
+    return "torch" if backend == "auto" else backend, name
+
+
+def _decoder(
+    chosen: str, gpt: nn.Module, batch: int, plan: Schedule, causal: bool, length: int, shared: int
+) -> Decoder:
+    if chosen == "naive":
         # Image tokens that attend in both directions would see what is not sampled yet in a whole window.
         return NaiveDecoder(gpt, whole_window=causal and not plan.single_window)
     if not causal:
         _log_once(
             f"The transformer attends in both directions over {gpt.config.n_unmasked} tokens, more than the "
-            f"{prefix} of the conditioning, so no key/value cache is exact and every token takes a full "
-            f"forward pass."
+            "conditioning has, so no key/value cache is exact and every token takes a full forward pass."
         )
         return NaiveDecoder(gpt, whole_window=False)
-    if not plan.single_window:
-        return None
-    return CachedDecoder(gpt, batch, prefix + plan.window_tokens - 1, shared)
+    return CachedDecoder(gpt, batch, length, shared)
 
 
 @functools.cache

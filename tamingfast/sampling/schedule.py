@@ -141,12 +141,12 @@ def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper
         UserError: an unknown rule, a size below 1, or a stride above the window.
     """
     if rule not in RULES:
-        raise UserError(f"schedule is {rule!r}, but it must be one of {', '.join(RULES)}.")
+        raise UserError(f"schedule is {rule!r}, but it must be one of {', '.join(RULES)}")
     for name, value in (("height", height), ("width", width), ("window", window), ("stride", stride)):
         if value < 1:
-            raise UserError(f"{name} is {value}, but it must be at least 1 token.")
+            raise UserError(f"{name} is {value}, but it must be at least 1 token")
     if rule in ("strided", "block") and stride > window:
-        raise UserError(f"stride is {stride}, but schedule {rule!r} needs at most the window's {window} tokens.")
+        raise UserError(f"stride is {stride}, but schedule {rule!r} needs at most the window's {window} tokens")
     window_height, window_width = min(window, height), min(window, width)
     return Schedule(
         height=height,
@@ -169,9 +169,7 @@ def one_window(height: int, width: int, order: ArrayLike) -> Schedule:
     """
     order = np.asarray(order, dtype=np.int64)
     if not np.array_equal(np.sort(order), np.arange(height * width)):
-        raise ValueError(
-            f"order has {order.size} entries, but it must be a permutation of {height * width} grid cells."
-        )
+        raise ValueError(f"order has {order.size} entries, but it must be a permutation of {height * width} grid cells")
     return replace(make_schedule(height, width, max(height, width)), order=order)
 
 

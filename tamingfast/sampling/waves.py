@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tamingfast.engine import GPTEngine
 from tamingfast.models.gpt import Feed
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 
@@ -38,6 +39,22 @@ class TorchEngine:
 
     def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
         return self.gpt.forward_ragged(tokens, self.cache, feeds)
+
+
+class NativeEngine:
+    """The engine in C++, whose slot ``slot * batch + image`` holds one image's window."""
+
+    def __init__(self, engine: GPTEngine, batch: int) -> None:
+        self.engine, self.batch = engine, batch
+
+    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+        lists = [part.tolist() for part in tokens.split([feed.stop - feed.start for feed in feeds], 1)]
+        items = [
+            (feed.slot * self.batch + image, feed.start, lists[i][image])
+            for image in range(self.batch)
+            for i, feed in enumerate(feeds)
+        ]
+        return self.engine.step(items).view(self.batch, len(feeds), -1)
 
 
 def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:

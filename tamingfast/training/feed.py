@@ -113,3 +113,15 @@ def validation_batches(dataset: Dataset, settings: Training, device: torch.devic
         shuffle=False,
     )
     return (to_device(batch, device) for batch in batches)
+
+
+def grid_of(dataset: Dataset, factor: int, key: str = "image") -> tuple[int, int]:
+    """Tokens (rows, columns) of a dataset's images under a first stage with f = ``factor``, or of its token grids."""
+    if hasattr(dataset, "grid"):
+        return tuple(dataset.grid)
+    height, width = dataset[0][key].shape[:2]
+    if height % factor or width % factor:
+        raise UserError(
+            f"the images are {height} x {width}, no multiple of the first stage's {factor}; set data.size to one"
+        )
+    return height // factor, width // factor

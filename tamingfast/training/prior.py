@@ -18,7 +18,7 @@ from tamingfast.errors import UserError, nearest
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
 from tamingfast.training.vqgan import optimizers_of
-from tamingfast.weights import load_into
+from tamingfast.weights import fingerprint, load_into
 
 # The original's names, so that a run's config also reads well there.
 MODEL = "taming.models.cond_transformer.Net2NetTransformer"
@@ -59,19 +59,20 @@ def train(
     settings = training_settings(config)
     check_stage(config, prior=True)
     with distributed.world(device) as among:
-        frozen, weights = _first_stage(first_stage)
-        config["data"] = config.get("data") or frozen.get("data") or {}
+        frozen = _first_stage(first_stage)
+        config["data"] = config.get("data") or getattr(frozen, "config", {}).get("data") or {}
         datasets = datasets or build_datasets(config)
-        if first_stage is not None:
-            config = prior_config(frozen, config, *_token_facts(frozen, datasets[0]))
+        if frozen is not None:
+            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]))
         described = config.get("model") or {}
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
-        loop.prepare(config, out, resume, settings, datasets[0], among)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
-        if weights is not None:
-            load_into(model.first_stage_model, weights, first_stage, optional=("loss.", "colorize"))
-        stage = PriorStage(model.to(among.device), lr, _grid(model.first_stage_model, datasets[0]), settings.seed)
+        grid = feed.grid_of(datasets[0], model.first_stage_model.factor)
+        loop.prepare(config, out, resume, settings, datasets[0], among)
+        if frozen is not None:
+            load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=("loss.", "colorize"))
+        stage = PriorStage(model.to(among.device), lr, grid, settings.seed)
         return loop.run(stage, settings, datasets, out, among, resume)
 
 
@@ -170,10 +171,10 @@ def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int]:
     return stage.n_embed, stage.factor
 
 
-def _first_stage(path: str | os.PathLike | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """A first stage's config and weights; an empty config and None without a path."""
+def _first_stage(path: str | os.PathLike | None) -> nn.Module | None:
+    """The first stage that the user names, None without a path."""
     if path is None:
-        return {}, None
+        return None
     from tamingfast.checkpoints import load_model
 
     model = load_model(path, device="cpu")
@@ -181,35 +182,24 @@ def _first_stage(path: str | os.PathLike | None) -> tuple[dict[str, Any], dict[s
         raise UserError(
             f"{path} holds a {type(model).__name__}, which is no first stage; give the run of `train vqgan`"
         )
-    return model.config, model.state_dict()
+    return model
 
 
-def _token_facts(first_stage_config: Mapping[str, Any], dataset: Dataset) -> tuple[tuple[int, int], int | None]:
+def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, int], int | None]:
     """(grid, number of classes) of a dataset under a first stage. UserError when its tokens are another's."""
-    codes, factor = _geometry(first_stage_config)
+    codes, factor = first_stage.n_embed, first_stage.factor
     vocabulary = getattr(dataset, "vocab_size", None)
     if vocabulary is not None and vocabulary != codes:
         raise UserError(
             f"the token file was written with {vocabulary} codes but the first stage has {codes}; encode the data with "
             "this first stage"
         )
+    # A token file made by other means may not say what made it.
+    source = getattr(dataset, "metadata", {}).get("first_stage")
+    if source is not None and source != fingerprint(first_stage):
+        raise UserError("the token file was written by another first stage; encode the data with this one")
     classes = getattr(dataset, "classes", None)
-    return _tokens_of(dataset, factor), classes if isinstance(classes, int | None) else len(classes)
-
-
-def _grid(first_stage: nn.Module, dataset: Dataset) -> tuple[int, int]:
-    return _tokens_of(dataset, first_stage.factor)
-
-
-def _tokens_of(dataset: Dataset, factor: int) -> tuple[int, int]:
-    if hasattr(dataset, "grid"):
-        return tuple(dataset.grid)
-    height, width = dataset[0]["image"].shape[:2]
-    if height % factor or width % factor:
-        raise UserError(
-            f"the images are {height} x {width}, no multiple of the first stage's {factor}; set data.size to one"
-        )
-    return height // factor, width // factor
+    return feed.grid_of(dataset, factor), classes if isinstance(classes, int | None) else len(classes)
 
 
 class PriorStage:

@@ -28,7 +28,8 @@ class Training:
     """The ``training:`` section of a config. Counts are optimizer steps unless they say otherwise.
 
     ``steps`` and ``seconds`` (of training proper, without validation and checkpoints) end the run, whichever comes
-    first. ``validate_every`` None validates after each epoch; ``image_every`` None writes no images.
+    first; without either it goes on until it is stopped. ``validate_every`` None validates after each epoch;
+    ``image_every`` None writes no images.
     ``learning_rate`` None follows the paper: accumulate * devices * batch_size * model.base_learning_rate. The paper
     keeps it constant; ``warmup_steps`` raises it linearly first, ``decay_steps`` lowers it to zero along a cosine.
     ``batch_size`` is images per device and forward pass. Two settings leave the original's path for short runs:
@@ -55,10 +56,6 @@ class Training:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.seconds is None:
-            raise UserError(
-                "the config gives neither training.steps nor training.seconds; set one, e.g. training.steps=10000"
-            )
         if self.precision not in PRECISIONS:
             raise UserError(f"training.precision is '{self.precision}', expected one of {', '.join(PRECISIONS)}")
         for field in fields(self):
@@ -153,6 +150,8 @@ def _check_params(config: Mapping[str, Any], where: str) -> None:
     target = get_obj_from_str(config["target"])
     _check_keys(params, _parameters(target), f"{where}.params")
     for key, value in params.items():
+        if key == "cond_stage_config" and params.get("unconditional"):
+            continue  # never built, and the original's own config has a placeholder here
         if isinstance(value, Mapping) and "target" in value:
             _check_keys(value, ("target", "params"), f"{where}.params.{key}")
             _check_params(value, f"{where}.params.{key}")

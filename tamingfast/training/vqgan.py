@@ -43,9 +43,10 @@ def train(
     with distributed.world(device) as among:
         datasets = datasets or build_datasets(config)
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
-        loop.prepare(config, out, resume, settings, datasets[0], among)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
+        feed.grid_of(datasets[0], model.factor, model.image_key)  # fails for images that the model cannot give back
+        loop.prepare(config, out, resume, settings, datasets[0], among)
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         if settings.codebook_from_data:
             # Every process reads the same batches, as if alone, and so gets the same codebook.

@@ -1,0 +1,466 @@
+"""Causal attention with a bidirectional prefix, fused: FlashAttention-2 (Dao 2023, algorithms 1 and 2).
+
+Forward, for query block Q_i over its visible key blocks: ``S = Q_i K_jᵀ · scale``, running maximum m and sum l,
+``O_i = Σ_j exp(S - m) V_j / l`` and ``LSE_i = m + log l``. Backward, with ``P = exp(S - LSE)`` and
+``Δ = rowsum(dO ∘ O)``: ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - Δ)``, ``dQ = dS K · scale``, ``dK = dSᵀ Q · scale``.
+Exponentials are to the base 2, so scale carries log₂ e and LSE is a base-2 logarithm.
+
+Query r sees key c where ``c <= r``, or both are below n_unmasked. For a query block [m, m + M) the visible keys end at
+m + M, or at n_unmasked if that is later and m lies below it; tiles beyond are never visited, and only tiles that the
+border crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits, whose counter is
+(row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass draws it again in any tiling.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LOG2_E, dot, float32_precision, launch
+
+MAX_WIDTH = 128  # of a head
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROUNDS = tl.constexpr(7)  # enough to pass every known statistical test (Salmon et al. 2011, table 2)
+
+
+@triton.jit
+def _dropout_mask(seed, i_bh, o_row, col, threshold, BR: tl.constexpr, BC: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """True where a weight is kept: [BR, BC], or [BC, BR] if TRANSPOSED. One Philox call serves four columns."""
+    o_quad = col // 4 + tl.arange(0, BC // 4)
+    if TRANSPOSED:
+        zero = (o_quad[:, None] * 0 + o_row[None, :] * 0).to(tl.uint32)  # [BC / 4, BR]
+        row, quad = zero + o_row[None, :].to(tl.uint32), zero + o_quad[:, None].to(tl.uint32)
+    else:
+        zero = (o_row[:, None] * 0 + o_quad[None, :] * 0).to(tl.uint32)  # [BR, BC / 4]
+        row, quad = zero + o_row[:, None].to(tl.uint32), zero + o_quad[None, :].to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, row, quad, zero + i_bh.to(tl.uint32), zero, _ROUNDS)
+    # Bits (0, 1, 2, 3) belong to columns (4 q, 4 q + 1, 4 q + 2, 4 q + 3).
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    if TRANSPOSED:
+        bits = tl.reshape(tl.permute(bits, (0, 2, 3, 1)), (BC, BR))
+    else:
+        bits = tl.reshape(bits, (BR, BC))
+    return bits >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _key_range(m, T, n_unmasked, BM: tl.constexpr, BN: tl.constexpr):
+    """Of the query block from m on: where its wholly visible key tiles end, and where its visible keys end."""
+    end = tl.maximum(tl.minimum(m + BM, T), tl.where(m < n_unmasked, n_unmasked, 0))
+    full = tl.maximum(m + 1, tl.where(m + BM <= n_unmasked, n_unmasked, 0))
+    return tl.minimum(full, end) // BN * BN, end
+
+
+@triton.jit
+def _visible(o_row, o_col, n_unmasked):
+    return (o_col <= o_row) | (tl.maximum(o_col, o_row) < n_unmasked)
+
+
+@triton.jit
+def _attend(
+    b_acc, b_l, b_m, b_q, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, T,
+    stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys [begin, end) into the running maximum, sum and output of one query block."""
+    o_d = tl.arange(0, BD)
+    o_n = tl.arange(0, BN)
+    m_d = o_d < D
+    # Offsets inside a tile fit 32 bits; what depends on the position is added to the base in 64.
+    o_k = o_n[None, :] * stride_kt + o_d[:, None] * stride_kd  # [BD, BN]
+    o_v = o_n[:, None] * stride_vt + o_d[None, :] * stride_vd  # [BN, BD]
+    for n in range(begin, end, BN):
+        p_kt = p_k + tl.cast(n, tl.int64) * stride_kt + o_k
+        p_vt = p_v + tl.cast(n, tl.int64) * stride_vt + o_v
+        if MASKED:
+            m_n = n + o_n < T
+            b_k = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
+            b_v = tl.load(p_vt, mask=m_d[None, :] & m_n[:, None], other=0.0)
+        elif D == BD:
+            b_k, b_v = tl.load(p_kt), tl.load(p_vt)
+        else:
+            b_k = tl.load(p_kt, mask=m_d[:, None], other=0.0)
+            b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
+        b_s = dot(b_q, b_k, tl.zeros([BM, BN], tl.float32), PRECISION)  # [BM, BN]
+        if MASKED:
+            b_s = tl.where(_visible(o_m[:, None], n + o_n[None, :], n_unmasked), b_s, float("-inf"))
+        # Key 0 is in the first tile and every query sees it, so the maximum is finite from there on.
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+        b_p = tl.exp2(b_s * scale - b_m_new[:, None])
+        b_alpha = tl.exp2(b_m - b_m_new)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        if DROPOUT:
+            b_p = tl.where(_dropout_mask(seed, i_bh, o_m, n, threshold, BM, BN, False), b_p, 0.0)
+        b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], PRECISION)  # [BM, BD]
+        b_m = b_m_new
+    return b_acc, b_l, b_m
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, o, lse, seed, scale, n_unmasked, threshold, kept_scale, H, T,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, BM)
+    i_bh = tl.program_id(0) // blocks
+    i_m = blocks - 1 - tl.program_id(0) % blocks  # the longest rows first, so that the last wave is short
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    m = i_m * BM
+    o_m = m + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
+    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
+    p_k = k + i_b * stride_kb + i_h * stride_kh
+    p_v = v + i_b * stride_vb + i_h * stride_vh
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_seed = tl.load(seed) if DROPOUT else 0
+    full, end = _key_range(m, T, n_unmasked, BM, BN)
+    b_acc, b_l, b_m = _attend(
+        b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, T,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+    )  # fmt: skip
+    b_acc, b_l, b_m = _attend(
+        b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, T,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+    )  # fmt: skip
+    b_o = b_acc * (kept_scale / b_l)[:, None]
+    p_o = o + i_b * stride_ob + i_h * stride_oh + o_m.to(tl.int64)[:, None] * stride_ot + o_d[None, :] * stride_od
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q)
+    tl.store(lse + i_bh.to(tl.int64) * T + o_m, b_m + tl.log2(b_l), mask=o_m < T)
+
+
+@triton.jit
+def _delta_kernel(
+    o, do, delta, H, T, stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta[b, h, t] = Σ_d o · do."""
+    blocks = tl.cdiv(T, BM)
+    i_bh = tl.program_id(0) // blocks
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_m = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    mask = (o_m < T)[:, None] & (o_d < D)[None, :]
+    o_t = o_m.to(tl.int64)[:, None]
+    b_o = tl.load(o + i_b * stride_ob + i_h * stride_oh + o_t * stride_ot + o_d[None, :] * stride_od, mask, 0.0)
+    b_do = tl.load(do + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt + o_d[None, :] * stride_gd, mask, 0.0)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
+    tl.store(delta + i_bh.to(tl.int64) * T + o_m, b_delta, mask=o_m < T)
+
+
+@triton.jit
+def _fold_queries(
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, seed, i_bh, o_n, n, begin, end, n_unmasked, threshold, kept_scale,
+    T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries [begin, end) give to dK and dV of one key block; tiles are keys by queries."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    o_tile = tl.arange(0, BM)
+    o_q = o_tile[:, None] * stride_qt + o_d[None, :] * stride_qd  # [BM, BD]
+    o_g = o_tile[:, None] * stride_gt + o_d[None, :] * stride_gd
+    for m in range(begin, end, BM):
+        o_m = m + o_tile
+        m_m = o_m < T
+        # Queries past the end load zeros, and so add nothing to either product.
+        m_q = m_m[:, None] & m_d[None, :]
+        b_q = tl.load(p_q + tl.cast(m, tl.int64) * stride_qt + o_q, mask=m_q, other=0.0)
+        b_do = tl.load(p_do + tl.cast(m, tl.int64) * stride_gt + o_g, mask=m_q, other=0.0)
+        b_lse = tl.load(p_lse + o_m, m_m, 0.0)
+        b_delta = tl.load(p_delta + o_m, m_m, 0.0)
+        b_s = dot(b_k, tl.trans(b_q), tl.zeros([BN, BM], tl.float32), PRECISION)  # [BN, BM]
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        if MASKED:
+            b_p = tl.where(_visible(o_m[None, :], o_n[:, None], n_unmasked), b_p, 0.0)
+        b_dp = dot(b_v, tl.trans(b_do), tl.zeros([BN, BM], tl.float32), PRECISION)  # [BN, BM]
+        if DROPOUT:
+            keep = tl.where(_dropout_mask(seed, i_bh, o_m, n, threshold, BM, BN, True), kept_scale, 0.0)
+            b_dp *= keep
+            b_dv = dot((b_p * keep).to(b_do.dtype), b_do, b_dv, PRECISION)
+        else:
+            b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv, PRECISION)  # [BN, BD]
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION)  # [BN, BD]
+    return b_dk, b_dv
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q, k, v, do, lse, delta, dk, dv, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dkb, stride_dkh, stride_dkt, stride_dkd, stride_dvb, stride_dvh, stride_dvt, stride_dvd,
+    D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, BN)
+    i_bh = tl.program_id(0) // blocks
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    n = tl.program_id(0) % blocks * BN  # the first keys are seen by the most queries
+    o_n = n + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_kv = (o_n < T)[:, None] & (o_d < D)[None, :]
+    o_t = o_n.to(tl.int64)[:, None]
+    b_k = tl.load(k + i_b * stride_kb + i_h * stride_kh + o_t * stride_kt + o_d[None, :] * stride_kd, m_kv, 0.0)
+    b_v = tl.load(v + i_b * stride_vb + i_h * stride_vh + o_t * stride_vt + o_d[None, :] * stride_vd, m_kv, 0.0)
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_do = do + i_b * stride_gb + i_h * stride_gh
+    p_lse, p_delta = lse + i_bh.to(tl.int64) * T, delta + i_bh.to(tl.int64) * T
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_seed = tl.load(seed) if DROPOUT else 0
+    # Queries from `full` on see the whole key block; a block inside the prefix is seen whole by all.
+    begin = tl.where(n < n_unmasked, 0, n // BM * BM)
+    full = tl.minimum((n + BN + BM - 2) // BM * BM, (T + BM - 1) // BM * BM)
+    full = tl.where(n + BN <= n_unmasked, 0, full)
+    b_dk, b_dv = _fold_queries(
+        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, begin, full, n_unmasked, threshold,
+        kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+    )  # fmt: skip
+    b_dk, b_dv = _fold_queries(
+        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, full, T, n_unmasked, threshold,
+        kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+    )  # fmt: skip
+    p_dk = dk + i_b * stride_dkb + i_h * stride_dkh + o_t * stride_dkt + o_d[None, :] * stride_dkd
+    p_dv = dv + i_b * stride_dvb + i_h * stride_dvh + o_t * stride_dvt + o_d[None, :] * stride_dvd
+    tl.store(p_dk, (b_dk * grad_scale).to(dk.dtype.element_ty), mask=m_kv)
+    tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_kv)
+
+
+@triton.jit
+def _fold_keys(
+    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, kept_scale, T,
+    stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys [begin, end) give to dQ of one query block."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    o_tile = tl.arange(0, BN)
+    o_k = o_tile[:, None] * stride_kt + o_d[None, :] * stride_kd  # [BN, BD]
+    o_v = o_tile[:, None] * stride_vt + o_d[None, :] * stride_vd
+    for n in range(begin, end, BN):
+        o_n = n + o_tile
+        m_kv = (o_n < T)[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + tl.cast(n, tl.int64) * stride_kt + o_k, mask=m_kv, other=0.0)
+        b_v = tl.load(p_v + tl.cast(n, tl.int64) * stride_vt + o_v, mask=m_kv, other=0.0)
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where(_visible(o_m[:, None], o_n[None, :], n_unmasked), b_p, 0.0)
+        b_dp = dot(b_do, tl.trans(b_v), tl.zeros([BM, BN], tl.float32), PRECISION)
+        if DROPOUT:
+            b_dp *= tl.where(_dropout_mask(seed, i_bh, o_m, n, threshold, BM, BN, False), kept_scale, 0.0)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)  # [BM, BD]
+    return b_dq
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q, k, v, do, lse, delta, dq, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, BM)
+    i_bh = tl.program_id(0) // blocks
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    m = (blocks - 1 - tl.program_id(0) % blocks) * BM
+    o_m = m + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
+    o_t = o_m.to(tl.int64)[:, None]
+    b_q = tl.load(q + i_b * stride_qb + i_h * stride_qh + o_t * stride_qt + o_d[None, :] * stride_qd, m_q, 0.0)
+    b_do = tl.load(do + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt + o_d[None, :] * stride_gd, m_q, 0.0)
+    b_lse = tl.load(lse + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
+    b_delta = tl.load(delta + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
+    p_k = k + i_b * stride_kb + i_h * stride_kh
+    p_v = v + i_b * stride_vb + i_h * stride_vh
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    b_seed = tl.load(seed) if DROPOUT else 0
+    full, end = _key_range(m, T, n_unmasked, BM, BN)
+    b_dq = _fold_keys(
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, kept_scale, T,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+    )  # fmt: skip
+    b_dq = _fold_keys(
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, kept_scale, T,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+    )  # fmt: skip
+    p_dq = dq + i_b * stride_dqb + i_h * stride_dqh + o_t * stride_dqt + o_d[None, :] * stride_dqd
+    tl.store(p_dq, (b_dq * grad_scale).to(dq.dtype.element_ty), mask=m_q)
+
+
+def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool) -> list[triton.Config]:
+    """The tilings that are tried, the safest first; ``width`` is the padded head width. None of them spills."""
+    if dtype == torch.float32:  # exact products run on the plain cores, from registers
+        wide, narrow = {
+            "forward": ([(32, 16, 4, 2)], [(32, 32, 4, 2), (64, 32, 8, 2)]),
+            "keys": ([(16, 32, 8, 2), (32, 32, 8, 2)], [(32, 32, 8, 2), (16, 32, 4, 2)]),
+            "queries": ([(32, 32, 4, 2)], [(32, 32, 4, 2), (64, 32, 8, 2)]),
+        }[kernel]
+    else:
+        large = (128, 64, 8, 3) if dropout else (128, 128, 8, 2)
+        wide, narrow = {
+            "forward": (
+                [(64, 64, 4, 3), (128, 64, 8, 3), large],
+                [(64, 64, 4, 3), (128, 64, 8 if dropout else 4, 3), large],
+            ),
+            "keys": ([(32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)], [(64, 64, 4, 2), (64, 128, 8, 2)]),
+            "queries": ([(64, 64, 4, 2), (128, 64, 8, 2)], [(64, 64, 4, 2), (128, 64, 8, 2)]),
+        }[kernel]
+    tiles = dict.fromkeys(wide if width > 64 else narrow)
+    return [triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages) for bm, bn, warps, stages in tiles]
+
+
+def _strides(**tensors: torch.Tensor) -> dict[str, int]:
+    return {
+        f"stride_{name}{axis}": step
+        for name, tensor in tensors.items()
+        for axis, step in zip("bhtd", tensor.stride(), strict=True)
+    }
+
+
+def _shared(q: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float) -> dict:
+    """The arguments that all kernels but delta's take."""
+    _, heads, length, width = q.shape
+    return {
+        "scale": scale * LOG2_E,
+        "n_unmasked": min(n_unmasked, length) if n_unmasked > 1 else 0,  # one position sees itself anyway
+        "threshold": min(max(round(dropout_p * 2**32), 2), 2**32 - 1) if dropout_p > 0 else 0,
+        "kept_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
+        "H": heads,
+        "T": length,
+        "D": width,
+        "BD": max(16, triton.next_power_of_2(width)),
+        "DROPOUT": dropout_p > 0,
+        "PRECISION": float32_precision() if q.dtype == torch.float32 else "ieee",
+    }
+
+
+def _key(q: torch.Tensor, arguments: dict) -> tuple:
+    """Problems that may share a tiling: lengths and numbers of heads count by their powers of two."""
+    batch, heads, length, _ = q.shape
+    return (
+        str(q.dtype), arguments["D"], arguments["DROPOUT"], arguments["PRECISION"], arguments["n_unmasked"] > 0,
+        triton.next_power_of_2(length), triton.next_power_of_2(batch * heads),
+    )  # fmt: skip
+
+
+def _launch_over_blocks(kernel, name: str, block: str, q: torch.Tensor, arguments: dict) -> None:
+    """One program for each head and block of positions, whose size is the meta-parameter ``block``."""
+    batch, heads, length, _ = q.shape
+    launch(
+        kernel,
+        lambda meta: (batch * heads * triton.cdiv(length, meta[block]),),
+        _configs(name, arguments["BD"], q.dtype, arguments["DROPOUT"]),
+        _key(q, arguments),
+        arguments,
+    )
+
+
+@torch.library.custom_op("tamingfast::triton_causal_attention", mutates_args=())
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_unmasked: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output like q, and the base-2 log-sum-exp float32 (B, H, T). ``scale`` is positive, seed int64 (1,)."""
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed}
+    arguments |= _shared(q, n_unmasked, dropout_p, scale) | _strides(q=q, k=k, v=v, o=out)
+    _launch_over_blocks(_forward_kernel, "forward", "BM", q, arguments)
+    return out, lse
+
+
+@_forward.register_fake
+def _(q, k, v, seed, n_unmasked, dropout_p, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("tamingfast::triton_causal_attention_backward", mutates_args=())
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_unmasked: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    batch, heads, length, width = q.shape
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    shared = _shared(q, n_unmasked, dropout_p, scale)
+    launch(
+        _delta_kernel,
+        lambda meta: (batch * heads * triton.cdiv(length, meta["BM"]),),
+        [triton.Config({"BM": 64}, num_warps=4)],
+        (),
+        {"o": out, "do": grad, "delta": delta, "H": heads, "T": length, "D": width}
+        | {"BD": shared["BD"]}
+        | _strides(o=out, g=grad),
+    )
+    inputs = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": delta, "seed": seed, "grad_scale": scale}
+    inputs |= shared | _strides(q=q, k=k, v=v, g=grad)
+    keys = inputs | {"dk": dk, "dv": dv} | _strides(dk=dk, dv=dv)
+    _launch_over_blocks(_key_gradient_kernel, "keys", "BN", q, keys)
+    _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, inputs | {"dq": dq} | _strides(dq=dq))
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, seed, n_unmasked, dropout_p, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, seed, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, seed)
+
+
+def _gradients(ctx, grad, _):
+    return *_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    n_unmasked: int = 0,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of (B, H, T, D) tensors of one dtype of `DTYPES`, D at most `MAX_WIDTH`; returns the like of q.
+
+    Any strides, any T. The dropout seed comes from torch's generator of the device, without waiting for it, so the
+    call can be captured in a CUDA graph. float32 products are exact unless torch's may use tf32.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # the running maximum is taken before scaling, which a negative scale would turn around
+        q, scale = q * scale, 1.0
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+    return _forward(q, k, v, seed, n_unmasked, dropout_p, scale)[0]

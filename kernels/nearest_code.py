@@ -1,0 +1,390 @@
+"""Nearest codebook entry in squared Euclidean distance (van den Oord et al. 2017, eq. 1), and its training form.
+
+Exact at the price of a fast scan. The scan ranks codes by ``|c|²/2 - z·c``, both taken relative to the codebook's mean,
+which removes a common offset. Each float32 factor is split into two bfloat16 ones, ``x = hi + lo``, and the product is
+``hi·hi + hi·lo + lo·hi`` on the matrix units. A score then errs by at most
+
+    e = ((D + 8) 2⁻²² + 2⁻¹⁴) (|z| max|c| + max|c|²) + (D + 8) 2⁻¹²⁴
+
+2⁻¹⁴ bounds what splitting drops even where conversion truncates, 2⁻²² a step of the matrix units' float32 sums, which
+may truncate too (Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores), and the last term underflow; centring and
+the norms are in the 8. A code that scores 2 e above the best is farther in truth. The scan keeps the best two codes and
+the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near, or a score may
+have overflowed, the row is searched again in float64. So near-duplicate codes and large offsets cost time, never
+exactness. Nothing of size N x K is ever held: the scratch is the split inputs, as large as the inputs themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import dot, launch
+
+_UNIQUE = tl.constexpr(-1)  # no other code may be the nearest
+_MANY = tl.constexpr(-2)  # more than two may be
+
+_SPLIT_DTYPE = torch.bfloat16
+
+
+@triton.jit
+def _address(row, S, stride_b, stride_s):
+    """Offset of vectors that are numbered through (B, S), each with its own stride."""
+    return (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+
+
+@triton.jit
+def _split_kernel(
+    x, mean, hi, lo, norm, R, S, stride_b, stride_s, stride_d,
+    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """hi + lo ≈ x - mean, zeros from D to DP, and |x - mean|²."""
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    m_r = o_r < R
+    p_x = x + _address(o_r, S, stride_b, stride_s)
+    b_norm = tl.zeros([BR], tl.float32)
+    for d in range(0, DP, BD):
+        o_d = d + tl.arange(0, BD)
+        mask = m_r[:, None] & (o_d < D)[None, :]
+        b_mean = tl.load(mean + o_d, mask=o_d < D, other=0.0)
+        b_x = tl.load(p_x[:, None] + o_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+        if x.dtype.element_ty != tl.float64:
+            b_x = b_x.to(tl.float32)
+        b_x = tl.where(mask, b_x - b_mean[None, :], 0.0).to(tl.float32)  # [BR, BD]
+        b_hi = b_x.to(tl.bfloat16)
+        p_out = o_r.to(tl.int64)[:, None] * DP + o_d[None, :]
+        tl.store(hi + p_out, b_hi, mask=m_r[:, None])
+        tl.store(lo + p_out, (b_x - b_hi.to(tl.float32)).to(tl.bfloat16), mask=m_r[:, None])
+        b_norm += tl.sum(b_x * b_x, 1)
+    tl.store(norm + o_r, b_norm, mask=m_r)
+
+
+@triton.jit
+def _scan_kernel(
+    z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, N, K,
+    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Best code of each vector, and its rival: another code, _UNIQUE if there is none, _MANY if there are several."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < N
+    p_z = tl.where(m_m, o_m, 0).to(tl.int64)[:, None] * DP + o_d[None, :]  # [BM, BD]
+    inf = float("inf")
+    best = tl.full([BM], inf, tl.float32)
+    second = tl.full([BM], inf, tl.float32)
+    third = tl.full([BM], inf, tl.float32)
+    i_best = tl.zeros([BM], tl.int32)
+    i_second = tl.zeros([BM], tl.int32)
+    largest = tl.zeros([BN], tl.float32)
+    for n in range(0, K, BN):
+        m_n = n + o_n < K
+        p_c = tl.where(m_n, n + o_n, 0).to(tl.int64)[None, :] * DP + o_d[:, None]  # [BD, BN]
+        b_s = tl.zeros([BM, BN], tl.float32)
+        for d in range(0, DP, BD):
+            b_z_hi, b_z_lo = tl.load(z_hi + p_z + d), tl.load(z_lo + p_z + d)
+            b_c_hi, b_c_lo = tl.load(c_hi + p_c + d), tl.load(c_lo + p_c + d)
+            b_s = dot(b_z_hi, b_c_hi, b_s, "ieee")
+            b_s = dot(b_z_hi, b_c_lo, b_s, "ieee")
+            b_s = dot(b_z_lo, b_c_hi, b_s, "ieee")
+        b_norm = tl.load(c_norm + n + o_n, mask=m_n, other=0.0)
+        largest = tl.maximum(largest, b_norm)
+        b_s = tl.where(m_n[None, :], 0.5 * b_norm[None, :] - b_s, inf)  # [BM, BN]
+        # The three least scores of the tile, merged with the three least so far.
+        t_best, j_best = tl.min(b_s, 1, return_indices=True)
+        b_s = tl.where(o_n[None, :] == j_best[:, None], inf, b_s)
+        t_second, j_second = tl.min(b_s, 1, return_indices=True)
+        t_third = tl.min(tl.where(o_n[None, :] == j_second[:, None], inf, b_s), 1)
+        better = t_best < best
+        loser, i_loser = tl.where(better, best, t_best), tl.where(better, i_best, n + j_best)
+        best, i_best = tl.where(better, t_best, best), tl.where(better, n + j_best, i_best)
+        better = t_second < second
+        other, i_other = tl.where(better, t_second, second), tl.where(better, n + j_second, i_second)
+        third = tl.minimum(tl.minimum(third, t_third), tl.maximum(second, t_second))
+        third = tl.minimum(third, tl.maximum(loser, other))
+        better = other < loser
+        second, i_second = tl.where(better, other, loser), tl.where(better, i_other, i_loser)
+    b_z_norm = tl.load(z_norm + o_m, mask=m_m, other=0.0)
+    max_norm = tl.max(largest, 0)
+    size = tl.sqrt(b_z_norm) * tl.sqrt(max_norm) + max_norm
+    margin = 2.0 * ((D + 8) * 2.0**-22 + 2.0**-14) * size + (D + 8) * 2.0**-123
+    limit = tl.where(size < 1e37, best + margin, inf)
+    # Written so that NaN, from an overflow, counts as near.
+    b_rival = tl.where(second > limit, _UNIQUE, i_second)
+    b_rival = tl.where(third > limit, b_rival, _MANY)
+    tl.store(index + o_m, i_best.to(tl.int64), mask=m_m)
+    tl.store(rival + o_m, b_rival, mask=m_m)
+
+
+@triton.jit
+def _distance(p_z, p_c, mask, stride_d, stride_cd, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """Squared distances in float64, summed from the differences, of the rows under ``mask``: [BR]."""
+    total = tl.zeros([BR], tl.float64)
+    for d in range(0, D, BD):
+        o_d = (d + tl.arange(0, BD)).to(tl.int64)
+        m_rd = mask[:, None] & (o_d < D)[None, :]
+        b_z = tl.load(p_z[:, None] + o_d[None, :] * stride_d, mask=m_rd, other=0.0).to(tl.float64)
+        b_c = tl.load(p_c[:, None] + o_d[None, :] * stride_cd, mask=m_rd, other=0.0).to(tl.float64)
+        total += tl.sum((b_z - b_c) * (b_z - b_c), 1)
+    return total
+
+
+@triton.jit
+def _settle_kernel(
+    z, codebook, index, rival, z_q, distance, counts, N, S, K, stride_b, stride_s, stride_d, stride_ck, stride_cd,
+    stride_qb, stride_qs, stride_qd, D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Decide what the scan left open, in float64; FUSED: gather the codes, their distances and how often each is used."""
+    first = tl.program_id(0) * BR
+    o_r = first + tl.arange(0, BR)
+    m_r = o_r < N
+    p_z = z + _address(o_r, S, stride_b, stride_s)
+    b_index = tl.load(index + o_r, mask=m_r, other=0)
+    b_rival = tl.load(rival + o_r, mask=m_r, other=_UNIQUE)
+    if tl.max(b_rival, 0) >= 0:
+        pair = b_rival >= 0
+        b_other = tl.where(pair, b_rival, 0).to(tl.int64)
+        d_index = _distance(p_z, codebook + b_index * stride_ck, pair, stride_d, stride_cd, D, BR, BD)
+        d_other = _distance(p_z, codebook + b_other * stride_ck, pair, stride_d, stride_cd, D, BR, BD)
+        nearer = (d_other < d_index) | ((d_other == d_index) & (b_other < b_index))
+        b_index = tl.where(pair & nearer, b_other, b_index)
+    if tl.min(b_rival, 0) == _MANY:
+        for r in range(0, tl.minimum(BR, N - first)):
+            if tl.load(rival + first + r) == _MANY:
+                # A whole tile of copies of one vector, because a tile of codes is what comes against it.
+                o_k = tl.arange(0, BK)
+                p_row = z + _address(first + r + o_k * 0, S, stride_b, stride_s)
+                best = tl.full([BK], float("inf"), tl.float64)
+                i_best = tl.zeros([BK], tl.int64)
+                for k in range(0, K, BK):
+                    m_k = k + o_k < K
+                    p_c = codebook + (k + o_k).to(tl.int64) * stride_ck
+                    b_d = _distance(p_row, p_c, m_k, stride_d, stride_cd, D, BK, BD)
+                    better = m_k & (b_d < best)
+                    best, i_best = tl.where(better, b_d, best), tl.where(better, k + o_k, i_best)
+                winner = tl.min(tl.where(best == tl.min(best, 0), i_best, K), 0)
+                # K is left where every distance is NaN; such a row has no nearest code, but its index must be valid.
+                b_index = tl.where(o_r == first + r, tl.where(winner < K, winner, 0), b_index)
+    tl.store(index + o_r, b_index, mask=m_r)
+    if FUSED:
+        p_q = z_q + _address(o_r, S, stride_qb, stride_qs)
+        b_distance = tl.zeros([BR], distance.dtype.element_ty)
+        for d in range(0, D, BD):
+            o_d = (d + tl.arange(0, BD)).to(tl.int64)
+            mask = m_r[:, None] & (o_d < D)[None, :]
+            b_c = tl.load(codebook + b_index[:, None] * stride_ck + o_d[None, :] * stride_cd, mask=mask, other=0.0)
+            b_z = tl.load(p_z[:, None] + o_d[None, :] * stride_d, mask=mask, other=0.0)
+            tl.store(p_q[:, None] + o_d[None, :] * stride_qd, b_c.to(z_q.dtype.element_ty), mask=mask)
+            b_difference = b_z.to(distance.dtype.element_ty) - b_c.to(distance.dtype.element_ty)
+            b_distance += tl.sum(b_difference * b_difference, 1)
+        tl.store(distance + o_r, b_distance, mask=m_r)
+        tl.atomic_add(counts + b_index, tl.full([BR], 1, tl.int64), mask=m_r)
+
+
+@triton.jit
+def _codebook_gradient_kernel(
+    z, codebook, order, end, counts, scale, out, S, stride_b, stride_s, stride_d, stride_ck, stride_cd,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out_k = scale · Σ (c_k - z_i) over the vectors i of code k, which ``order`` lists code by code."""
+    k = tl.program_id(0).to(tl.int64)
+    o_d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    b_c = tl.load(codebook + k * stride_ck + o_d * stride_cd, mask=m_d, other=0.0)
+    stop = tl.load(end + k)
+    begin = stop - tl.load(counts + k)
+    b_sum = tl.zeros([BD], scale.dtype.element_ty)
+    for i in range(begin, stop, BR):
+        o_i = i + tl.arange(0, BR)
+        row = tl.load(order + o_i, mask=o_i < stop, other=0)
+        mask = (o_i < stop)[:, None] & m_d[None, :]
+        p_z = z + _address(row, S, stride_b, stride_s)[:, None] + o_d[None, :] * stride_d
+        b_z = tl.load(p_z, mask=mask, other=0.0)
+        b_sum += tl.sum(tl.where(mask, b_c.to(b_sum.dtype)[None, :] - b_z.to(b_sum.dtype), 0.0), 0)
+    tl.store(out + k * D + o_d, (b_sum * tl.load(scale)).to(out.dtype.element_ty), mask=m_d)
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, dict[str, int]]:
+    """A view (B, D, S) of x (B, D, *) or (N, D), B·S, S, and its strides; the positions of x must have one stride."""
+    flat = x.flatten(2) if x.ndim > 2 else x.t()[None]  # (B, D, S)
+    strides = dict(zip(("stride_b", "stride_d", "stride_s"), flat.stride(), strict=True))
+    return flat, flat.shape[0] * flat.shape[2], flat.shape[2], strides
+
+
+def _split(x: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    flat, rows, positions, strides = _rows(x)
+    width = x.shape[1]
+    block = _block(width)
+    padded = triton.cdiv(width, block) * block
+    hi, lo = (torch.empty(rows, padded, dtype=_SPLIT_DTYPE, device=x.device) for _ in range(2))
+    norm = torch.empty(rows, dtype=torch.float32, device=x.device)
+    launch(
+        _split_kernel,
+        lambda meta: (triton.cdiv(rows, meta["BR"]),),
+        [triton.Config({"BR": 32}, num_warps=4)],
+        (),
+        {"x": flat, "mean": mean, "hi": hi, "lo": lo, "norm": norm, "R": rows, "S": positions, "D": width}
+        | {"DP": padded, "BD": block}
+        | strides,
+    )
+    return hi, lo, norm, padded
+
+
+def _block(width: int) -> int:
+    return 16 if width <= 16 else 32
+
+
+def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(index int64, rival int32) of `_scan_kernel`, before rivals are settled."""
+    mean = codebook.mean(0, dtype=torch.float32)
+    z_hi, z_lo, z_norm, padded = _split(z, mean)
+    c_hi, c_lo, c_norm, _ = _split(codebook, mean)
+    n, k, width = len(z_hi), *codebook.shape
+    index = torch.empty(n, dtype=torch.int64, device=z.device)
+    rival = torch.empty(n, dtype=torch.int32, device=z.device)
+    tiles = [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    launch(
+        _scan_kernel,
+        lambda meta: (triton.cdiv(n, meta["BM"]),),
+        [triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages) for bm, bn, warps, stages in tiles],
+        (width, triton.next_power_of_2(k), triton.next_power_of_2(n)),
+        {"z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm, "index": index}
+        | {"rival": rival, "N": n, "K": k, "D": width, "DP": padded, "BD": _block(width)},
+    )
+    return index, rival
+
+
+def _search(z: torch.Tensor, codebook: torch.Tensor, fused: dict | None = None) -> torch.Tensor:
+    """Indices int64 (N,) of z (B, D, *); ``fused`` names the outputs of the training form, z_q among them."""
+    index, rival = _scan(z, codebook)
+    flat, rows, positions, strides = _rows(z)
+    out = {"z_q": None, "distance": None, "counts": None} if fused is None else dict(fused)
+    quantised = strides
+    if fused is not None:
+        out["z_q"], _, _, quantised = _rows(out["z_q"])
+    launch(
+        _settle_kernel,
+        lambda meta: (triton.cdiv(rows, meta["BR"]),),
+        [triton.Config({"BR": 32, "BK": 32}, num_warps=4)],
+        (),
+        {"z": flat, "codebook": codebook, "index": index, "rival": rival, "N": rows, "S": positions}
+        | {"K": len(codebook), "D": z.shape[1], "FUSED": fused is not None, "BD": min(64, _power(z.shape[1]))}
+        | {"stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1)}
+        | strides
+        | {f"stride_q{axis}": quantised[f"stride_{axis}"] for axis in "bsd"}
+        | out,
+    )
+    return index
+
+
+def _power(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+@torch.library.custom_op("tamingfast::triton_nearest_code", mutates_args=())
+def _nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    return _search(z, codebook)
+
+
+@_nearest_code.register_fake
+def _(z, codebook):
+    return z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index int64 (N,) of the entry of codebook (K, D) nearest to each row of z (N, D), ties to the lowest.
+
+    Any floating dtypes and strides. Finiteness is not checked, which would make the host wait: a row that holds NaN or
+    an infinity gets some index below K.
+    """
+    return _nearest_code(z.detach(), codebook.detach())
+
+
+def _outputs(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """Uninitialised codes in the layout of z, and the type in which distances are summed."""
+    dtype = torch.promote_types(z.dtype, codebook.dtype)
+    return torch.empty_like(z, dtype=dtype), torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("tamingfast::triton_quantize", mutates_args=())
+def _quantize(
+    z: torch.Tensor, codebook: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z_q, indices, to_codes, to_latents, counts) of `quantize`."""
+    z_q, dtype = _outputs(z, codebook)
+    distance = torch.empty(z.numel() // z.shape[1], dtype=dtype, device=z.device)
+    counts = torch.zeros(len(codebook), dtype=torch.int64, device=z.device)
+    index = _search(z, codebook, {"z_q": z_q, "distance": distance, "counts": counts})
+    error = distance.mean() / z.shape[1]
+    return z_q, index, error, error.clone(), counts
+
+
+@_quantize.register_fake
+def _(z, codebook):
+    z_q, dtype = _outputs(z, codebook)
+    rows = z.numel() // z.shape[1]
+    integers = {"dtype": torch.int64}
+    error = [z.new_empty((), dtype=dtype) for _ in range(2)]
+    return z_q, z.new_empty(rows, **integers), *error, z.new_empty(len(codebook), **integers)
+
+
+@torch.library.custom_op("tamingfast::triton_codebook_gradient", mutates_args=())
+def _codebook_gradient(
+    z: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """scale · Σ (c_k - z_i) for each code k: sorted first, so that the sum has one order and needs no atomics."""
+    flat, _, positions, strides = _rows(z)
+    width = z.shape[1]
+    out = torch.empty(codebook.shape, dtype=codebook.dtype, device=z.device)
+    launch(
+        _codebook_gradient_kernel,
+        lambda meta: (len(codebook), triton.cdiv(width, min(128, _power(width)))),
+        [triton.Config({"BR": 16}, num_warps=4)],
+        (),
+        {"z": flat, "codebook": codebook, "order": torch.argsort(index, stable=True), "end": counts.cumsum(0)}
+        | {"counts": counts, "scale": scale, "out": out, "S": positions, "D": width, "BD": min(128, _power(width))}
+        | {"stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1)}
+        | strides,
+    )
+    return out
+
+
+@_codebook_gradient.register_fake
+def _(z, codebook, index, counts, scale):
+    return codebook.new_empty(codebook.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z, codebook = inputs
+    z_q, index, _, _, counts = output
+    ctx.mark_non_differentiable(index, counts)
+    ctx.save_for_backward(z, codebook, z_q, index, counts)
+
+
+def _gradients(ctx, grad_z_q, _index, grad_to_codes, grad_to_latents, _counts):
+    z, codebook, z_q, index, counts = ctx.saved_tensors
+    grad_z = grad_codebook = None
+    if ctx.needs_input_grad[0]:
+        grad_z = (grad_z_q + (z - z_q) * (grad_to_codes * (2 / z.numel()))).to(z.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_codebook = _codebook_gradient(z, codebook, index, counts, grad_to_latents * (2 / z.numel()))
+    return grad_z, grad_codebook
+
+
+_quantize.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def quantize(
+    z: torch.Tensor, codebook: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Replace the vectors of z (B, D, *) or (N, D) by their nearest codes: search and training terms in one pass.
+
+    Returns ``(z_q, indices, to_codes, to_latents, counts)`` as `tamingfast.reference.quantize` defines them: the codes
+    in the shape and layout of z, whose gradient passes straight through to z; int64 (N,); twice the mean squared
+    difference, once with its gradient for z and once for the codebook; int64 (K,).
+    """
+    if z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last):
+        return _quantize(z, codebook)
+    return _quantize(z if z.ndim < 4 else z.contiguous(), codebook)

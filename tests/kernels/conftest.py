@@ -1,0 +1,41 @@
+"""Where the kernels run: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tamingfast import backends
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if backends.interpreted() else "cuda")
+
+
+@pytest.fixture
+def on_triton() -> Iterator[None]:
+    """Every op of the test runs on Triton or raises."""
+    with backends.use("triton"):
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written holds NaN, or the largest integer, so that what a kernel leaves out shows."""
+
+    def poison(allocate):
+        def wrapped(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return wrapped
+
+    new_empty = torch.Tensor.new_empty
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(new_empty))

@@ -1,0 +1,173 @@
+"""The nearest code on Triton, judged by float64 distances, and the training form against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tamingfast import backends, ops, reference
+
+pytestmark = [
+    pytest.mark.usefixtures("on_triton", "poisoned"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of overflows that the interpreter is meant to meet
+]
+if not backends.interpreted():
+    pytestmark.append(pytest.mark.gpu)
+
+SHAPES = [(1, 1, 1), (7, 3, 3), (65, 512, 3), (130, 70, 16), (33, 200, 40), (70, 129, 256)]  # N, K, D
+if not backends.interpreted():
+    SHAPES += [(4096, 1024, 256), (65536, 512, 3), (5000, 16384, 64)]
+
+
+def normal(rng: torch.Generator, *shape: int, device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=rng, dtype=torch.float64).to(device, dtype)
+
+
+def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Each index is the first whose float64 distance is the least, up to float64 rounding."""
+    assert index.dtype == torch.int64
+    assert index.shape == z.shape[:1]
+    for rows, chosen in zip(z.double().split(256), index.split(256), strict=True):
+        distance = torch.cdist(rows, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        got = distance.gather(1, chosen[:, None])
+        assert torch.all(got <= distance.min(1, keepdim=True).values * (1 + 1e-12))
+        # Equal codes have equal distances, to the last bit.
+        same = (codebook[chosen][:, None] == codebook).all(2)
+        assert torch.equal(chosen, same.int().argmax(1)), "of equal codes the first must win"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape(rng, device, shape):
+    n, k, d = shape
+    z, codebook = normal(rng, n, d, device=device), normal(rng, k, d, device=device)
+    assert_nearest(ops.nearest_code(z, codebook), z, codebook)
+
+
+def test_no_rows(device):
+    assert ops.nearest_code(torch.zeros(0, 5, device=device), torch.zeros(3, 5, device=device)).shape == (0,)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
+def test_near_duplicates_and_large_offsets(rng, device, offset):
+    """Codes one float32 step apart, where the expanded square has no digits left."""
+    base = normal(rng, 20, 24, device=device) + offset
+    codebook = torch.cat([base, torch.nextafter(base, torch.tensor(math.inf, device=device)), base])
+    codebook[20:40, 1:] = base[:, 1:]
+    z = torch.cat([codebook, codebook + 1e-3 * normal(rng, *codebook.shape, device=device)])
+    index = ops.nearest_code(z, codebook)
+    assert_nearest(index, z, codebook)
+    assert index[:40].tolist() == list(range(40))
+    assert index[40:60].tolist() == list(range(20))
+
+
+def test_the_scan_leaves_both_kinds_of_rivals_open(rng, device):
+    """A pair of near codes is settled as a pair, three and more by searching again; the rest is not touched."""
+    from tamingfast.kernels import nearest_code as kernel
+
+    codebook = normal(rng, 40, 32, device=device)
+    codebook[1] = codebook[0] + 1e-5
+    codebook[11], codebook[12] = codebook[10] + 1e-5, codebook[10] - 1e-5
+    z = codebook[[0, 10, 30]]
+    _, rival = kernel._scan(z, codebook)
+    assert rival[0].item() in (0, 1)
+    assert rival[1:].tolist() == [-2, -1]
+    assert ops.nearest_code(z, codebook).tolist() == [0, 10, 30]
+
+
+def test_exact_ties(device):
+    codebook = torch.tensor([[4.0], [1.0], [-1.0]], device=device).repeat(1, 3)
+    zero = torch.zeros(2, 3, device=device)
+    assert ops.nearest_code(zero, codebook).tolist() == [1, 1]
+    assert ops.nearest_code(zero, codebook.flip(0)).tolist() == [0, 0]
+    many = normal(torch.Generator().manual_seed(1), 1, 5, device=device).repeat(70, 1)
+    assert ops.nearest_code(normal(torch.Generator(), 3, 5, device=device), many).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e18, 1e30])
+def test_where_float32_squares_overflow_or_vanish(rng, device, size):
+    z, codebook = size * normal(rng, 5, 16, device=device), size * normal(rng, 40, 16, device=device)
+    assert_nearest(ops.nearest_code(z, codebook), z, codebook)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_get_some_valid_index(rng, device, bad):
+    z, codebook = normal(rng, 5, 16, device=device), normal(rng, 40, 16, device=device)
+    z[2, 3] = bad
+    index = ops.nearest_code(z, codebook)
+    keep = [0, 1, 3, 4]
+    assert_nearest(index[keep], z[keep], codebook)
+    assert 0 <= index[2] < 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(rng, device, dtype):
+    z, codebook = normal(rng, 40, 32, device=device, dtype=dtype), normal(rng, 60, 32, device=device, dtype=dtype)
+    assert_nearest(ops.nearest_code(z, codebook), z, codebook)
+    assert_nearest(ops.nearest_code(z, codebook.float()), z, codebook.float())
+
+
+def test_any_strides(rng, device):
+    z, codebook = normal(rng, 12, 40, device=device).t(), normal(rng, 70, 24, device=device)[:, ::2]
+    assert_nearest(ops.nearest_code(z, codebook), z, codebook)
+
+
+def test_k_means_learns_its_colours_on_the_kernel(rng, device):
+    from tamingfast.models.color_clusters import KMeans
+
+    centres = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 9.0]], device=device)
+    points = (centres[:, None] + 0.1 * normal(rng, 3, 30, 3, device=device)).flatten(0, 1)
+    model = KMeans(3, 3, niter=12).to(device)
+    model.initialize(points)
+    distance = torch.cdist(points, model.C).min(1).values
+    assert distance.max() < 1
+
+
+LAYOUTS = {
+    "rows": lambda x: x.flatten(1)[:, :16],
+    "image": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "crop": lambda x: x[:, :, 1:, :-1],
+    "sequence": lambda x: x.flatten(2).transpose(1, 2)[:, :16],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantize_is_its_definition_with_its_gradients(rng, device, layout, dtype):
+    z = LAYOUTS[layout](normal(rng, 3, 20, 5, 4, device=device, dtype=dtype)).detach()
+    codebook = normal(rng, 11, z.shape[1], device=device, dtype=dtype if dtype == torch.float64 else torch.float32)
+    codebook[7] = 1e3  # never chosen: its gradient must be written, as zero
+    inputs, copies = ([t.detach().requires_grad_() for t in (z, codebook)] for _ in range(2))
+    weight = normal(rng, *z.shape, device=device)
+
+    def loss(z_q, indices, to_codes, to_latents, counts):
+        return (z_q.double() * weight).sum() + 3 * to_codes.double() + 0.5 * to_latents.double()
+
+    ours, expected = ops.quantize(*inputs), reference.quantize(*copies)
+    for got, true in zip(ours, expected, strict=True):
+        assert got.dtype == true.dtype
+        assert got.shape == true.shape
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=0)
+    assert ours[0].stride() == torch.empty_like(z.detach()).stride() or layout == "crop"
+    gradients = [torch.autograd.grad(loss(*out), ins) for out, ins in ((ours, inputs), (expected, copies))]
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for got, true in zip(*gradients, strict=True):
+        assert got.dtype == true.dtype
+        torch.testing.assert_close(got, true, rtol=tolerance, atol=tolerance)
+
+
+def test_quantize_of_nothing(device):
+    z_q, indices, _, _, counts = ops.quantize(torch.zeros(0, 4, 2, 2, device=device), torch.ones(3, 4, device=device))
+    assert z_q.shape == (0, 4, 2, 2)
+    assert indices.shape == (0,)
+    assert counts.tolist() == [0, 0, 0]
+
+
+def test_registered_as_torch_expects(rng, device):
+    from tamingfast.kernels import nearest_code as kernel
+
+    z, codebook = (normal(rng, n, 4, device=device).requires_grad_() for n in (6, 5))
+    torch.library.opcheck(kernel._nearest_code, (z.detach(), codebook.detach()))
+    torch.library.opcheck(kernel._quantize, (z, codebook))
