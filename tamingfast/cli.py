@@ -322,7 +322,7 @@ def _opened(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
         parts = (canvas.tokens, canvas.pending, canvas.cond)
         count = max(count, len(canvas.tokens))
         return Canvas(*(part.expand(count, *part.shape[1:]) for part in parts), model=canvas.model), None
-    photo = apply.read_photo(arguments.photo).expand(count, -1, -1, -1).to(model.device)
+    photo = apply.read_photo(arguments.photo).to(model.device)
     return apply.photo_canvas(model, photo, apply.conditions(model, count, arguments.label)), photo.cpu()
 
 
