@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,9 @@ class Binary:
     local: int  # spilled registers live here, and arrays that are indexed at run time
     shared: int
     sass: str
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.config}]: {self.registers} registers, {self.local} B local, {self.shared} B shared"
 
     def uses(self, instruction: str) -> bool:
         return instruction in self.sass
