@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import gpu
 import pytest
 import torch
 
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=device.reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if path := gpu.write():
+        terminalreporter.section("GPU")
+        for line in (*gpu.table(), f"written to {path}"):
+            terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

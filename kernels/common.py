@@ -106,6 +106,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter's is the oldest, whose tilings are the smallest."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
 def float32_precision() -> str:
     """The precision of float32 dot products: exact, unless torch's own matrix products may use tf32."""
     exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32

@@ -7,10 +7,10 @@ which removes a common offset. Each float32 factor is split into two bfloat16 on
     e = ((D + 8) 2⁻²² + 2⁻¹⁴) (|z| max|c| + max|c|²) + (D + 8) 2⁻¹²⁴
 
 2⁻¹⁴ bounds what splitting drops even where conversion truncates, 2⁻²² a step of the matrix units' float32 sums, which
-may truncate too (Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores), and the last term underflow; centring and
-the norms are in the 8. A code that scores 2 e above the best is farther in truth. The scan keeps the best two codes and
-the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near, or a score may
-have overflowed, the row is searched again in float64. So near-duplicate codes and large offsets cost time, never
+may truncate too (Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores), and the last term underflow; centring
+and the norms are in the 8. A code that scores 2 e above the best is farther in truth. The scan keeps the best two codes
+and the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near, or a score
+may have overflowed, the row is searched again in float64. So near-duplicate codes and large offsets cost time, never
 exactness. Nothing of size N x K is ever held: the scratch is the split inputs, as large as the inputs themselves.
 """
 
@@ -136,7 +136,7 @@ def _settle_kernel(
     stride_qb, stride_qs, stride_qd, D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Decide what the scan left open, in float64; FUSED: gather the codes, their distances and how often each is used."""
+    """Decide what the scan left open, in float64; FUSED: gather codes, distances and how often each is used."""
     first = tl.program_id(0) * BR
     o_r = first + tl.arange(0, BR)
     m_r = o_r < N

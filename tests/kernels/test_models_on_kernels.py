@@ -68,9 +68,8 @@ def test_a_training_step_equals_that_of_the_definition(device, case):
 
 @pytest.mark.parametrize("case", ["VQGAN", "GPT with a prefix"])
 def test_a_training_step_compiles_into_one_graph(device, case):
-    build, step = CASES[case]
     torch.manual_seed(0)
-    model = build().to(device)
+    model = CASES[case][0]().to(device)
     images, tokens = torch.randn(1, 3, 8, 8, device=device), torch.randint(11, (2, 12), device=device)
 
     def forward(model):
