@@ -40,6 +40,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     devices = ["cpu", "cuda"] if backends.gpu().available else ["cpu"]
+    machine_info.pop("node", None)  # a name, no fact about the figures
     machine_info["tamingfast"] = backends.machine() | {"limits": {device: limits(device) for device in devices}}
 
 
