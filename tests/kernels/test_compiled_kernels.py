@@ -32,6 +32,11 @@ def attention(width: int, dtype: torch.dtype, dropout: float = 0.0, length: int 
     causal_attention._backward._init_fn(out, q, k, v, out, lse, *numbers)
 
 
+def tf32_attention() -> None:
+    with mock.patch.object(causal_attention, "float32_precision", return_value="tf32"):
+        attention(64, SINGLE)
+
+
 def codes(k: int, d: int) -> None:
     nearest_code._nearest_code._init_fn(torch.zeros(4096, d), torch.zeros(k, d))
 
@@ -60,6 +65,7 @@ CALLS = {
     "attention, 128 wide": (causal_attention, functools.partial(attention, 128, HALF)),
     "attention, dropout": (causal_attention, functools.partial(attention, 64, HALF, 0.1)),
     "attention, 64 wide, float32": (causal_attention, functools.partial(attention, 64, SINGLE)),
+    "attention, 64 wide, tf32": (causal_attention, tf32_attention),
     "attention, 128 wide, float32": (causal_attention, functools.partial(attention, 128, SINGLE)),
     "codes of width 256": (nearest_code, functools.partial(codes, 1024, 256)),
     "colours": (nearest_code, functools.partial(codes, 512, 3)),
@@ -126,6 +132,8 @@ def test_float32_attention_is_exact_unless_tf32_is_allowed():
         assert common.float32_precision() == "ieee"
         torch.set_float32_matmul_precision("high")
         assert common.float32_precision() == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert common.float32_precision() == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
