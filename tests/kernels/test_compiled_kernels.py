@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -55,6 +56,20 @@ def norm(channels: int, side: int, dtype: torch.dtype, channels_last: bool) -> N
     weight = torch.zeros(channels)
     out, mean, rstd = group_norm_silu._forward._init_fn(x, weight, weight, 32, 1e-6, True)
     group_norm_silu._backward._init_fn(out, x, weight, weight, mean, rstd, True)
+
+
+def single_values() -> None:
+    """Sizes and strides of one, which Triton turns into constants, so that what is a number elsewhere is none here."""
+    q, x = torch.zeros(1, 1, 1, 1, dtype=HALF), torch.zeros(1, 1, 1, 1)
+    lse, seed, weight = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    causal_attention._forward._init_fn(q, q, q, seed, 1, 0.1, 1.0)
+    causal_attention._backward._init_fn(q, q, q, q, q, lse, seed, 1, 0.1, 1.0)
+    nearest_code._quantize._init_fn(weight[None], weight[None])
+    nearest_code._codebook_gradient._init_fn(weight[None], weight[None], seed, seed, torch.zeros(()))
+    large = torch.zeros(1, 1, 101, 103)  # too large for one program
+    for tensor in (x, large):
+        out, mean, rstd = group_norm_silu._forward._init_fn(tensor, weight, weight, 1, 1e-6, True)
+        group_norm_silu._backward._init_fn(out, tensor, weight, weight, mean, rstd, True)
 
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -121,6 +136,16 @@ def test_every_configuration_fits_and_does_not_spill(name, capability):
 def test_half_precision_attention_and_the_scan_use_the_matrix_units(capability, instruction):
     for name, kernel in (("attention, 64 wide", "_forward_kernel"), ("codes of width 256", "_scan_kernel")):
         assert all(b.uses(instruction) for b in binaries(name, capability, sass=True) if b.name == kernel)
+
+
+@pytest.mark.parametrize("module", [causal_attention, nearest_code, group_norm_silu], ids=lambda m: m.__name__)
+def test_sizes_of_one_compile(module):
+    others = [m for m in (causal_attention, nearest_code, group_norm_silu) if m is not module]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(causal_attention, "capability", return_value=(9, 0)))
+        for other in others:
+            stack.enter_context(mock.patch.object(other, "launch"))
+        assert compile_launches(single_values, 90, module)
 
 
 def test_float32_attention_is_exact_unless_tf32_is_allowed():
