@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from tamingfast import backends, files
 
 RESULTS = Path(__file__).parent / "results"
-_WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 10, 500
+# So few runs because the queue of launches holds about a thousand, and a call may be a dozen.
+_WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
+_CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
 _MOST_COPIES = 32
 
 rows: list[dict[str, Any]] = []
@@ -31,18 +34,23 @@ def milliseconds(run: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     turns = itertools.cycle(inputs)
     for _ in range(3):
         run(next(turns))
-    once = _elapsed(run, [next(turns)])[0]
-    for _ in range(max(1, int(_WARM_UP_MS / max(once, 1e-3)) if once < _WARM_UP_MS else 1)):
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(next(turns))
+    host = time.perf_counter() - begin  # to launch it, not to run it
+    once = _elapsed(run, [next(turns)], host)[0]
+    for _ in range(max(1, min(_MOST_RUNS, int(_WARM_UP_MS / max(once, 1e-3))))):
         run(next(turns))
     count = max(_LEAST_RUNS, min(_MOST_RUNS, int(_MEASURE_MS / max(once, 1e-3))))
-    return statistics.median(_elapsed(run, [next(turns) for _ in range(count)]))
+    return statistics.median(_elapsed(run, [next(turns) for _ in range(count)], host))
 
 
-def _elapsed(run: Callable[[Any], Any], inputs: Sequence[Any]) -> list[float]:
+def _elapsed(run: Callable[[Any], Any], inputs: Sequence[Any], host: float) -> list[float]:
+    """Milliseconds of each call, which takes the host ``host`` seconds to launch."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in inputs]
     torch.cuda.synchronize()
-    # A long wait first, so that the host runs ahead and its launches leave no gaps in what is measured.
-    torch.cuda._sleep(10_000_000)
+    # The device waits until the host is ahead: the time of a small call would else be that of its launches.
+    torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(_LONGEST_WAIT, 1e-3 + 1.5 * host * len(inputs))))
     for (start, stop), value in zip(events, inputs, strict=True):
         start.record()
         run(value)
@@ -59,8 +67,8 @@ def ceilings() -> dict[str, float]:
     if not _ceilings:
         source = torch.randn(2**28, device="cuda")
         target = torch.empty_like(source)
-        time = milliseconds(lambda _: target.copy_(source), [None])
-        _ceilings["copy_gb_per_s"] = 2 * 4 * source.numel() / time / 1e6
+        copy = milliseconds(lambda _: target.copy_(source), [None])
+        _ceilings["copy_gb_per_s"] = 2 * 4 * source.numel() / copy / 1e6
         for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
             side = 8192
             a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))

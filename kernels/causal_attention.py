@@ -13,6 +13,7 @@ border crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,8 +22,6 @@ import triton.language as tl
 
 from .common import LOG2_E, capability, dot, float32_precision, launch
 
-MAX_WIDTH = 128  # of a head
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROUNDS = tl.constexpr(7)  # enough to pass every known statistical test (Salmon et al. 2011, table 2)
 
 
@@ -312,6 +311,7 @@ def _query_gradient_kernel(
     tl.store(p_dq, (b_dq * grad_scale).to(dq.dtype.element_ty), mask=m_q)
 
 
+@functools.cache
 def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: int) -> list[triton.Config]:
     """The tilings that are tried for ``width``, the padded head width, on compute capability ``major``, safest first.
 
@@ -476,7 +476,7 @@ def causal_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of (B, H, T, D) tensors of one dtype of `DTYPES`, D at most `MAX_WIDTH`; returns the like of q.
+    """Attention of (B, H, T, D) tensors, all float16, bfloat16 or float32, with D at most 128; returns the like of q.
 
     Any strides, any T. The dropout seed comes from torch's generator of the device, without waiting for it, so the
     call can be captured in a CUDA graph. float32 products are exact unless torch's may use tf32.

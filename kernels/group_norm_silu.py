@@ -18,7 +18,6 @@ import triton.language as tl
 
 from .common import launch, multiprocessors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WHOLE_GROUP = 8192  # elements that one program holds in registers
 _TILE = 4096
 _MAX_PIECES = 64
@@ -386,7 +385,7 @@ def group_norm_silu(
     eps: float = 1e-6,
     silu: bool = True,
 ) -> torch.Tensor:
-    """x (N, C, H, W) of `DTYPES`, contiguous or channels-last and kept so; weight and bias (C,) of any floating dtype.
+    """x (N, C, H, W) in float16, bfloat16 or float32, kept contiguous or channels-last; weight and bias (C,), floating.
 
     Returns the type of x also where the weights are wider, as mixed-precision training wants it. C divides by groups.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -32,6 +33,11 @@ def attention(width: int, dtype: torch.dtype, dropout: float = 0.0, length: int 
     causal_attention._backward._init_fn(out, q, k, v, out, lse, *numbers)
 
 
+def tf32_attention() -> None:
+    with mock.patch.object(causal_attention, "float32_precision", return_value="tf32"):
+        attention(64, SINGLE)
+
+
 def codes(k: int, d: int) -> None:
     nearest_code._nearest_code._init_fn(torch.zeros(4096, d), torch.zeros(k, d))
 
@@ -52,6 +58,20 @@ def norm(channels: int, side: int, dtype: torch.dtype, channels_last: bool) -> N
     group_norm_silu._backward._init_fn(out, x, weight, weight, mean, rstd, True)
 
 
+def single_values() -> None:
+    """Sizes and strides of one, which Triton turns into constants, so that what is a number elsewhere is none here."""
+    q, x = torch.zeros(1, 1, 1, 1, dtype=HALF), torch.zeros(1, 1, 1, 1)
+    lse, seed, weight = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    causal_attention._forward._init_fn(q, q, q, seed, 1, 0.1, 1.0)
+    causal_attention._backward._init_fn(q, q, q, q, q, lse, seed, 1, 0.1, 1.0)
+    nearest_code._quantize._init_fn(weight[None], weight[None])
+    nearest_code._codebook_gradient._init_fn(weight[None], weight[None], seed, seed, torch.zeros(()))
+    large = torch.zeros(1, 1, 101, 103)  # too large for one program
+    for tensor in (x, large):
+        out, mean, rstd = group_norm_silu._forward._init_fn(tensor, weight, weight, 1, 1e-6, True)
+        group_norm_silu._backward._init_fn(out, tensor, weight, weight, mean, rstd, True)
+
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 CALLS = {
     "attention, 64 wide": (causal_attention, functools.partial(attention, 64, HALF)),
@@ -60,6 +80,7 @@ CALLS = {
     "attention, 128 wide": (causal_attention, functools.partial(attention, 128, HALF)),
     "attention, dropout": (causal_attention, functools.partial(attention, 64, HALF, 0.1)),
     "attention, 64 wide, float32": (causal_attention, functools.partial(attention, 64, SINGLE)),
+    "attention, 64 wide, tf32": (causal_attention, tf32_attention),
     "attention, 128 wide, float32": (causal_attention, functools.partial(attention, 128, SINGLE)),
     "codes of width 256": (nearest_code, functools.partial(codes, 1024, 256)),
     "colours": (nearest_code, functools.partial(codes, 512, 3)),
@@ -117,6 +138,16 @@ def test_half_precision_attention_and_the_scan_use_the_matrix_units(capability, 
         assert all(b.uses(instruction) for b in binaries(name, capability, sass=True) if b.name == kernel)
 
 
+@pytest.mark.parametrize("module", [causal_attention, nearest_code, group_norm_silu], ids=lambda m: m.__name__)
+def test_sizes_of_one_compile(module):
+    others = [m for m in (causal_attention, nearest_code, group_norm_silu) if m is not module]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(causal_attention, "capability", return_value=(9, 0)))
+        for other in others:
+            stack.enter_context(mock.patch.object(other, "launch"))
+        assert compile_launches(single_values, 90, module)
+
+
 def test_float32_attention_is_exact_unless_tf32_is_allowed():
     from tamingfast.kernels import common
 
@@ -126,6 +157,8 @@ def test_float32_attention_is_exact_unless_tf32_is_allowed():
         assert common.float32_precision() == "ieee"
         torch.set_float32_matmul_precision("high")
         assert common.float32_precision() == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert common.float32_precision() == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 

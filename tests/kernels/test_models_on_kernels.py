@@ -47,7 +47,8 @@ def gradients(case: str, device: torch.device, backend: str | None) -> tuple:
     torch.manual_seed(0)
     build, step = CASES[case]
     model = build().to(device)
-    with backends.use(backend):
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with backends.use(backend), exact:
         loss, choices = step(model, device, torch.Generator().manual_seed(1))
         loss.backward()
     return loss.detach(), choices, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
