@@ -100,7 +100,7 @@ def sample_grid(
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
-    chosen, dtype = _backend(backend, gpt, dtype)
+    chosen, dtype = choose_backend(backend, gpt, dtype)
     causal = gpt.config.n_unmasked <= prefix
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_images(first_image, batch)
@@ -349,7 +349,7 @@ def _evaluating(gpt: nn.Module, dtype: str) -> Iterator[nn.Module]:
             module.training = True
 
 
-def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
+def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
     """The one place that chooses which engine samples: "native", "torch" or "naive", and its weights' type."""
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")
