@@ -360,7 +360,10 @@ def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]
 
 
 def _canvas_file(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(CANVAS)
+    out = Path(arguments.out)
+    if out.is_dir():  # said before anything is drawn
+        raise UserError(f"{out} is a directory; give the name of a file to write")
+    return Path(arguments.canvas) if arguments.canvas else out.with_suffix(CANVAS)
 
 
 def _drawn(arguments: argparse.Namespace) -> None:
