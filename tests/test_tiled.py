@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -128,7 +129,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_memory_stays_within_the_budget():
     """An image whose maps are four times the budget, of a decoder with the f = 16 geometry."""
     budget = 200 << 20
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "48", "64", str(budget)], capture_output=True, text=True, check=True
-    )
-    assert int(run.stdout) < 1.3 * budget
+    # glibc keeps what is freed below 32 MiB; maps are larger under budgets of gigabytes, which this stands for.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", SCRIPT, "48", "64", str(budget)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(run.stdout) < 1.1 * budget

@@ -171,9 +171,9 @@ def _in_tiles(segment: list[nn.Module], x: Tensor, memory: int, exact: bool) -> 
     if exact:
         statistics = _all_statistics(segment, x, regions)
     else:
-        # Between units a tile needs two maps, and one more at a time is at work.
+        # Between units each tile keeps its map and, inside a block, the block's input.
         smaller = _partition(height, width, max(1, side // 4), reach)
-        statistics = _some_statistics(segment, x, smaller, int(room / per_cell * MAPS / 3))
+        statistics = _some_statistics(segment, x, smaller, int(room / per_cell * 2))
 
     def fixed(module: GroupNorm, h: Tensor) -> Tensor:
         return _normalise(module, h, statistics[module])
