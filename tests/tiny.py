@@ -70,12 +70,12 @@ class Noise(Dataset):
         return {"image": image, "class_label": index % 3, "file_path_": f"noise/{index}.png"}
 
 
-def photographs(count: int, size: int, validation: bool = False) -> list[np.ndarray]:
-    """Real images, uint8 (size, size, 3): crops of the packaged photographs, or of those held out, always the same."""
+def photographs(count: int, size: int) -> list[np.ndarray]:
+    """Real images, uint8 (size, size, 3): crops of the packaged photographs, always the same."""
     from tamingfast import images
     from tamingfast.data import build
 
-    crops = build({"name": "photos", "size": size, "seed": 0})[validation]
+    crops = build({"name": "photos", "size": size, "seed": 0})[0]
     rows = [crops[index]["image"].permute(2, 0, 1) for index in range(count)]
     return list(images.to_uint8(torch.stack(rows)))
 
