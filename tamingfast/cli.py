@@ -76,9 +76,6 @@ def parser() -> argparse.ArgumentParser:
 
     device = _options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
     resume = _options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
-    overrides = _options(
-        ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"})
-    )
     drawing = _drawing_options()
     painting = _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
@@ -87,9 +84,13 @@ def parser() -> argparse.ArgumentParser:
         ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
     )
 
-    command = add("reproduce", reproduce, "the paper's pixel-versus-latent comparison", (device, resume, overrides))
-    command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
-    command.add_argument("--out", default="runs/reproduce", help="directory of the report (default: %(default)s)")
+    command = add("reproduce", reproduce, "an experiment of the papers, with a report", (device, resume))
+    command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
+    command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
+    text = (
+        "pixels (default: sampling from pixels against latents) or orderings, then settings that win over the preset's"
+    )
+    command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
     training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(
         required=True, metavar="STAGE"
@@ -217,7 +218,11 @@ def _drawing_options() -> argparse.ArgumentParser:
 def reproduce(arguments: argparse.Namespace) -> None:
     from tamingfast import reproduce as experiments
 
-    path = experiments.run(arguments.preset, arguments.out, arguments.overrides, arguments.resume, arguments.device)
+    # One positional list, as argparse would take the first setting for an experiment that was left out.
+    words = list(arguments.overrides)
+    experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT
+    out = arguments.out or ("runs/reproduce" if experiment == experiments.DEFAULT else f"runs/{experiment}")
+    path = experiments.run(experiment, arguments.preset, out, words, arguments.resume, arguments.device)
     print(path.read_text(encoding="utf-8"))
     print(f"written: {path} and the pictures beside it", file=sys.stderr)
 
