@@ -29,6 +29,7 @@ test: $(READY)
 bench: $(READY)
 	$(BENCHMARK)
 
+# Writes benchmarks/results/<device>.json and prints its table. `pip install '.[peers]'` adds published rivals.
 bench-gpu: $(READY)
 	$(BENCHMARK) -m gpu
 

@@ -18,8 +18,9 @@ import torch
 
 from tamingfast import backends
 from tamingfast.models.gpt import GPT
-from tamingfast.sampling import make_schedule, make_waves, sample_grid, sampler
-from tamingfast.sampling.schedule import RULES
+from tamingfast.sampling import make_schedule, sample_grid
+from tamingfast.sampling.schedule import Waves
+from tamingfast.sampling.waves import plan_waves
 
 HEIGHT = WIDTH = 64
 WINDOW = 16
@@ -28,7 +29,14 @@ GEOMETRY = dict(n_layer=12, n_head=16, n_embd=768)
 VOCABULARY = 1024
 #: Calls of the original's pass, and seconds after which paper and scene are stopped.
 PASSES, SECONDS = 5, 40.0
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NATIVE = pytest.mark.skipif(backends.native()[0] is None, reason=f"no native engine: {backends.native()[1]}")
+#: The stride plays no part in the first two.
+CASES = [("paper", 8), ("scene", 8), ("strided", 8), ("strided", 4), ("block", 8)]
+WAYS = [
+    ("cpu", "torch"),
+    pytest.param("cpu", "native", marks=NATIVE),
+    pytest.param("cuda", "torch", marks=pytest.mark.gpu),
+]
 
 
 class Stopped(Exception):
@@ -65,7 +73,7 @@ def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
     return times[len(times) // 2] * HEIGHT * WIDTH
 
 
-def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str) -> tuple[float, float]:
+def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, backend: str) -> tuple[float, float]:
     """Seconds for the grid, and the share of it, in tokens sampled, that was really timed."""
     whole = rule in ("strided", "block") or os.environ.get("TAMINGFAST_BENCH_WHOLE") == "1"
     begun, done = time.perf_counter(), 0
@@ -77,44 +85,50 @@ def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str) -> tuple[floa
             raise Stopped
 
     with contextlib.suppress(Stopped):
-        sample_grid(gpt, condition, HEIGHT, WIDTH, window=WINDOW, schedule=rule, seed=0, observer=observe)
+        sample_grid(
+            gpt,
+            condition,
+            HEIGHT,
+            WIDTH,
+            window=WINDOW,
+            schedule=rule,
+            stride=stride,
+            seed=0,
+            backend=backend,
+            observer=observe,
+        )
     spent = time.perf_counter() - begun
-    return spent * work(rule)[-1] / work(rule)[done], done / (HEIGHT * WIDTH)
+    waves = planned(gpt, rule, stride)
+    fed = (waves.steps - waves.fed) + (waves.fed < 0) * (PREFIX - 1)
+    return spent * fed.sum() / fed[:done].sum(), done / (HEIGHT * WIDTH)
 
 
-def work(rule: str) -> list[int]:
-    """Tokens that have passed through the transformer once so many are sampled."""
-    waves = make_waves(make_schedule(HEIGHT, WIDTH, WINDOW, rule), slots(rule))
-    fed = torch.from_numpy((waves.steps - waves.fed) + (waves.fed < 0) * (PREFIX - 1))
-    return [0, *fed.cumsum(0).tolist()]
+def planned(gpt: GPT, rule: str, stride: int) -> Waves:
+    """The waves that `sample_grid` goes through."""
+    return plan_waves(gpt, make_schedule(HEIGHT, WIDTH, WINDOW, rule, stride), 1, PREFIX)
 
 
-def slots(rule: str) -> int:
-    gpt = GPT(8, 2 * PREFIX, **GEOMETRY).to("meta")
-    waves = sampler.plan_waves(gpt, make_schedule(HEIGHT, WIDTH, WINDOW, rule), 1, PREFIX)
-    return int(waves.slots.max()) + 1
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_sliding_window(benchmark, gpt, condition, rule, device):
+@pytest.mark.parametrize(("rule", "stride"), CASES)
+@pytest.mark.parametrize(("device", "backend"), WAYS)
+def test_sliding_window(benchmark, gpt, condition, rule, stride, device, backend):
     gpt = gpt.to(device)
     original = original_seconds(gpt, condition)
-    waves = make_waves(make_schedule(HEIGHT, WIDTH, WINDOW, rule), slots(rule))
-    seconds, share = benchmark.pedantic(lambda: schedule_seconds(gpt, condition, rule), rounds=1)
+    waves = planned(gpt, rule, stride)
+    computed, slots = waves.tokens_fed(PREFIX) / (HEIGHT * WIDTH), int(waves.slots.max()) + 1
+    seconds, share = benchmark.pedantic(lambda: schedule_seconds(gpt, condition, rule, stride, backend), rounds=1)
     benchmark.extra_info |= {
         "seconds": seconds,
         "share_timed": share,
         "original_seconds": original,
         "ratio_to_original": original / seconds,
         "waves": len(waves),
-        "cache_slots": slots(rule),
-        "tokens_computed_per_token": waves.tokens_fed(PREFIX) / (HEIGHT * WIDTH),
+        "cache_slots": slots,
+        "tokens_computed_per_token": computed,
         "original_tokens_computed_per_token": 2 * PREFIX - 1,
     }
-    computed = waves.tokens_fed(PREFIX) / (HEIGHT * WIDTH)
+    name = rule if rule in ("paper", "scene") else f"{rule} {stride}"
     print(
-        f"\n  {rule} on {device}: {seconds:.1f} s ({share:.0%} of it timed), the original's loop {original:.0f} s: "
-        f"{original / seconds:.1f}x; {len(waves)} waves, {computed:.1f} tokens computed per token against "
-        f"{2 * PREFIX - 1}, {slots(rule)} cache slots"
+        f"\n  {name}, {backend} on {device}: {seconds:.1f} s ({share:.0%} of it timed), the original's loop "
+        f"{original:.0f} s: {original / seconds:.1f}x; {len(waves)} waves, {computed:.1f} tokens computed per token "
+        f"against {2 * PREFIX - 1}, {slots} cache slots"
     )

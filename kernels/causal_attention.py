@@ -13,14 +13,15 @@ border crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon 
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, dot, float32_precision, launch
+from .common import LOG2_E, capability, dot, float32_precision, launch
 
-MAX_WIDTH = 128  # of a head
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROUNDS = tl.constexpr(7)  # enough to pass every known statistical test (Salmon et al. 2011, table 2)
 
 
@@ -37,11 +38,21 @@ def _dropout_mask(seed, i_bh, o_row, col, threshold, BR: tl.constexpr, BC: tl.co
     r0, r1, r2, r3 = tl.philox(seed, row, quad, zero + i_bh.to(tl.uint32), zero, _ROUNDS)
     # Bits (0, 1, 2, 3) belong to columns (4 q, 4 q + 1, 4 q + 2, 4 q + 3).
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3))
-    if TRANSPOSED:
-        bits = tl.reshape(tl.permute(bits, (0, 2, 3, 1)), (BC, BR))
-    else:
-        bits = tl.reshape(bits, (BR, BC))
+    bits = tl.reshape(tl.permute(bits, (0, 2, 3, 1)), (BC, BR)) if TRANSPOSED else tl.reshape(bits, (BR, BC))
     return bits >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _head(i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """Offset of a head. By itself the compiler notes only strides that 16 divides; heads may be 88 wide."""
+    return tl.multiple_of(i_b * stride_b + i_h * stride_h, ALIGN)
+
+
+@triton.jit
+def _tile(first, o_t, o_d, stride_t, stride_d, ALIGN: tl.constexpr):
+    """Offsets of the positions first + o_t. Inside a tile they fit 32 bits, that of the tile is taken in 64."""
+    start = tl.multiple_of(tl.cast(first, tl.int64) * stride_t, ALIGN)
+    return start + (tl.multiple_of(o_t[:, None] * stride_t, [ALIGN, ALIGN]) + o_d[None, :] * stride_d)
 
 
 @triton.jit
@@ -62,27 +73,23 @@ def _attend(
     b_acc, b_l, b_m, b_q, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, T,
     stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into the running maximum, sum and output of one query block."""
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
     m_d = o_d < D
-    # Offsets inside a tile fit 32 bits; what depends on the position is added to the base in 64.
-    o_k = o_n[None, :] * stride_kt + o_d[:, None] * stride_kd  # [BD, BN]
-    o_v = o_n[:, None] * stride_vt + o_d[None, :] * stride_vd  # [BN, BD]
     for n in range(begin, end, BN):
-        p_kt = p_k + tl.cast(n, tl.int64) * stride_kt + o_k
-        p_vt = p_v + tl.cast(n, tl.int64) * stride_vt + o_v
+        p_kt = p_k + _tile(n, o_n, o_d, stride_kt, stride_kd, ALIGN)
+        p_vt = p_v + _tile(n, o_n, o_d, stride_vt, stride_vd, ALIGN)
         if MASKED:
-            m_n = n + o_n < T
-            b_k = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
-            b_v = tl.load(p_vt, mask=m_d[None, :] & m_n[:, None], other=0.0)
+            m_kv = (n + o_n < T)[:, None] & m_d[None, :]
+            b_k, b_v = tl.load(p_kt, mask=m_kv, other=0.0), tl.load(p_vt, mask=m_kv, other=0.0)  # [BN, BD]
         elif D == BD:
             b_k, b_v = tl.load(p_kt), tl.load(p_vt)
         else:
-            b_k = tl.load(p_kt, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-        b_s = dot(b_q, b_k, tl.zeros([BM, BN], tl.float32), PRECISION)  # [BM, BN]
+            b_k, b_v = tl.load(p_kt, mask=m_d[None, :], other=0.0), tl.load(p_vt, mask=m_d[None, :], other=0.0)
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)  # [BM, BN]
         if MASKED:
             b_s = tl.where(_visible(o_m[:, None], n + o_n[None, :], n_unmasked), b_s, float("-inf"))
         # Key 0 is in the first tile and every query sees it, so the maximum is finite from there on.
@@ -103,7 +110,7 @@ def _forward_kernel(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BM)
     i_bh = tl.program_id(0) // blocks
@@ -113,10 +120,11 @@ def _forward_kernel(
     o_m = m + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
-    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :] * stride_qd
+    o_t = tl.arange(0, BM)
+    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, stride_qd, ALIGN)
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
-    p_k = k + i_b * stride_kb + i_h * stride_kh
-    p_v = v + i_b * stride_vb + i_h * stride_vh
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN)
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -124,14 +132,14 @@ def _forward_kernel(
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_acc, b_l, b_m = _attend(
         b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_acc, b_l, b_m = _attend(
         b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_o = b_acc * (kept_scale / b_l)[:, None]
-    p_o = o + i_b * stride_ob + i_h * stride_oh + o_m.to(tl.int64)[:, None] * stride_ot + o_d[None, :] * stride_od
+    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, stride_od, ALIGN)
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q)
     tl.store(lse + i_bh.to(tl.int64) * T + o_m, b_m + tl.log2(b_l), mask=o_m < T)
 
@@ -139,18 +147,19 @@ def _forward_kernel(
 @triton.jit
 def _delta_kernel(
     o, do, delta, H, T, stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta[b, h, t] = Σ_d o · do."""
     blocks = tl.cdiv(T, BM)
     i_bh = tl.program_id(0) // blocks
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    o_m = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
+    m = tl.program_id(0) % blocks * BM
+    o_t, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    o_m = m + o_t
     mask = (o_m < T)[:, None] & (o_d < D)[None, :]
-    o_t = o_m.to(tl.int64)[:, None]
-    b_o = tl.load(o + i_b * stride_ob + i_h * stride_oh + o_t * stride_ot + o_d[None, :] * stride_od, mask, 0.0)
-    b_do = tl.load(do + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt + o_d[None, :] * stride_gd, mask, 0.0)
+    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, stride_od, ALIGN)
+    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, stride_gd, ALIGN)
+    b_o, b_do = tl.load(p_o, mask=mask, other=0.0), tl.load(p_do, mask=mask, other=0.0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
     tl.store(delta + i_bh.to(tl.int64) * T + o_m, b_delta, mask=o_m < T)
 
@@ -160,20 +169,19 @@ def _fold_queries(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, seed, i_bh, o_n, n, begin, end, n_unmasked, threshold, kept_scale,
     T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries [begin, end) give to dK and dV of one key block; tiles are keys by queries."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     o_tile = tl.arange(0, BM)
-    o_q = o_tile[:, None] * stride_qt + o_d[None, :] * stride_qd  # [BM, BD]
-    o_g = o_tile[:, None] * stride_gt + o_d[None, :] * stride_gd
     for m in range(begin, end, BM):
         o_m = m + o_tile
         m_m = o_m < T
         # Queries past the end load zeros, and so add nothing to either product.
         m_q = m_m[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + tl.cast(m, tl.int64) * stride_qt + o_q, mask=m_q, other=0.0)
-        b_do = tl.load(p_do + tl.cast(m, tl.int64) * stride_gt + o_g, mask=m_q, other=0.0)
+        b_q = tl.load(p_q + _tile(m, o_tile, o_d, stride_qt, stride_qd, ALIGN), mask=m_q, other=0.0)  # [BM, BD]
+        b_do = tl.load(p_do + _tile(m, o_tile, o_d, stride_gt, stride_gd, ALIGN), mask=m_q, other=0.0)
         b_lse = tl.load(p_lse + o_m, m_m, 0.0)
         b_delta = tl.load(p_delta + o_m, m_m, 0.0)
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BN, BM], tl.float32), PRECISION)  # [BN, BM]
@@ -199,20 +207,20 @@ def _key_gradient_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_dkb, stride_dkh, stride_dkt, stride_dkd, stride_dvb, stride_dvh, stride_dvt, stride_dvd,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BN)
     i_bh = tl.program_id(0) // blocks
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     n = tl.program_id(0) % blocks * BN  # the first keys are seen by the most queries
-    o_n = n + tl.arange(0, BN)
-    o_d = tl.arange(0, BD)
+    o_t, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    o_n = n + o_t
     m_kv = (o_n < T)[:, None] & (o_d < D)[None, :]
-    o_t = o_n.to(tl.int64)[:, None]
-    b_k = tl.load(k + i_b * stride_kb + i_h * stride_kh + o_t * stride_kt + o_d[None, :] * stride_kd, m_kv, 0.0)
-    b_v = tl.load(v + i_b * stride_vb + i_h * stride_vh + o_t * stride_vt + o_d[None, :] * stride_vd, m_kv, 0.0)
-    p_q = q + i_b * stride_qb + i_h * stride_qh
-    p_do = do + i_b * stride_gb + i_h * stride_gh
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN) + _tile(n, o_t, o_d, stride_kt, stride_kd, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN) + _tile(n, o_t, o_d, stride_vt, stride_vd, ALIGN)
+    b_k, b_v = tl.load(p_k, mask=m_kv, other=0.0), tl.load(p_v, mask=m_kv, other=0.0)  # [BN, BD]
+    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN)
+    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN)
     p_lse, p_delta = lse + i_bh.to(tl.int64) * T, delta + i_bh.to(tl.int64) * T
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
@@ -224,13 +232,15 @@ def _key_gradient_kernel(
     b_dk, b_dv = _fold_queries(
         b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, begin, full, n_unmasked, threshold,
         kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+        ALIGN,
     )  # fmt: skip
     b_dk, b_dv = _fold_queries(
         b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, full, T, n_unmasked, threshold,
         kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+        ALIGN,
     )  # fmt: skip
-    p_dk = dk + i_b * stride_dkb + i_h * stride_dkh + o_t * stride_dkt + o_d[None, :] * stride_dkd
-    p_dv = dv + i_b * stride_dvb + i_h * stride_dvh + o_t * stride_dvt + o_d[None, :] * stride_dvd
+    p_dk = dk + _head(i_b, i_h, stride_dkb, stride_dkh, ALIGN) + _tile(n, o_t, o_d, stride_dkt, stride_dkd, ALIGN)
+    p_dv = dv + _head(i_b, i_h, stride_dvb, stride_dvh, ALIGN) + _tile(n, o_t, o_d, stride_dvt, stride_dvd, ALIGN)
     tl.store(p_dk, (b_dk * grad_scale).to(dk.dtype.element_ty), mask=m_kv)
     tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_kv)
 
@@ -240,18 +250,17 @@ def _fold_keys(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, kept_scale, T,
     stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [begin, end) give to dQ of one query block."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     o_tile = tl.arange(0, BN)
-    o_k = o_tile[:, None] * stride_kt + o_d[None, :] * stride_kd  # [BN, BD]
-    o_v = o_tile[:, None] * stride_vt + o_d[None, :] * stride_vd
     for n in range(begin, end, BN):
         o_n = n + o_tile
         m_kv = (o_n < T)[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + tl.cast(n, tl.int64) * stride_kt + o_k, mask=m_kv, other=0.0)
-        b_v = tl.load(p_v + tl.cast(n, tl.int64) * stride_vt + o_v, mask=m_kv, other=0.0)
+        b_k = tl.load(p_k + _tile(n, o_tile, o_d, stride_kt, stride_kd, ALIGN), mask=m_kv, other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + _tile(n, o_tile, o_d, stride_vt, stride_vd, ALIGN), mask=m_kv, other=0.0)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         if MASKED:
@@ -271,65 +280,76 @@ def _query_gradient_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BM)
     i_bh = tl.program_id(0) // blocks
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     m = (blocks - 1 - tl.program_id(0) % blocks) * BM
-    o_m = m + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
+    o_t, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    o_m = m + o_t
     m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
-    o_t = o_m.to(tl.int64)[:, None]
-    b_q = tl.load(q + i_b * stride_qb + i_h * stride_qh + o_t * stride_qt + o_d[None, :] * stride_qd, m_q, 0.0)
-    b_do = tl.load(do + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt + o_d[None, :] * stride_gd, m_q, 0.0)
+    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, stride_qd, ALIGN)
+    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, stride_gd, ALIGN)
+    b_q, b_do = tl.load(p_q, mask=m_q, other=0.0), tl.load(p_do, mask=m_q, other=0.0)  # [BM, BD]
     b_lse = tl.load(lse + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
     b_delta = tl.load(delta + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
-    p_k = k + i_b * stride_kb + i_h * stride_kh
-    p_v = v + i_b * stride_vb + i_h * stride_vh
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN)
     b_dq = tl.zeros([BM, BD], tl.float32)
     b_seed = tl.load(seed) if DROPOUT else 0
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_dq = _fold_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, kept_scale, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_dq = _fold_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, kept_scale, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
+        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
-    p_dq = dq + i_b * stride_dqb + i_h * stride_dqh + o_t * stride_dqt + o_d[None, :] * stride_dqd
+    p_dq = dq + _head(i_b, i_h, stride_dqb, stride_dqh, ALIGN) + _tile(m, o_t, o_d, stride_dqt, stride_dqd, ALIGN)
     tl.store(p_dq, (b_dq * grad_scale).to(dq.dtype.element_ty), mask=m_q)
 
 
-def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool) -> list[triton.Config]:
-    """The tilings that are tried, the safest first; ``width`` is the padded head width. None of them spills."""
+@functools.cache
+def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: int) -> list[triton.Config]:
+    """The tilings that are tried for ``width``, the padded head width, on compute capability ``major``, safest first.
+
+    Those that the compiler would spill registers for are left out; asynchronous matrix units, from 9 on, save some.
+    """
+    wide = width > 64
     if dtype == torch.float32:  # exact products run on the plain cores, from registers
-        wide, narrow = {
-            "forward": ([(32, 16, 4, 2)], [(32, 32, 4, 2), (64, 32, 8, 2)]),
-            "keys": ([(16, 32, 8, 2), (32, 32, 8, 2)], [(32, 32, 8, 2), (16, 32, 4, 2)]),
-            "queries": ([(32, 32, 4, 2)], [(32, 32, 4, 2), (64, 32, 8, 2)]),
+        tiles = {
+            "forward": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
+            "keys": [(16, 32, 8, 2), (32, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
+            "queries": [(32, 32, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
         }[kernel]
     else:
-        large = (128, 64, 8, 3) if dropout else (128, 128, 8, 2)
-        wide, narrow = {
-            "forward": (
-                [(64, 64, 4, 3), (128, 64, 8, 3), large],
-                [(64, 64, 4, 3), (128, 64, 8 if dropout else 4, 3), large],
-            ),
-            "keys": ([(32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)], [(64, 64, 4, 2), (64, 128, 8, 2)]),
-            "queries": ([(64, 64, 4, 2), (128, 64, 8, 2)], [(64, 64, 4, 2), (128, 64, 8, 2)]),
+        tiles = {
+            "forward": [(64, 32 if wide else 64, 4, 3), (128, 64, 8, 3)],
+            "keys": [(32, 64, 4, 2), (64, 64, 8, 2)],
+            "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 64, 8, 2)],
         }[kernel]
-    tiles = dict.fromkeys(wide if width > 64 else narrow)
+        if major >= 9 and not dropout:
+            tiles += {
+                "forward": [(64, 64, 4, 3)] if wide else [(128, 64, 4, 3), (128, 128, 8, 2)],
+                "keys": [(32, 128, 8, 2)] if wide else [(64, 64, 4, 2), (64, 128, 8, 2)],
+                "queries": [],
+            }[kernel]
+        if major == 9 and not dropout and wide and kernel == "forward":
+            tiles.append((128, 128, 8, 2))
     return [triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages) for bm, bn, warps, stages in tiles]
 
 
-def _strides(**tensors: torch.Tensor) -> dict[str, int]:
-    return {
-        f"stride_{name}{axis}": step
-        for name, tensor in tensors.items()
-        for axis, step in zip("bhtd", tensor.stride(), strict=True)
-    }
+def _layout(**tensors: torch.Tensor) -> dict[str, int]:
+    """Strides of the tensors, and the power of two up to 16 that divides those between heads and positions."""
+    arguments, align = {}, 16
+    for name, tensor in tensors.items():
+        for axis, size, step in zip("bhtd", tensor.shape, tensor.stride(), strict=True):
+            arguments[f"stride_{name}{axis}"] = step
+            if axis != "d" and size > 1:
+                align = math.gcd(align, step)
+    return arguments | {"ALIGN": align}
 
 
 def _shared(q: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float) -> dict:
@@ -364,7 +384,7 @@ def _launch_over_blocks(kernel, name: str, block: str, q: torch.Tensor, argument
     launch(
         kernel,
         lambda meta: (batch * heads * triton.cdiv(length, meta[block]),),
-        _configs(name, arguments["BD"], q.dtype, arguments["DROPOUT"]),
+        _configs(name, arguments["BD"], q.dtype, arguments["DROPOUT"], capability(q.device)[0]),
         _key(q, arguments),
         arguments,
     )
@@ -384,7 +404,7 @@ def _forward(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed}
-    arguments |= _shared(q, n_unmasked, dropout_p, scale) | _strides(q=q, k=k, v=v, o=out)
+    arguments |= _shared(q, n_unmasked, dropout_p, scale) | _layout(q=q, k=k, v=v, o=out)
     _launch_over_blocks(_forward_kernel, "forward", "BM", q, arguments)
     return out, lse
 
@@ -419,13 +439,15 @@ def _backward(
         (),
         {"o": out, "do": grad, "delta": delta, "H": heads, "T": length, "D": width}
         | {"BD": shared["BD"]}
-        | _strides(o=out, g=grad),
+        | _layout(o=out, g=grad),
     )
     inputs = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": delta, "seed": seed, "grad_scale": scale}
-    inputs |= shared | _strides(q=q, k=k, v=v, g=grad)
-    keys = inputs | {"dk": dk, "dv": dv} | _strides(dk=dk, dv=dv)
+    inputs |= shared
+    common = {"q": q, "k": k, "v": v, "g": grad}
+    keys = inputs | {"dk": dk, "dv": dv} | _layout(**common, dk=dk, dv=dv)
     _launch_over_blocks(_key_gradient_kernel, "keys", "BN", q, keys)
-    _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, inputs | {"dq": dq} | _strides(dq=dq))
+    queries = inputs | {"dq": dq} | _layout(**common, dq=dq)
+    _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, queries)
     return dq, dk, dv
 
 
@@ -454,7 +476,7 @@ def causal_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of (B, H, T, D) tensors of one dtype of `DTYPES`, D at most `MAX_WIDTH`; returns the like of q.
+    """Attention of (B, H, T, D) tensors, all float16, bfloat16 or float32, with D at most 128; returns the like of q.
 
     Any strides, any T. The dropout seed comes from torch's generator of the device, without waiting for it, so the
     call can be captured in a CUDA graph. float32 products are exact unless torch's may use tf32.

@@ -42,14 +42,15 @@ def launch(
 
     ``grid`` gets the meta-parameters of the configuration. The kernel must not read what it writes, because tuning runs
     it many times. The choice is kept on disk for each kind of device. While a CUDA graph is captured nothing can be
-    timed, so an unknown key then takes the first configuration, which must fit every device that we support.
+    timed, so an unknown key then takes the first configuration, which must fit every device that we support. The
+    configurations must follow from the key and the device.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     if INTERPRETED:
         _run(kernel, grid, configs[0], arguments)
         return
     with torch.cuda.device(tensor.device):
-        config = configs[0] if len(configs) == 1 else _choose(kernel, grid, tuple(configs), key, arguments)
+        config = configs[0] if len(configs) == 1 else _choose(kernel, grid, configs, key, arguments)
         _run(kernel, grid, config, arguments)
 
 
@@ -63,14 +64,15 @@ _choices: dict[tuple, triton.Config] = {}
 
 
 def _choose(
-    kernel: Any, grid: Callable, configs: tuple[triton.Config, ...], key: tuple, arguments: dict[str, Any]
+    kernel: Any, grid: Callable, configs: Sequence[triton.Config], key: tuple, arguments: dict[str, Any]
 ) -> triton.Config:
-    full_key = (kernel.cache_key, torch.cuda.get_device_name(), triton.__version__, *map(str, configs), *key)
-    if full_key in _choices:
-        return _choices[full_key]
+    here = (kernel, torch.cuda.current_device(), key)
+    if here in _choices:
+        return _choices[here]
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
-    cache = get_cache_manager(hashlib.sha256(repr(full_key).encode()).hexdigest())
+    identity = (kernel.cache_key, torch.cuda.get_device_name(), triton.__version__, *map(str, configs), *key)
+    cache = get_cache_manager(hashlib.sha256(repr(identity).encode()).hexdigest())
     name = f"{kernel.__name__}.choice.json"
     path = cache.get_file(name)
     if path is not None:
@@ -79,13 +81,9 @@ def _choose(
     else:
         times = [_milliseconds(kernel, grid, config, arguments) for config in configs]
         best = min(range(len(configs)), key=times.__getitem__)
-        record = {
-            "best": best,
-            "key": repr(key),
-            "milliseconds": {str(c): t for c, t in zip(configs, times, strict=True)},
-        }
+        record = {"best": best, "key": repr(key), "milliseconds": dict(zip(map(str, configs), times, strict=True))}
         cache.put(json.dumps(record), name, binary=False)
-    _choices[full_key] = configs[best]
+    _choices[here] = configs[best]
     return configs[best]
 
 
@@ -106,7 +104,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter's is the oldest, whose tilings are the smallest."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
 def float32_precision() -> str:
     """The precision of float32 dot products: exact, unless torch's own matrix products may use tf32."""
-    exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32"
+    matmul = torch.backends.cuda.matmul
+    # Where torch has the first, the second raises once anybody has set the first.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"

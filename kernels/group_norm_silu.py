@@ -18,7 +18,6 @@ import triton.language as tl
 
 from .common import launch, multiprocessors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WHOLE_GROUP = 8192  # elements that one program holds in registers
 _TILE = 4096
 _MAX_PIECES = 64
@@ -41,25 +40,24 @@ def _through_activation(b_grad, b_y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _group_tile(C, S, G, stride_n, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr):
+def _group_tile(C, S, CG: tl.constexpr, stride_n, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr):
     """Of this program's whole group: image, group, channels [BC], offsets and mask [BC, BS]."""
-    size = C // G
-    n, g = tl.program_id(0) // G, tl.program_id(0) % G
+    n, g = tl.program_id(0) // (C // CG), tl.program_id(0) % (C // CG)
     o_c, o_s = tl.arange(0, BC), tl.arange(0, BS)
-    mask = (o_c < size)[:, None] & (o_s < S)[None, :]
-    channel = g * size + o_c
+    mask = (o_c < CG)[:, None] & (o_s < S)[None, :]
+    channel = g * CG + o_c  # CG is a constant, so that the compiler sees how far channels are aligned
     offset = n.to(tl.int64) * stride_n + channel.to(tl.int64)[:, None] * stride_c + o_s[None, :] * stride_s
-    return n, tl.where(o_c < size, channel, 0), o_c < size, offset, mask
+    return n, tl.where(o_c < CG, channel, 0), o_c < CG, offset, mask
 
 
 @triton.jit
 def _whole_forward_kernel(
-    x, weight, bias, out, mean, rstd, C, S, G, eps, stride_n, stride_c, stride_s,
-    SILU: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    x, weight, bias, out, mean, rstd, C, S, eps, stride_n, stride_c, stride_s,
+    SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    n, o_c, m_c, offset, mask = _group_tile(C, S, G, stride_n, stride_c, stride_s, BC, BS)
+    _, o_c, m_c, offset, mask = _group_tile(C, S, CG, stride_n, stride_c, stride_s, BC, BS)
     b_x = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # [BC, BS]
-    count = 1.0 * (C // G) * S
+    count = 1.0 * CG * S
     b_mean = tl.sum(tl.sum(b_x, 1), 0) / count
     b_x = tl.where(mask, b_x - b_mean, 0.0)
     b_rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(b_x * b_x, 1), 0) / count + eps)
@@ -73,11 +71,11 @@ def _whole_forward_kernel(
 
 @triton.jit
 def _whole_backward_kernel(
-    x, grad, weight, bias, mean, rstd, dx, scaled, plain, C, S, G, stride_n, stride_c, stride_s,
-    SILU: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    x, grad, weight, bias, mean, rstd, dx, scaled, plain, C, S, stride_n, stride_c, stride_s,
+    SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """dx, and for each image and channel ``scaled`` Σ g x̂ and ``plain`` Σ g."""
-    n, o_c, m_c, offset, mask = _group_tile(C, S, G, stride_n, stride_c, stride_s, BC, BS)
+    n, o_c, m_c, offset, mask = _group_tile(C, S, CG, stride_n, stride_c, stride_s, BC, BS)
     b_mean, b_rstd = tl.load(mean + tl.program_id(0)), tl.load(rstd + tl.program_id(0))
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
     b_b = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
@@ -87,7 +85,7 @@ def _whole_backward_kernel(
     tl.store(scaled + n * C + o_c, tl.sum(b_grad * b_x, 1), mask=m_c)
     tl.store(plain + n * C + o_c, tl.sum(b_grad, 1), mask=m_c)
     b_grad *= b_w
-    count = 1.0 * (C // G) * S
+    count = 1.0 * CG * S
     b_scaled = tl.sum(tl.sum(b_grad * b_x, 1), 0) / count
     b_plain = tl.sum(tl.sum(b_grad, 1), 0) / count
     b_dx = b_rstd * (b_grad - b_plain - b_x * b_scaled)
@@ -135,23 +133,22 @@ def _moments_kernel(
 
 
 @triton.jit
-def _piece_sums(C, S, G, span, pieces, BP: tl.constexpr, BC: tl.constexpr):
+def _piece_sums(C, S, CG: tl.constexpr, span, pieces, BP: tl.constexpr, BC: tl.constexpr):
     """Of this program's group: channels [BC], their mask, offsets and mask [BP, BC] of its sums, lengths [BP, 1]."""
-    size = C // G
-    n, g = tl.program_id(0) // G, tl.program_id(0) % G
+    n, g = tl.program_id(0) // (C // CG), tl.program_id(0) % (C // CG)
     o_p, o_c = tl.arange(0, BP), tl.arange(0, BC)
-    mask = (o_p < pieces)[:, None] & (o_c < size)[None, :]
-    offset = (n * pieces + o_p).to(tl.int64)[:, None] * C + (g * size + o_c)[None, :]
+    mask = (o_p < pieces)[:, None] & (o_c < CG)[None, :]
+    offset = (n * pieces + o_p).to(tl.int64)[:, None] * C + (g * CG + o_c)[None, :]
     length = tl.maximum(tl.minimum(S - o_p * span, span), 0).to(tl.float32)[:, None]
-    return n, g * size + o_c, o_c < size, offset, mask, length
+    return n, g * CG + o_c, o_c < CG, offset, mask, length
 
 
 @triton.jit
 def _combine_moments_kernel(
-    piece_mean, piece_spread, mean, rstd, C, S, G, span, pieces, eps, BP: tl.constexpr, BC: tl.constexpr,
+    piece_mean, piece_spread, mean, rstd, C, S, span, pieces, eps, CG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    n, o_c, m_c, offset, mask, length = _piece_sums(C, S, G, span, pieces, BP, BC)
-    count = 1.0 * (C // G) * S
+    _, _, _, offset, mask, length = _piece_sums(C, S, CG, span, pieces, BP, BC)
+    count = 1.0 * CG * S
     b_mean = tl.load(piece_mean + offset, mask=mask, other=0.0)  # [BP, BC]
     b_all = tl.sum(tl.sum(b_mean * length, 1), 0) / count
     b_difference = tl.where(mask, b_mean - b_all, 0.0)
@@ -162,14 +159,14 @@ def _combine_moments_kernel(
 
 @triton.jit
 def _gradient_sums_kernel(
-    x, grad, weight, bias, mean, rstd, scaled, plain, C, S, G, span, pieces, stride_n, stride_c, stride_s,
-    SILU: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    x, grad, weight, bias, mean, rstd, scaled, plain, C, S, span, pieces, stride_n, stride_c, stride_s,
+    SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Of each image, piece and channel: ``scaled`` Σ g x̂ and ``plain`` Σ g."""
     n, o_c, m_c, i_piece, o_x = _piece(C, pieces, stride_n, stride_c, BC)
     begin = i_piece * span
     end = tl.minimum(begin + span, S)
-    i_group = n * G + o_c // (C // G)
+    i_group = n * (C // CG) + o_c // CG
     b_mean = tl.load(mean + i_group, mask=m_c, other=0.0)[:, None]
     b_rstd = tl.load(rstd + i_group, mask=m_c, other=0.0)[:, None]
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
@@ -192,25 +189,25 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _combine_gradients_kernel(
-    piece_scaled, piece_plain, weight, scaled, plain, group_scaled, group_plain, C, S, G, span, pieces,
-    BP: tl.constexpr, BC: tl.constexpr,
+    piece_scaled, piece_plain, weight, scaled, plain, group_scaled, group_plain, C, S, span, pieces,
+    CG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The sums of each image and channel, and the group's means of g w x̂ and g w."""
-    n, o_c, m_c, offset, mask, _ = _piece_sums(C, S, G, span, pieces, BP, BC)
+    n, o_c, m_c, offset, mask, _ = _piece_sums(C, S, CG, span, pieces, BP, BC)
     b_scaled = tl.sum(tl.load(piece_scaled + offset, mask=mask, other=0.0), 0)  # [BC]
     b_plain = tl.sum(tl.load(piece_plain + offset, mask=mask, other=0.0), 0)
     tl.store(scaled + n * C + o_c, b_scaled, mask=m_c)
     tl.store(plain + n * C + o_c, b_plain, mask=m_c)
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-    count = 1.0 * (C // G) * S
+    count = 1.0 * CG * S
     tl.store(group_scaled + tl.program_id(0), tl.sum(b_scaled * b_w, 0) / count)
     tl.store(group_plain + tl.program_id(0), tl.sum(b_plain * b_w, 0) / count)
 
 
 @triton.jit
 def _elementwise_kernel(
-    x, grad, weight, bias, mean, rstd, group_scaled, group_plain, out, C, S, G, tiles, stride_n, stride_c, stride_s,
-    BACKWARD: tl.constexpr, SILU: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    x, grad, weight, bias, mean, rstd, group_scaled, group_plain, out, C, S, tiles, stride_n, stride_c, stride_s,
+    BACKWARD: tl.constexpr, SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """The output from x and the statistics, or BACKWARD dx from those, grad and the group's means."""
     n, o_c, m_c, i_tile, o_x = _piece(C, tiles, stride_n, stride_c, BC)
@@ -218,7 +215,7 @@ def _elementwise_kernel(
     o_s = (tiles - 1 - i_tile) * BS + tl.arange(0, BS)
     mask = m_c[:, None] & (o_s < S)[None, :]
     offset = o_x + o_s.to(tl.int64)[None, :] * stride_s
-    i_group = n * G + o_c // (C // G)
+    i_group = n * (C // CG) + o_c // CG
     b_mean = tl.load(mean + i_group, mask=m_c, other=0.0)[:, None]
     b_rstd = tl.load(rstd + i_group, mask=m_c, other=0.0)[:, None]
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
@@ -242,13 +239,15 @@ class _Plan:
         self.images, channels, height, width = x.shape
         positions, size = height * width, channels // groups
         self.channels_last = x.stride(1) == 1 and positions > 1
-        self.shape = {"C": channels, "S": positions, "G": groups}
+        self.shape = {"C": channels, "S": positions}
+        self.size = size
+        self.groups = self.images * groups
         # Of a dense tensor, positions have one stride: that of the width, or of the height where the width is 1.
         self.strides = {"stride_n": channels * positions, "stride_c": 1, "stride_s": channels}
         if not self.channels_last:
             self.strides = {"stride_n": channels * positions, "stride_c": positions, "stride_s": 1}
         power = triton.next_power_of_2
-        self.group_tile = {"BC": power(size), "BS": power(positions)}
+        self.group_tile = {"CG": size, "BC": power(size), "BS": power(positions)}
         self.fits = power(size) * power(positions) <= _WHOLE_GROUP
         if self.channels_last:
             block_c = min(power(channels), 128)
@@ -262,11 +261,11 @@ class _Plan:
         span = triton.cdiv(self.tiles, min(wanted, _MAX_PIECES, self.tiles)) * self.tile["BS"]
         self.pieces = triton.cdiv(positions, span)
         self.cut = {"span": span, "pieces": self.pieces}
-        self.piece_tile = {"BP": power(self.pieces), "BC": power(size)}
+        self.piece_tile = {"CG": size, "BP": power(self.pieces), "BC": power(size)}
 
     def whole(self, kernel, **arguments) -> None:
         """One program for each group, which it holds."""
-        self._launch(kernel, self.images * self.shape["G"], 4, arguments | self.strides | self.group_tile)
+        self._launch(kernel, self.groups, 4, arguments | self.strides | self.group_tile)
 
     def over_pieces(self, kernel, **arguments) -> None:
         """One program for each image, block of channels and piece of the positions."""
@@ -274,11 +273,16 @@ class _Plan:
 
     def over_groups(self, kernel, **arguments) -> None:
         """One program for each group, which combines its pieces."""
-        self._launch(kernel, self.images * self.shape["G"], 2, arguments | self.cut | self.piece_tile)
+        self._launch(kernel, self.groups, 2, arguments | self.cut | self.piece_tile)
 
     def over_tiles(self, kernel, **arguments) -> None:
         """One program for each tile."""
-        self._launch(kernel, self.blocks * self.tiles, 4, arguments | {"tiles": self.tiles} | self.strides | self.tile)
+        self._launch(
+            kernel,
+            self.blocks * self.tiles,
+            4,
+            arguments | {"tiles": self.tiles, "CG": self.size} | self.strides | self.tile,
+        )
 
     def _launch(self, kernel, programs: int, warps: int, arguments: dict) -> None:
         config = triton.Config({}, num_warps=warps, num_stages=2)
@@ -342,7 +346,7 @@ def _backward(
     else:
         pieces = [x.new_empty(x.shape[0], plan.pieces, x.shape[1], dtype=torch.float32) for _ in range(2)]
         means = {name: torch.empty_like(mean) for name in ("group_scaled", "group_plain")}
-        plan.over_pieces(_gradient_sums_kernel, scaled=pieces[0], plain=pieces[1], **inputs)
+        plan.over_pieces(_gradient_sums_kernel, scaled=pieces[0], plain=pieces[1], CG=plan.size, **inputs)
         plan.over_groups(
             _combine_gradients_kernel,
             piece_scaled=pieces[0],
@@ -381,7 +385,7 @@ def group_norm_silu(
     eps: float = 1e-6,
     silu: bool = True,
 ) -> torch.Tensor:
-    """x (N, C, H, W) of `DTYPES`, contiguous or channels-last and kept so; weight and bias (C,) of any floating dtype.
+    """x (N, C, H, W) in float16, bfloat16 or float32, kept contiguous or channels-last; weight and bias (C,), floating.
 
     Returns the type of x also where the weights are wider, as mixed-precision training wants it. C divides by groups.
     """

@@ -4,14 +4,15 @@ Exact at the price of a fast scan. The scan ranks codes by ``|c|²/2 - z·c``, b
 which removes a common offset. Each float32 factor is split into two bfloat16 ones, ``x = hi + lo``, and the product is
 ``hi·hi + hi·lo + lo·hi`` on the matrix units. A score then errs by at most
 
-    e = ((D + 8) 2⁻²² + 2⁻¹⁴) (|z| max|c| + max|c|²) + (D + 8) 2⁻¹²⁴
+    e = (D + 8) 2⁻²¹ (|z| max|c| + max|c|²) + 2⁻¹⁴ |z| max|c| + (D + 8) 2⁻¹²⁴
 
-2⁻¹⁴ bounds what splitting drops even where conversion truncates, 2⁻²² a step of the matrix units' float32 sums, which
-may truncate too (Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores), and the last term underflow; centring and
-the norms are in the 8. A code that scores 2 e above the best is farther in truth. The scan keeps the best two codes and
-the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near, or a score may
-have overflowed, the row is searched again in float64. So near-duplicate codes and large offsets cost time, never
-exactness. Nothing of size N x K is ever held: the scratch is the split inputs, as large as the inputs themselves.
+2⁻²¹ bounds the steps of three float32 sums on matrix units that truncate (Fasi et al. 2021, Numerical behavior of
+NVIDIA tensor cores), centring and the norms being in the 8; 2⁻¹⁴ what splitting drops, even where conversion
+truncates; the last term underflow. A code that scores 2 e above the best is farther in truth. The scan keeps the best
+two codes and the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near,
+or float32 may have overflowed or vanished, the row is searched again in float64. So near-duplicate codes and large
+offsets cost time, never exactness. Nothing of size N x K is ever held: the scratch is the split inputs, as large as
+the inputs themselves.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from .common import dot, launch
 
 _UNIQUE = tl.constexpr(-1)  # no other code may be the nearest
 _MANY = tl.constexpr(-2)  # more than two may be
-
-_SPLIT_DTYPE = torch.bfloat16
 
 
 @triton.jit
@@ -107,8 +106,9 @@ def _scan_kernel(
         second, i_second = tl.where(better, other, loser), tl.where(better, i_other, i_loser)
     b_z_norm = tl.load(z_norm + o_m, mask=m_m, other=0.0)
     max_norm = tl.max(largest, 0)
-    size = tl.sqrt(b_z_norm) * tl.sqrt(max_norm) + max_norm
-    margin = 2.0 * ((D + 8) * 2.0**-22 + 2.0**-14) * size + (D + 8) * 2.0**-123
+    product = tl.sqrt(b_z_norm) * tl.sqrt(max_norm)
+    size = tl.where(max_norm > 1e-30, product + max_norm, inf)
+    margin = (D + 8) * (2.0**-20 * size + 2.0**-123) + 2.0**-13 * product  # 2 e
     limit = tl.where(size < 1e37, best + margin, inf)
     # Written so that NaN, from an overflow, counts as near.
     b_rival = tl.where(second > limit, _UNIQUE, i_second)
@@ -136,7 +136,7 @@ def _settle_kernel(
     stride_qb, stride_qs, stride_qd, D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Decide what the scan left open, in float64; FUSED: gather the codes, their distances and how often each is used."""
+    """Decide what the scan left open, in float64; FUSED: gather codes, distances and how often each is used."""
     first = tl.program_id(0) * BR
     o_r = first + tl.arange(0, BR)
     m_r = o_r < N
@@ -218,7 +218,7 @@ def _split(x: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     width = x.shape[1]
     block = _block(width)
     padded = triton.cdiv(width, block) * block
-    hi, lo = (torch.empty(rows, padded, dtype=_SPLIT_DTYPE, device=x.device) for _ in range(2))
+    hi, lo = (torch.empty(rows, padded, dtype=torch.bfloat16, device=x.device) for _ in range(2))
     norm = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch(
         _split_kernel,

@@ -234,13 +234,17 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 @torch.no_grad()
 def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
-    """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens ``cond``."""
+    """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c).
+
+    One image may stand for all B, which is then encoded once.
+    """
     from tamingfast.sampling.canvas import Canvas
 
     stage = model.first_stage_model
     grid_size(model, *x.shape[2:])
     quant, _, (_, _, indices) = stage.encode(x)
-    return Canvas.of(indices.view(len(x), *quant.shape[2:]), cond)
+    tokens = indices.view(len(x), *quant.shape[2:])
+    return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
 @torch.no_grad()

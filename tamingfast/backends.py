@@ -127,7 +127,7 @@ def _triton() -> Availability:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, for tests: on CPU tensors, slowly, and only when asked for."""
+    """Whether Triton kernels run in Triton's interpreter, for tests: on CPU tensors and only when asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

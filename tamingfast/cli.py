@@ -207,8 +207,8 @@ def _drawing_options() -> argparse.ArgumentParser:
         ),
         ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
         ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
-        ("--backend", {"default": "auto", "help": "auto, torch or naive"}),
-        ("--dtype", {"help": "weights while drawing: float32, bfloat16 or float16; default: as stored"}),
+        ("--backend", {"default": "auto", "help": "auto, native, torch or naive"}),
+        ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
     )
 
 
@@ -368,7 +368,7 @@ def _opened(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
         parts = (canvas.tokens, canvas.pending, canvas.cond)
         count = max(count, len(canvas.tokens))
         return Canvas(*(part.expand(count, *part.shape[1:]) for part in parts), model=canvas.model), None
-    photo = apply.read_photo(arguments.photo).expand(count, -1, -1, -1).to(model.device)
+    photo = apply.read_photo(arguments.photo).to(model.device)
     return apply.photo_canvas(model, photo, apply.conditions(model, count, arguments.label)), photo.cpu()
 
 
@@ -406,7 +406,10 @@ def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]
 
 
 def _canvas_file(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(CANVAS)
+    out = Path(arguments.out)
+    if out.is_dir():  # said before anything is drawn
+        raise UserError(f"{out} is a directory; give the name of a file to write")
+    return Path(arguments.canvas) if arguments.canvas else out.with_suffix(CANVAS)
 
 
 def _drawn(arguments: argparse.Namespace) -> None:

@@ -199,7 +199,7 @@ def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iter
         engine = GPTEngine(gpt, dtype)
     room = engine.info()
     if room["slots"] < slots or room["capacity"] < length:
-        engine.reserve(slots, length)
+        engine.reserve(max(slots, 1), length)
     for slot in range(slots):
         engine.truncate(slot, 0)
     try:

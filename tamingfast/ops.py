@@ -1,8 +1,9 @@
 """One function per op: checks the arguments, chooses Triton, native or reference, and runs it.
 
-The choice goes by device and dtype: Triton for what is on a GPU, native code or torch for the rest. A backend that the user asked for (:mod:`tamingfast.backends`) and that cannot
-run the call raises RuntimeError with the reason; the automatic choice falls back and logs the reason once. Wrong
-shapes and dtypes raise ValueError or TypeError that name the argument.
+The choice goes by device and dtype: Triton for what is on a GPU, native code or torch for the rest. A backend that the
+user asked for (:mod:`tamingfast.backends`) and that cannot run the call raises RuntimeError with the reason; the
+automatic choice falls back and logs the reason once. Wrong shapes and dtypes raise ValueError or TypeError that name
+the argument.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def quantize(
 
     z: (B, D, *) or (N, D), codebook: (K, D), any floating dtypes and strides. Returns ``(z_q, indices, to_codes,
     to_latents, counts)``: the codes in the shape of z, whose gradient goes straight through to z; int64 (N,) over the
-    vectors in the order (B, *), exact as in `nearest_code`; the mean of ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``, one
-    value whose gradient is that of z, then that of the codebook; how often each code was chosen, int64 (K,).
+    vectors in the order (B, *), exact as in `nearest_code`; the mean of ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``,
+    one value whose gradient is that of z, then that of the codebook; how often each code was chosen, int64 (K,).
     Definition: :func:`tamingfast.reference.quantize`.
     """
     _check_codes(z, codebook)

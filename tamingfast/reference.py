@@ -74,9 +74,10 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 def quantize(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """Vectors replaced by their nearest codes, and what trains both (van den Oord et al. 2017, eq. 2 and 3).
 
-    z: (B, D, *) or (N, D), codebook: (K, D). Returns ``(z_q, indices, to_codes, to_latents, counts)``: the codes in the
-    shape and layout of z, with the gradient of z (straight-through); int64 (N,), of z's vectors in the order (B, *); the mean of
-    ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``, in float32 at least; how often each code was chosen, int64 (K,).
+    z: (B, D, *) or (N, D), codebook: (K, D). Returns ``(z_q, indices, to_codes, to_latents, counts)``: the codes in
+    the shape and layout of z, with the gradient of z (straight-through); int64 (N,), of z's vectors in the order
+    (B, *); the mean of ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``, in float32 at least; how often each code was
+    chosen, int64 (K,).
     Given ``indices``, it does not search.
     """
     latents = z.movedim(1, -1)

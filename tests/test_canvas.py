@@ -201,7 +201,7 @@ from test_sampler import tiny_gpt, tokens
 torch.set_num_threads(1)
 gpt = tiny_gpt()
 gpt.head.register_forward_hook(lambda *call: time.sleep(0.03))
-Canvas.blank(tokens(2, 3), 20, 24, **{settings}).sample(gpt, path=sys.argv[2], every=0.02)
+Canvas.blank(tokens(2, 3), 20, 24, **{settings}).sample(gpt, path=sys.argv[2], every=0.02, backend="torch")
 """
 
 

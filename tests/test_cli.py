@@ -137,7 +137,7 @@ class TestSample:
             (["-n", "0"], "at least 1"),
             (["--temperature", "0"], "greedy"),
             (["--schedule", "zigzag"], "zigzag"),
-            (["--dtype", "int8"], "native engine"),
+            (["--dtype", "int8", "--backend", "torch"], "native engine"),
             (["--device", "warp"], "device 'warp'"),
             (["--top-k", "-1"], "0 to keep all"),
             (["--out", "."], "is a directory"),

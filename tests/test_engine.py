@@ -657,15 +657,17 @@ def test_no_arguments_crash(data):
     out, sequences = torch.zeros(4, 24), torch.zeros(2, 10, dtype=torch.int64)
     calls = {
         "step": lambda: raw.step(
-            draw(st.lists(st.tuples(anything, anything, tokens), max_size=3)), draw(st.sampled_from(engine.LOGITS) | anything),
+            draw(st.lists(st.tuples(anything, anything, tokens), max_size=3)),
+            draw(st.sampled_from(engine.LOGITS) | anything),
             draw(st.sampled_from([out.data_ptr(), 0, 1, -1])), draw(st.integers(0, 4) | anything),
         ),
         "decode": lambda: raw.decode(
-            draw(st.lists(st.integers(-1, 3) | anything, max_size=2)), draw(st.sampled_from([sequences.data_ptr(), 0, 1])),
-            draw(st.integers(-1, 10)), draw(anything), draw(st.lists(anything, max_size=3)),
-            draw(st.lists(st.integers(0, 1), max_size=6)), draw(st.lists(anything, max_size=3)),
-            draw(st.lists(anything, max_size=3)), draw(st.lists(anything, max_size=2)), draw(anything), draw(st.booleans()),
-            draw(st.floats()), draw(anything), draw(st.floats()), draw(anything),
+            draw(st.lists(st.integers(-1, 3) | anything, max_size=2)),
+            draw(st.sampled_from([sequences.data_ptr(), 0, 1])), draw(st.integers(-1, 10)), draw(anything),
+            draw(st.lists(anything, max_size=3)), draw(st.lists(st.integers(0, 1), max_size=6)),
+            draw(st.lists(anything, max_size=3)), draw(st.lists(anything, max_size=3)),
+            draw(st.lists(anything, max_size=2)), draw(anything), draw(st.booleans()), draw(st.floats()),
+            draw(anything), draw(st.floats()), draw(anything),
         ),
         "reserve": lambda: raw.reserve(draw(anything), draw(anything)),
         "truncate": lambda: raw.truncate(draw(anything), draw(anything)),

@@ -179,6 +179,55 @@ def test_ops_compile_into_one_graph(rng):
     torch.testing.assert_close(torch.autograd.grad(value, q)[0], eager_grad)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (7, 5)], ids=str)
+def test_quantize_is_the_formula_of_the_original(backend, rng, shape):
+    """Channels to the back, nearest rows, two mean squares, straight through; codes and counts beside."""
+    z, codebook = normal(rng, *shape), normal(rng, 9, 5)
+    ours, theirs = ([t.clone().requires_grad_() for t in (z, codebook)] for _ in range(2))
+    z_q, indices, to_codes, to_latents, counts = ops.quantize(*ours)
+
+    latents = theirs[0].movedim(1, -1)
+    flat = latents.reshape(-1, 5)
+    expected_indices = distances(flat.detach(), codebook).argmin(1)
+    codes = theirs[1][expected_indices].view(latents.shape)
+    expected_to_codes = ((codes.detach() - latents) ** 2).mean()
+    expected_to_latents = ((codes - latents.detach()) ** 2).mean()
+    straight = (latents + (codes - latents).detach()).movedim(-1, 1)
+
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(z_q.movedim(1, -1).reshape(-1, 5), codebook[indices]), "the codes themselves, not nearly"
+    assert z_q.is_contiguous()
+    torch.testing.assert_close(to_codes, expected_to_codes)
+    torch.testing.assert_close(to_latents, expected_to_latents)
+    assert torch.equal(counts, torch.bincount(indices, minlength=9))
+    weight = normal(rng, *shape)
+    actual = torch.autograd.grad((z_q * weight).sum() + to_codes + 0.25 * to_latents, ours)
+    expected = torch.autograd.grad((straight * weight).sum() + expected_to_codes + 0.25 * expected_to_latents, theirs)
+    for got, true in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, true)
+
+
+def test_quantize_names_the_argument_that_is_wrong():
+    with pytest.raises(ValueError, match=r"^codebook: got shape \(3, 4\), expected \(K, 5\)"):
+        ops.quantize(torch.zeros(2, 5, 3), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"^z: got shape \(5,\)"):
+        ops.quantize(torch.zeros(5), torch.zeros(3, 5))
+
+
+def test_models_compile_into_one_graph():
+    from tamingfast.models.gpt import GPT
+    from tamingfast.models.quantize import VectorQuantizer
+    from tamingfast.models.vqgan import ResnetBlock
+
+    first_stage = torch.nn.Sequential(ResnetBlock(in_channels=32), VectorQuantizer(7, 32, 0.25))
+    prior = GPT(11, 8, n_layer=1, n_head=2, n_embd=8, n_unmasked=3)
+    for model, x in ((first_stage, torch.randn(2, 32, 4, 4)), (prior, torch.randint(11, (2, 8)))):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out, expected = compiled(x)[0], model(x)[0]
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+
+
 def attention_by_rows(q, k, v, n_unmasked, scale):
     """The formula, query by query, in float64, with nothing masked because nothing hidden is read."""
     q, k, v = q.double(), k.double(), v.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -235,3 +236,47 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     expected = load_model(alone).state_dict()
     for name, value in load_model(both).state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_original_s_unconditional_layout_is_accepted(tmp_path):
+    """Its config has a condition stage with a placeholder that is never built, and no number of steps."""
+    gpt = {"vocab_size": 16, "block_size": 17, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    stage = {
+        "embed_dim": 4,
+        "n_embed": 16,
+        "ckpt_path": "first.ckpt",
+        "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
+        "ddconfig": tiny.VQGAN["model"]["params"]["ddconfig"],
+    }
+    config = {
+        "model": {
+            "base_learning_rate": 4.5e-6,
+            "target": "taming.models.cond_transformer.Net2NetTransformer",
+            "params": {
+                "first_stage_key": "image",
+                "cond_stage_key": "depth",
+                "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": gpt},
+                "first_stage_config": {"target": "taming.models.vqgan.VQModel", "params": stage},
+                "unconditional": True,
+                "cond_stage_config": {"target": "taming.models.vqgan.VQModel", "params": {"dummyparam": 0}},
+            },
+        },
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {
+                "batch_size": 5,
+                "train": {
+                    "target": "taming.data.custom.CustomTrain",
+                    "params": {"training_images_list_file": "some/training.txt", "size": 256},
+                },
+            },
+        },
+    }
+    path = tmp_path / "custom_transformer.yaml"
+    path.write_text(json.dumps(config))
+    loaded = load_config(path)
+    assert loaded.training.batch_size == 5 and loaded.data.size == 256
+    stage["resolutions"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="first_stage_config.params.resolutions"):
+        load_config(path)

@@ -3,9 +3,9 @@
 // newer processor, could be the one that the linker keeps for all.
 #include <stdint.h>
 #include <string.h>
-
-#include <initializer_list>
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12, on its own _mm512_undefined_epi32
+#endif
 #if TF_LANES > 4
 #include <immintrin.h>
 #endif
@@ -153,7 +153,8 @@ inline Floats exponential(Floats x) {
   const Floats n = shifted - 12582912.0f;
   const Floats r = fused(n, spread(-1.42860677e-6f), fused(n, spread(-0.693145752f), x));  // ln 2 in two parts
   Floats p = spread(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fused(p, r, spread(c));
+  const float rest[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (const float c : rest) p = fused(p, r, spread(c));
   const Ints power = ((Ints)shifted - 0x4B400000 + 127) << 23;
   return p * (Floats)power;
 }
@@ -164,7 +165,8 @@ inline Floats gelu(Floats x) {
   const Floats size = (Floats)((Words)z & 0x7fffffffu);
   const Floats t = 1.0f / fused(spread(0.3275911f), size, spread(1.0f));
   Floats p = spread(1.061405429f);
-  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fused(p, t, spread(c));
+  const float rest[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+  for (const float c : rest) p = fused(p, t, spread(c));
   const Floats tail = p * t * exponential(-(z * z));  // 1 - erf(|z|)
   return 0.5f * x * pick(x < 0.0f, tail, 2.0f - tail);
 }
@@ -232,6 +234,19 @@ void pack(Dtype dtype, const float* weight, int64_t rows, int64_t k, const float
     }
 }
 
+// Weights to bring into the cache meanwhile: of the same panel further on, or, where several tiles of rows pass a panel
+// that the first of them has brought, each tile its part of the next panel, so that memory never rests.
+struct Ahead {
+  const char* at;
+  int64_t stride;  // bytes for each turn of a tile's loop
+
+  template <int64_t Bytes>
+  [[gnu::always_inline]] inline void fetch() {
+    for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += stride;
+  }
+};
+
 #if TF_DOT
 // The bfloat16 of 0 .. 127, low and high bytes, to be looked up by the magnitude of an int8.
 struct Halves {
@@ -255,22 +270,21 @@ inline __m512 dot(__m512 sum, __m512i weight, __m512i x) {
 }
 
 template <Dtype D, int Rows>
-[[gnu::always_inline]] inline void dot_tile(const uint16_t* x, int64_t ldx, int64_t k, const void* panel, float* sums) {
+[[gnu::always_inline]] inline void dot_tile(const uint16_t* x, int64_t ldx, int64_t k, const void* panel, Ahead ahead,
+                                            float* sums) {
   __m512 sum[Rows][2];
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   [[maybe_unused]] const Halves table;
   const char* at = static_cast<const char*>(panel);
   constexpr int64_t kStep = D == Dtype::bfloat16 ? 128 : 64;
   for (int64_t i = 0; i < k; i += 2, at += kStep) {
+    ahead.fetch<kStep>();
     __m512i weight[2];
     if constexpr (D == Dtype::bfloat16) {
       weight[0] = _mm512_loadu_si512(at);
       weight[1] = _mm512_loadu_si512(at + 64);
-      __builtin_prefetch(at + 4096, 0, 3);
-      __builtin_prefetch(at + 4096 + 64, 0, 3);
     } else {
       const __m512i raw = _mm512_loadu_si512(at);
-      __builtin_prefetch(at + 4096, 0, 3);
       const __m512i magnitude = _mm512_abs_epi8(raw);
       const __m512i low = _mm512_permutex2var_epi8(table.low[0], magnitude, table.low[1]);
       const __m512i high = _mm512_permutex2var_epi8(table.high[0], magnitude, table.high[1]);
@@ -298,17 +312,18 @@ template <Dtype D, int Rows>
 // as the dot product does.
 template <Dtype D, int Rows, int Pieces>
 [[gnu::always_inline]] inline void float_tile(const float* x, int64_t ldx, int64_t k, const void* panel, int64_t offset,
-                                              float* sums) {
+                                              Ahead ahead, float* sums) {
   Floats sum[Rows][Pieces] = {};
   constexpr int64_t kStep = D == Dtype::float32 ? 1 : 2;
+  constexpr int64_t kBytes = kStep * kPanel * (D == Dtype::float32 ? 4 : D == Dtype::bfloat16 ? 2 : 1);
   for (int64_t i = 0; i < k; i += kStep) {
+    ahead.fetch<kBytes>();
     Floats weight[kStep][Pieces];
     for (int v = 0; v < Pieces; ++v) {
       const int64_t channel = offset + v * kLanes;
       if constexpr (D == Dtype::float32) {
         const float* at = static_cast<const float*>(panel) + i * kPanel + channel;
         weight[0][v] = load(at);
-        if (v * kLanes % 16 == 0) __builtin_prefetch(at + 2048, 0, 3);
       } else if constexpr (D == Dtype::bfloat16) {
         const uint16_t* at = static_cast<const uint16_t*>(panel) + i * kPanel + 2 * channel;
         const Words pair = *reinterpret_cast<const Words*>(at);
@@ -329,24 +344,24 @@ template <Dtype D, int Rows, int Pieces>
 }
 
 template <Dtype D, int Rows>
-void tile(const void* x, int64_t ldx, int64_t k, const void* panel, float* sums) {
+void tile(const void* x, int64_t ldx, int64_t k, const void* panel, Ahead ahead, float* sums) {
 #if TF_DOT
   if constexpr (D != Dtype::float32) {
-    dot_tile<D, Rows>(static_cast<const uint16_t*>(x), ldx, k, panel, sums);
+    dot_tile<D, Rows>(static_cast<const uint16_t*>(x), ldx, k, panel, ahead, sums);
     return;
   }
 #endif
   constexpr int kColumns = Rows == 1 ? kPieces : kWide;
   for (int v = 0; v < kPieces; v += kColumns)
-    float_tile<D, Rows, kColumns>(static_cast<const float*>(x), ldx, k, panel, v * kLanes, sums);
+    float_tile<D, Rows, kColumns>(static_cast<const float*>(x), ldx, k, panel, v * kLanes, ahead, sums);
 }
 
 template <Dtype D, int Rows = kTileRows>
-inline void any_tile(int rows, const void* x, int64_t ldx, int64_t k, const void* panel, float* sums) {
+inline void any_tile(int rows, const void* x, int64_t ldx, int64_t k, const void* panel, Ahead ahead, float* sums) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return any_tile<D, Rows - 1>(rows, x, ldx, k, panel, sums);
+    if (rows < Rows) return any_tile<D, Rows - 1>(rows, x, ldx, k, panel, ahead, sums);
   }
-  tile<D, Rows>(x, ldx, k, panel, sums);
+  tile<D, Rows>(x, ldx, k, panel, ahead, sums);
 }
 
 inline void finish(Dtype dtype, const Product& p, const Matrix& m, const float* sums, int64_t panel, int64_t row) {
@@ -367,6 +382,7 @@ inline void finish(Dtype dtype, const Product& p, const Matrix& m, const float* 
 template <Dtype D>
 void multiply_typed(const Product& p, const Matrix& m, int64_t first, int64_t last) {
   const int64_t element = D != Dtype::float32 && kDot ? 2 : 4;
+  const int64_t turn = kPanel * (D == Dtype::int8 ? 2 : 4);  // bytes of weights in a turn of a tile's loop
   float sums[kTileRows * kPanel];
   for (int64_t block = 0; block < p.rows; block += kRowBlock) {
     const int64_t end = block + kRowBlock < p.rows ? block + kRowBlock : p.rows;
@@ -377,7 +393,9 @@ void multiply_typed(const Product& p, const Matrix& m, int64_t first, int64_t la
       for (int64_t t = tiles; t > 0; --t) {  // tiles of nearly equal height
         const int rows = static_cast<int>((end - row + t - 1) / t);
         const char* x = static_cast<const char*>(p.x) + row * p.ldx * element;
-        any_tile<D>(rows, x, p.ldx, m.k, weight, sums);
+        const Ahead ahead{tiles == 1 ? weight + 4096 : weight + m.panel_size + (tiles - t) * m.panel_size / tiles,
+                          turn / tiles};
+        any_tile<D>(rows, x, p.ldx, m.k, weight, ahead, sums);
         for (int r = 0; r < rows; ++r) finish(D, p, m, sums + r * kPanel, panel, row + r);
         row += rows;
       }

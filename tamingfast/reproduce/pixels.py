@@ -17,6 +17,7 @@ from tamingfast import apply, backends, images, report
 from tamingfast.checkpoints import load_model
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.sampling import sample_grid
+from tamingfast.sampling.sampler import choose_backend
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
 from tamingfast.training.checkpoint import progress, read_metrics
@@ -263,7 +264,8 @@ def _fastest(
     for setting in sorted(candidates, key=lambda candidate: candidate["row_seconds_per_image"])[:2]:
         batch, dtype = setting["batch"], setting["dtype"]
         figures = timer.figures(timer.whole(batch, backend="auto", dtype=dtype), batch)
-        measured.append({**figures, "backend": "auto", "dtype": dtype})
+        backend, _ = choose_backend("auto", timer.model.transformer, dtype)
+        measured.append({**figures, "backend": backend, "dtype": dtype})
     best = min(measured, key=lambda figures: figures["seconds_per_image"])
     return {**best, "measured": measured, "candidates": candidates}
 

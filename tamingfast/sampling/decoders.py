@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tamingfast.engine import GPTEngine
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tokens to decode one after the other inside one window.
+
+    Attributes:
+        sequence: int64 (B, c + n), conditioning first; the decoded tokens are written into it.
+        steps: (S,), rising positions in the sequence.
+        wanted: bool (B, S); where False, the token that is there stays.
+        rows, columns: (S,), where the tokens stand in the grid.
+        before: how many positions were decoded in earlier tasks.
+    """
+
+    sequence: Tensor
+    steps: list[int]
+    wanted: Tensor
+    rows: list[int]
+    columns: list[int]
+    before: int
 
 
 class Decoder(Protocol):
@@ -96,13 +117,10 @@ class NativeDecoder:
         self.shared = shared
         self.options = options
 
-    def decode(
-        self, sequence: Tensor, steps: list[int], wanted: Tensor, rows: list[int], columns: list[int],
-        progress: Callable[[int], None] | None, every: int, before: int,
-    ) -> None:  # fmt: skip
-        """Decodes the wanted (B, S) ones of `steps` in place; rows and columns (S,) are their places in the grid."""
-        fed = min(self.shared, *(self.engine.length(slot) for slot in self.slots))
+    def decode(self, task: Task, report: Callable[[int], None] | None, every: int) -> None:
+        """Does the task; calls `report` with the positions decoded in all tasks, whenever `every` divides it."""
+        fed = min([self.shared, *(self.engine.length(slot) for slot in self.slots)])
         self.engine.decode(
-            self.slots, sequence, steps, wanted=wanted, rows=rows, columns=columns, fed=fed,
-            progress=progress, every=every, before=before, **self.options,
+            self.slots, task.sequence, task.steps, wanted=task.wanted, rows=task.rows, columns=task.columns, fed=fed,
+            progress=report, every=every, before=task.before, **self.options,
         )  # fmt: skip

@@ -87,15 +87,19 @@ def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> 
     from matplotlib import pyplot
 
     timed = all("seconds" in row for row in rows)
-    figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    points: dict[tuple[float, float], list[str]] = {}  # schedules may coincide
     for row in rows:
-        x = row["seconds" if timed else "tokens_per_token"]
-        axes.plot(x, row["nats"], "o")
-        axes.annotate(str(row["name"]), (x, row["nats"]), textcoords="offset points", xytext=(6, 4))
+        points.setdefault((row["seconds" if timed else "tokens_per_token"], row["nats"]), []).append(str(row["name"]))
+    figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(sorted({x for x, _ in points}), [f"{x:.3g}" for x in sorted({x for x, _ in points})], rotation=45)
+    for i, ((x, y), names) in enumerate(sorted(points.items())):
+        axes.plot(x, y, "o")
+        axes.annotate(", ".join(names), (x, y), textcoords="offset points", xytext=(6, -13 if i % 2 else 5))
     axes.set_xlabel("seconds per grid" if timed else "tokens computed per token sampled")
     axes.set_ylabel("nats per token of real images")
-    axes.margins(0.2)
+    axes.margins(x=0.3, y=0.15)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, engine
 from tamingfast.errors import UserError
-from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
+from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 from tamingfast.sampling.waves import MEMORY, NativeEngine, TorchEngine, plan_waves, sample_waves
@@ -100,7 +100,7 @@ def sample_grid(
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
-    chosen, dtype = _backend(backend, gpt, dtype)
+    chosen, dtype = choose_backend(backend, gpt, dtype)
     causal = gpt.config.n_unmasked <= prefix
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_images(first_image, batch)
@@ -165,10 +165,9 @@ def _run_by_run(
             reported = done
 
         rows, columns = divmod(places[run.steps], plan.width)
-        decoder.decode(
-            sequence, (prefix + run.steps).tolist(), wanted[:, cells][:, torch.from_numpy(run.steps)],
-            rows.tolist(), columns.tolist(), tell if report.listened_to else None, plan.width, 0,
-        )  # fmt: skip
+        steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
+        task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
+        decoder.decode(task, tell if report.listened_to else None, plan.width)
         if reported < len(run.steps):
             tell(len(run.steps))
 
@@ -350,7 +349,7 @@ def _evaluating(gpt: nn.Module, dtype: str) -> Iterator[nn.Module]:
             module.training = True
 
 
-def _backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
+def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str, str]:
     """The one place that chooses which engine samples: "native", "torch" or "naive", and its weights' type."""
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}, but it must be one of {', '.join(BACKENDS)}")

@@ -38,6 +38,9 @@ class Binary:
     shared: int
     sass: str
 
+    def __str__(self) -> str:
+        return f"{self.name} [{self.config}]: {self.registers} registers, {self.local} B local, {self.shared} B shared"
+
     def uses(self, instruction: str) -> bool:
         return instruction in self.sass
 

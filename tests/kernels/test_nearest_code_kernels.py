@@ -91,6 +91,18 @@ def test_where_float32_squares_overflow_or_vanish(rng, device, size):
     assert_nearest(ops.nearest_code(z, codebook), z, codebook)
 
 
+@pytest.mark.parametrize(("rows", "codes"), [(1e20, 1e-24), (1e-24, 1e18), (1e30, 1e-37)])
+def test_sizes_far_apart(rng, device, rows, codes):
+    z, codebook = rows * normal(rng, 5, 16, device=device), codes * normal(rng, 40, 16, device=device)
+    from tamingfast.kernels import nearest_code as kernel
+
+    # Distances in float64 cannot tell the codes apart from here, so what is asked is that the scan knows its limits.
+    _, rival = kernel._scan(z, codebook)
+    assert torch.all(rival == -2) or codes > rows
+    index = ops.nearest_code(z, codebook)
+    assert torch.all((index >= 0) & (index < 40))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rows_that_are_not_finite_get_some_valid_index(rng, device, bad):
     z, codebook = normal(rng, 5, 16, device=device), normal(rng, 40, 16, device=device)

@@ -1,0 +1,134 @@
+"""Timing on a GPU: device events, inputs rotated past the L2, ceilings of the same run, and the recorded table."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tamingfast import backends, files
+
+RESULTS = Path(__file__).parent / "results"
+# So few runs because the queue of launches holds about a thousand, and a call may be a dozen.
+_WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
+_CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
+_MOST_COPIES = 32
+
+rows: list[dict[str, Any]] = []
+
+
+def copies_past_cache(size: int) -> int:
+    """How many input sets of ``size`` bytes it takes that none is left in the L2 when its turn comes again."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(_MOST_COPIES, 1 + 3 * cache // max(size, 1)))
+
+
+def milliseconds(run: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+    """Median device time of ``run(input)``, the inputs taking turns; compilation and tuning happen before."""
+    turns = itertools.cycle(inputs)
+    for _ in range(3):
+        run(next(turns))
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(next(turns))
+    host = time.perf_counter() - begin  # to launch it, not to run it
+    once = _elapsed(run, [next(turns)], host)[0]
+    for _ in range(max(1, min(_MOST_RUNS, int(_WARM_UP_MS / max(once, 1e-3))))):
+        run(next(turns))
+    count = max(_LEAST_RUNS, min(_MOST_RUNS, int(_MEASURE_MS / max(once, 1e-3))))
+    return statistics.median(_elapsed(run, [next(turns) for _ in range(count)], host))
+
+
+def _elapsed(run: Callable[[Any], Any], inputs: Sequence[Any], host: float) -> list[float]:
+    """Milliseconds of each call, which takes the host ``host`` seconds to launch."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in inputs]
+    torch.cuda.synchronize()
+    # The device waits until the host is ahead: the time of a small call would else be that of its launches.
+    torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(_LONGEST_WAIT, 1e-3 + 1.5 * host * len(inputs))))
+    for (start, stop), value in zip(events, inputs, strict=True):
+        start.record()
+        run(value)
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in events]
+
+
+_ceilings: dict[str, float] = {}
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth, bytes read plus written, and matrix-product rates of this device, measured once in this run."""
+    if not _ceilings:
+        source = torch.randn(2**28, device="cuda")
+        target = torch.empty_like(source)
+        copy = milliseconds(lambda _: target.copy_(source), [None])
+        _ceilings["copy_gb_per_s"] = 2 * 4 * source.numel() / copy / 1e6
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+            side = 8192
+            a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+            _ceilings[f"{name}_tflop_per_s"] = 2 * side**3 / milliseconds(lambda _, a=a, b=b: a @ b, [None]) / 1e9
+    return _ceilings
+
+
+def record(
+    benchmark: str,
+    case: str,
+    times: dict[str, float],
+    rivals: Sequence[str],
+    *,
+    flop: float = 0.0,
+    size: float = 0.0,
+    rate: str = "bfloat16",
+    target: float | None = None,
+) -> None:
+    """Keep one row: ``times["ours"]`` and the others in ms, and our share of the ceiling that binds the problem.
+
+    ``flop`` and ``size`` (bytes) are what the problem itself asks for; ``target`` is the ratio to the fastest of
+    ``rivals`` that the design asks for.
+    """
+    ours, limits = times["ours"], ceilings()
+    floor = max(flop / limits[f"{rate}_tflop_per_s"] / 1e9, size / limits["copy_gb_per_s"] / 1e6)
+    present = {name: times[name] for name in rivals if name in times}
+    best = min(present, key=present.get) if present else None
+    row = {
+        "benchmark": benchmark, "case": case, "milliseconds": times,
+        "best_rival": best, "ratio_to_best_rival": present[best] / ours if best else None, "target_ratio": target,
+        "tflop_per_s": flop / ours / 1e9, "gb_per_s": size / ours / 1e6, "share_of_ceiling": floor / ours,
+    }  # fmt: skip
+    rows.append(row)
+
+
+def table() -> list[str]:
+    """The rows of this run for people."""
+    lines = [
+        f"{'benchmark':<18} {'case':<44} {'ours ms':>9} {'rival ms':>9} {'ratio':>6} {'aim':>5} {'ceiling':>8}  rival"
+    ]
+    for row in rows:
+        best = row["best_rival"]
+        rival, ratio = (f"{row['milliseconds'][best]:.3f}", f"{row['ratio_to_best_rival']:.2f}") if best else ("-", "-")
+        aim = f"{row['target_ratio']:.1f}" if row["target_ratio"] else ""
+        lines.append(
+            f"{row['benchmark']:<18} {row['case']:<44} {row['milliseconds']['ours']:>9.3f} {rival:>9} {ratio:>6} "
+            f"{aim:>5} {100 * row['share_of_ceiling']:>6.0f} %  {best or ''}"
+        )
+    return lines
+
+
+def write() -> Path | None:
+    """Write the rows to benchmarks/results/<device>.json; None if there are none."""
+    if not rows:
+        return None
+    import triton
+
+    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    facts = backends.machine() | {"triton": triton.__version__, "cuda": torch.version.cuda}
+    path = RESULTS / f"{device}.json"
+    path.parent.mkdir(exist_ok=True)
+    files.write_json(path, {"machine": facts, "ceilings": ceilings(), "rows": rows})
+    return path

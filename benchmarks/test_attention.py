@@ -1,0 +1,116 @@
+"""Fused attention against torch's: flash, memory-efficient with a mask, FlexAttention; forward, and with backward."""
+
+from __future__ import annotations
+
+import functools
+
+import gpu
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tamingfast import ops, reference
+
+pytestmark = pytest.mark.gpu
+GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width, as the paper has them
+
+
+@functools.cache
+def flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def rivals(length: int, n_unmasked: int) -> dict:
+    def sdpa(backend, mask=None):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+        return run
+
+    if n_unmasked == 0:
+        return {
+            "flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "memory-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        }
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(_batch, _head, row, column):
+        return (row >= column) | ((row < n_unmasked) & (column < n_unmasked))
+
+    blocks = create_block_mask(visible, None, None, length, length, device="cuda")
+    mask = reference.attention_mask(length, n_unmasked, torch.device("cuda"))
+    return {
+        "memory-efficient, mask": sdpa(SDPBackend.EFFICIENT_ATTENTION, mask),
+        "FlexAttention": lambda q, k, v: flex()(q, k, v, block_mask=blocks),
+    }
+
+
+def forward(attention, inputs: tuple) -> torch.Tensor:
+    with torch.no_grad():
+        return attention(*inputs[0].unbind(0))
+
+
+def step(attention, inputs: tuple) -> torch.Tensor:
+    projection, weight = inputs
+    return torch.autograd.grad(attention(*projection.unbind(0)), projection, weight)[0]
+
+
+def available(runs: dict, inputs: tuple, exact: tuple) -> dict:
+    """Those that run here and err at most like twice flash attention: near 1e-2 in bfloat16."""
+    found = {}
+    for name, attention in runs.items():
+        try:
+            results = forward(attention, inputs), step(attention, inputs)
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            print(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        for got, true in zip(results, exact, strict=True):
+            error = (got.double() - true).norm() / true.norm()
+            assert error < 1e-2, f"{name}: relative error {error:.1e}"
+        found[name] = attention
+    return found
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix"])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("length", [256, 512, 1024])
+@pytest.mark.parametrize("model", GEOMETRY)
+def test_attention(model, length, batch, prefix):
+    if prefix and batch != 8:
+        pytest.skip("prefixes are timed at batch 8 only, because FlexAttention compiles for every shape")
+    flex.cache_clear()  # else every shape adds to one compiled function, until torch compiles no more
+    torch._dynamo.reset()
+    heads, width = GEOMETRY[model]
+    n_unmasked = length // 2 if prefix else 0
+    elements = batch * heads * length * width
+
+    def draw() -> tuple:
+        q = torch.randn(3, batch, length, heads, width, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+        return q.requires_grad_(), torch.randn(batch, length, heads, width, device="cuda", dtype=q.dtype).transpose(
+            1, 2
+        )
+
+    inputs = [draw() for _ in range(gpu.copies_past_cache(2 * 4 * elements))]
+    few = slice(0, 1)  # of the batch: float64 scores of all would not fit
+    true_inputs = (inputs[0][0][:, few].detach().double().requires_grad_(), inputs[0][1][few].double())
+    definition = functools.partial(reference.causal_attention, n_unmasked=n_unmasked)
+    exact = forward(definition, true_inputs), step(definition, true_inputs)
+    small = (inputs[0][0][:, few].detach().requires_grad_(), inputs[0][1][few])
+    ours = functools.partial(ops.causal_attention, n_unmasked=n_unmasked)
+    runs = available({"ours": ours} | rivals(length, n_unmasked), small, exact)
+    pairs = length * (length + 1) / 2 + n_unmasked * max(n_unmasked - 1, 0) / 2
+    for name, run, products, passes in (("forward", forward, 2, 4), ("forward + backward", step, 7, 12)):
+        times = {key: gpu.milliseconds(functools.partial(run, attention), inputs) for key, attention in runs.items()}
+        gpu.record(
+            "causal_attention", f"{model}, T {length}, batch {batch}{', prefix' if prefix else ''}, {name}", times,
+            [key for key in runs if key in ("flash", "memory-efficient, mask", "FlexAttention")],
+            flop=products * 2 * batch * heads * width * pairs, size=2 * passes * elements,
+            target=None if run is forward else 1.5 if prefix else 1.0,
+        )  # fmt: skip

@@ -1,0 +1,230 @@
+"""Decoding of a GPT2-small prior (12 layers, 16 heads, width 768, 1024 codes), 256 tokens per image, on the CPU.
+
+The baseline is the loop of the original's cached sampler: float32, eager, one token at a time, keys and values of all
+layers grown with `torch.cat`. Beside it: Hugging Face's GPT2 with its cache (where `transformers` is installed), and
+our torch backend's static cache. All sample with top-k 100. The benchmark's own figure is a whole run. Ratios and the
+share of the limit come from `PLACES` lengths, spread evenly over the 256: at each, the machine's bandwidth is measured,
+ours and the rivals take a few steps in turn, and the bandwidth is measured again. So a disturbance of the machine meets
+all alike, and a memory whose speed changes from second to second, as under a hypervisor, is known when it counts.
+
+The limit of a step is the larger of bytes / bandwidth and operations / rate: every weight read once, every key and
+value that is visible read once; two operations for each weight and image.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import limits
+from torch import Tensor, nn
+
+from tamingfast import backends
+from tamingfast.engine import DTYPES, GPTEngine
+from tamingfast.models.gpt import GPT
+from tamingfast.sampling import choose, gumbel_noise
+
+TOKENS, TOP_K, ROUNDS = 256, 100, 3
+PLACES, RUN = 16, 8  # lengths that are compared, steps of ours at each
+
+native, reason = backends.native()
+pytestmark = pytest.mark.skipif(native is None, reason=reason)
+
+
+class GrowingCache:
+    """The baseline: keys and values are concatenated with those of the past at every layer and step."""
+
+    def __init__(self, gpt: GPT, batch: int) -> None:
+        self.gpt = gpt
+        self.past: list[tuple[Tensor, Tensor] | None] = [None] * len(gpt.blocks)
+
+    def jump(self, length: int, batch: int) -> None:
+        """Pretends that so many tokens were fed."""
+        config = self.gpt.config
+        shape = (batch, config.n_head, length, config.n_embd // config.n_head)
+        self.past = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.past]
+
+    def logits(self, tokens: Tensor, position: int) -> Tensor:
+        x = self.gpt.tok_emb(tokens) + self.gpt.pos_emb[:, position : position + 1]
+        for i, block in enumerate(self.gpt.blocks):
+            x = x + self._attend(block.attn, block.ln1(x), i)
+            x = x + block.mlp(block.ln2(x))
+        return self.gpt.head(self.gpt.ln_f(x))[:, -1]
+
+    def _attend(self, attn: nn.Module, x: Tensor, i: int) -> Tensor:
+        batch, _, width = x.shape
+        heads = attn.n_head
+        q, k, v = (f(x).view(batch, 1, heads, -1).transpose(1, 2) for f in (attn.query, attn.key, attn.value))
+        if self.past[i] is not None:
+            k, v = torch.cat((self.past[i][0], k), 2), torch.cat((self.past[i][1], v), 2)
+        self.past[i] = k, v
+        weights = F.softmax(q @ k.transpose(2, 3) * (k.shape[-1] ** -0.5), dim=-1)
+        return attn.proj((weights @ v).transpose(1, 2).reshape(batch, 1, width))
+
+
+class StaticCache:
+    """Our torch backend."""
+
+    def __init__(self, gpt: GPT, batch: int) -> None:
+        self.gpt = gpt
+        self.cache = [tuple(half.zero_() for half in layer) for layer in gpt.new_cache(batch)]
+
+    def jump(self, length: int, batch: int) -> None:
+        pass
+
+    def logits(self, tokens: Tensor, position: int) -> Tensor:
+        return self.gpt.forward_cached(tokens, self.cache, position)[:, -1]
+
+
+class HuggingFace:
+    """GPT2LMHeadModel of the same shape with its dynamic cache."""
+
+    def __init__(self, gpt: GPT, batch: int) -> None:
+        transformers = pytest.importorskip("transformers")
+        self.config = transformers.GPT2Config(
+            vocab_size=gpt.config.vocab_size, n_positions=gpt.block_size, n_embd=gpt.config.n_embd,
+            n_layer=gpt.config.n_layer, n_head=gpt.config.n_head, activation_function="gelu",
+        )  # fmt: skip
+        self.model = transformers.GPT2LMHeadModel(self.config).eval()
+        self.past = transformers.DynamicCache()
+
+    def jump(self, length: int, batch: int) -> None:
+        self.past = type(self.past)()
+        shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
+        for i in range(self.config.n_layer):
+            self.past.update(torch.zeros(shape), torch.zeros(shape), i)
+
+    def logits(self, tokens: Tensor, position: int) -> Tensor:
+        out = self.model(tokens, past_key_values=self.past, use_cache=True)
+        self.past = out.past_key_values
+        return out.logits[:, -1]
+
+
+def sample(model, batch: int, steps: int, first: int = 0) -> Tensor:
+    """The loop of a sampler in torch: (batch, steps) tokens after `first` ones."""
+    token = torch.zeros(batch, 1, dtype=torch.int64)
+    tokens = []
+    for position in range(first, first + steps):
+        logits = model.logits(token, position)
+        kth = logits.topk(TOP_K, dim=-1).values[:, -1:]
+        probabilities = logits.masked_fill(logits < kth, -torch.inf).softmax(-1)
+        token = torch.multinomial(probabilities, 1)
+        tokens.append(token)
+    return torch.cat(tokens, 1)
+
+
+@torch.no_grad()
+def rival_step(model, batch: int, length: int) -> float:
+    """Seconds of a step after `length` tokens; one step before it warms up."""
+    model.jump(length - 1, batch)
+    sample(model, batch, 1, length - 1)
+    start = time.perf_counter()
+    sample(model, batch, 1, length)
+    return time.perf_counter() - start
+
+
+def our_step(engine: GPTEngine, batch: int, length: int) -> float:
+    """Seconds of a step, the mean of `RUN` of them around that length; the call into the extension is in it."""
+    sequences = torch.zeros(batch, TOKENS + 1, dtype=torch.int64)
+    first = max(length - RUN // 2, 0)
+    if first:
+        engine.decode(range(batch), sequences, [first], top_k=TOP_K, seed=1)
+    start = time.perf_counter()
+    engine.decode(range(batch), sequences, range(first + 1, first + RUN + 1), fed=first, top_k=TOP_K, seed=1)
+    return (time.perf_counter() - start) / RUN
+
+
+@functools.cache
+def small_gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(1024, TOKENS, n_layer=12, n_head=16, n_embd=768).eval()
+
+
+@functools.cache
+def rivals(batch: int) -> dict[str, object]:
+    found = {"original": GrowingCache, "static cache": StaticCache}
+    try:
+        import transformers  # noqa: F401
+
+        found["hugging face"] = HuggingFace
+    except ImportError:
+        pass
+    return {name: rival(small_gpt(), batch) for name, rival in found.items()}
+
+
+@torch.no_grad()
+def validate(engine: GPTEngine, dtype: str, batch: int) -> None:
+    """The engine's tokens are what its logits and the noise imply, and its logits are near the baseline's."""
+    gpt, baseline = small_gpt(), GrowingCache(small_gpt(), batch)
+    sequences = torch.zeros(batch, 9, dtype=torch.int64)
+    engine.decode(range(batch), sequences, range(1, 9), top_k=TOP_K, seed=1)
+    tolerance = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}[dtype]
+    for position in range(8):
+        expected = baseline.logits(sequences[:, position : position + 1], position)
+        logits = engine.step([(b, position, [int(sequences[b, position])]) for b in range(batch)])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+        noise = gumbel_noise(1, torch.arange(batch), torch.tensor(0), torch.tensor(position + 1), gpt.config.vocab_size)
+        assert choose(logits, noise, top_k=TOP_K).tolist() == sequences[:, position + 1].tolist()
+
+
+def limit_of_step(engine: GPTEngine, dtype: str, batch: int, length: int, most: dict[str, float]) -> dict[str, float]:
+    """The least seconds of a step after `length` tokens, by what limits it."""
+    config = small_gpt().config
+    parameters = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    pairs = 2 * (length + 1) * config.n_embd * config.n_layer * batch  # keys and values
+    size = engine.info()["weight_bytes"] + pairs * (4 if dtype == "float32" else 2)
+    rate = most["float32_gflop_per_s" if dtype == "float32" else "bfloat16_gflop_per_s"]
+    return {
+        "bandwidth": size / most["gb_per_s"] / 1e9,
+        "arithmetic": 2 * (parameters * batch + pairs) / rate / 1e9,
+    }
+
+
+def compare(engine: GPTEngine, dtype: str, batch: int) -> dict:
+    """Ours and the rivals side by side at `PLACES` lengths: means of seconds per step, medians of ratios and shares."""
+    threads, best = torch.get_num_threads(), limits("cpu")
+    spent: dict[str, list[float]] = {name: [] for name in ("ours", *rivals(batch))}
+    shares, bandwidths = [], []
+    for length in torch.linspace(4, TOKENS - 5, PLACES).long().tolist():
+        before = native.read_bandwidth(2**28, threads, 3)
+        spent["ours"].append(our_step(engine, batch, length))
+        bandwidths.append(max(before, native.read_bandwidth(2**28, threads, 3)) / 1e9)
+        for name, rival in rivals(batch).items():
+            spent[name].append(rival_step(rival, batch, length))
+        floor = limit_of_step(engine, dtype, batch, length, best | {"gb_per_s": bandwidths[-1]})
+        shares.append((max(floor.values()) / spent["ours"][-1], max(floor, key=floor.get)))
+    ratio = {
+        name: statistics.median(theirs / mine for theirs, mine in zip(spent[name], spent["ours"], strict=True))
+        for name in rivals(batch)
+    }
+    return {
+        "step_seconds": {name: statistics.mean(seconds) for name, seconds in spent.items()},
+        "ratio": ratio,
+        "share_of_limit": statistics.median(share for share, _ in shares),
+        "limited_by": statistics.mode(by for _, by in shares),
+        "gb_per_s": bandwidths,
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(benchmark, dtype, batch):
+    engine = GPTEngine(small_gpt(), dtype)
+    engine.reserve(batch, TOKENS)
+    validate(engine, dtype, batch)
+    sequences = torch.zeros(batch, TOKENS + 1, dtype=torch.int64)
+    steps = range(1, TOKENS + 1)
+    found = compare(engine, dtype, batch)
+    benchmark.pedantic(
+        lambda: engine.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1), warmup_rounds=1, rounds=ROUNDS
+    )
+    found["tokens_per_second"] = batch * TOKENS / benchmark.stats.stats.median
+    benchmark.extra_info |= found
+    ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in found["ratio"].items())
+    share = f"{100 * found['share_of_limit']:.0f} % of the limit ({found['limited_by']})"
+    low, high = min(found["gb_per_s"]), max(found["gb_per_s"])
+    print(f"\n  {found['tokens_per_second']:.0f} tokens/s; {ratios}; {share}; memory at {low:.0f} to {high:.0f} GB/s")

@@ -1,0 +1,57 @@
+"""GroupNorm with SiLU against torch's two operators, eager and compiled, on the maps of a VQGAN at 256x256."""
+
+from __future__ import annotations
+
+import functools
+
+import gpu
+import pytest
+import torch
+
+from tamingfast import ops, reference
+
+pytestmark = pytest.mark.gpu
+MAPS = [(12, 128, 256, 256), (12, 128, 128, 128), (12, 256, 64, 64), (12, 512, 32, 32), (12, 512, 16, 16)]
+
+
+def forward(function, inputs: tuple) -> torch.Tensor:
+    with torch.no_grad():
+        return function(*inputs[:3])
+
+
+def step(function, inputs: tuple) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(function(*inputs[:3]), inputs[:3], inputs[3])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_group_norm_silu(shape, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    elements = torch.Size(shape).numel()
+
+    def draw() -> tuple:
+        x, grad = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=layout) for _ in range(2)
+        )
+        weight, bias = torch.randn(2, shape[1], device="cuda", dtype=torch.bfloat16)
+        return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), grad
+
+    inputs = [draw() for _ in range(gpu.copies_past_cache(2 * 2 * elements))]
+    torch._dynamo.reset()
+    runs = {
+        "ours": ops.group_norm_silu,
+        "eager": reference.group_norm_silu,
+        "compiled": torch.compile(reference.group_norm_silu, dynamic=False),
+    }
+    true = [t.detach().double().requires_grad_() for t in inputs[0][:3]]
+    exact = step(reference.group_norm_silu, (*true, inputs[0][3].double()))
+    for name, function in runs.items():
+        for got, expected in zip(step(function, inputs[0]), exact, strict=True):
+            error = (got.double() - expected).norm() / expected.norm()
+            assert error < 1e-2, f"{name}: relative error {error:.1e}"
+    del true, exact
+    # What the formula asks for: x in and y out; then x and dy in, dx out.
+    for name, run, passes in (("forward", forward, 2), ("forward + backward", step, 5)):
+        times = {key: gpu.milliseconds(functools.partial(run, function), inputs) for key, function in runs.items()}
+        case = f"{'x'.join(map(str, shape))}{', channels last' if channels_last else ''}, {name}"
+        gpu.record("group_norm_silu", case, times, ["eager", "compiled"], size=2 * passes * elements)

@@ -1,0 +1,67 @@
+"""A whole training step of each stage with the Triton kernels and with torch's fused operators, both under autocast."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import gpu
+import pytest
+import torch
+
+from tamingfast import backends, ops
+from tamingfast.models.gpt import GPT
+from tamingfast.models.vqgan import VQModel
+
+pytestmark = pytest.mark.gpu
+
+
+def prior(n_unmasked: int) -> tuple:
+    """GPT2-medium on 256 image tokens after 256 condition tokens."""
+    model = GPT(1024, 512, n_layer=24, n_head=16, n_embd=1024, n_unmasked=n_unmasked)
+    return model, lambda: torch.randint(1024, (12, 512), device="cuda"), lambda model, x: model(x, targets=x)[1]
+
+
+def first_stage() -> tuple:
+    """The paper's f=16 VQGAN without its adversarial and perceptual losses, which no kernel of ours computes."""
+    ddconfig = {
+        "double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0,
+    }  # fmt: skip
+    model = VQModel(ddconfig, {"target": "torch.nn.Identity"}, n_embed=1024, embed_dim=256)
+
+    def loss(model: VQModel, x: torch.Tensor) -> torch.Tensor:
+        quant, codebook_loss, _ = model.encode(x)
+        return (model.decode(quant) - x).abs().mean() + codebook_loss
+
+    return model, lambda: torch.rand(4, 3, 256, 256, device="cuda") * 2 - 1, loss
+
+
+CASES = {"prior": lambda: prior(0), "prior with a prefix": lambda: prior(256), "VQGAN": first_stage}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("case", CASES)
+def test_training_step(case, channels_last):
+    if channels_last and case != "VQGAN":
+        pytest.skip("only images have channels")
+    torch.manual_seed(0)
+    model, draw, loss = CASES[case]()
+    model = model.cuda()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    inputs = [draw() for _ in range(4)]
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            value = loss(model, x)
+        value.backward()
+        return value.detach()
+
+    def torchs(x: torch.Tensor) -> torch.Tensor:
+        with backends.use(None), mock.patch.object(ops, "_on_triton", return_value=False):
+            return step(x)
+
+    torch.testing.assert_close(step(inputs[0]), torchs(inputs[0]), rtol=2e-2, atol=0)
+    times = {"ours": gpu.milliseconds(step, inputs), "torch": gpu.milliseconds(torchs, inputs)}
+    gpu.record("training step", case + (", channels last" if channels_last else ""), times, ["torch"])
