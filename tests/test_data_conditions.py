@@ -208,6 +208,10 @@ class TestMistakes:
         dataset = train_of(folder("segmentation"), "segmentation", labels=2, short_side=36)
         self.says(r"sub/\d.png has the label 3, but 0 to 1 is expected", lambda: [dataset[i] for i in range(5)])
 
+    def test_a_worker_says_the_same(self, folder):
+        dataset = train_of(folder("segmentation"), "segmentation", labels=2, short_side=36)
+        self.says(r"^/.*sub/\d.png has the label 3, but", lambda: list(loader(dataset, 5, seed=0, epoch=0, workers=1)))
+
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_depth_with_nan(self, folder, bad):
         root = folder("arrays")
