@@ -144,7 +144,8 @@ class TestSample:
             (["--out", "x.jpg"], "ends in .png"),
         ],
     )
-    def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, words, message):
+    def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, monkeypatch, words, message):
+        monkeypatch.chdir(tmp_path)  # what is drawn before a name turns out to be wrong is kept beside it
         code = run("sample", reproduced / "prior_latents", "--out", tmp_path / "x.png", *words)
         error = capsys.readouterr().err.strip()
         assert code == cli.USAGE_ERROR
