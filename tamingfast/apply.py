@@ -18,6 +18,7 @@ from tamingfast.errors import UserError
 from tamingfast.weights import fingerprint
 
 if TYPE_CHECKING:
+    from tamingfast.data.kinds import Kind
     from tamingfast.sampling.canvas import Canvas
 
 TOP_K = 100  # the paper's choice, with temperature 1.0
@@ -53,13 +54,108 @@ def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor
     classes = getattr(model.cond_stage_model, "n_classes", None)
     if classes is None:
         raise UserError(
-            f"the model is conditioned on '{model.cond_stage_key}', which a class cannot stand for; "
-            "call tamingfast.sampling.sample_grid with the condition's tokens"
+            f"the model is conditioned on '{model.cond_stage_key}', which a class cannot stand for; give "
+            "`tamingfast sample` a --condition FILE, or tamingfast.sampling.sample_grid the condition's tokens"
         )
     if label is not None and not 0 <= label < classes:
         raise UserError(f"got class {label}; the model knows 0 to {classes - 1}")
     labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
     return labels[:, None].to(model.device)
+
+
+def is_spatial(model: nn.Module) -> bool:
+    """Whether the condition of a prior has a token for each token of the image."""
+    return not model.be_unconditional and not hasattr(model.cond_stage_model, "n_classes")
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """The kind of condition that a prior was trained with, from its data settings or, without them, its key.
+
+    Raises UserError for priors without a condition that an image could be, and for conditions that we cannot make.
+    """
+    from tamingfast.data import kinds
+
+    key = getattr(model, "cond_stage_key", None)
+    if not is_spatial(model):
+        raise UserError(f"the model is conditioned on {'nothing' if key == 'image' else f'{key!r}'}; give no condition")
+    data = (getattr(model, "config", None) or {}).get("data") or {}
+    if data.get("name") == "conditions":
+        return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
+    if key not in kinds.KINDS:
+        raise UserError(
+            f"the model is conditioned on '{key}', and its config does not say how that is made; call "
+            "tamingfast.sampling.sample_grid with the condition's tokens"
+        )
+    labels = model.cond_stage_model.encoder.conv_in.in_channels if key == "segmentation" else None
+    return kinds.make(key, {"labels": labels})
+
+
+def read_condition(model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The condition (H, W, C) that a file holds, float32.
+
+    Scaled to cover ``size`` (height, width) and cut at the centre, or, without one, as large as it is, cut to multiples
+    of f. Raises UserError as `tamingfast.data.kinds.Kind.read`.
+    """
+    kind = kind_of(model)
+    found = kind.read(path)
+    if size is None:
+        return _centre(found, *_multiples(model, *found.shape[:2], path))
+    scale = max(wanted / side for wanted, side in zip(size, found.shape[:2], strict=True))
+    if scale != 1:
+        covering = [max(wanted, round(side * scale)) for wanted, side in zip(size, found.shape[:2], strict=True)]
+        found = kind.read(path, (covering[1], covering[0]))
+    return _centre(found, *size)
+
+
+def computed_condition(model: nn.Module, photo: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The condition (H, W, C) of a photo, float32, for kinds that can be computed; sizes as in `read_condition`."""
+    from tamingfast.data.kinds import Computed
+
+    kind = kind_of(model)
+    if not isinstance(kind, Computed):
+        raise UserError(f"the condition '{kind.key}' cannot be computed from a photo; give a --condition FILE of it")
+    image = _read(Path(photo))
+    if size is not None:
+        return kind.compute(_cover(image, *size))
+    pixels = np.asarray(image)
+    return kind.compute(np.ascontiguousarray(_centre(pixels, *_multiples(model, *pixels.shape[:2], photo))))
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """The condition (H, W, 1) of a prior on coordinates for a whole picture."""
+    from tamingfast.data.kinds import Coordinates
+
+    return Coordinates().whole((width, height))
+
+
+def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Tensor:
+    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images."""
+    rows, columns = grid_size(model, *condition.shape[:2])
+    c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
+    tokens = model.encode_to_c(c)[1]
+    if tokens.shape[1] != rows * columns:
+        raise UserError(
+            f"the condition has {tokens.shape[1]} tokens and the image {rows * columns}, but windows need as many of "
+            "both; call tamingfast.sampling.sample_grid with the condition's tokens"
+        )
+    return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
+
+
+def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
+    """What to show of a condition (H, W, C): (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(kind_of(model).picture(condition)).permute(2, 0, 1)[None]
+
+
+def _multiples(model: nn.Module, height: int, width: int, path: str | os.PathLike) -> tuple[int, int]:
+    factor = first_stage_of(model).factor
+    if min(height, width) < factor:
+        raise UserError(f"{path} is {height}x{width} pixels, but one token is {factor}: give a larger one, or --size")
+    return height // factor * factor, width // factor * factor
+
+
+def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    return array[top : top + height, left : left + width]
 
 
 def trained_size(model: nn.Module) -> int | None:

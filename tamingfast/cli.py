@@ -76,9 +76,6 @@ def parser() -> argparse.ArgumentParser:
 
     device = _options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
     resume = _options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
-    overrides = _options(
-        ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that win over the config's"})
-    )
     drawing = _drawing_options()
     painting = _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
@@ -87,9 +84,13 @@ def parser() -> argparse.ArgumentParser:
         ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
     )
 
-    command = add("reproduce", reproduce, "the paper's pixel-versus-latent comparison", (device, resume, overrides))
-    command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
-    command.add_argument("--out", default="runs/reproduce", help="directory of the report (default: %(default)s)")
+    command = add("reproduce", reproduce, "an experiment of the papers, with a report", (device, resume))
+    command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
+    command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
+    text = (
+        "pixels (default: sampling from pixels against latents) or orderings, then settings that win over the preset's"
+    )
+    command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
     training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(
         required=True, metavar="STAGE"
@@ -104,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, help="the same as training.seed=N")
         if name == "prior":
             command.add_argument("--first-stage", help="run or checkpoint of the first stage")
+            command.add_argument(
+                "--cond-stage", help="run or checkpoint of the condition's first stage, where it has one"
+            )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
 
     command = add("sample", sample, "draw new images", (device, drawing, painting))
@@ -112,6 +116,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
+    command.add_argument(
+        "--condition", metavar="FILE", help="label map, depth map, keypoints, edges or small image to draw from"
+    )
+    command.add_argument(
+        "--condition-of", metavar="PHOTO", help="compute the condition from this photo, where it can be computed"
+    )
 
     for name, run, text in (
         ("edit", edit, "draw the masked region of a photo anew"),
@@ -208,7 +218,11 @@ def _drawing_options() -> argparse.ArgumentParser:
 def reproduce(arguments: argparse.Namespace) -> None:
     from tamingfast import reproduce as experiments
 
-    path = experiments.run(arguments.preset, arguments.out, arguments.overrides, arguments.resume, arguments.device)
+    # One positional list, as argparse would take the first setting for an experiment that was left out.
+    words = list(arguments.overrides)
+    experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT
+    out = arguments.out or ("runs/reproduce" if experiment == experiments.DEFAULT else f"runs/{experiment}")
+    path = experiments.run(experiment, arguments.preset, out, words, arguments.resume, arguments.device)
     print(path.read_text(encoding="utf-8"))
     print(f"written: {path} and the pictures beside it", file=sys.stderr)
 
@@ -223,7 +237,8 @@ def train_prior(arguments: argparse.Namespace) -> None:
     from tamingfast.training import prior
 
     _need_first_stage(arguments)
-    _said(prior.train(_config(arguments), arguments.first_stage, arguments.out, arguments.resume, arguments.device))
+    where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
+    _said(prior.train(_config(arguments), *where, cond_stage=arguments.cond_stage))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -236,6 +251,8 @@ def _config(arguments: argparse.Namespace) -> Any:
 def _need_first_stage(arguments: argparse.Namespace) -> None:
     # Only a config in the original's layout names its first stage itself.
     if arguments.first_stage is None:
+        if arguments.cond_stage is not None:
+            raise UserError("--cond-stage is given without --first-stage RUN, the one of the images; give both")
         params = (_config(arguments).get("model") or {}).get("params") or {}
         if "first_stage_config" not in params:
             raise UserError(
@@ -248,27 +265,56 @@ def _said(path: Path) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    import torch
+
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    batch = apply.decoded(model, _painted(arguments, model, lambda: _blank(arguments, model)), arguments.batch)
-    out = Path(arguments.out)
+    condition = _condition(arguments, model)
+    canvas = _painted(arguments, model, lambda: _blank(arguments, model, condition))
+    batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
+    shown = [] if condition is None else [apply.condition_picture(model, condition)]
+    if any(picture.shape[2:] != batch.shape[2:] for picture in shown):
+        raise UserError(
+            f"the condition is not of the size of the canvas in {_canvas_file(arguments)}; give the same one"
+        )
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
+        for picture in shown:
+            images.save_png(out.with_name(f"{out.stem}-condition.png"), images.to_uint8(picture[0]))
     else:
-        images.save_grid(out, batch)
+        images.save_grid(out, torch.cat([*shown, batch]))
     _drawn(arguments)
 
 
-def _blank(arguments: argparse.Namespace, model: Any) -> Any:
+def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
+    count = _at_least_one(arguments.count, "--count")
+    if condition is not None:
+        cond = apply.condition_tokens(model, condition, count)
+        return Canvas.blank(cond, *cond.shape[1:])
     rows, columns = apply.grid_size(model, *_size(arguments, model))
-    return Canvas.blank(
-        apply.conditions(model, _at_least_one(arguments.count, "--count"), arguments.label), rows, columns
-    )
+    return Canvas.blank(apply.conditions(model, count, arguments.label), rows, columns)
+
+
+def _condition(arguments: argparse.Namespace, model: Any) -> Any:
+    """The condition (H, W, C) that the options name or that follows from --size, None for models without any."""
+    from tamingfast import apply
+
+    if arguments.condition and arguments.condition_of:
+        raise UserError("got --condition and --condition-of; give one of them")
+    given = arguments.condition or arguments.condition_of
+    size = None if arguments.size is None else _size(arguments, model)
+    if size is not None:
+        apply.grid_size(model, *size)
+    if given:
+        return (apply.read_condition if arguments.condition else apply.computed_condition)(model, given, size)
+    if apply.is_spatial(model) and model.cond_stage_key == "coord":
+        return apply.coordinates(*_size(arguments, model))
+    return None
 
 
 def edit(arguments: argparse.Namespace) -> None:

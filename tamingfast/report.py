@@ -1,4 +1,7 @@
-"""The report of `tamingfast.reproduce`: tables as Markdown and JSON, plots and sample sheets as PNG."""
+"""The report of `tamingfast.reproduce.pixels`: tables as Markdown and JSON, plots and sample sheets as PNG.
+
+`provenance`, `figure` and `save_figure` serve the reports of all experiments.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _PROTOCOLS = {
 def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
     """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the report's path.
 
-    ``results`` is what `tamingfast.reproduce.run` measured; nothing else enters the report. Sample sheets that
+    ``results`` is what `tamingfast.reproduce.pixels.run` measured; nothing else enters the report. Sample sheets that
     ``results["pictures"]`` names lie in ``out`` already.
     """
     out = Path(out)
@@ -40,14 +43,15 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     return "\n\n".join([
         f"# Pixels against latents: preset `{results['preset']}`",
-        _machine(results),
+        provenance(results),
         "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
         "## Training\n\n" + _training_table(results),
         "## Pictures\n\n" + "\n\n".join(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
     ]) + "\n"  # fmt: skip
 
 
-def _machine(results: Mapping[str, Any]) -> str:
+def provenance(results: Mapping[str, Any]) -> str:
+    """A sentence on the data, the machine and the time."""
     machine = results["machine"]
     return (
         f"Data: {results['data']}. Measured on {machine['cpu']}, {machine['threads']} threads; {machine['gpu']}; "
@@ -135,7 +139,7 @@ def _curve(lines: Sequence[Mapping[str, Any]], split: str, name: str) -> tuple[l
 
 def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
     """One panel per run: its curve while training and on validation data, over steps."""
-    figure, axes = _figure(len(runs))
+    plotted, axes = figure(len(runs))
     for axis, run in zip(axes, runs, strict=True):
         lines = read_metrics(out / run["directory"])
         for split, style in (("train", "-"), ("validation", "o-")):
@@ -143,12 +147,12 @@ def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
             axis.plot(x, y, style, label=split, alpha=0.8, markersize=3)
         axis.set(title=run["label"], xlabel="step", ylabel=run["curve"]["validation"])
         axis.legend()
-    _save(figure, out / "training.png")
+    save_figure(plotted, out / "training.png")
 
 
 def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
     """Bars of seconds per image, logarithmic, with the ratio of each pair above it."""
-    figure, (axis,) = _figure(1)
+    plotted, (axis,) = figure(1)
     for offset, name in ((-0.2, "pixels"), (0.2, "latents")):
         seconds = [speed[key][name]["seconds_per_image"] for key in _PROTOCOLS]
         axis.bar([i + offset for i in range(len(seconds))], seconds, width=0.38, label=name)
@@ -162,19 +166,21 @@ def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
     axis.set(ylabel="seconds per image", title="Sampling from pixels and from latents")
     axis.margins(y=0.15)
     axis.legend()
-    _save(figure, path)
+    save_figure(plotted, path)
 
 
-def _figure(columns: int) -> Any:
+def figure(columns: int, width: float = 5) -> Any:
+    """A figure of so many panels side by side, ``width`` inches each, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Without pyplot: no global state, and nothing that looks for a screen.
-    figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    made = Figure(figsize=(width * columns, 3.8), layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(plotted: Any, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        plotted.savefig(temporary, dpi=110, format="png")

@@ -14,8 +14,12 @@ import torch
 from PIL import Image
 
 import tamingfast
-from tamingfast import cli, report, reproduce, sampling
+from tamingfast import cli, report, sampling
+from tamingfast.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
+from tamingfast.reproduce import orderings, settings
+from tamingfast.reproduce import pixels as comparison
+from tamingfast.training import prior
 
 
 def run(*words: object) -> int:
@@ -63,10 +67,10 @@ class TestReproduce:
         spent = [
             runs[name]["steps"]
             * batch
-            * reproduce.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
-            for name in (reproduce.LATENT_PRIOR, reproduce.PIXEL_PRIOR)
+            * comparison.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
+            for name in (comparison.LATENT_PRIOR, comparison.PIXEL_PRIOR)
         ]
-        one_step = spent[1] / runs[reproduce.PIXEL_PRIOR]["steps"]
+        one_step = spent[1] / runs[comparison.PIXEL_PRIOR]["steps"]
         assert spent[0] == pytest.approx(geometry["budget_flops"])
         assert abs(spent[1] - spent[0]) <= one_step / 2 + 1
 
@@ -77,7 +81,7 @@ class TestReproduce:
         model = tamingfast.GPT(vocab_size=50, block_size=64, **geometry)
         with FlopCounterMode(display=False) as counter, tamingfast.backends.use("reference"):
             model(torch.zeros(1, 64, dtype=torch.int64))
-        assert reproduce.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
+        assert comparison.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
 
     def test_a_finished_run_is_resumed_without_training_again(self, reproduced):
         before = (reproduced / "vqgan" / "state.pt").stat().st_mtime_ns
@@ -90,10 +94,9 @@ class TestReproduce:
         assert run("reproduce", "--preset", "smoke", "--out", reproduced) == cli.USAGE_ERROR
         assert "--resume" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("name", reproduce.presets())
+    @pytest.mark.parametrize("name", comparison.presets())
     def test_presets_are_complete(self, name):
-        settings = reproduce.load_preset(name)
-        assert set(settings) == {"data", "vqgan", "colors", "prior", "sampling", "timing"}
+        assert set(settings.load_preset("pixels", name)) == {"data", "vqgan", "colors", "prior", "sampling", "timing"}
 
     def test_table_states_the_ratio(self):
         row = {"seconds_per_image": 2.0, "tokens_per_second": 1.0}
@@ -141,7 +144,8 @@ class TestSample:
             (["--out", "x.jpg"], "ends in .png"),
         ],
     )
-    def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, words, message):
+    def test_mistakes_are_one_sentence(self, reproduced, tmp_path, capsys, monkeypatch, words, message):
+        monkeypatch.chdir(tmp_path)  # what is drawn before a name turns out to be wrong is kept beside it
         code = run("sample", reproduced / "prior_latents", "--out", tmp_path / "x.png", *words)
         error = capsys.readouterr().err.strip()
         assert code == cli.USAGE_ERROR
@@ -345,8 +349,8 @@ class TestEncodeAndTrain:
         tokens, other = tmp_path / "tokens.safetensors", tmp_path / "other"
         assert run("encode", reproduced / "vqgan", "--out", tokens, "name=photos", "size=32", "length=8") == 0
         small = ["training.steps=1", "training.batch_size=2", "training.validation_batches=1", "data.length=8"]
-        settings = reproduce.load_preset("smoke")["vqgan"]
-        (tmp_path / "other.yaml").write_text(json.dumps(settings | {"data": {"name": "photos", "size": 32}}))
+        preset = settings.load_preset("pixels", "smoke")["vqgan"]
+        (tmp_path / "other.yaml").write_text(json.dumps(preset | {"data": {"name": "photos", "size": 32}}))
         assert run("train", "vqgan", tmp_path / "other.yaml", "--out", other, *small) == 0
         words = ["--out", tmp_path / "p", "data.name=tokens", f"data.path={tokens}", "training.steps=1"]
         assert run("train", "prior", "tiny", "--first-stage", other, *words) == cli.USAGE_ERROR
@@ -404,3 +408,88 @@ def test_interrupt_and_closed_pipe(reproduced):
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory):
+    """The smoke preset's output of the orderings, made once; the experiment's name comes after the options."""
+    out = tmp_path_factory.mktemp("orderings") / "out"
+    assert run("reproduce", "--preset", "smoke", "--out", out, "orderings", "data.length=48") == 0
+    return out
+
+
+class TestOrderings:
+    def test_report_has_every_ordering_and_seed(self, ordered):
+        results = json.loads((ordered / "report.json").read_text())
+        text = (ordered / "report.md").read_text()
+        names = settings.load_preset("orderings", "smoke")["orderings"]["names"]
+        assert [row["name"] for row in results["orderings"]] == names and len(names) == 7
+        for row in results["orderings"]:
+            assert set(row["nll"]) == {"0", "1"} and row["steps"] == [4, 8]
+            for curve in row["nll"].values():
+                assert len(curve) == 2 and f"| {curve[-1]:.4f} " in text
+        for picture in ("nll.png", "samples.png"):
+            with Image.open(ordered / picture) as image:
+                assert len(np.unique(np.asarray(image))) > 10
+            assert f"({picture})" in text
+
+    def test_all_of_a_seed_begin_alike_and_see_the_same_images(self, ordered):
+        for seed in (0, 1):
+            configs = [tamingfast.load_model(ordered / f"{name}_{seed}").config for name in ("row_major", "z_curve")]
+            assert configs[0]["training"] == configs[1]["training"] and configs[0]["training"]["seed"] == seed
+            weights = []
+            for config in configs:
+                torch.manual_seed(seed)
+                weights.append(instantiate_from_config(config["model"]).transformer.state_dict())
+            assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+            params = [config["model"]["params"] for config in configs]
+            assert params[1].pop("permuter_config")["target"].endswith("ZCurve") and params[0] == params[1]
+
+    def test_a_finished_run_is_resumed_without_training_again(self, ordered):
+        before = (ordered / "random_1" / "state.pt").stat().st_mtime_ns
+        words = ["--preset", "smoke", "--out", ordered, "--resume", "data.length=48"]
+        assert run("reproduce", "orderings", *words, "sampling.images=1") == 0
+        assert (ordered / "random_1" / "state.pt").stat().st_mtime_ns == before
+
+    def test_summary_sorts_and_pairs_the_seeds(self):
+        rows = [
+            {"name": "row_major", "steps": [1], "nll": {"0": [1.0], "1": [3.0]}},
+            {"name": "random", "steps": [1], "nll": {"0": [0.5], "1": [2.5]}},
+        ]
+        best, reference = orderings.summary(rows)
+        assert best == {
+            "name": "random", "nll": 1.5, "spread": pytest.approx(2**0.5), "behind": -0.5, "behind_spread": 0.0
+        }  # fmt: skip
+        assert (reference["nll"], reference["behind"]) == (2.0, 0.0)
+        assert "| random | 1.5000 ± 1.4142 | -0.5000 ± 0.0000 | 0.5000 | 2.5000 |" in orderings.table(rows)
+        alone = [{**row, "nll": {"0": row["nll"]["0"]}} for row in rows]
+        assert orderings.summary(alone)[0]["spread"] is None and "±" not in orderings.table(alone)
+
+    @pytest.mark.parametrize("name", orderings.presets())
+    def test_presets_have_all_orderings(self, name):
+        loaded = settings.load_preset("orderings", name)
+        assert set(loaded) == {"data", "vqgan", "prior", "orderings", "sampling"}
+        assert set(loaded["orderings"]["names"]) == set(prior.ORDERINGS)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["ordering"], "did you mean 'orderings'"),
+            (["orderings", "--preset", "paper"], "no preset of reproduce orderings"),
+            (["orderings", "--preset", "smoke", "timing.batch=3"], "unknown key 'timing.batch'"),
+            (["orderings", "--preset", "smoke", "orderings.names=[zcurve]"], "did you mean 'z_curve'"),
+            (["orderings", "--preset", "smoke", "orderings.seeds=[]"], "orderings.seeds is empty"),
+            (["orderings", "pixels"], "key=value"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, tmp_path, capsys, words, message):
+        assert run("reproduce", *words, "--out", tmp_path / "out") == cli.USAGE_ERROR
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+    def test_a_grid_without_the_ordering(self, ordered, tmp_path):
+        config = {"prior": {"ordering": "subsample"}}
+        first = tamingfast.load_model(ordered / "vqgan").config
+        made = prior.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
+        with pytest.raises(tamingfast.UserError, match="square grid of side 2\\^k, got 8 x 6; use another ordering"):
+            instantiate_from_config(made)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -67,6 +68,16 @@ class Noise(Dataset):
         corner = torch.rand(1, 3, 2, 2, generator=generator) * 2 - 1
         image = torch.nn.functional.interpolate(corner, SIZE, mode="bilinear")[0].permute(1, 2, 0)
         return {"image": image, "class_label": index % 3, "file_path_": f"noise/{index}.png"}
+
+
+def photographs(count: int, size: int) -> list[np.ndarray]:
+    """Real images, uint8 (size, size, 3): crops of the packaged photographs, always the same."""
+    from tamingfast import images
+    from tamingfast.data import build
+
+    crops = build({"name": "photos", "size": size, "seed": 0})[0]
+    rows = [crops[index]["image"].permute(2, 0, 1) for index in range(count)]
+    return list(images.to_uint8(torch.stack(rows)))
 
 
 def datasets(delay: float = 0.0) -> tuple[Dataset, Dataset]:

@@ -14,14 +14,14 @@ from tamingfast.errors import UserError, nearest
 
 __all__ = ["Loader", "build", "loader"]
 
-_MODULES = {"cifar10": "cifar10", "folder": "folders", "photos": "photos"}
+_MODULES = {"cifar10": "cifar10", "conditions": "conditions", "folder": "folders", "photos": "photos"}
 
 
 def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
     """The (train, validation) datasets that ``config`` describes.
 
-    ``config["name"]`` is ``photos``, ``cifar10`` or ``folder``; every other key is an argument of that
-    module's ``build``. Items are dicts with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and
+    ``config["name"]`` is ``photos``, ``cifar10``, ``folder`` or ``conditions``; every other key is an argument of
+    that module's ``build``. Items are dicts with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and
     ``file_path_`` str, and are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch.
 
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for

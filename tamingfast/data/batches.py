@@ -51,7 +51,7 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._workers and self._numbers:
             # A generator of its own, because DataLoader would else draw from torch's global one.
-            yield from DataLoader(
+            batches = DataLoader(
                 self._epoch,
                 batch_size=None,
                 sampler=self._numbers,
@@ -59,6 +59,12 @@ class Loader:
                 collate_fn=_unchanged,
                 generator=torch.Generator(),
             )
+            try:
+                yield from batches
+            except UserError as error:
+                # A worker's error arrives with its whole traceback as the message.
+                own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+                raise UserError(own.strip()) from error
         else:
             for number in self._numbers:
                 yield self._epoch[number]

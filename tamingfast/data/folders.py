@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,19 @@ def build(
     and when one image is all there is to split.
     """
     size = positive("size", size)
-    root = _existing_directory("path", path)
-    files, skipped = _scan(root)
+    root = existing_directory("path", path)
+    files, skipped = scan(root)
     classes = sorted({label for _, label in files if label is not None})
     if classes:
         skipped += [(str(root / name), "lies beside the class folders") for name, label in files if label is None]
         files = [(name, label) for name, label in files if label is not None]
     if validation_path is None:
-        chosen = _validation_names([name for name, _ in files], validation_fraction, root)
+        chosen = validation_names([name for name, _ in files], validation_fraction, root)
         train = [pair for pair in files if pair[0] not in chosen]
         validation, held_root, held_skipped = [pair for pair in files if pair[0] in chosen], root, []
     else:
-        held_root = _existing_directory("validation_path", validation_path)
-        train, (validation, held_skipped) = files, _scan(held_root)
+        held_root = existing_directory("validation_path", validation_path)
+        train, (validation, held_skipped) = files, scan(held_root)
         _check_classes(held_root, validation, classes)
     number = {label: place for place, label in enumerate(classes)}
 
@@ -96,14 +97,30 @@ def build(
     )
 
 
+@dataclass(frozen=True)
+class View:
+    """The part of a picture that an item shows: a box in pixels, mirrored or not."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flipped: bool = False
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """That part of anything (H, W, ...) that lies over the picture."""
+        part = array[self.top : self.top + self.height, self.left : self.left + self.width]
+        return part[:, ::-1] if self.flipped else part
+
+
 class ImageFiles(EpochDataset):
     """Images read from their files one at a time, as the original repository's ``ImagePaths``.
 
-    The shorter side is resized to ``size`` (enlarged when it is smaller) and a square is cropped, at the
-    centre or at random; without ``size`` images keep their shape. ``class_label`` is ``labels[index]``, else
-    0; ``classes`` are their names or None. A file whose pixels turn out to be unreadable is replaced by the
-    next one that can be read, and ``report`` counts and names such files, together with ``broken``: pairs of
-    path and reason that were found before.
+    The shorter side is resized to ``short_side``, by default ``size`` (enlarged when it is smaller) and a square of
+    ``size`` is cropped, at the centre or at random; without ``size`` images keep their shape. ``class_label`` is
+    ``labels[index]``, else 0; ``classes`` are their names or None. A file whose pixels turn out to be unreadable is
+    replaced by the next one that can be read, and ``report`` counts and names such files, together with ``broken``:
+    pairs of path and reason that were found before.
 
     Indexing raises UserError when no file can be read at all.
     """
@@ -118,8 +135,10 @@ class ImageFiles(EpochDataset):
         labels: Sequence[int] | None = None,
         classes: Sequence[str] | None = None,
         broken: Iterable[tuple[str, str]] = (),
+        short_side: int | None = None,
     ) -> None:
         self.paths, self.size, self.seed = list(paths), size or None, seed
+        self.short_side = short_side or self.size
         self.random_crop, self.flip = random_crop, flip
         self.labels = [0] * len(self.paths) if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
@@ -166,33 +185,35 @@ class ImageFiles(EpochDataset):
             if self._unreadable[candidate]:
                 continue
             try:
-                image = read_rgb(self.paths[candidate], self.size)
+                image = read_rgb(self.paths[candidate], self.short_side)
             except _BROKEN:
                 self._unreadable[candidate] = 1
                 continue
-            return {
-                "image": to_unit_scale(self._view(image, index)),
-                "class_label": self.labels[candidate],
-                "file_path_": self.paths[candidate],
-            }
+            return self._item(candidate, image, self._view(image, index))
         raise UserError(
             f"None of the {len(self.paths)} image files can be read, {self.paths[0]} being the first: give other files"
         )
 
-    def _view(self, image: Image.Image, index: int) -> np.ndarray:
-        """uint8 (size, size, 3): the crop and flip of this epoch."""
+    def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
+        return {
+            "image": to_unit_scale(view.cut(np.asarray(image))),
+            "class_label": self.labels[number],
+            "file_path_": self.paths[number],
+        }
+
+    def _view(self, image: Image.Image, index: int) -> View:
+        """The crop and flip of this epoch."""
         row, column, mirror = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(3))
-        if self.size:
-            room = (image.width - self.size, image.height - self.size)
-            left, top = room[0] // 2, room[1] // 2
-            if self.random_crop:
-                left, top = (
-                    int(random_integers(column, room[0] + 1)[0]),
-                    int(random_integers(row, room[1] + 1)[0]),
-                )
-            image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = np.asarray(image)
-        return pixels[:, ::-1] if self.flip and random_integers(mirror, 2)[0] else pixels
+        flipped = bool(self.flip and random_integers(mirror, 2)[0])
+        if not self.size:
+            return View(0, 0, *image.size, flipped)
+        room = (image.width - self.size, image.height - self.size)
+        left, top = room[0] // 2, room[1] // 2
+        if self.random_crop:
+            left, top = (
+                int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
+            )
+        return View(left, top, self.size, self.size, flipped)
 
 
 class ImageList(ImageFiles):
@@ -281,7 +302,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _existing_directory(key: str, path: str | os.PathLike) -> Path:
+def existing_directory(key: str, path: str | os.PathLike) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
@@ -289,9 +310,9 @@ def _existing_directory(key: str, path: str | os.PathLike) -> Path:
     return root
 
 
-def _scan(root: Path) -> tuple[list[tuple[str, str | None]], list[tuple[str, str]]]:
+def scan(root: Path) -> tuple[list[tuple[str, str | None]], list[tuple[str, str]]]:
     """[(path relative to root, class or None)] of images that open, [(path, reason)] of those that do not."""
-    names = sorted(_walk(root))
+    names = sorted(walk(root))
     candidates = [name for name in names if name.lower().endswith(EXTENSIONS)]
     if not candidates:
         others = f"{len(names)} other files such as" if len(names) > 1 else "1 other file,"
@@ -312,7 +333,7 @@ def _scan(root: Path) -> tuple[list[tuple[str, str | None]], list[tuple[str, str
     return [(name, name.split("/", 1)[0] if "/" in name else None) for name in files], broken
 
 
-def _walk(root: Path) -> Iterator[str]:
+def walk(root: Path) -> Iterator[str]:
     """Relative paths, parted by "/", of all files that are not hidden; links to folders are followed."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -347,7 +368,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
+def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
     if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise UserError(f"validation_fraction is {fraction!r}, but a number between 0 and 1 is expected: correct it")
     if len(names) < 2:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.config import instantiate_from_config, plain
+from tamingfast.data.kinds import label_colors
 from tamingfast.errors import UserError, nearest
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
@@ -24,6 +25,7 @@ from tamingfast.weights import fingerprint, load_into
 MODEL = "taming.models.cond_transformer.Net2NetTransformer"
 GPT = "taming.modules.transformer.mingpt.GPT"
 LABELATOR = "taming.modules.util.Labelator"
+COORD_STAGE = "taming.modules.misc.coord.CoordStage"
 DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
 PERMUTERS = "taming.modules.transformer.permuter"
 
@@ -37,7 +39,13 @@ ORDERINGS = {
     "alternate": "AlternateParsing",
     "random": "Random",
 }
+#: Values of ``prior.condition`` that need a first stage of their own; each is also the condition's key in a batch.
+IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
+CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS)
 SAMPLE_TOP_K = 100
+
+#: Weights of a first stage that a prior does without.
+_NO_PART = ("loss.", "colorize")
 
 
 def train(
@@ -47,31 +55,38 @@ def train(
     resume: bool = False,
     device: str | torch.device | None = None,
     datasets: tuple[Dataset, Dataset | None] | None = None,
+    cond_stage: str | os.PathLike | None = None,
 ) -> Path:
     """Train a prior on the tokens of ``first_stage`` (a run directory or checkpoint) into ``out``; returns it.
 
-    The model's config is completed by `prior_config`, and without a ``data:`` section the first stage's is used. With
-    ``first_stage`` None the config must be complete, as the original's are, with the first stage's ``ckpt_path``.
-    ``datasets`` (training, validation) replaces the ``data:`` section; items with ``indices`` (h, w) are taken as
-    tokens, others are encoded batch by batch. Raises as `tamingfast.training.vqgan.train`.
+    ``cond_stage`` is the first stage of the condition, where that is one of `IMAGE_CONDITIONS`. The model's config is
+    completed by `prior_config`, and without a ``data:`` section that of ``cond_stage``, else of ``first_stage``, is
+    used. With ``first_stage`` None the config must be complete, as the original's are, with the first stage's
+    ``ckpt_path``. ``datasets`` (training, validation) replaces the ``data:`` section; items with ``indices`` (h, w) are
+    taken as tokens, others are encoded batch by batch. Raises as `tamingfast.training.vqgan.train`.
     """
     config, out = dict(plain(config)), Path(out)
     settings = training_settings(config)
     check_stage(config, prior=True)
     with distributed.world(device) as among:
-        frozen = _first_stage(first_stage)
-        config["data"] = config.get("data") or getattr(frozen, "config", {}).get("data") or {}
+        frozen, condition = _first_stage(first_stage), _first_stage(cond_stage)
+        data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
+        config["data"] = config.get("data") or data[0] or data[1] or {}
         datasets = datasets or build_datasets(config)
         if frozen is not None:
-            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]))
+            cond_config = None if condition is None else condition.config
+            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config)
         described = config.get("model") or {}
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
         grid = feed.grid_of(datasets[0], model.first_stage_model.factor)
+        _check_condition(model.cond_stage_key, datasets)
         loop.prepare(config, out, resume, settings, datasets[0], among)
         if frozen is not None:
-            load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=("loss.", "colorize"))
+            load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
+        if condition is not None:
+            load_into(model.cond_stage_model, condition.state_dict(), cond_stage, optional=_NO_PART)
         stage = PriorStage(model.to(among.device), lr, grid, settings.seed)
         return loop.run(stage, settings, datasets, out, among, resume)
 
@@ -81,44 +96,36 @@ def prior_config(
     overrides: Mapping[str, Any],
     grid: tuple[int, int],
     classes: int | None = None,
+    cond_stage_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage settles.
 
     ``grid`` is tokens per side, (height, width); ``classes`` how many labels the data have. ``prior.condition`` is
-    "none" (one start token) or "class"; ``prior.ordering`` a key of `ORDERINGS`. The vocabulary holds the codes and the
-    condition's tokens, the block size both sequences; what ``model.params`` gives already is kept. The first stage is
-    embedded without its loss and without a path: its weights become part of the prior's.
+    "none" (one start token), "class", "coord" (where in the whole picture a crop lies) or one of `IMAGE_CONDITIONS`,
+    which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has.
+    ``prior.ordering`` is a key of `ORDERINGS`. The vocabulary holds the codes and the condition's tokens, the block
+    size both sequences; what ``model.params`` gives already is kept. First stages are embedded without their losses and
+    without a path: their weights become part of the prior's.
 
-    Raises UserError for unknown conditions and orderings, and for classes that the data do not have.
+    Raises UserError for unknown conditions and orderings, for classes that the data do not have, and for a condition's
+    stage that is missing, of another condition or of other downsampling.
     """
     config = {key: value for key, value in plain(overrides).items() if key != "prior"}
     options = {"condition": "none", "ordering": "row_major", "classes": None} | (plain(overrides).get("prior") or {})
     given = dict((config.get("model") or {}).get("params") or {})
     params: dict[str, Any] = {"first_stage_config": _embedded(first_stage_config)}
 
-    condition_tokens, condition_vocabulary = 1, 0
-    if "cond_stage_config" in given:
-        condition_tokens = math.prod(grid) if not _is_single_token(given["cond_stage_config"]) else 1
-        condition_vocabulary = _condition_vocabulary(given["cond_stage_config"])
-    elif _choice(options["condition"], ("none", "class"), "prior.condition") == "class":
-        condition_vocabulary = options["classes"] or classes
-        if not condition_vocabulary:
-            raise UserError(
-                "prior.condition=class needs labels, but the data have none; set prior.classes or prior.condition=none"
-            )
-        params |= {
-            "cond_stage_config": {"target": LABELATOR, "params": {"n_classes": condition_vocabulary}},
-            "cond_stage_key": "class_label",
-        }
-    else:
-        params |= {"cond_stage_config": "__is_unconditional__", "cond_stage_key": "image", "unconditional": True}
+    codes, factor = _geometry(first_stage_config)
+    if "cond_stage_config" not in given:
+        params |= _condition(options, classes, codes, factor, cond_stage_config)
+    stage = (params | given)["cond_stage_config"]
+    condition_tokens = 1 if _is_single_token(stage) else math.prod(grid)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
         params["permuter_config"] = {"target": f"{PERMUTERS}.{permuter}", "params": {"H": grid[0], "W": grid[1]}}
 
-    codes, _ = _geometry(first_stage_config)
     settled = {
-        "vocab_size": max(codes, condition_vocabulary, given.get("sos_token", 0) + 1),
+        "vocab_size": max(codes, _condition_vocabulary(stage), given.get("sos_token", 0) + 1),
         "block_size": condition_tokens + math.prod(grid),
     }
     transformer = dict(given.get("transformer_config") or {})
@@ -134,6 +141,58 @@ def prior_config(
         | {"first_stage_config": params["first_stage_config"], "transformer_config": transformer},
     }
     return config
+
+
+def _condition(
+    options: Mapping[str, Any], classes: int | None, codes: int, factor: int, stage: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The part of a prior's ``params`` that ``prior.condition`` settles."""
+    name = _choice(options["condition"], CONDITIONS, "prior.condition")
+    if stage is not None and name not in IMAGE_CONDITIONS:
+        raise UserError(
+            f"a condition's first stage is given, but prior.condition is '{name}', which has none; leave it out, or "
+            f"set prior.condition to one of {', '.join(IMAGE_CONDITIONS)}"
+        )
+    if name == "none":
+        return {"cond_stage_config": "__is_unconditional__", "cond_stage_key": "image", "unconditional": True}
+    if name == "class":
+        known = options["classes"] or classes
+        if not known:
+            raise UserError(
+                "prior.condition=class needs labels, but the data have none; set prior.classes or prior.condition=none"
+            )
+        return {
+            "cond_stage_config": {"target": LABELATOR, "params": {"n_classes": known}},
+            "cond_stage_key": "class_label",
+        }
+    if name == "coord":
+        # Coordinates reach n_embed itself, so that all codes of the first stage are in use and no more.
+        params = {"n_embed": codes - 1, "down_factor": factor}
+        return {"cond_stage_config": {"target": COORD_STAGE, "params": params}, "cond_stage_key": "coord"}
+    if stage is None:
+        raise UserError(
+            f"prior.condition={name} needs a first stage for it; train one with `tamingfast train vqgan {name}_vqgan` "
+            "and give it with --cond-stage RUN"
+        )
+    described = _embedded(stage)
+    trained_on, of_condition = described["params"].get("image_key", "image"), _geometry(stage)[1]
+    if trained_on != name:
+        raise UserError(f"the condition's first stage was trained on '{trained_on}', but prior.condition is '{name}'")
+    if of_condition != factor:
+        raise UserError(
+            f"a token of the condition covers {of_condition} pixels a side and one of the image {factor}; train both "
+            "first stages with as many downsampling blocks"
+        )
+    return {"cond_stage_config": described, "cond_stage_key": name}
+
+
+def _check_condition(key: str, datasets: tuple[Dataset, Dataset | None]) -> None:
+    for dataset in datasets:
+        if key in ("coord", *IMAGE_CONDITIONS) and dataset is not None and key not in dataset[0]:
+            raise UserError(
+                f"the prior is conditioned on '{key}', which the data do not hold; train it on data.name=conditions "
+                "data.kind=... data.path=DIRECTORY"
+            )
 
 
 def _choice(value: Any, valid: tuple[str, ...], name: str) -> str:
@@ -244,7 +303,7 @@ class PriorStage:
         return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
 
     def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """What the first stage makes of the batch, and samples under the same conditions."""
+        """Conditions that are images, what the first stage makes of the batch, and samples under its conditions."""
         z, c = self.tokens(batch)
         height, width = self.grid
         shown = self.model.decode_grid(self.model.permuter(z, reverse=True).view(-1, height, width))
@@ -256,4 +315,15 @@ class PriorStage:
             top_k=min(SAMPLE_TOP_K, self.model.transformer.config.vocab_size),
             seed=self.seed,
         )
-        return [shown, samples]
+        return [*self.conditioning(batch), shown, samples]
+
+    def conditioning(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The batch's conditions as images (B, 3, H, W) in [-1, 1] in a list, which is empty for other conditions."""
+        key = self.model.cond_stage_key
+        if key not in ("coord", *IMAGE_CONDITIONS):
+            return []
+        c = self.model.get_input(key, batch)
+        if key == "segmentation":
+            colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
+            return [colors[c.argmax(1)].permute(0, 3, 1, 2)]
+        return [(2 * c - 1 if key == "coord" else c).expand(-1, 3, -1, -1)]

@@ -105,7 +105,7 @@ def load_config(name_or_path: str | os.PathLike, overrides: Sequence[str] = ()) 
     """
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(_translated(plain(load_yaml(_locate(name_or_path)))))
+    config = _translated(load_yaml(_locate(name_or_path)))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
@@ -188,13 +188,15 @@ def _check_keys(section: Mapping[str, Any], known: Iterable[str] | None, where: 
             raise UserError(f"unknown key '{prefix}{key}' in the config{hint}")
 
 
-def _translated(config: dict[str, Any]) -> dict[str, Any]:
-    """A file of the original in our layout; anything else unchanged."""
-    config = dict(config)
-    lightning = config.pop("lightning", None) or {}
-    data = config.get("data") or {}
-    if not str(data.get("target", "")).endswith(_DATA_MODULE):
-        return config
+def _translated(loaded: Any) -> Any:
+    """A file of the original in our layout; anything else unchanged, so that overrides reach what refers to them."""
+    from omegaconf import OmegaConf
+
+    lightning = loaded.pop("lightning", None)
+    if not str((loaded.get("data") or {}).get("target", "")).endswith(_DATA_MODULE):
+        return loaded
+    config, lightning = plain(loaded), plain(lightning) or {}
+    data = config["data"]
     config["model"] = {key: value for key, value in config.get("model", {}).items() if key in _MODEL_KEYS}
     params, trainer = data.get("params") or {}, lightning.get("trainer") or {}
     training = {
@@ -211,7 +213,7 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
     size = train.get("size") or (train.get("config") or {}).get("size") or train.get("crop_size")
     if size:
         config["data"]["size"] = size
-    return config
+    return OmegaConf.create(config)
 
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:

@@ -1,4 +1,4 @@
-"""The paper's experiments. Here: sampling images from pixels against sampling them from latents (section 4.4)."""
+"""Sampling images from pixels against sampling them from latents: the paper's section 4.4."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import apply, backends, images, report
 from tamingfast.checkpoints import load_model
-from tamingfast.config import load_yaml, plain
-from tamingfast.errors import UserError, nearest
+from tamingfast.reproduce import settings as presets_of
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.sampler import choose_backend
 from tamingfast.training import prior as prior_training
@@ -27,8 +26,7 @@ from tamingfast.training.settings import build_datasets
 
 logger = logging.getLogger(__name__)
 
-PRESETS = Path(__file__).parent / "configs" / "reproduce"
-_SECTIONS = ("data", "vqgan", "colors", "prior", "sampling", "timing")
+EXPERIMENT = "pixels"
 
 #: Consecutive steps that are timed at each prefix length.
 STEPS_PER_NODE = 4
@@ -38,27 +36,7 @@ VQGAN, COLORS, LATENT_PRIOR, PIXEL_PRIOR = "vqgan", "colors", "prior_latents", "
 
 def presets() -> list[str]:
     """Names of the packaged presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def load_preset(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A preset's settings with ``key=value`` overrides; UserError for unknown presets and sections."""
-    from omegaconf import OmegaConf
-
-    if name not in presets():
-        raise UserError(
-            f"'{name}' is no preset of reproduce{nearest(name, presets())} (presets: {', '.join(presets())})"
-        )
-    settings = load_yaml(PRESETS / f"{name}.yaml")
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        section = key.split(".")[0]
-        if not equals:
-            raise UserError(f"the override '{override}' is not of the form key=value, e.g. timing.batch=4")
-        if section not in _SECTIONS:
-            raise UserError(f"unknown key '{key}'{nearest(section, _SECTIONS)} (sections: {', '.join(_SECTIONS)})")
-        settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
-    return plain(settings)
+    return presets_of.presets(EXPERIMENT)
 
 
 def run(
@@ -70,7 +48,7 @@ def run(
     the same number of floating-point operations. ``resume`` continues an interrupted run in ``out``. Raises UserError
     for bad settings and when ``out`` holds a run that is not to be resumed.
     """
-    settings, out = load_preset(preset, overrides), Path(out)
+    settings, out = presets_of.load_preset(EXPERIMENT, preset, overrides), Path(out)
     device = str(backends.pick_device(device))
     began = time.perf_counter()
     datasets = build_datasets({"data": settings["data"]})

@@ -1,0 +1,273 @@
+"""Images with conditions: matched by name, aligned under crops and flips, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from tamingfast import UserError
+from tamingfast.data import build, kinds, loader
+
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Six photographs of 48x36 pixels in ``images/``, with a map of each kind that is a function of its pixels."""
+    root = tmp_path_factory.mktemp("data")
+    for number, pixels in enumerate(tiny.photographs(6, 48)):
+        pixels = pixels[:36]
+        for folder in ("images/sub", "segmentation/sub", "depth/sub", "arrays/sub"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        name = f"sub/{number}"
+        Image.fromarray(pixels).save(root / f"images/{name}.png")
+        labels = Image.new("P", (48, 36))
+        labels.putdata((pixels[..., 0] // 64).ravel().tolist())
+        labels.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+        labels.save(root / f"segmentation/{name}.png")
+        Image.fromarray(pixels[..., 1]).save(root / f"depth/{name}.png")
+        np.save(root / f"arrays/{name}.npy", pixels[..., 1].astype(np.float32) * 257)
+    return root
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    """Makes ``images/`` and ``conditions/`` of one kind."""
+
+    def made(kind: str | None = None):
+        shutil.copytree(originals / "images", tmp_path / "images")
+        if kind:
+            shutil.copytree(originals / kind, tmp_path / "conditions")
+        return tmp_path
+
+    return made
+
+
+def train_of(path, kind, **options):
+    return build({"name": "conditions", "path": str(path), "kind": kind, "size": SIZE} | options)[0]
+
+
+def item_at(dataset, epoch, index=0):
+    dataset.set_epoch(epoch)
+    return dataset[index]
+
+
+class TestAlignment:
+    """The conditions were made from the pixels, so every crop and flip must still agree with its own pixels."""
+
+    @pytest.mark.parametrize("short_side", [36, None])
+    def test_segmentation(self, folder, short_side):
+        dataset = train_of(folder("segmentation"), "segmentation", labels=4, short_side=short_side)
+        for epoch in range(6):
+            item = item_at(dataset, epoch)
+            expected = ((item["image"][..., 0] + 1) * 127.5).round().int() // 64
+            assert item["segmentation"].shape == (SIZE, SIZE, 4) and item["segmentation"].dtype == torch.float32
+            assert torch.equal(item["segmentation"].sum(-1), torch.ones(SIZE, SIZE))
+            agreeing = (item["segmentation"].argmax(-1) == expected).float().mean()
+            # Scaled labels are those of the nearest pixel, scaled images are not.
+            assert agreeing == 1 if short_side == 36 else agreeing > 0.7
+
+    @pytest.mark.parametrize("kind", ["depth", "arrays"])
+    def test_depth(self, folder, kind):
+        high = 255 if kind == "depth" else 65535
+        dataset = train_of(folder(kind), "depth", short_side=36, depth_range=[0, high])
+        for epoch in range(6):
+            item = item_at(dataset, epoch)
+            assert item["depth"].shape == (SIZE, SIZE, 1) and item["depth"].dtype == torch.float32
+            torch.testing.assert_close(item["depth"][..., 0], item["image"][..., 1], atol=1e-5, rtol=0)
+
+    def test_keypoints(self, folder):
+        root = folder()
+        points = [[10, 9], [30, 9, 1], [30, 25, 2], [10, 25, 0]]
+        for path in sorted(root.glob("images/sub/*.png")):
+            drawn = np.zeros((36, 48, 3), np.uint8)
+            drawn[9, 10:31] = drawn[9:26, 30] = 255
+            Image.fromarray(drawn).save(path)
+            content = {"width": 96, "height": 72, "skeleton": [[0, 1], [1, 2], [2, 3]]}
+            content["people"] = [[[2 * x, 2 * y, *seen] for x, y, *seen in points]]
+            target = root / "conditions/sub" / f"{path.stem}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(content))
+        dataset = train_of(root, "keypoints", short_side=36)
+        for epoch in range(6):
+            item = item_at(dataset, epoch)
+            assert item["keypoints"].shape == (SIZE, SIZE, 3)
+            assert torch.equal(item["keypoints"].amax(-1) > 0, item["image"].amax(-1) > 0)
+        assert {tuple(pixel) for pixel in item["keypoints"].reshape(-1, 3).tolist()} > {(-1.0, -1.0, -1.0)}
+
+    def test_coordinates(self, folder):
+        dataset = train_of(folder(), "coord", short_side=36)
+        whole = torch.arange(36 * 48).view(36, 48) / (36 * 48)
+        corners = set()
+        for epoch in range(8):
+            coord = item_at(dataset, epoch)["coord"]
+            top, left = divmod(round(float(coord[0, 0]) * 36 * 48), 48)
+            corners.add((top, left))
+            torch.testing.assert_close(coord[..., 0], whole[top : top + SIZE, left : left + SIZE])
+        assert len(corners) > 3
+
+    def test_mirrored_pictures_are_mirrored_before_they_are_numbered(self):
+        picture = Image.new("RGB", (10, 6))
+        seen = kinds.Coordinates().seen(picture, kinds.View(1, 2, 3, 4, flipped=True), None)
+        assert np.allclose(seen[..., 0], (np.arange(60) / 60).reshape(6, 10)[2:6, 6:9])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "key", "channels"),
+    [
+        ("edges", {}, "edges", 1),
+        ("lowres", {"factor": 8}, "lowres", 3),
+        ("superpixels", {"labels": 5, "segments": 20}, "segmentation", 5),
+        ("coord", {}, "coord", 1),
+    ],
+)
+def test_computed_conditions_are_a_function_of_seed_epoch_and_index(folder, kind, options, key, channels):
+    root = folder()
+    first, again = (train_of(root, kind, **options, seed=3) for _ in range(2))
+    seen = [item_at(first, epoch)[key] for epoch in (0, 1, 2, 3)]
+    assert all(torch.equal(item_at(again, epoch)[key], value) for epoch, value in enumerate(seen))
+    assert any(not torch.equal(seen[0], other) for other in seen[1:])
+    assert seen[0].shape == (SIZE, SIZE, channels) and seen[0].abs().max() <= 1
+    batch = next(iter(loader(first, 2, seed=0, epoch=0)))
+    assert batch["image"].shape == (2, SIZE, SIZE, 3) and batch[key].shape == (2, SIZE, SIZE, channels)
+
+
+def test_images_may_lie_in_the_folder_itself(originals):
+    assert len(train_of(originals / "images", "edges")) == 5
+
+
+def test_what_is_computed():
+    photo = tiny.photographs(1, 64)[0]
+    edges = kinds.Edges().compute(photo)
+    assert set(np.unique(edges)) == {-1.0, 1.0} and 0.01 < (edges > 0).mean() < 0.5
+    low = kinds.LowResolution(8).compute(photo)
+    blocks = photo.reshape(8, 8, 8, 8, 3).mean((1, 3)) / 127.5 - 1
+    assert np.abs(low.reshape(8, 8, 8, 8, 3).mean((1, 3)) - blocks).mean() < 0.05
+    assert np.abs(np.diff(low, axis=0)).mean() < np.abs(np.diff(photo / 127.5, axis=0)).mean()
+    parts = kinds.Superpixels(labels=4, segments=30).compute(photo)
+    brightness = [photo.mean(-1)[parts[..., label] > 0].mean() for label in range(4) if parts[..., label].any()]
+    assert len(brightness) > 1 and brightness == sorted(brightness)
+
+
+def test_depth_is_stretched_by_its_own_extremes_unless_a_range_is_given(tmp_path):
+    values = np.array([[1000, 2000], [3000, 5000]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "d.png")
+    stretched = kinds.Depth().read(tmp_path / "d.png")[..., 0]
+    assert np.allclose(stretched, [[-1, -0.5], [0, 1]])
+    assert np.allclose(kinds.Depth((0, 4000)).read(tmp_path / "d.png")[..., 0], [[-0.5, 0], [0.5, 1]])
+    np.save(tmp_path / "flat.npy", np.full((2, 2), 7.0))
+    assert np.array_equal(kinds.Depth().read(tmp_path / "flat.npy"), np.full((2, 2, 1), -1.0))
+
+
+def test_a_small_file_is_enlarged_by_the_factor(tmp_path):
+    Image.fromarray(tiny.photographs(1, 8)[0]).save(tmp_path / "small.png")
+    assert kinds.LowResolution(4).read(tmp_path / "small.png").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("points", [17, 18, 25])
+def test_usual_skeletons(tmp_path, points):
+    angles = np.arange(points) * 2 * np.pi / points
+    circle = np.column_stack([32 + 28 * np.cos(angles), 32 + 28 * np.sin(angles), np.ones(points)])
+    people = [{"pose_keypoints_2d": circle.ravel().tolist()}]
+    (tmp_path / "pose.json").write_text(json.dumps({"width": 64, "height": 64, "people": people}))
+    drawn = kinds.Keypoints().read(tmp_path / "pose.json")
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > points // 2
+
+
+class TestMistakes:
+    def says(self, message, make):
+        with pytest.raises(UserError, match=message) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+    def test_images_without_a_condition(self, folder):
+        root = folder("depth")
+        (root / "conditions/sub/3.png").unlink()
+        self.says(r"no condition \(.png, .npy\) in .*sub/3.png in .*images", lambda: train_of(root, "depth"))
+
+    def test_conditions_without_an_image(self, folder):
+        root = folder("depth")
+        (root / "images/sub/3.png").unlink()
+        self.says(r"no image in .*sub/3.png in .*conditions", lambda: train_of(root, "depth"))
+
+    def test_two_files_of_one_name(self, folder):
+        root = folder("depth")
+        shutil.copy(root / "images/sub/3.png", root / "images/sub/3.webp")
+        self.says("both sub/3.png and sub/3.webp", lambda: train_of(root, "depth"))
+
+    def test_no_folder_of_conditions(self, folder):
+        self.says("has no folder 'conditions'", lambda: train_of(folder(), "depth"))
+
+    def test_label_out_of_range(self, folder):
+        dataset = train_of(folder("segmentation"), "segmentation", labels=2, short_side=36)
+        self.says(r"sub/\d.png has the label 3, but 0 to 1 is expected", lambda: [dataset[i] for i in range(5)])
+
+    def test_a_worker_says_the_same(self, folder):
+        dataset = train_of(folder("segmentation"), "segmentation", labels=2, short_side=36)
+        self.says(r"^/.*sub/\d.png has the label 3, but", lambda: list(loader(dataset, 5, seed=0, epoch=0, workers=1)))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_depth_with_nan(self, folder, bad):
+        root = folder("arrays")
+        for path in root.glob("conditions/sub/*.npy"):
+            values = np.load(path)
+            values[2, 5] = bad
+            np.save(path, values)
+        dataset = train_of(root, "depth")
+        self.says(r"sub/\d.npy has 1 values that are no numbers, the first in row 2, column 5", lambda: dataset[0])
+
+    def test_another_shape(self, folder):
+        root = folder("depth")
+        for path in root.glob("conditions/sub/*.png"):
+            Image.open(path).resize((30, 36)).save(path)
+        self.says(r"sub/\d.png is 30x36 pixels .* another shape", lambda: train_of(root, "depth")[0])
+
+    def test_colour_where_labels_are_expected(self, folder):
+        root = folder("depth")
+        shutil.rmtree(root / "conditions")
+        shutil.copytree(root / "images", root / "conditions")
+        self.says("mode RGB, but an indexed", lambda: train_of(root, "segmentation", labels=4)[0])
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[1]", 'lacks the list "people"'),
+            ("{", "cannot be read as JSON"),
+            ('{"people": []}', "has width None and height None"),
+            ('{"width": 9, "height": 9, "people": [[[1, 2, 3, 4]]]}', "person 0 of .* is no list of points"),
+            ('{"width": 9, "height": 9, "people": [[[1, 2], [3, 4]]]}', "a person of 2 points and no"),
+            (
+                '{"width": 9, "height": 9, "people": [[[1, 2]]], "skeleton": [[0, 1]]}',
+                "no list of pairs of points 0 to 0",
+            ),
+        ],
+    )
+    def test_keypoints(self, tmp_path, content, message):
+        (tmp_path / "p.json").write_text(content)
+        self.says(message, lambda: kinds.Keypoints().read(tmp_path / "p.json"))
+        self.says("p.json", lambda: kinds.Keypoints().read(tmp_path / "p.json"))
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "message"),
+        [
+            ("egdes", {}, "did you mean 'edges'"),
+            ("edges", {"labels": 3}, "labels is no setting of the condition edges; it has sigma"),
+            ("superpixels", {}, "add labels=..."),
+            ("superpixels", {"labels": 0}, "labels is 0"),
+            ("lowres", {"factor": 7}, "no multiple of factor=7"),
+            ("edges", {"sigma": -1}, "sigma is -1"),
+            ("edges", {"short_side": 8}, "short_side is 8"),
+            ("edges", {"labls": 8}, "did you mean 'labels'"),
+        ],
+    )
+    def test_settings(self, folder, kind, options, message):
+        self.says(message, lambda: train_of(folder(), kind, **options))
+
+    def test_depth_range(self, folder):
+        self.says("depth_range is", lambda: train_of(folder("depth"), "depth", depth_range=[3, 1]))
