@@ -168,9 +168,10 @@ def test_a_forked_child_can_use_it():
 
 @needs_native
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_memory_does_not_grow_to_n_times_k(backend):
-    """The N x K matrix would be 256 MiB in float32; the scan may add an eighth of that."""
+@pytest.mark.parametrize(("backend", "most"), [("native", 32), ("reference", 128)])
+def test_memory_does_not_grow_to_n_times_k(backend, most):
+    """The N x K matrix would be 256 MiB in float32. The reference works in pieces of 64 MiB, of which the allocator
+    may or may not reuse the one from the first call."""
     result = run_python(
         """
         import torch
@@ -187,7 +188,7 @@ def test_memory_does_not_grow_to_n_times_k(backend):
         TAMINGFAST_BACKEND=backend,
     )
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 32
+    assert float(result.stdout) < most
 
 
 @needs_native
