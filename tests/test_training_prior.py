@@ -230,7 +230,10 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     alone, both = tmp_path / "alone", tmp_path / "both"
     subprocess.run([sys.executable, script, first_stage, alone, "4"], check=True, env=environment, timeout=120)
-    subprocess.run([*launch, script, first_stage, both, "2"], check=True, env=environment, timeout=120)
+    # The exit status is left out of account: under load gloo's threads now and then abort a process that has done all its
+    # work and left the group ("terminate called without an active exception"). What the run wrote is what counts.
+    subprocess.run([*launch, script, first_stage, both, "2"], env=environment, timeout=120)
+    assert checkpoint.progress(both)["step"] == 3
     one, two = (checkpoint.read_metrics(out, "train") for out in (alone, both))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     expected = load_model(alone).state_dict()
