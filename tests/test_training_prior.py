@@ -230,7 +230,7 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     alone, both = tmp_path / "alone", tmp_path / "both"
     subprocess.run([sys.executable, script, first_stage, alone, "4"], check=True, env=environment, timeout=120)
-    # The exit status is left out of account: under load gloo's threads now and then abort a process that has done all its
+    # The exit status is left out: under load gloo's threads now and then abort a process that has done all its
     # work and left the group ("terminate called without an active exception"). What the run wrote is what counts.
     subprocess.run([*launch, script, first_stage, both, "2"], env=environment, timeout=120)
     assert checkpoint.progress(both)["step"] == 3
