@@ -87,9 +87,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("reproduce", reproduce, "an experiment of the papers, with a report", (device, resume))
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
-    text = (
-        "pixels (default: sampling from pixels against latents) or orderings, then settings that win over the preset's"
-    )
+    text = "pixels (default), orderings or multiscale, then settings that win over the preset's"
     command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
     training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(
@@ -122,6 +120,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--condition-of", metavar="PHOTO", help="compute the condition from this photo, where it can be computed"
     )
+    command.add_argument(
+        "--from", dest="photo", metavar="PHOTO", help="begin with coarse scales of this photo, for multiscale priors"
+    )
+    command.add_argument("--scales", type=int, metavar="N", help="how many of them, coarsest first")
 
     for name, run, text in (
         ("edit", edit, "draw the masked region of a photo anew"),
@@ -270,25 +272,26 @@ def sample(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    condition = _condition(arguments, model)
-    canvas = _painted(arguments, model, lambda: _blank(arguments, model, condition))
+    condition, photo = _condition(arguments, model), _photo(arguments, model)
+    canvas = _painted(arguments, model, lambda: _blank(arguments, model, condition, photo))
     batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
-    shown = [] if condition is None else [apply.condition_picture(model, condition)]
-    if any(picture.shape[2:] != batch.shape[2:] for picture in shown):
+    shown = {} if photo is None else {"photo": photo}
+    shown |= {} if condition is None else {"condition": apply.condition_picture(model, condition)}
+    if any(picture.shape[2:] != batch.shape[2:] for picture in shown.values()):
         raise UserError(
             f"the condition is not of the size of the canvas in {_canvas_file(arguments)}; give the same one"
         )
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
-        for picture in shown:
-            images.save_png(out.with_name(f"{out.stem}-condition.png"), images.to_uint8(picture[0]))
+        for name, picture in shown.items():
+            images.save_png(out.with_name(f"{out.stem}-{name}.png"), images.to_uint8(picture[0]))
     else:
-        images.save_grid(out, torch.cat([*shown, batch]))
+        images.save_grid(out, torch.cat([*shown.values(), batch]))
     _drawn(arguments)
 
 
-def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
+def _blank(arguments: argparse.Namespace, model: Any, condition: Any, photo: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
@@ -296,8 +299,28 @@ def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
     if condition is not None:
         cond = apply.condition_tokens(model, condition, count)
         return Canvas.blank(cond, *cond.shape[1:])
+    cond = apply.conditions(model, count, arguments.label)
+    if photo is not None:
+        return apply.begun(model, photo.to(model.device), arguments.scales, cond)
     rows, columns = apply.grid_size(model, *_size(arguments, model))
-    return Canvas.blank(apply.conditions(model, count, arguments.label), rows, columns)
+    return Canvas.blank(cond, *model.canvas_size(rows, columns))
+
+
+def _photo(arguments: argparse.Namespace, model: Any) -> Any:
+    """The photo (1, 3, H, W) whose scales ``--from`` and ``--scales`` give to a multiscale prior, None without them."""
+    from tamingfast import apply
+
+    if arguments.photo is None and arguments.scales is None:
+        return None
+    if not apply.is_multiscale(model):
+        raise UserError("got --from or --scales, but the model is no multiscale prior; train one with prior.scales=all")
+    scales = f"the {len(model.pyramid.names)} scales {', '.join(model.pyramid.names)}"
+    if arguments.photo is None or arguments.scales is None:
+        raise UserError(f"--from PHOTO and --scales N go together; N is how many of {scales} are the photo's")
+    model.pyramid.first(arguments.scales)
+    size = _size(arguments, model)
+    model.canvas_size(*apply.grid_size(model, *size))
+    return apply.load_images([arguments.photo], *size)
 
 
 def _condition(arguments: argparse.Namespace, model: Any) -> Any:
@@ -321,7 +344,7 @@ def edit(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.canvas import token_mask
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     canvas, photo = _opened(arguments, model)
     height, width = (side * factor for side in canvas.tokens.shape[1:])
@@ -340,7 +363,7 @@ def outpaint(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     sides = {side: getattr(arguments, side) for side in ("left", "right", "top", "bottom")}
     for side, pixels in sides.items():
@@ -432,7 +455,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 def complete(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x = _images(arguments, model)
     cond = apply.conditions(model, len(x), arguments.label)
     rows = [x]
@@ -449,7 +472,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.likelihood import plot
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x = _images(arguments, model)
     cond = apply.conditions(model, len(x), arguments.label)
     with _bar("schedules") as bar:
@@ -512,10 +535,10 @@ def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
     from tamingfast import apply
 
     if arguments.size is None:
-        side = apply.trained_size(model)
-        if side is None:
+        trained = apply.trained_size(model)
+        if trained is None:
             raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
-        return side, side
+        return trained
     height, cross, width = arguments.size.lower().partition("x")
     if not (height.isdigit() and (width.isdigit() or not cross)):
         raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
