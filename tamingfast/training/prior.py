@@ -312,8 +312,12 @@ class PriorStage:
         logits = self.model.token_logits(z, c)
         return F.cross_entropy(logits.transpose(1, 2).float(), z, reduction="none")
 
+    def nll(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean cross entropy of the batch's image tokens, nats per token ()."""
+        return self.nats(batch).mean()
+
     def loss(self, batch: Mapping[str, Any], index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        value = self.nats(batch).mean()
+        value = self.nll(batch)
         return value, {"loss": value}
 
     def validate(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
