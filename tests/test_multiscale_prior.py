@@ -70,6 +70,13 @@ def test_a_run_is_a_multiscale_prior(trained):
     assert apply.trained_size(model) == (8, 8)
 
 
+def test_a_run_s_own_config_trains_again(trained, first_stage, tmp_path):
+    again = load_config(trained / "config.yaml")
+    out = prior.train(again, first_stage, tmp_path / "run", device="cpu", datasets=tiny.datasets())
+    losses = [[line["loss"] for line in checkpoint.read_metrics(run, "train")] for run in (trained, out)]
+    assert losses[0] == losses[1] and isinstance(load_model(out), MultiscaleTransformer)
+
+
 def test_validation_tells_each_scale_and_they_sum_up(trained):
     model, line = load_model(trained), checkpoint.read_metrics(trained, "validation")[-1]
     scales = [line[f"nll_{name}"] for name in model.pyramid.names]
@@ -151,7 +158,10 @@ def test_sequence_and_back(model, images):
         _, _, (_, _, indices) = model.first_stage_model.encode(images)
     quant, sequence = model.encode_to_z(images)
     assert torch.equal(model.to_grid(sequence, *GRID), indices.view(3, *GRID))
-    assert torch.equal(model.decode_to_img(sequence, quant.shape), model.decode_grid(indices.view(3, *GRID)))
+    decoded = model.decode_grid(indices.view(3, *GRID))
+    assert torch.equal(model.decode_to_img(sequence, quant.shape), decoded)
+    logged = model.log_images({"image": images.permute(0, 2, 3, 1)})
+    assert torch.equal(logged["reconstructions"], decoded) and logged["samples_nopix"].shape == images.shape
 
 
 @pytest.mark.parametrize("given", [0, 1, 5])
@@ -164,7 +174,8 @@ def test_backends_agree_and_keep_what_is_given(model, images, given):
         assert torch.equal(tokens[:, 0, :given], start)
     other = sample_grid(model, cond, 1, TOKENS, start=start, seed=4)
     assert not torch.equal(other, drawn[0])
-    assert model.image_tokens(drawn[0]).shape == (3, *GRID)
+    pixels = model.sample_images(cond, *GRID, start=start, seed=3)
+    assert torch.equal(pixels, model.decode_grid(drawn[0][:, 0, -16:].view(3, *GRID)))
 
 
 def test_the_original_s_sampler_agrees(model):
