@@ -34,7 +34,7 @@ PAIRS = 256
 PICTURES = {
     "given.png": "Held-out images, and a sample of each that begins with its first 1, 2, ... scales; with all scales "
     "given, in the last column, the first stage's reconstruction is all there is",
-    "scales.png": "The same images, and what each of their scales decodes to, enlarged",
+    "scales.png": "The same images, and what each of their scales decodes to when its tokens are repeated",
     "samples.png": "Samples from scratch",
 }
 
@@ -162,7 +162,9 @@ def _pictures(model: nn.Module, x: Tensor, drawn: Sequence[Tensor], sampling: Ma
     given = [samples[: len(shown), 0] for samples in drawn[1:]]
     _sheet(out / "given.png", [shown, *given])
     scales = model.pyramid.split(model.encode_to_z(shown)[1])
-    decoded = [F.interpolate(model.decode_grid(grid), shown.shape[2:], mode="nearest") for grid in scales]
+    # Tokens are enlarged, not pixels: the decoder knows feature maps of the finest scale's size only.
+    enlarged = [F.interpolate(grid[:, None].float(), scales[-1].shape[1:])[:, 0].long() for grid in scales]
+    decoded = [model.decode_grid(grid) for grid in enlarged]
     _sheet(out / "scales.png", [shown, *decoded])
     canvas = model.canvas_size(model.pyramid.height, model.pyramid.width)
     options = {key: sampling[key] for key in ("temperature", "top_k", "seed", "batch")}
