@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tamingfast import UserError, apply, backends, cli, load_model
+from tamingfast import UserError, apply, backends, cli, evaluation, load_model
 from tamingfast.config import instantiate_from_config
 from tamingfast.data.tokens import write_tokens
 from tamingfast.models.multiscale import MultiscaleTransformer
@@ -235,6 +235,15 @@ def test_other_sizes_and_windows_are_refused(model):
     assert model.sample_images(cond, 4, 4).shape == (1, 3, 8, 8)
 
 
+def test_evaluation_takes_all_scales(trained, model):
+    found = evaluation.likelihood(load_model(trained), tiny.datasets()[1])
+    assert found["tokens"] == TOKENS
+    assert found["nats_per_token"] == pytest.approx(checkpoint.read_metrics(trained, "validation")[-1]["nll"], rel=1e-5)
+    drawn = torch.cat(list(evaluation.samples(model, tiny.datasets()[1], 3, batch_size=2, top_k=None)))
+    expected = apply.decoded(model, Canvas.blank(apply.conditions(model, 3), 1, TOKENS).sample(model))
+    torch.testing.assert_close(drawn.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +261,7 @@ def test_sample_from_scratch_and_from_a_photo(trained, photo, tmp_path):
     for scales, name in ((0, "none"), (2, "two"), (3, "all")):
         words = ("--from", photo, "--scales", scales, "--separate", "--out", tmp_path / f"{name}.png")
         assert run("sample", trained, "-n", 2, *words) == 0
-        with Image.open(tmp_path / f"{name}-photo.png") as shown:
+        with Image.open(tmp_path / f"{name}-condition.png") as shown:
             assert shown.size == (8, 8)
     drawn = {name: [(tmp_path / f"{name}-000{i}.png").read_bytes() for i in (0, 1)] for name in ("none", "two", "all")}
     assert drawn["none"][0] != drawn["none"][1] and drawn["all"][0] == drawn["all"][1]

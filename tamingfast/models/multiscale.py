@@ -31,10 +31,11 @@ class MultiscaleTransformer(Net2NetTransformer):
 
     @torch.no_grad()
     def to_sequence(self, grid: Tensor) -> Tensor:
-        """Image tokens (B, h, w) -> the tokens of all scales (B, n)."""
-        stage = self.first_stage_model
+        """Row-major image tokens (B, h, w) or (B, h*w) -> the tokens of all scales (B, n)."""
+        stage, pyramid = self.first_stage_model, self.pyramid
+        grid = grid.unflatten(1, (pyramid.height, pyramid.width)) if grid.ndim == 2 else grid
         codes = torch.arange(stage.n_embed, device=grid.device)
-        return self.pyramid.build(grid, stage.quantize.get_codebook_entry(codes, None))
+        return pyramid.build(grid, stage.quantize.get_codebook_entry(codes, None))
 
     def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:
         """The tokens of all scales (B, n) -> those of the finest (B, h, w)."""

@@ -181,7 +181,7 @@ class Net2NetTransformer(Module):
         return canvas
 
     def to_sequence(self, grid: Tensor) -> Tensor:
-        """Row-major tokens of images (B, h, w) -> the sequence (B, n) that the transformer predicts."""
+        """Row-major tokens of images (B, h, w) or (B, h*w) -> the sequence (B, n) that the transformer predicts."""
         return self.permuter(grid.flatten(1))
 
     def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:
