@@ -210,7 +210,7 @@ def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 
 def _condition_options(**several: str) -> argparse.ArgumentParser:
-    text = "label map, depth map, keypoints, edges or small image to draw from"
+    text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
         ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
@@ -317,7 +317,7 @@ def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
     from tamingfast.sampling.canvas import Canvas
 
     cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
-    size = cond.shape[1:] if condition is not None else apply.grid_size(model, *_size(arguments, model))
+    size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *_size(arguments, model))
     return Canvas.blank(cond, *size)
 
 
@@ -366,7 +366,7 @@ def _pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
 
     if condition is not None:
         return [apply.condition_picture(model, condition)]
-    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim == 3 else []
+    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim > 2 else []
 
 
 def _save_beside(out: Path, pictures: list[Any]) -> None:
