@@ -628,7 +628,14 @@ def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any
     if arguments.overrides:
         raise UserError(f"got --data and '{arguments.overrides[0]}'; give one of them")
     side = _size(argparse.Namespace(size=None), model)[0]
-    return None, folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    dataset = folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    classes = getattr(getattr(model, "cond_stage_model", None), "n_classes", None)
+    if classes is not None and len(dataset.classes or ()) != classes:
+        raise UserError(
+            f"the model knows {classes} classes, but {arguments.data} has {len(dataset.classes or ())} class folders; "
+            "give a directory with one for each class, in the order of their names"
+        )
+    return None, dataset
 
 
 def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:

@@ -177,6 +177,17 @@ def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err
 
 
+def test_data_without_the_condition_are_refused(runs, tmp_path, capsys):
+    for number, pixels in enumerate(tiny.photographs(3, 8)):
+        images.save_png(tmp_path / f"{number}.png", pixels)
+    assert cli.main(["evaluate", str(runs[1]), "--data", str(tmp_path)]) == cli.USAGE_ERROR
+    assert "the model knows 8 classes, but" in capsys.readouterr().err
+    model = load_model(runs[1])
+    model.cond_stage_key = "depth"
+    with pytest.raises(UserError, match="hold image, class_label, file_path_ and no 'depth', on which"):
+        evaluation.likelihood(model, tiny.datasets()[1])
+
+
 def test_the_command_reads_a_folder(runs, tmp_path, capsys):
     for number, pixels in enumerate(tiny.photographs(5, 16)):
         images.save_png(tmp_path / "photos" / f"{number}.png", pixels)

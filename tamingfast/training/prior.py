@@ -290,7 +290,15 @@ def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, i
 
 
 def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c)."""
+    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c).
+
+    UserError when the batch lacks what the prior is conditioned on.
+    """
+    if not model.be_unconditional and model.cond_stage_key not in batch:
+        raise UserError(
+            f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
+            "data of the kind that it was trained on"
+        )
     # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         if "indices" not in batch:
