@@ -324,7 +324,8 @@ class Objects(FromFile):
     @functools.cached_property
     def rule(self) -> scenes.Rule:
         """How they become tokens."""
-        names, attributes = scenes.class_names(self.classes), tuple(self.attributes)
+        attributes = (self.attributes,) if isinstance(self.attributes, str) else tuple(self.attributes)
+        names = scenes.class_names(self.classes)
         return scenes.Rule(names, self.tokens, self.objects, self.corners, self.crop_tokens, attributes)
 
     def check(self, size: int) -> None:

@@ -77,7 +77,8 @@ class Rule:
     def __post_init__(self) -> None:
         for name in self.attributes:
             if name not in ATTRIBUTES:
-                raise UserError(f"attributes has {name!r}{nearest(str(name), ATTRIBUTES)}, of {', '.join(ATTRIBUTES)}")
+                hint = nearest(str(name), ATTRIBUTES) or f"; valid are {', '.join(ATTRIBUTES)}"
+                raise UserError(f"attributes has {name!r}, which is unknown{hint}")
         bits = sum(1 << ATTRIBUTES.index(name) for name in self.attributes)
         if len(self.classes) * (bits + 1) > self.none:
             raise UserError(
