@@ -597,6 +597,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     batch = drawing.pop("batch")
     training_set, dataset = _evaluated_data(arguments, model)
     network, perceptual, missing = _networks(arguments, model)
+    if network is not None and min(arguments.samples, arguments.limit or len(dataset), len(dataset)) < 2:
+        network, missing = None, missing | {"distances of features": "they need at least 2 images"}
     found = {
         "model": str(arguments.model),
         "data": getattr(dataset, "description", type(dataset).__name__),

@@ -166,6 +166,10 @@ def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
     assert "NLL, nats per token" in text and "Not computed: distances of features, as it is not here" in text
     assert report["likelihood"]["images"] == report["reconstruction"]["images"] == 8
     assert "distances" not in report and report["missing"]["distances of features"] == "it is not here"
+    monkeypatch.setattr(evaluation, "load_features", lambda *arguments: torch.nn.Identity())
+    assert cli.main([*words, "--limit", "1", "--samples", "2"]) == 0
+    assert "distances of features, as they need at least 2 images" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "load_features", _refuse)
     for wrong, said in (
         (["--samples", "0"], "got --samples 0; expected at least 1"),
         (["--features", "efficientnet-lite0"], "it is not here"),
