@@ -103,7 +103,7 @@ def read_condition(
 
     kind = kind_of(model)
     if isinstance(kind, Objects):
-        scene = kind.scene(path)
+        scene = kind.read(path)
         return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
     found = kind.read(path)
     if size is None:

@@ -20,6 +20,7 @@ NAMES = tuple(f"class{number}" for number in range(80))
 #: The original's config for COCO: a codebook of 8192, so 90 x 90 positions, up to 30 objects and the crop.
 COCO = Rule(NAMES, 8192, attributes=("group",))
 THING = Thing(5, (0.1, 0.2, 0.3, 0.4))
+THING_OF_ALL = Thing(0, scenes.WHOLE)
 
 
 def test_positions_as_in_the_originals_example():
@@ -159,7 +160,7 @@ def kind(name="boxes", **options):
 def test_too_many_objects_are_refused_where_a_person_gives_them(tmp_path):
     path = written(tmp_path / "many.json", GOOD | {"objects": GOOD["objects"] * 4})
     with pytest.raises(UserError, match=r"many.json has 4 objects, but the model was trained with at most 3"):
-        kind().scene(path)
+        kind().read(path)
     with pytest.raises(UserError, match="needs to know the names of the classes: add classes="):
         kinds.make("boxes", {"tokens": 64})
     with pytest.raises(UserError, match="needs to know how many codes the first stage has: add tokens="):
@@ -254,6 +255,13 @@ def test_each_window_is_told_its_own_crop():
     square = scene.fitted(32, 32)
     assert square.region == (0.25, 0, 0.5, 1)
     assert made.windows(square, 4, 4, 4)[0, 0].tolist() == made.rule.encode(scene.things, (0.25, 0, 0.5, 1)).tolist()
+
+
+def test_a_crop_of_less_than_a_cell_can_be_shown():
+    made = kind(tokens=16)
+    tokens = made.rule.encode([THING_OF_ALL], (0.4, 0.4, 0.02, 0.02))
+    assert made.rule.decode(tokens)[1][2:] == (0, 0)
+    assert made.picture_of_tokens(tokens, (32, 32)).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("crop_tokens", [True, False])

@@ -342,7 +342,7 @@ class Objects(FromFile):
         crop = (view.left / wide, view.top / tall, view.width / wide, view.height / tall)
         return self.rule.encode([scene.things[i] for i in order], crop, view.flipped)
 
-    def scene(self, path: str | os.PathLike, size: Size | None = None) -> scenes.Scene:
+    def read(self, path: str | os.PathLike, size: Size | None = None) -> scenes.Scene:
         """The objects of a file on a canvas of ``size``, by default of the file's; UserError when they are too many."""
         found = scenes.read(path, self.rule)
         if len(found.things) > self.objects:
@@ -380,8 +380,9 @@ class Objects(FromFile):
             window = (column / columns, row / rows, wide, tall)
             things += told if crop else [dataclasses.replace(one, box=scenes.inside(one.box, window)) for one in told]
             crops += [crop] if crop else []
-        # Windows tell the same objects again.
-        return self._drawn(dict.fromkeys(things), shape, scenes.around(crops) if crops else scenes.WHOLE)
+        region = scenes.around(crops) if crops else scenes.WHOLE
+        # A crop of less than a cell has no size to scale by; windows tell the same objects again.
+        return self._drawn(dict.fromkeys(things), shape, region if min(region[2:]) > 0 else scenes.WHOLE)
 
     def _drawn(self, things: Iterable[scenes.Thing], shape: tuple[int, int], region: scenes.Box) -> np.ndarray:
         colors = ((label_colors(len(self.rule.classes)) + 1) * 127.5).astype(np.uint8)
