@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tamingfast.data.scenes import Scene
 from tamingfast.errors import UserError
 from tamingfast.weights import fingerprint
 
@@ -105,13 +106,20 @@ def kind_of(model: nn.Module) -> Kind:
     return kinds.make(key, {"labels": labels})
 
 
-def read_condition(model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The condition (H, W, C) that a file holds, float32.
+def read_condition(
+    model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None
+) -> np.ndarray | Scene:
+    """The condition (H, W, C) that a file holds, float32, or the scene, whose shape is (H, W).
 
     Scaled to cover ``size`` (height, width) and cut at the centre, or, without one, as large as it is, cut to multiples
     of f. Raises UserError as `tamingfast.data.kinds.Kind.read`.
     """
+    from tamingfast.data.kinds import Objects
+
     kind = kind_of(model)
+    if isinstance(kind, Objects):
+        scene = kind.read(path)
+        return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
     found = kind.read(path)
     if size is None:
         return _centre(found, *_multiples(model, *found.shape[:2], path))
@@ -158,9 +166,17 @@ def own_condition(model: nn.Module, size: tuple[int, int], photo: str | os.PathL
     )
 
 
-def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Tensor:
-    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images."""
+def condition_tokens(model: nn.Module, condition: np.ndarray | Scene, count: int) -> Tensor:
+    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images.
+
+    Of a scene (count, rows, columns, c): those that stand before the window which begins there.
+    """
     rows, columns = grid_size(model, *condition.shape[:2])
+    if isinstance(condition, Scene):
+        kind = kind_of(model)
+        window = window_of(model, rows, columns, kind.rule.length)
+        tokens = torch.from_numpy(kind.windows(condition, rows, columns, window)).to(model.device)
+        return tokens[None].expand(count, -1, -1, -1)
     c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
     tokens = model.encode_to_c(c)[1]
     if tokens.shape[1] != rows * columns:
@@ -171,14 +187,19 @@ def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Ten
     return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
 
 
-def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
-    """What to show of a condition (H, W, C): (1, 3, H, W) in [-1, 1]."""
+def condition_picture(model: nn.Module, condition: np.ndarray | Scene) -> Tensor:
+    """What to show of a condition (H, W, C) or a scene: (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(kind_of(model).picture(condition)).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
 def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
-    """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
+    """What the prior sees of a spatial condition, from its tokens (1, rows, columns, ...): (1, 3, H, W) in [-1, 1]."""
+    if tokens.ndim == 4:
+        factor = first_stage_of(model).factor
+        shape = (tokens.shape[1] * factor, tokens.shape[2] * factor)
+        picture = kind_of(model).picture_of_tokens(tokens[0].cpu().numpy(), shape)
+        return torch.from_numpy(picture).permute(2, 0, 1)[None]
     stage, tokens = model.cond_stage_model, tokens.to(model.device)
     c = stage.decode_code(tokens) if hasattr(stage, "decode_code") else stage.decode(tokens[:, None].float())
     return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
@@ -229,9 +250,9 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
 
 
 def _window(model: nn.Module, rows: int, columns: int, cond: Tensor) -> int:
-    """`window_of`, under tokens (B, c) or a grid of them (B, rows, columns), which is as large as the window."""
-    if cond.ndim == 2:
-        return window_of(model, rows, columns, cond.shape[1])
+    """`window_of` under tokens (B, c) or (B, rows, columns, c), or a grid of them, which is as large as the window."""
+    if cond.ndim != 3:
+        return window_of(model, rows, columns, cond.shape[-1])
     room = (model.transformer.config.block_size + 1) // 2
     return max(rows, columns) if rows * columns <= room else min(16, math.isqrt(room))
 
@@ -430,7 +451,7 @@ def likelihood(
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]
-    prefix = cond.shape[1] if cond.ndim == 2 else min(window, rows) * min(window, columns)
+    prefix = cond.shape[-1] if cond.ndim != 3 else min(window, rows) * min(window, columns)
     rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
     found = []
     for done, (rule, stride) in enumerate(rules):

@@ -212,7 +212,7 @@ def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 
 def _condition_options(**several: str) -> argparse.ArgumentParser:
-    text = "label map, depth map, keypoints, edges or small image to draw from"
+    text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
         ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
@@ -321,7 +321,7 @@ def _blank(arguments: argparse.Namespace, model: Any, condition: Any, photo: Any
     cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
     if photo is not None:
         return apply.begun(model, photo.to(model.device), arguments.scales, cond)
-    size = cond.shape[1:] if condition is not None else apply.grid_size(model, *_size(arguments, model))
+    size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *_size(arguments, model))
     return Canvas.blank(cond, *model.canvas_size(*size))
 
 
@@ -387,7 +387,7 @@ def _pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
 
     if condition is not None:
         return [apply.condition_picture(model, condition)]
-    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim == 3 else []
+    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim > 2 else []
 
 
 def _save_beside(out: Path, pictures: list[Any]) -> None:
@@ -618,6 +618,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     batch = drawing.pop("batch")
     training_set, dataset = _evaluated_data(arguments, model)
     network, perceptual, missing = _networks(arguments, model)
+    if network is not None and min(arguments.samples, arguments.limit or len(dataset), len(dataset)) < 2:
+        network, missing = None, missing | {"distances of features": "they need at least 2 images"}
     found = {
         "model": str(arguments.model),
         "data": getattr(dataset, "description", type(dataset).__name__),
@@ -649,7 +651,14 @@ def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any
     if arguments.overrides:
         raise UserError(f"got --data and '{arguments.overrides[0]}'; give one of them")
     side = _size(argparse.Namespace(size=None), model)[0]
-    return None, folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    dataset = folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    classes = getattr(getattr(model, "cond_stage_model", None), "n_classes", None)
+    if classes is not None and len(dataset.classes or ()) != classes:
+        raise UserError(
+            f"the model knows {classes} classes, but {arguments.data} has {len(dataset.classes or ())} class folders; "
+            "give a directory with one for each class, in the order of their names"
+        )
+    return None, dataset
 
 
 def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:

@@ -46,9 +46,13 @@ KINDS = {
     "edges": ("edges_vqgan", ADVERSARIAL, "edges"),
     "lowres": ("lowres_vqgan", [*ADVERSARIAL, "model.params.lossconfig.params.perceptual_weight=0"], "lowres"),
     "coord": (None, [], "coord"),
+    "boxes": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_bbox"),
+    "centers": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_center_points"),
     "class": (None, [], "class_label"),
 }
-FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json"}
+FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json", "boxes": ".json", "centers": ".json"}
+#: Tokens of a condition that are not as many as the image's: three objects and the crop.
+TOKENS = {"class": 1, "boxes": 11, "centers": 8}
 
 
 def run(*words: object) -> int:
@@ -87,9 +91,19 @@ def data(tmp_path_factory):
                 if kind == "keypoints":
                     people = [(random.random((18, 2)) * [WIDTH, HEIGHT]).tolist()]
                     target.write_text(json.dumps({"width": WIDTH, "height": HEIGHT, "people": people}))
+                elif kind in TOKENS:
+                    target.write_text(json.dumps(scene(random)))
                 else:
                     made[kind].save(target)
     return root
+
+
+def scene(random):
+    """Two objects somewhere in a photograph."""
+    corners = (random.random((2, 2)) * [WIDTH / 2, HEIGHT / 2]).tolist()
+    names = random.permutation(["cat", "dog", "tree"])
+    objects = [{"class": str(name), "box": [*corner, 20, 16]} for name, corner in zip(names, corners, strict=False)]
+    return {"width": WIDTH, "height": HEIGHT, "objects": objects}
 
 
 def folder_of(data, kind):
@@ -126,9 +140,9 @@ def trained(request, data, first_stage, tmp_path_factory):
         assert run("train", "vqgan", recipe, "--out", out / "cond", *SMALL, *settings, *where) == 0
         words = ["--cond-stage", out / "cond"]
     else:
-        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}"]
+        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}", *settings]
         words += ["data.name=folder"] if kind == "class" else ["data.name=conditions", f"data.kind={kind}"]
-    words += [f"prior.condition={key.removesuffix('_label')}"]
+    words += [f"prior.condition={kind if kind in TOKENS else key}"]
     words += ["training.steps=3", "training.batch_size=4", "training.image_every=3"]
     assert run("train", "prior", "tiny", "--first-stage", first_stage, "--out", out / "prior", *words) == 0
     return kind, out / "cond", out / "prior"
@@ -140,7 +154,7 @@ class TestEveryCondition:
         model = load_model(out)
         assert model.cond_stage_key == KINDS[kind][2]
         tokens = (SIZE // FACTOR) ** 2
-        room = tokens + (1 if kind == "class" else tokens)
+        room = tokens + TOKENS.get(kind, tokens)
         assert model.transformer.config.block_size == room and model.transformer.config.vocab_size == 32
         own = KINDS[kind][0] is not None
         parts = {"first_stage_model": first_stage} | ({"cond_stage_model": cond} if own else {})
@@ -206,7 +220,8 @@ class TestEveryCondition:
         assert changed[16:32, 24:40].mean() > 5 and changed[:8].max() == changed[:, :16].max() == 0
         assert (tmp_path / "out-condition.png").exists() == (kind != "class")
         canvas = Canvas.load(tmp_path / "kept.canvas")
-        assert canvas.cond.shape == ((1, 1) if kind == "class" else (1, *ROWS_COLUMNS))
+        own = (TOKENS[kind],) if kind in TOKENS else ()
+        assert canvas.cond.shape == (1, *(() if kind == "class" else ROWS_COLUMNS), *own)
         # The canvas keeps its condition, and shows what its tokens mean.
         shown = tmp_path / "out-condition.png"
         given = pixels_of(shown) if shown.exists() else None
@@ -237,7 +252,8 @@ class TestEveryCondition:
         assert (pixels_of(picture)[:, 8 + 8 : 8 + 40] == pixels_of(photo)[:, 8:40]).all()
         if kind != "class":
             assert size_of(tmp_path / "out-condition.png") == (WIDTH + 24, HEIGHT)
-            assert Canvas.load(tmp_path / "kept.canvas").cond.shape == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
+            shape = Canvas.load(tmp_path / "kept.canvas").cond.shape
+            assert shape[:3] == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
 
     def test_images_are_completed_under_their_conditions(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
@@ -289,7 +305,9 @@ def enlarged(source, target):
     """A condition's file, or a photo, with 8 more columns at its left and 16 at its right."""
     if target.suffix == ".json":
         content = json.loads(source.read_text())
-        content["people"] = [[[x + 8, y] for x, y in person] for person in content["people"]]
+        content["people"] = [[[x + 8, y] for x, y in person] for person in content.get("people", [])]
+        for thing in content.get("objects", []):
+            thing["box"][0] += 8
         target.write_text(json.dumps(content | {"width": WIDTH + 24}))
     else:
         pixels = pixels_of(source).astype(np.uint8)

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.config import instantiate_from_config, plain
-from tamingfast.data.kinds import label_colors
+from tamingfast.data.kinds import Kind, label_colors
+from tamingfast.data.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.multiscale import Pyramid
@@ -29,6 +31,7 @@ MULTISCALE = "tamingfast.models.multiscale.MultiscaleTransformer"
 GPT = "taming.modules.transformer.mingpt.GPT"
 LABELATOR = "taming.modules.util.Labelator"
 COORD_STAGE = "taming.modules.misc.coord.CoordStage"
+TOKEN_STAGE = "taming.models.dummy_cond_stage.DummyCondStage"
 DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
 PERMUTERS = "taming.modules.transformer.permuter"
 
@@ -44,7 +47,9 @@ ORDERINGS = {
 }
 #: Values of ``prior.condition`` that need a first stage of their own; each is also the condition's key in a batch.
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
-CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS)
+#: Values whose condition is tokens already -> its key in a batch. They name kinds of data too.
+OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"}
+CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
 
 #: Weights of a first stage that a prior does without.
@@ -74,11 +79,12 @@ def train(
     with distributed.world(device) as among:
         frozen, condition = _first_stage(first_stage), _first_stage(cond_stage)
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
-        config["data"] = config.get("data") or data[0] or data[1] or {}
+        config["data"] = _with_codes(config.get("data") or data[0] or data[1] or {}, frozen)
         datasets = datasets or build_datasets(config)
+        rule = getattr(getattr(datasets[0], "kind", None), "rule", None)
         if frozen is not None:
             cond_config = None if condition is None else condition.config
-            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config)
+            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config, rule)
         described = config.get("model") or {}
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
         torch.manual_seed(feed.key(settings.seed, "weights"))
@@ -90,7 +96,7 @@ def train(
             load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
         if condition is not None:
             load_into(model.cond_stage_model, condition.state_dict(), cond_stage, optional=_NO_PART)
-        stage = PriorStage(model.to(among.device), lr, grid, settings.seed)
+        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, getattr(datasets[0], "kind", None))
         return loop.run(stage, settings, datasets, out, among, resume)
 
 
@@ -100,12 +106,14 @@ def prior_config(
     grid: tuple[int, int],
     classes: int | None = None,
     cond_stage_config: Mapping[str, Any] | None = None,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage settles.
 
     ``grid`` is tokens per side, (height, width); ``classes`` how many labels the data have. ``prior.condition`` is
     "none" (one start token), "class", "coord" (where in the whole picture a crop lies) or one of `IMAGE_CONDITIONS`,
-    which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has.
+    which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has, or one
+    of `OBJECT_CONDITIONS`, of which the data's ``rule`` makes tokens.
     ``prior.ordering`` is a key of `ORDERINGS`; ``prior.scales``, the factors of a `Pyramid` or "all", makes the prior a
     `MultiscaleTransformer`. The vocabulary holds the codes and the condition's tokens, the block size both sequences;
     what ``model.params`` gives already is kept. First stages are embedded without their losses and without a path:
@@ -124,7 +132,9 @@ def prior_config(
     if "cond_stage_config" not in given:
         params |= _condition(options, classes, codes, factor, cond_stage_config)
     stage = (params | given)["cond_stage_config"]
-    condition_tokens, image_tokens = 1 if _is_single_token(stage) else math.prod(grid), math.prod(grid)
+    objects = isinstance(stage, Mapping) and stage.get("target") == TOKEN_STAGE and rule is not None
+    condition_tokens = rule.length if objects else 1 if _is_single_token(stage) else math.prod(grid)
+    image_tokens = math.prod(grid)
     target = (config.get("model") or {}).get("target", MODEL)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
@@ -134,8 +144,9 @@ def prior_config(
         target, image_tokens = MULTISCALE, pyramid.tokens
         params |= {"scales": list(pyramid.factors), "grid": list(grid)}
 
+    known = rule.tokens if objects else _condition_vocabulary(stage)
     settled = {
-        "vocab_size": max(codes, _condition_vocabulary(stage), given.get("sos_token", 0) + 1),
+        "vocab_size": max(codes, known, given.get("sos_token", 0) + 1),
         "block_size": condition_tokens + image_tokens,
     }
     transformer = dict(given.get("transformer_config") or {})
@@ -193,6 +204,9 @@ def _condition(
         # Coordinates reach n_embed itself, so that all codes of the first stage are in use and no more.
         params = {"n_embed": codes - 1, "down_factor": factor}
         return {"cond_stage_config": {"target": COORD_STAGE, "params": params}, "cond_stage_key": "coord"}
+    if name in OBJECT_CONDITIONS:
+        key = OBJECT_CONDITIONS[name]
+        return {"cond_stage_config": {"target": TOKEN_STAGE, "params": {"conditional_key": key}}, "cond_stage_key": key}
     if stage is None:
         raise UserError(
             f"prior.condition={name} needs a first stage for it; train one with `tamingfast train vqgan {name}_vqgan` "
@@ -210,9 +224,24 @@ def _condition(
     return {"cond_stage_config": described, "cond_stage_key": name}
 
 
+def _with_codes(data: Mapping[str, Any], first_stage: nn.Module | None) -> dict[str, Any]:
+    """The ``data`` section; for objects with their vocabulary, which is the first stage's, and the names of classes.
+
+    Names that stand in a file are copied, as the run is to be of use without it.
+    """
+    data = dict(plain(data))
+    if data.get("name") == "conditions" and data.get("kind") in OBJECT_CONDITIONS:
+        if data.get("classes") is not None:
+            data["classes"] = list(class_names(data["classes"]))
+        if data.get("tokens") is None and first_stage is not None:
+            data["tokens"] = first_stage.n_embed
+    return data
+
+
 def _check_condition(key: str, datasets: tuple[Dataset, Dataset | None]) -> None:
+    made = key in ("coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS.values())
     for dataset in datasets:
-        if key in ("coord", *IMAGE_CONDITIONS) and dataset is not None and key not in dataset[0]:
+        if made and dataset is not None and key not in dataset[0]:
             raise UserError(
                 f"the prior is conditioned on '{key}', which the data do not hold; train it on data.name=conditions "
                 "data.kind=... data.path=DIRECTORY"
@@ -286,7 +315,15 @@ def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, i
 
 
 def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c)."""
+    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c).
+
+    UserError when the batch lacks what the prior is conditioned on.
+    """
+    if not model.be_unconditional and model.cond_stage_key not in batch:
+        raise UserError(
+            f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
+            "data of the kind that it was trained on"
+        )
     # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         if "indices" not in batch:
@@ -301,8 +338,15 @@ class PriorStage:
 
     shown = ("loss", "nll", "perplexity")
 
-    def __init__(self, model: nn.Module, learning_rate: float, grid: tuple[int, int], seed: int = 0):
-        self.model, self.grid, self.seed = model, grid, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        grid: tuple[int, int],
+        seed: int = 0,
+        kind: Kind | None = None,
+    ):
+        self.model, self.grid, self.seed, self.kind = model, grid, seed, kind
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
@@ -353,6 +397,10 @@ class PriorStage:
     def conditioning(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The batch's conditions as images (B, 3, H, W) in [-1, 1] in a list, which is empty for other conditions."""
         key = self.model.cond_stage_key
+        if key in OBJECT_CONDITIONS.values() and self.kind is not None:
+            shape = batch[self.model.first_stage_key].shape[1:3]
+            drawn = np.stack([self.kind.picture_of_tokens(tokens, shape) for tokens in batch[key].cpu().numpy()])
+            return [torch.from_numpy(drawn).permute(0, 3, 1, 2)]
         if key not in ("coord", *IMAGE_CONDITIONS):
             return []
         c = self.model.get_input(key, batch)
