@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.errors import UserError
+from tamingfast.models import bands
 from tamingfast.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Ten
     """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images."""
     rows, columns = grid_size(model, *condition.shape[:2])
     c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
-    tokens = model.encode_to_c(c)[1]
+    whole = model.downsample_cond_size > -1
+    tokens = (model.encode_to_c(c)[1] if whole else bands.encode_grid(model.cond_stage_model, c)).flatten(1)
     if tokens.shape[1] != rows * columns:
         raise UserError(
             f"the condition has {tokens.shape[1]} tokens and the image {rows * columns}, but windows need as many of "
@@ -165,7 +167,7 @@ def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
 def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
     """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
     stage, tokens = model.cond_stage_model, tokens.to(model.device)
-    c = stage.decode_code(tokens) if hasattr(stage, "decode_code") else stage.decode(tokens[:, None].float())
+    c = bands.decode_grid(stage, tokens) if hasattr(stage, "quantize") else stage.decode(tokens[:, None].float())
     return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
 
 
@@ -265,8 +267,7 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 def photo_tokens(model: nn.Module, x: Tensor) -> Tensor:
     """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides."""
     grid_size(model, *x.shape[2:])
-    quant, _, (_, _, indices) = model.first_stage_model.encode(x)
-    return indices.view(len(x), *quant.shape[2:])
+    return bands.encode_grid(model.first_stage_model, x)
 
 
 def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
@@ -281,12 +282,12 @@ def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, exact: bool = True) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray; ``exact`` as in `decode_grid`."""
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray."""
     images = []
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known, exact=exact).cpu()
+        pixels = model.decode_grid(known).cpu()
         factor = pixels.shape[-1] // tokens.shape[-1]
         gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         images.append(pixels.masked_fill(gray, 0.0))
@@ -360,11 +361,11 @@ def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     Figures: ``l1`` mean absolute difference (images in [-1, 1]), ``psnr`` in dB, ``codes`` different codes in use.
     """
     stage = first_stage_of(model)
-    quant, _, (_, _, indices) = stage.encode(x)
-    out = stage.decode(quant).clamp(-1, 1)
+    tokens = bands.encode_grid(stage, x)
+    out = bands.decode_grid(stage, tokens).clamp(-1, 1)
     mse = float((out - x).square().mean())
     psnr = 10 * float(np.log10(4 / mse)) if mse > 0 else float("inf")
-    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(indices.unique().numel())}
+    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(tokens.unique().numel())}
 
 
 @torch.no_grad()

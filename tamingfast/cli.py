@@ -482,7 +482,7 @@ def _painted(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
         canvas.check_begun_as(begun)
 
     def preview(now: Any) -> None:
-        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
 
     with _bar("tokens") as bar:
         return canvas.sample(
