@@ -155,6 +155,24 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+ATTENTION = """
+import resource, torch
+from tamingfast.models.vqgan import AttnBlock
+torch.set_num_threads(1)
+block = AttnBlock(32)
+with torch.no_grad():
+    block(torch.randn(1, 32, 8, 8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    block(torch.randn(1, 32, 96, 96))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_attention_holds_no_scores_of_all_pairs():
+    run = subprocess.run([sys.executable, "-c", ATTENTION], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 96**4 * 4 / 5
+
+
 @pytest.mark.parametrize("way", ["decode", "encode"])
 def test_memory_stays_within_the_budget(way):
     """An image whose maps are seven times the budget, of networks with the f = 16 geometry."""
