@@ -80,7 +80,7 @@ def kind_of(model: nn.Module) -> Kind:
     if not is_spatial(model):
         raise UserError(f"the model is conditioned on {'nothing' if key == 'image' else f'{key!r}'}; give no condition")
     data = (getattr(model, "config", None) or {}).get("data") or {}
-    if data.get("name") == "conditions":
+    if data.get("kind") is not None:
         return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
     if key not in kinds.KINDS:
         raise UserError(
@@ -166,8 +166,7 @@ def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
 @torch.no_grad()
 def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
     """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
-    stage, tokens = model.cond_stage_model, tokens.to(model.device)
-    c = bands.decode_grid(stage, tokens) if hasattr(stage, "quantize") else stage.decode(tokens[:, None].float())
+    c = model.decode_condition(tokens.to(model.device))
     return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
 
 
@@ -361,11 +360,11 @@ def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     Figures: ``l1`` mean absolute difference (images in [-1, 1]), ``psnr`` in dB, ``codes`` different codes in use.
     """
     stage = first_stage_of(model)
-    tokens = bands.encode_grid(stage, x)
-    out = bands.decode_grid(stage, tokens).clamp(-1, 1)
+    quant, _, (_, _, indices) = stage.encode(x)
+    out = stage.decode(quant).clamp(-1, 1)
     mse = float((out - x).square().mean())
     psnr = 10 * float(np.log10(4 / mse)) if mse > 0 else float("inf")
-    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(tokens.unique().numel())}
+    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(indices.unique().numel())}
 
 
 @torch.no_grad()
@@ -422,33 +421,93 @@ def encode(
     path: str | os.PathLike,
     batch: int = 64,
     progress: Callable[[int], Any] | None = None,
+    cond_stage: nn.Module | None = None,
 ) -> int:
     """Write the tokens of every image of ``dataset`` to a token file that the prior's training reads; returns how many.
 
-    Images are taken as the dataset's epoch 0 gives them. ``progress(n)`` runs after every n images.
+    Images are taken as the dataset's epoch 0 gives them, and where it holds spatial conditions their tokens are written
+    too: those of ``cond_stage``, by default of the prior ``model``, or coordinates. ``progress(n)`` runs after every n
+    images. Raises UserError for conditions without a stage, and for a stage whose conditions the dataset lacks.
     """
     from tamingfast.data import loader
-    from tamingfast.data.tokens import write_tokens
+    from tamingfast.data.tokens import smallest, write_tokens
 
     stage = first_stage_of(model)
+    key, cond_stage = _stage_of_conditions(model, dataset, cond_stage)
     classes = getattr(dataset, "classes", None)
     labels: list[int] = []
+    conditions: list[np.ndarray] = []
+    metadata = {
+        "source": getattr(dataset, "description", type(dataset).__name__),
+        "first_stage": fingerprint(stage),
+    }
+    condition = None if key is None else _description_of_conditions(key, cond_stage, dataset)
 
     @torch.no_grad()
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
             x = items["image"].permute(0, 3, 1, 2).to(stage.device)
             quant, _, (_, _, indices) = stage.encode(x)
+            grid = quant.shape[2:]
             if classes is not None:
                 labels.extend(items["class_label"].tolist())
-            yield indices.view(len(x), *quant.shape[2:]).cpu().numpy()
+            if key is not None:
+                _, _, (_, _, found) = cond_stage.encode(items[key].permute(0, 3, 1, 2).to(stage.device))
+                conditions.append(smallest(found.view(len(x), *grid).cpu().numpy(), condition["vocab_size"]))
+            yield indices.view(len(x), *grid).cpu().numpy()
             if progress is not None:
                 progress(len(x))
 
-    metadata = {
-        "source": getattr(dataset, "description", type(dataset).__name__),
-        "first_stage": fingerprint(stage),
+    # The lists are filled while the grids are written.
+    return write_tokens(
+        path,
+        grids(),
+        stage.n_embed,
+        class_label=None if classes is None else labels,
+        metadata=metadata,
+        classes=classes,
+        conditions=None if key is None else conditions,
+        condition=condition,
+    )
+
+
+def _stage_of_conditions(
+    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
+) -> tuple[str | None, nn.Module | None]:
+    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
+    from tamingfast.data.kinds import Coordinates
+    from tamingfast.models.conditioning import CoordStage
+
+    key = getattr(getattr(dataset, "kind", None), "key", None)
+    if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
+        wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
+    else:
+        wanted = getattr(cond_stage, "image_key", None)
+    if wanted is not None and wanted not in dataset[0]:
+        raise UserError(
+            f"the stage of conditions is for '{wanted}', which the data do not hold; give name=conditions kind=... "
+            "path=DIRECTORY"
+        )
+    if wanted is None and key == Coordinates.key:
+        stage = first_stage_of(model)
+        return key, CoordStage(stage.n_embed - 1, stage.factor)
+    if wanted is None and key is not None:
+        raise UserError(
+            f"the data hold conditions of '{key}', but no first stage for them is given; give --cond-stage RUN, or "
+            "name=folder to write the images alone"
+        )
+    return wanted, cond_stage
+
+
+def _description_of_conditions(key: str, cond_stage: nn.Module, dataset: Dataset) -> dict[str, Any]:
+    """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
+    from tamingfast.data.kinds import settings_of
+
+    kind = getattr(dataset, "kind", None)
+    return {
+        "key": key,
+        # A coordinate stage rounds to n_embed itself.
+        "vocab_size": cond_stage.n_embed + (0 if hasattr(cond_stage, "quantize") else 1),
+        "first_stage": fingerprint(cond_stage),
+        "data": {} if kind is None else settings_of(kind),
     }
-    # The list is filled while the grids are written.
-    class_label = None if classes is None else labels
-    return write_tokens(path, grids(), stage.n_embed, class_label=class_label, metadata=metadata, classes=classes)

@@ -166,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
+    command.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
     command.add_argument("--split", choices=("train", "validation"), default="train")
     command.add_argument("--batch", type=int, default=64)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
@@ -555,10 +556,14 @@ def likelihood(arguments: argparse.Namespace) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
+    from tamingfast.checkpoints import load_model
     from tamingfast.training.settings import build_datasets
 
     model = _load(arguments)
-    settings = (model.config or {}).get("data") or {}
+    cond_stage = None
+    if arguments.cond_stage is not None:
+        cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
+    settings = ((cond_stage or model).config or {}).get("data") or {}
     if arguments.overrides:
         from omegaconf import OmegaConf
 
@@ -566,7 +571,7 @@ def encode(arguments: argparse.Namespace) -> None:
     train, validation = build_datasets({"data": settings})
     dataset = train if arguments.split == "train" else validation
     with _bar("images", len(dataset)) as bar:
-        count = apply.encode(model, dataset, arguments.out, arguments.batch, progress=bar.update)
+        count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
     print(f"written: {arguments.out}, {count} images")
 
 

@@ -63,7 +63,7 @@ def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None) -> Te
 
 @torch.no_grad()
 def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None) -> Tensor:
-    """``network(x)``, image by image and in bands where that does not fit into memory.
+    """``network(x)``, of as many images at once as fit into memory, and in bands where not even one does.
 
     Args:
         memory: bytes for feature maps and the result, the weights not counted; half of what is free when None.
@@ -75,8 +75,11 @@ def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None) -> Ten
     memory = available_memory(x.device) // 2 if memory is None else memory
     shapes = _shapes(units, tuple(x.shape[1:]))
     peaks = [_peak(unit, before, after) for unit, (before, after) in zip(units, pairwise(shapes), strict=True)]
-    if max(peaks) * len(x) * x.element_size() <= memory:
+    at_once = memory // (max(peaks) * x.element_size())
+    if at_once >= len(x):
         return network(x)
+    if at_once:
+        return torch.cat([network(part) for part in x.split(at_once)])
     return torch.cat([_one(units, shapes, image[None], memory) for image in x])
 
 

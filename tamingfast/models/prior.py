@@ -180,6 +180,12 @@ class Net2NetTransformer(Module):
         return bands.decode_grid(self.first_stage_model, grid, memory)
 
     @torch.no_grad()
+    def decode_condition(self, grid: Tensor) -> Tensor:
+        """Row-major tokens (B, h, w) of a spatial condition -> the condition (B, C, H, W) that they stand for."""
+        stage = self.cond_stage_model
+        return bands.decode_grid(stage, grid) if hasattr(stage, "quantize") else stage.decode(grid[:, None].float())
+
+    @torch.no_grad()
     def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> ``(quantised latents, tokens int64 (B, n) in the ordering's sequence)``."""
         quant, _, info = self.first_stage_model.encode(x)

@@ -41,6 +41,8 @@ ORDERINGS = {
 }
 #: Values of ``prior.condition`` that need a first stage of their own; each is also the condition's key in a batch.
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
+#: Keys of all conditions that have as many tokens as the image.
+SPATIAL = ("coord", *IMAGE_CONDITIONS)
 CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS)
 SAMPLE_TOP_K = 100
 
@@ -73,6 +75,8 @@ def train(
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
         config["data"] = config.get("data") or data[0] or data[1] or {}
         datasets = datasets or build_datasets(config)
+        # What draws with the run has to know what its conditions are.
+        config["data"] = dict(config["data"]) | ((getattr(datasets[0], "condition", None) or {}).get("data") or {})
         if frozen is not None:
             cond_config = None if condition is None else condition.config
             config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config)
@@ -81,7 +85,7 @@ def train(
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
         grid = feed.grid_of(datasets[0], model.first_stage_model.factor)
-        _check_condition(model.cond_stage_key, datasets)
+        _check_condition(model.cond_stage_key, condition, datasets)
         loop.prepare(config, out, resume, settings, datasets[0], among)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
@@ -186,12 +190,22 @@ def _condition(
     return {"cond_stage_config": described, "cond_stage_key": name}
 
 
-def _check_condition(key: str, datasets: tuple[Dataset, Dataset | None]) -> None:
+def _check_condition(key: str, stage: nn.Module | None, datasets: tuple[Dataset, Dataset | None]) -> None:
+    """UserError when the data lack the condition, or hold its tokens from another first stage than ``stage``."""
     for dataset in datasets:
-        if key in ("coord", *IMAGE_CONDITIONS) and dataset is not None and key not in dataset[0]:
+        encoded = getattr(dataset, "condition", None) or {}
+        if key not in SPATIAL or dataset is None or key in dataset[0]:
+            continue
+        if encoded.get("key") != key:
             raise UserError(
                 f"the prior is conditioned on '{key}', which the data do not hold; train it on data.name=conditions "
                 "data.kind=... data.path=DIRECTORY"
+            )
+        # A token file made by other means may not say what made it.
+        if stage is not None and encoded.get("first_stage") not in (None, fingerprint(stage)):
+            raise UserError(
+                "the conditions in the token file were written by another first stage; encode the data with this one, "
+                "given as --cond-stage"
             )
 
 
@@ -280,6 +294,8 @@ class PriorStage:
                 x, c = model.get_xc(batch)
                 return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
             z = model.permuter(batch["indices"].flatten(1).long())
+            if "condition_indices" in batch and model.cond_stage_key in SPATIAL:
+                return z, batch["condition_indices"]
             return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
 
     def nll(self, batch: Mapping[str, Any]) -> Tensor:
@@ -320,9 +336,12 @@ class PriorStage:
     def conditioning(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The batch's conditions as images (B, 3, H, W) in [-1, 1] in a list, which is empty for other conditions."""
         key = self.model.cond_stage_key
-        if key not in ("coord", *IMAGE_CONDITIONS):
+        if key not in SPATIAL:
             return []
-        c = self.model.get_input(key, batch)
+        if key in batch:
+            c = self.model.get_input(key, batch)
+        else:
+            c = self.model.decode_condition(batch["condition_indices"].view(-1, *self.grid)).clamp(-1, 1)
         if key == "segmentation":
             colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
             return [colors[c.argmax(1)].permute(0, 3, 1, 2)]
