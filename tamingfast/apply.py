@@ -263,30 +263,33 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 
 @torch.no_grad()
-def photo_tokens(model: nn.Module, x: Tensor) -> Tensor:
+def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
     """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides."""
     grid_size(model, *x.shape[2:])
-    return bands.encode_grid(model.first_stage_model, x)
+    return bands.encode_grid(model.first_stage_model, x, progress=progress)
 
 
-def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
+def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
     """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
-    One image may stand for all B, which is then encoded once.
+    One image may stand for all B, which is then encoded once. ``progress`` as in `tamingfast.models.bands.run`.
     """
     from tamingfast.sampling.canvas import Canvas
 
-    tokens = photo_tokens(model, x)
+    tokens = photo_tokens(model, x, progress)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray."""
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.Progress | None = None) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray.
+
+    ``progress`` as in `tamingfast.models.bands.run`, for each batch anew.
+    """
     images = []
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known).cpu()
+        pixels = model.decode_grid(known, progress=progress).cpu()
         factor = pixels.shape[-1] // tokens.shape[-1]
         gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         images.append(pixels.masked_fill(gray, 0.0))

@@ -281,7 +281,7 @@ def sample(arguments: argparse.Namespace) -> None:
     told = condition is not None or arguments.label is not None
     begun = _blank(arguments, model, condition) if told or not arguments.resume else None
     canvas = _painted(arguments, model, begun)
-    batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
+    batch, out = _decoded(arguments, model, canvas), Path(arguments.out)
     shown = _pictures(model, canvas, condition)
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
@@ -414,7 +414,8 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
         return saved.outpaint(left, right, top, bottom, cond), None, condition
     cond = _tokens_under(arguments, model, condition, count)
     part = cond if cond.ndim == 2 else cond[:, top : top + rows, left : left + columns]
-    canvas = apply.photo_canvas(model, photo.to(model.device), part)
+    with _bar("multiply-adds of encoding", unit_scale=True, delay=1) as bar:
+        canvas = apply.photo_canvas(model, photo.to(model.device), part, bar.moved)
     return canvas.outpaint(left, right, top, bottom, cond), photo, condition
 
 
@@ -455,10 +456,10 @@ def _write_edited(
 ) -> None:
     import torch
 
-    from tamingfast import apply, images
+    from tamingfast import images
     from tamingfast.sampling.canvas import keep_pixels
 
-    batch = apply.decoded(model, finished, arguments.batch)
+    batch = _decoded(arguments, model, finished)
     if photo is not None and not arguments.reconstruct:
         batch = keep_pixels(batch, photo, drawn.cpu())
     shown = _pictures(model, finished, condition)
@@ -489,6 +490,13 @@ def _painted(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
         return canvas.sample(
             model, path=path, preview=preview if arguments.preview else None, progress=bar.moved, **options
         )
+
+
+def _decoded(arguments: argparse.Namespace, model: Any, canvas: Any) -> Any:
+    from tamingfast import apply
+
+    with _bar("multiply-adds of decoding", unit_scale=True, delay=1) as bar:
+        return apply.decoded(model, canvas, arguments.batch, bar.moved)
 
 
 def _canvas_file(arguments: argparse.Namespace) -> Path:
@@ -665,7 +673,7 @@ def _at_least_one(value: int, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
+def _bar(unit: str, total: int | None = None, **options: Any) -> Iterator[Any]:
     """A progress bar, on a terminal; ``moved(done, total)`` sets it where ``update(n)`` would add."""
     from tqdm import tqdm
 
@@ -674,7 +682,7 @@ def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
             self.total = total
             self.update(done - self.n)
 
-    with Bar(total=total, unit=f" {unit}", disable=None) as bar:
+    with Bar(total=total, unit=f" {unit}", disable=None, **options) as bar:
         yield bar
 
 

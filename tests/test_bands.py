@@ -58,7 +58,9 @@ def test_bands_are_the_whole_image(monkeypatch, place, options, kind):
 
     if place == "in files":
         monkeypatch.setattr(bands._Store, "new", in_files)
-    out = bands.run(model, x, int(peak(model, x) * 0.8))
+    seen = []
+    out = bands.run(model, x, int(peak(model, x) * 0.8), lambda *progress: seen.append(progress))
+    assert seen == sorted(seen) and len(seen) > 20 and seen[-1][0] == pytest.approx(seen[-1][1], rel=1e-6)
     assert (len(made) > 4) == (place == "in files")
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 

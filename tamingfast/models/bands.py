@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ BAND = 24 << 20
 BAND_MAPS = 8
 
 Shape = tuple[int, int, int]  # channels, height, width
+Progress = Callable[[int, int], Any]
 
 
 def available_memory(device: torch.device) -> int:
@@ -43,30 +45,31 @@ def available_memory(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None) -> Tensor:
-    """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); ``memory`` and errors as in `run`."""
+def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
     if isinstance(getattr(stage, "encoder", None), Encoder):
-        quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory)))
+        quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
     else:
         quant, _, (_, _, indices) = stage.encode(x)
     return indices.view(len(x), *quant.shape[2:])
 
 
 @torch.no_grad()
-def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None) -> Tensor:
-    """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); ``memory`` and errors as in `run`."""
+def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); the rest as in `run`."""
     quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
     if isinstance(getattr(stage, "decoder", None), Decoder):
-        return run(stage.decoder, stage.post_quant_conv(quant), memory)
+        return run(stage.decoder, stage.post_quant_conv(quant), memory, progress)
     return stage.decode(quant)
 
 
 @torch.no_grad()
-def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None) -> Tensor:
+def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     """``network(x)``, of as many images at once as fit into memory, and in bands where not even one does.
 
     Args:
         memory: bytes for feature maps and the result, the weights not counted; half of what is free when None.
+        progress: called as progress(done, total) with multiply-adds over all images, where they run in bands.
 
     Raises:
         UserError: not even bands of two rows fit into `memory`, or what is beyond it onto the disk.
@@ -80,7 +83,16 @@ def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None) -> Ten
         return network(x)
     if at_once:
         return torch.cat([network(part) for part in x.split(at_once)])
-    return torch.cat([_one(units, shapes, image[None], memory) for image in x])
+    work = [_work(unit, before, after) for unit, (before, after) in zip(units, pairwise(shapes), strict=True)]
+    total, done = sum(work) * len(x), 0
+
+    def advance(more: float) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(round(done), total)
+
+    return torch.cat([_one(units, shapes, image[None], memory, work, advance) for image in x])
 
 
 def _decoder_units(decoder: Decoder) -> list[nn.Module]:
@@ -128,7 +140,21 @@ def _peak(unit: nn.Module, before: Shape, after: Shape) -> int:
     return (ATTENTION_MAPS if isinstance(unit, AttnBlock) else MAPS) * max(math.prod(before), math.prod(after))
 
 
-def _one(units: Sequence[nn.Module], shapes: Sequence[Shape], x: Tensor, memory: int) -> Tensor:
+def _work(unit: nn.Module, before: Shape, after: Shape) -> int:
+    """Multiply-adds of a unit."""
+    pixels = after[1] * after[2]
+    weights = sum(parameter.numel() for parameter in unit.parameters() if parameter.ndim == 4)
+    return pixels * (weights + (2 * pixels * after[0] if isinstance(unit, AttnBlock) else 0))
+
+
+def _one(
+    units: Sequence[nn.Module],
+    shapes: Sequence[Shape],
+    x: Tensor,
+    memory: int,
+    work: Sequence[int],
+    advance: Callable[[float], None],
+) -> Tensor:
     """One image (1, C, H, W) through the units, each of them whole where it fits and else in bands."""
     size = x.element_size()
     rows = [max(math.prod(before), math.prod(after)) // after[1] for before, after in pairwise(shapes)]
@@ -139,12 +165,14 @@ def _one(units: Sequence[nn.Module], shapes: Sequence[Shape], x: Tensor, memory:
         room = store.free + (current.charged if isinstance(current, _Map) else 0)
         if peak <= room:
             current = unit(current.whole() if isinstance(current, _Map) else current)
+            advance(work[i])
         elif isinstance(unit, AttnBlock):
             raise _too_little(memory - room + peak, memory)
         else:
             if isinstance(current, Tensor):
                 current = store.holding(current)
-            current = _in_bands(unit, current, shapes[i + 1], store, last=i == len(units) - 1)
+            last = i == len(units) - 1
+            current = _in_bands(unit, current, shapes[i + 1], store, last, lambda part, i=i: advance(part * work[i]))
     return current.whole() if isinstance(current, _Map) else current
 
 
@@ -155,14 +183,19 @@ def _too_little(needed: int, memory: int) -> UserError:
     )
 
 
-def _in_bands(unit: nn.Module, x: _Map, shape: Shape, store: _Store, last: bool) -> _Map:
-    """The map after a unit, which is the one before it, overwritten, where that is possible."""
+def _in_bands(unit: nn.Module, x: _Map, shape: Shape, store: _Store, last: bool, told: Callable[[float], None]) -> _Map:
+    """The map after a unit, which is the one before it, overwritten, where that is possible.
+
+    ``told`` is called after each band with the part of the unit's work that it was.
+    """
     if isinstance(unit, ResnetBlock):
-        h = _convolved(x, store.new(shape), unit.conv1, unit.norm1)
+        half = lambda part: told(part / 2)  # noqa: E731
+        h = _convolved(x, store.new(shape), unit.conv1, unit.norm1, half)
         if unit.shortcut is None:
-            out = _convolved(h, x, unit.conv2, unit.norm2, beside=x)
+            out = _convolved(h, x, unit.conv2, unit.norm2, half, beside=x)
         else:
-            out = _convolved(h, store.new(shape, last), unit.conv2, unit.norm2, x, getattr(unit, unit.shortcut))
+            shortcut = getattr(unit, unit.shortcut)
+            out = _convolved(h, store.new(shape, last), unit.conv2, unit.norm2, half, x, shortcut)
             x.close()
         h.close()
         return out
@@ -176,6 +209,7 @@ def _in_bands(unit: nn.Module, x: _Map, shape: Shape, store: _Store, last: bool)
         else:
             band = _convolve(conv, x, top, bottom, norm)
         out.write(top, band)
+        told((bottom - top) / shape[1])
     x.close()
     return out
 
@@ -185,6 +219,7 @@ def _convolved(
     out: _Map,
     conv: nn.Conv2d,
     norm: GroupNorm,
+    told: Callable[[float], None],
     beside: _Map | None = None,
     shortcut: nn.Conv2d | None = None,
 ) -> _Map:
@@ -194,6 +229,7 @@ def _convolved(
         if beside is not None:
             band += beside.read(top, bottom) if shortcut is None else _convolve(shortcut, beside, top, bottom)
         out.write(top, band)
+        told((bottom - top) / out.shape[1])
     return out
 
 

@@ -171,13 +171,15 @@ class Net2NetTransformer(Module):
         grid = sample_grid(self, cond, height, width, **options)
         return self.decode_grid(grid)
 
-    def decode_grid(self, grid: Tensor, memory: int | None = None) -> Tensor:
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Callable[[int, int], Any] | None = None
+    ) -> Tensor:
         """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w).
 
         An image whose feature maps do not fit into ``memory`` bytes (None: half of what is free) is decoded in bands;
-        see `tamingfast.models.bands`.
+        see `tamingfast.models.bands`, which calls ``progress(done, total)`` then.
         """
-        return bands.decode_grid(self.first_stage_model, grid, memory)
+        return bands.decode_grid(self.first_stage_model, grid, memory, progress)
 
     @torch.no_grad()
     def decode_condition(self, grid: Tensor) -> Tensor:
