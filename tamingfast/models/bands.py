@@ -92,7 +92,8 @@ def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None, progre
         if progress is not None:
             progress(round(done), total)
 
-    return torch.cat([_one(units, shapes, image[None], memory, work, advance) for image in x])
+    images = [_one(units, shapes, image[None], memory, work, advance) for image in x]
+    return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def _decoder_units(decoder: Decoder) -> list[nn.Module]:
@@ -271,8 +272,10 @@ class _Store:
     def new(self, shape: Shape, last: bool = False) -> _Map:
         """An empty map; the last one is the result, which always lies in memory."""
         size = math.prod(shape) * self.dtype.itemsize
-        if last or size <= self.free:
-            return _Map(self, shape, self._empty(shape, self.device), 0 if last else size)
+        if last:
+            return _Map(self, shape, torch.empty(1, *shape, dtype=self.dtype, device=self.device), 0)
+        if size <= self.free:
+            return _Map(self, shape, self._empty(shape, self.device), size)
         if self.device.type != "cpu" and size <= available_memory(torch.device("cpu")) // 2:
             return _Map(self, shape, self._empty(shape, torch.device("cpu")), 0)
         return _Scratch(self, shape, size)
@@ -357,9 +360,9 @@ class _Map:
 
     def whole(self) -> Tensor:
         """The map (1, C, H, W), which is given up."""
-        x = self.read(0, self.shape[1]).contiguous()
+        x = self.read(0, self.shape[1]) if self.x is None else self.x.to(self.store.device)
         self.close()
-        return x
+        return x.contiguous()
 
 
 class _Scratch(_Map):
