@@ -361,6 +361,7 @@ def _opened(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     from tamingfast.sampling.canvas import Canvas
 
     count = _at_least_one(arguments.count, "--count")
+    apply.check_one_grid(model)
     if Path(arguments.photo).suffix == CANVAS:
         canvas = Canvas.load(arguments.photo)
         if len(canvas.tokens) > 1 and count > 1:
