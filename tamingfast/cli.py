@@ -169,6 +169,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
     command.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
 
+    command = add(
+        "evaluate",
+        evaluate,
+        "figures of a model on real images: likelihood, reconstructions, samples",
+        (device, drawing),
+    )
+    command.add_argument("model", help="run directory or checkpoint of a first stage or a prior")
+    command.add_argument("--data", metavar="DIR", help="all images below this directory instead of the validation set")
+    command.add_argument("--limit", type=int, help="so many images, drawn by --seed; default: all")
+    command.add_argument("--samples", type=int, default=256, help="of a prior (default: %(default)s)")
+    command.add_argument(
+        "--features",
+        help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception where "
+        "--inception-weights is given, else efficientnet-lite0 where it is installed",
+    )
+    command.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's; default: its own download")
+    command.add_argument("--perceptual-weights", metavar="FILE", help="VGG16 for LPIPS; default: the lpips package's")
+    command.add_argument("--out", metavar="JSON", help="write the report here too")
+    text = "the data set, e.g. name=photos size=32; default: what the model was trained on"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
@@ -469,16 +490,83 @@ def encode(arguments: argparse.Namespace) -> None:
     from tamingfast.training.settings import build_datasets
 
     model = _load(arguments)
-    settings = (model.config or {}).get("data") or {}
-    if arguments.overrides:
-        from omegaconf import OmegaConf
-
-        settings = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
-    train, validation = build_datasets({"data": settings})
+    train, validation = build_datasets({"data": _data_settings(arguments, model)})
     dataset = train if arguments.split == "train" else validation
     with _bar("images", len(dataset)) as bar:
         count = apply.encode(model, dataset, arguments.out, arguments.batch, progress=bar.update)
     print(f"written: {arguments.out}, {count} images")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from tamingfast import backends, evaluation
+    from tamingfast.files import write_json
+
+    for value, name in ((arguments.samples, "--samples"), (arguments.limit, "--limit")):
+        _at_least_one(1 if value is None else value, name)
+    model = _load(arguments)
+    drawing = _drawing(arguments)
+    batch = drawing.pop("batch")
+    training_set, dataset = _evaluated_data(arguments, model)
+    network, perceptual, missing = _networks(arguments, model)
+    found = {
+        "model": str(arguments.model),
+        "data": getattr(dataset, "description", type(dataset).__name__),
+        "machine": backends.machine(),
+        "sampling": drawing,
+        "missing": missing,
+    } | evaluation.evaluate(
+        model, dataset, network=network, perceptual=perceptual, training_set=training_set, count=arguments.samples,
+        limit=arguments.limit, batch_size=batch, bar=_bar, **drawing,
+    )  # fmt: skip
+    print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")
+    for name, reason in missing.items():
+        print(f"\nNot computed: {name}, as {reason}.")
+    if arguments.out:
+        write_json(arguments.out, found)
+        _said(arguments.out)
+
+
+def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """(training set, the images to evaluate on); the former is None for a directory of images."""
+    from tamingfast.data import folders
+    from tamingfast.training.settings import build_datasets
+
+    if arguments.data is None:
+        train, validation = build_datasets({"data": _data_settings(arguments, model)})
+        if validation is None:
+            raise UserError("the data settings give no validation set; give a directory of images with --data DIR")
+        return train, validation
+    if arguments.overrides:
+        raise UserError(f"got --data and '{arguments.overrides[0]}'; give one of them")
+    side = _size(argparse.Namespace(size=None), model)[0]
+    return None, folders.build(arguments.data, side, validation_path=arguments.data)[1]
+
+
+def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:
+    """(network of features, LPIPS, why any of both is missing); UserError when one that was asked for is."""
+    from tamingfast import evaluation
+    from tamingfast.perceptual import LPIPS
+
+    name = arguments.features or (evaluation.INCEPTION if arguments.inception_weights else evaluation.EFFICIENTNET)
+    if arguments.inception_weights and name != evaluation.INCEPTION:
+        raise UserError(f"got --inception-weights for --features {name}; leave one of them out")
+    if arguments.perceptual_weights == "random":
+        raise UserError("got --perceptual-weights random, whose distance is no LPIPS; give a file of VGG16's weights")
+    network = perceptual = None
+    missing = {}
+    try:
+        network = evaluation.load_features(name, arguments.inception_weights, model.device)
+    except UserError as error:
+        if arguments.features or arguments.inception_weights:
+            raise
+        missing["distances of features"] = str(error)
+    try:
+        perceptual = LPIPS(arguments.perceptual_weights)
+    except UserError as error:
+        if arguments.perceptual_weights:
+            raise
+        missing["LPIPS"] = f"{str(error).partition(';')[0]}; give --perceptual-weights FILE"
+    return network, perceptual, missing
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -521,6 +609,15 @@ def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
     if not (height.isdigit() and (width.isdigit() or not cross)):
         raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
     return int(height), int(width or height)
+
+
+def _data_settings(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The ``data`` section that the overrides make, or, without any, the one that the model was trained with."""
+    if not arguments.overrides:
+        return (model.config or {}).get("data") or {}
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
 
 
 def _images(arguments: argparse.Namespace, model: Any) -> Any:

@@ -269,6 +269,17 @@ def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, i
     return feed.grid_of(dataset, first_stage), classes if isinstance(classes, int | None) else len(classes)
 
 
+def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c)."""
+    # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        if "indices" not in batch:
+            x, c = model.get_xc(batch)
+            return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
+        z = model.permuter(batch["indices"].flatten(1).long())
+        return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
+
+
 class PriorStage:
     """A `Net2NetTransformer` with its AdamW."""
 
@@ -279,20 +290,9 @@ class PriorStage:
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
-    def tokens(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, n) in the ordering's sequence, and condition tokens (B, c)."""
-        model = self.model
-        # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            if "indices" not in batch:
-                x, c = model.get_xc(batch)
-                return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
-            z = model.permuter(batch["indices"].flatten(1).long())
-            return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
-
     def nll(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross entropy of the batch's image tokens, nats per token ()."""
-        z, c = self.tokens(batch)
+        z, c = tokens_of(self.model, batch)
         logits = self.model.token_logits(z, c)
         return F.cross_entropy(logits.flatten(0, 1).float(), z.flatten())
 
@@ -312,7 +312,7 @@ class PriorStage:
 
     def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Conditions that are images, what the first stage makes of the batch, and samples under its conditions."""
-        z, c = self.tokens(batch)
+        z, c = tokens_of(self.model, batch)
         height, width = self.grid
         shown = self.model.decode_grid(self.model.permuter(z, reverse=True).view(-1, height, width))
         samples = self.model.sample_images(
