@@ -67,7 +67,7 @@ def likelihood(
         if cells is not None:
             extra_bits += float(cells[z.flatten()].sum())
         images, tokens = images + len(z), z.shape[1]
-        pixels = tokens * stage.factor**2
+        pixels = tokens * stage.pixels_per_token
         if progress is not None:
             progress(len(z))
     per_token = nats / (images * tokens)

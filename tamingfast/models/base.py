@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,11 @@ class FirstStage(Module):
 
     factor: int
     levels = 1
+
+    @property
+    def pixels_per_token(self) -> float:
+        """Pixels of an image over its tokens."""
+        return self.factor**2 / math.prod(self.grid(self.factor, self.factor))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (rows, columns) of an image of so many pixels; what ``factor`` does not divide is cut off."""

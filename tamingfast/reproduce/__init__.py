@@ -13,6 +13,7 @@ from tamingfast.errors import UserError, nearest
 EXPERIMENTS = {
     "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
     "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
+    "compression": "how far the first stage compresses (the first source, section 4.3)",
 }
 DEFAULT = "pixels"
 

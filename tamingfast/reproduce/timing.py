@@ -36,15 +36,22 @@ class Timer:
             "batch": batch,
         }
 
-    def whole(self, batch: int, backend: str, dtype: str | None = None) -> float:
-        """Seconds to draw and decode ``batch`` images, once; a row drawn before warms up."""
-        self.row(batch, backend=backend, dtype=dtype, repeats=1)
-        return self._clock(lambda: self.model.decode_grid(self._sample(batch, backend=backend, dtype=dtype)))
+    def whole(self, batch: int, **how: Any) -> float:
+        """Seconds to draw and decode ``batch`` images, once; a row drawn before warms up.
+
+        ``how`` is options of `sample_grid` that win over the timer's own.
+        """
+        self.row(batch, repeats=1, **how)
+        return self._clock(lambda: self.model.decode_grid(self._sample(batch, **how)))
 
     def decode(self, batch: int) -> float:
         """Seconds to decode ``batch`` images, the median of several."""
         grid = torch.zeros(batch, *self.grid, dtype=torch.int64, device=self.model.device)
         return self._median(lambda: self.model.decode_grid(grid), self.repeats)
+
+    def nodes(self, prefixes: int) -> list[int]:
+        """Evenly spread numbers of known tokens, each with room for the steps that are timed there."""
+        return np.linspace(0, self.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
 
     def naive_steps(self, batch: int, lengths: Sequence[int]) -> list[float]:
         """Seconds of one full forward pass and token choice after each number of image tokens.
@@ -70,7 +77,7 @@ class Timer:
         measured = self.whole(batch, backend="naive") if whole or not prefixes else None
         if not prefixes:
             return self.figures(measured, batch) | {"integrated": False}
-        nodes = np.linspace(0, self.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
+        nodes = self.nodes(prefixes)
         step_seconds = self.naive_steps(batch, nodes)
         middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]
         every_step = np.interp(np.arange(self.tokens), middles, step_seconds)
@@ -81,13 +88,11 @@ class Timer:
             "whole_run_seconds_per_image": measured and measured / batch,
         }
 
-    def row(self, batch: int, backend: str = "auto", dtype: str | None = None, repeats: int | None = None) -> float:
+    def row(self, batch: int, repeats: int | None = None, **how: Any) -> float:
         """Seconds to draw the middle row of ``batch`` images on a known upper half, the median of several."""
         mask = torch.zeros(self.grid, dtype=torch.bool)
         mask[self.grid[0] // 2] = True
-        return self._median(
-            lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats
-        )
+        return self._median(lambda: self._sample(batch, mask=mask, **how), repeats or self.repeats)
 
     def _sample(self, batch: int, mask: Tensor | None = None, **how: Any) -> Tensor:
         if mask is not None:
