@@ -27,11 +27,9 @@ def run(*words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    """The smoke preset's output, made once."""
-    out = tmp_path_factory.mktemp("reproduce") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "timing.repeats=1", "timing.prefixes=3") == 0
-    return out
+def reproduced(everything):
+    """The smoke preset's output for the default experiment."""
+    return everything / "pixels"
 
 
 @pytest.fixture
@@ -411,11 +409,9 @@ def test_interrupt_and_closed_pipe(reproduced):
 
 
 @pytest.fixture(scope="module")
-def ordered(tmp_path_factory):
-    """The smoke preset's output of the orderings, made once; the experiment's name comes after the options."""
-    out = tmp_path_factory.mktemp("orderings") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "orderings", "data.length=48") == 0
-    return out
+def ordered(everything):
+    """The smoke preset's output of the orderings."""
+    return everything / "orderings"
 
 
 class TestOrderings:

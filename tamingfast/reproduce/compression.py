@@ -230,8 +230,9 @@ def _speed(
     """Seconds per image of the whole size: by the paper's protocol, by our engine, and with a window moving in strides.
 
     Where the window moves, a full forward pass costs the same for each token, so the paper's protocol is timed on a
-    grid of one more row and column than the window and summed over all tokens. Two levels take one window over all
-    tokens, for which the transformer gets as many positions, untrained: time does not depend on the weights.
+    grid of one more row and column than the window, and multiplied. Two levels take one window over all tokens, for
+    which the transformer gets as many positions, untrained: time does not depend on the weights. Only there the paper's
+    protocol is integrated over ``prefixes`` (see `Timer.paper_protocol`).
     """
     options = _drawing(row, model, grid, settings)
     if row.levels > 1:
@@ -240,13 +241,12 @@ def _speed(
     if max(grid) > options["window"]:
         side = options["window"] + 1
         nearby = Timer(model, (side, side), options, repeats)
-        steps = nearby.naive_steps(batch, nearby.nodes(prefixes))
-        seconds = sum(steps) / len(steps) * timer.tokens + timer.decode(batch)
-        speed = {"paper": timer.figures(seconds, batch) | {"step_seconds": steps}}
+        seconds = nearby.whole(batch, backend="naive") / nearby.tokens * timer.tokens
+        speed = {"paper": timer.figures(seconds, batch) | {"tokens_timed": nearby.tokens}}
         stride = {"schedule": "strided", "stride": settings["sampling"]["stride"]}
         speed["strided"] = timer.figures(timer.whole(batch, **stride), batch)
     else:
-        speed = {"paper": timer.paper_protocol(batch, prefixes, whole=False)}
+        speed = {"paper": timer.paper_protocol(batch, prefixes if row.levels > 1 else 0, whole=False)}
     speed["engine"] = timer.figures(timer.whole(batch), batch)
     # A window that does not move is the same in strides.
     return {"strided": speed["engine"]} | speed

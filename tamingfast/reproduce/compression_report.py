@@ -114,9 +114,9 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _speed_notes(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     lines = [
         f"- Batches of {settings['timing']['batch']}; times include the decoding of tokens to images.",
-        "- The paper's protocol is timed at some numbers of known tokens and summed over all; the engine's times are "
-        f"of whole images. Strides are of {settings['sampling']['stride']} tokens, and give other tokens than the "
-        "paper's window, which is centred on each token.",
+        "- The paper's protocol is timed on a part of the tokens and multiplied where the window moves; the engine's "
+        f"times are of whole images. Strides are of {settings['sampling']['stride']} tokens, and give other tokens "
+        "than the paper's window, which is centred on each token.",
     ]
     lines += [
         f"- Two levels ({row['label']}) have no window to slide, so their time is of one pass over all "
@@ -147,9 +147,9 @@ def plot_reconstruction(rows: Sequence[Mapping[str, Any]], perceptual: str, path
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Seconds per image over the pixels per token, both logarithmic, a curve for each way of sampling."""
     figure, (axis,) = report.figure(1, width=7)
+    axis.set_yscale("log")
     for key, label in _SPEEDS.items():
         _curve(axis, rows, lambda row, key=key: row["speed"][key]["seconds_per_image"], label)
-    axis.set_yscale("log")
     axis.set(ylabel="seconds per image")
     axis.legend()
     report.save_figure(figure, path)
@@ -166,4 +166,5 @@ def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], value: Any, label: str 
             axis.annotate(row["label"], (x, y), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.margins(y=0.15)
     axis.set(xlabel="pixels per token, along one side (f)")

@@ -49,10 +49,6 @@ class Timer:
         grid = torch.zeros(batch, *self.grid, dtype=torch.int64, device=self.model.device)
         return self._median(lambda: self.model.decode_grid(grid), self.repeats)
 
-    def nodes(self, prefixes: int) -> list[int]:
-        """Evenly spread numbers of known tokens, each with room for the steps that are timed there."""
-        return np.linspace(0, self.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
-
     def naive_steps(self, batch: int, lengths: Sequence[int]) -> list[float]:
         """Seconds of one full forward pass and token choice after each number of image tokens.
 
@@ -77,7 +73,7 @@ class Timer:
         measured = self.whole(batch, backend="naive") if whole or not prefixes else None
         if not prefixes:
             return self.figures(measured, batch) | {"integrated": False}
-        nodes = self.nodes(prefixes)
+        nodes = np.linspace(0, self.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
         step_seconds = self.naive_steps(batch, nodes)
         middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]
         every_step = np.interp(np.arange(self.tokens), middles, step_seconds)
