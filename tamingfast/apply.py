@@ -64,8 +64,8 @@ def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor
     classes = getattr(model.cond_stage_model, "n_classes", None)
     if classes is None:
         raise UserError(
-            f"the model is conditioned on '{model.cond_stage_key}', which a class cannot stand for; give "
-            "`tamingfast sample` a --condition FILE, or tamingfast.sampling.sample_grid the condition's tokens"
+            f"the model is conditioned on '{model.cond_stage_key}', which a class cannot stand for; give a --condition "
+            "FILE, or tamingfast.sampling.sample_grid the condition's tokens"
         )
     if label is not None and not 0 <= label < classes:
         raise UserError(f"got class {label}; the model knows 0 to {classes - 1}")
@@ -131,11 +131,26 @@ def computed_condition(model: nn.Module, photo: str | os.PathLike, size: tuple[i
     return kind.compute(np.ascontiguousarray(_centre(pixels, *_multiples(model, *pixels.shape[:2], photo))))
 
 
-def coordinates(height: int, width: int) -> np.ndarray:
-    """The condition (H, W, 1) of a prior on coordinates for a whole picture."""
-    from tamingfast.data.kinds import Coordinates
+def own_condition(model: nn.Module, size: tuple[int, int], photo: str | os.PathLike | None = None) -> np.ndarray | None:
+    """The condition (H, W, C) that nobody needs to give, None for priors without a spatial one.
 
-    return Coordinates().whole((width, height))
+    It follows from the ``size`` (height, width) alone, or is computed from the ``photo``, cut to that size. Raises
+    UserError for conditions that only a file can tell.
+    """
+    from tamingfast.data.kinds import Computed, Coordinates
+
+    if not is_spatial(model):
+        return None
+    if model.cond_stage_key == Coordinates.key:
+        return Coordinates().whole((size[1], size[0]))
+    computable = isinstance(kind_of(model), Computed)
+    if computable and photo is not None:
+        return computed_condition(model, photo, size)
+    photo_too = ", or --condition-of PHOTO to compute it from," if computable else ""
+    raise UserError(
+        f"the model is conditioned on '{model.cond_stage_key}'; give --condition FILE{photo_too} of "
+        f"{size[0]}x{size[1]} pixels"
+    )
 
 
 def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Tensor:
@@ -154,6 +169,14 @@ def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Ten
 def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
     """What to show of a condition (H, W, C): (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(kind_of(model).picture(condition)).permute(2, 0, 1)[None]
+
+
+@torch.no_grad()
+def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
+    stage, tokens = model.cond_stage_model, tokens.to(model.device)
+    c = stage.decode_code(tokens) if hasattr(stage, "decode_code") else stage.decode(tokens[:, None].float())
+    return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
 
 
 def _multiples(model: nn.Module, height: int, width: int, path: str | os.PathLike) -> tuple[int, int]:
@@ -208,6 +231,14 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
     return min(16, int(room**0.5))
 
 
+def _window(model: nn.Module, rows: int, columns: int, cond: Tensor) -> int:
+    """`window_of`, under tokens (B, c) or a grid of them (B, rows, columns), which is as large as the window."""
+    if cond.ndim == 2:
+        return window_of(model, rows, columns, cond.shape[1])
+    room = (model.transformer.config.block_size + 1) // 2
+    return max(rows, columns) if rows * columns <= room else min(16, math.isqrt(room))
+
+
 def draw(
     model: nn.Module,
     cond: Tensor,
@@ -225,7 +256,7 @@ def draw(
     from tamingfast.sampling import sample_grid
 
     vocabulary = model.transformer.config.vocab_size
-    options = {"window": window_of(model, rows, columns, cond.shape[1]), "top_k": TOP_K} | options
+    options = {"window": _window(model, rows, columns, cond), "top_k": TOP_K} | options
     if options["top_k"] is not None:
         options["top_k"] = min(options["top_k"], vocabulary)
     first_image = options.pop("first_image", 0)
@@ -245,25 +276,30 @@ def draw(
 
 def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
     """The canvas with settings for `sample_grid`: the window that the model's block size holds, and those given."""
-    _, rows, columns = canvas.tokens.shape
-    room, cond = model.transformer.config.block_size + 1, canvas.cond
-    window = min(16, math.isqrt(room // 2)) if cond.ndim == 3 else window_of(model, rows, columns, cond.shape[1])
+    window = _window(model, *canvas.tokens.shape[1:], canvas.cond)
     top_k = None if top_k is None else min(top_k, model.transformer.config.vocab_size)
     return replace(canvas, settings={"window": window, "top_k": top_k} | settings)
 
 
 @torch.no_grad()
+def photo_tokens(model: nn.Module, x: Tensor) -> Tensor:
+    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides.
+
+    Raises UserError for tokens of two levels, too, as `check_one_grid`.
+    """
+    grid_size(check_one_grid(model), *x.shape[2:])
+    quant, _, (_, _, indices) = model.first_stage_model.encode(x)
+    return indices.view(len(x), *quant.shape[2:])
+
+
 def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
-    """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c).
+    """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
     One image may stand for all B, which is then encoded once.
     """
     from tamingfast.sampling.canvas import Canvas
 
-    stage = check_one_grid(model).first_stage_model
-    grid_size(model, *x.shape[2:])
-    quant, _, (_, _, indices) = stage.encode(x)
-    tokens = indices.view(len(x), *quant.shape[2:])
+    tokens = photo_tokens(model, x)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
@@ -295,11 +331,8 @@ def read_mask(path: str | os.PathLike, height: int, width: int) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> Tensor:
-    """Image files, scaled to cover height x width pixels and cut at the centre: (B, 3, height, width) in [-1, 1].
-
-    A directory stands for the images in it. Raises UserError naming a file that is missing or cannot be read.
-    """
+def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """The files, a directory standing for the images in it; UserError for directories without any."""
     from tamingfast.data.folders import EXTENSIONS
 
     files: list[Path] = []
@@ -310,7 +343,15 @@ def load_images(paths: Sequence[str | os.PathLike], height: int, width: int) -> 
                 f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); give image files or their directory"
             )
         files += inside
-    return _pixels([_cover(_read(path), height, width) for path in files])
+    return files
+
+
+def load_images(files: Sequence[str | os.PathLike], height: int, width: int) -> Tensor:
+    """Image files, scaled to cover height x width pixels and cut at the centre: (B, 3, height, width) in [-1, 1].
+
+    Raises UserError naming a file that is missing or cannot be read.
+    """
+    return _pixels([_cover(_read(Path(path)), height, width) for path in files])
 
 
 def _read(path: Path) -> Any:
@@ -352,13 +393,12 @@ def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
 def complete(model: nn.Module, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
     """Images whose lower half is drawn anew under the tokens of the upper half: (B, 3, H, W) -> the same shape.
 
-    ``cond`` (B, c) are condition tokens; ``options`` go to `draw`.
+    ``cond`` are condition tokens (B, c) or (B, rows, columns); ``options`` go to `draw`.
     """
-    quant, _, (_, _, indices) = check_one_grid(model).first_stage_model.encode(x)
-    rows, columns = quant.shape[2:]
+    start = photo_tokens(model, x)
+    rows, columns = start.shape[1:]
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     mask[rows // 2 :] = True
-    start = indices.view(len(x), rows, columns)
     grids = torch.cat(list(draw(model, cond, rows, columns, start=start, mask=mask, **options)))
     return model.decode_grid(grids)
 
@@ -374,13 +414,15 @@ def likelihood(
 ) -> list[dict[str, Any]]:
     """What each schedule costs on images (B, 3, H, W): a row each with ``name``, ``nats`` and ``tokens_per_token``.
 
+    ``cond`` are condition tokens (B, c) or (B, rows, columns).
     ``nats`` is the mean over tokens and images of `tamingfast.sampling.likelihood.negative_log_likelihood`.
     """
     from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
-    window, prefix = canvas.settings["window"], cond.shape[1]
+    window = canvas.settings["window"]
+    prefix = cond.shape[1] if cond.ndim == 2 else min(window, rows) * min(window, columns)
     rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
     found = []
     for done, (rule, stride) in enumerate(rules):

@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     device = _options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
     resume = _options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
     drawing = _drawing_options()
+    conditioned = _condition_options()
     painting = _options(
-        ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
         ("--preview", {"metavar": "PNG", "help": "picture of what is drawn so far, renewed while drawing"}),
         ("--canvas", {"metavar": "FILE", "help": "keep the tokens here; default: beside --out until it is written"}),
         ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
@@ -113,24 +113,18 @@ def parser() -> argparse.ArgumentParser:
             )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
 
-    command = add("sample", sample, "draw new images", (device, drawing, painting))
+    command = add("sample", sample, "draw new images", (device, drawing, conditioned, painting))
     command.add_argument("model", help="run directory or checkpoint of a prior")
     command.add_argument("-n", "--count", type=int, default=16, help="how many (default: %(default)s)")
     command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
-    command.add_argument(
-        "--condition", metavar="FILE", help="label map, depth map, keypoints, edges or small image to draw from"
-    )
-    command.add_argument(
-        "--condition-of", metavar="PHOTO", help="compute the condition from this photo, where it can be computed"
-    )
 
     for name, run, text in (
         ("edit", edit, "draw the masked region of a photo anew"),
         ("outpaint", outpaint, "draw what lies around a photo"),
     ):
-        command = add(name, run, text, (device, drawing, painting))
+        command = add(name, run, text, (device, drawing, conditioned, painting))
         command.add_argument("model", help="run directory or checkpoint of a prior")
         command.add_argument("photo", help="image file, or a canvas kept by --canvas")
         command.add_argument("-n", "--count", type=int, default=1, help="how many versions (default: %(default)s)")
@@ -150,24 +144,24 @@ def parser() -> argparse.ArgumentParser:
         ("reconstruct", reconstruct, "images above what the first stage makes of them"),
         ("complete", complete, "keep the upper half of images and draw the lower half anew"),
     ):
-        command = add(name, run, text, (device, drawing) if name == "complete" else (device,))
+        options = (drawing, _condition_options(nargs="+")) if name == "complete" else ()
+        command = add(name, run, text, (device, *options))
         command.add_argument("model", help="run directory or checkpoint")
         command.add_argument("images", nargs="+", help="image files, or directories of them")
         command.add_argument("--size", help="HEIGHTxWIDTH in pixels to cut them to; default: as trained")
         command.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
         if name == "complete":
-            command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
             command.add_argument(
                 "--times", type=int, default=3, help="completions of each image (default: %(default)s)"
             )
 
-    command = add("likelihood", likelihood, "what each schedule costs: nats per token of real images", (device,))
+    text = "what each schedule costs: nats per token of real images"
+    command = add("likelihood", likelihood, text, (device, _condition_options(nargs="+")))
     command.add_argument("model", help="run directory or checkpoint of a prior")
     command.add_argument("images", nargs="+", help="image files, or directories of them")
     command.add_argument(
         "--size", help="HEIGHTxWIDTH in pixels to cut them to, larger than trained; default: as trained"
     )
-    command.add_argument("--class", dest="label", type=int, help="class index of a class-conditional prior")
     command.add_argument("--strides", type=int, nargs="+", default=[8], help="of strided and block (default: 8)")
     command.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
     command.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
@@ -216,6 +210,18 @@ def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
     for name, settings in arguments:
         group.add_argument(name, **settings)
     return group
+
+
+def _condition_options(**several: str) -> argparse.ArgumentParser:
+    text = "label map, depth map, keypoints, edges or small image to draw from"
+    return _options(
+        ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
+        ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
+        (
+            "--condition-of",
+            {"metavar": "PHOTO", "help": "compute the condition from this photo, where it can be computed"} | several,
+        ),
+    )
 
 
 def _drawing_options() -> argparse.ArgumentParser:
@@ -295,18 +301,15 @@ def sample(arguments: argparse.Namespace) -> None:
 
     model = apply.check_prior(_load(arguments))
     condition = _condition(arguments, model)
-    canvas = _painted(arguments, model, lambda: _blank(arguments, model, condition))
+    told = condition is not None or arguments.label is not None
+    begun = _blank(arguments, model, condition) if told or not arguments.resume else None
+    canvas = _painted(arguments, model, begun)
     batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
-    shown = [] if condition is None else [apply.condition_picture(model, condition)]
-    if any(picture.shape[2:] != batch.shape[2:] for picture in shown):
-        raise UserError(
-            f"the condition is not of the size of the canvas in {_canvas_file(arguments)}; give the same one"
-        )
+    shown = _pictures(model, canvas, condition)
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
-        for picture in shown:
-            images.save_png(out.with_name(f"{out.stem}-condition.png"), images.to_uint8(picture[0]))
+        _save_beside(out, shown)
     else:
         images.save_grid(out, torch.cat([*shown, batch]))
     _drawn(arguments)
@@ -316,29 +319,64 @@ def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
-    count = _at_least_one(arguments.count, "--count")
-    if condition is not None:
-        cond = apply.condition_tokens(model, condition, count)
-        return Canvas.blank(cond, *cond.shape[1:])
-    rows, columns = apply.grid_size(model, *_size(arguments, model))
-    return Canvas.blank(apply.conditions(model, count, arguments.label), rows, columns)
+    cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
+    size = cond.shape[1:] if condition is not None else apply.grid_size(model, *_size(arguments, model))
+    return Canvas.blank(cond, *size)
 
 
 def _condition(arguments: argparse.Namespace, model: Any) -> Any:
     """The condition (H, W, C) that the options name or that follows from --size, None for models without any."""
     from tamingfast import apply
 
-    if arguments.condition and arguments.condition_of:
-        raise UserError("got --condition and --condition-of; give one of them")
-    given = arguments.condition or arguments.condition_of
+    read, named = _named_conditions(arguments)
     size = None if arguments.size is None else _size(arguments, model)
     if size is not None:
         apply.grid_size(model, *size)
-    if given:
-        return (apply.read_condition if arguments.condition else apply.computed_condition)(model, given, size)
-    if apply.is_spatial(model) and model.cond_stage_key == "coord":
-        return apply.coordinates(*_size(arguments, model))
-    return None
+    if named:
+        return read(model, named[0], size)
+    if arguments.resume and size is None:
+        return None  # the canvas that is resumed knows
+    return apply.own_condition(model, size or _size(arguments, model)) if apply.is_spatial(model) else None
+
+
+def _named_conditions(arguments: argparse.Namespace) -> tuple[Callable, list[str]]:
+    """How to read the files that --condition or --condition-of name, and these files."""
+    from tamingfast import apply
+
+    if arguments.condition and arguments.condition_of:
+        raise UserError("got --condition and --condition-of; give one of them")
+    read = apply.read_condition if arguments.condition else apply.computed_condition
+    named = arguments.condition or arguments.condition_of or []
+    return read, [named] if isinstance(named, str) else named
+
+
+def _tokens_under(arguments: argparse.Namespace, model: Any, condition: Any, count: int) -> Any:
+    """Condition tokens of ``count`` images under a condition (H, W, C), or under --class where that is None."""
+    from tamingfast import apply
+
+    if condition is None:
+        return apply.conditions(model, count, arguments.label)
+    if arguments.label is not None:
+        raise UserError(
+            f"got class {arguments.label}, but the model is conditioned on '{model.cond_stage_key}'; leave --class out"
+        )
+    return apply.condition_tokens(model, condition, count)
+
+
+def _pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
+    """What to show of a canvas's condition, of which perhaps only the tokens are known: [(1, 3, H, W)] or nothing."""
+    from tamingfast import apply
+
+    if condition is not None:
+        return [apply.condition_picture(model, condition)]
+    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim == 3 else []
+
+
+def _save_beside(out: Path, pictures: list[Any]) -> None:
+    from tamingfast import images
+
+    for picture in pictures:
+        images.save_png(out.with_name(f"{out.stem}-condition.png"), images.to_uint8(picture[0]))
 
 
 def edit(arguments: argparse.Namespace) -> None:
@@ -347,7 +385,7 @@ def edit(arguments: argparse.Namespace) -> None:
 
     model = apply.check_prior(_load(arguments))
     factor = apply.first_stage_of(model).factor
-    canvas, photo = _opened(arguments, model)
+    canvas, photo, condition = _opened(arguments, model)
     height, width = (side * factor for side in canvas.tokens.shape[1:])
     mask = token_mask(apply.read_mask(arguments.mask, height, width), factor)
     if not mask.any():
@@ -355,8 +393,8 @@ def edit(arguments: argparse.Namespace) -> None:
             f"{arguments.mask} has no white pixel, so nothing would be drawn; paint white what is to change"
         )
     canvas = canvas.resample(mask)
-    finished = _painted(arguments, model, lambda: canvas)
-    _write_edited(arguments, model, finished, photo, canvas.pending)
+    finished = _painted(arguments, model, canvas)
+    _write_edited(arguments, model, finished, photo, canvas.pending, condition)
 
 
 def outpaint(arguments: argparse.Namespace) -> None:
@@ -372,54 +410,101 @@ def outpaint(arguments: argparse.Namespace) -> None:
             raise UserError(f"got --{side} {pixels}; this model needs multiples of {factor} pixels, 0 or more")
     if not any(sides.values()):
         raise UserError("nothing to draw; give --left, --right, --top or --bottom PIXELS")
-    canvas, photo = _opened(arguments, model)
-    canvas = canvas.outpaint(**{side: pixels // factor for side, pixels in sides.items()})
-    finished = _painted(arguments, model, lambda: canvas)
+    canvas, photo, condition = _opened(arguments, model, **{side: pixels // factor for side, pixels in sides.items()})
+    finished = _painted(arguments, model, canvas)
     photo = None if photo is None else F.pad(photo, tuple(sides.values()))
-    _write_edited(arguments, model, finished, photo, canvas.pending)
+    _write_edited(arguments, model, finished, photo, canvas.pending, condition)
 
 
-def _opened(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-    """The canvas of a photo, or of the file that holds one, ``--count`` times, and the photo, None for a file."""
+def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[Any, Any, Any]:
+    """The canvas of a photo, or of the file that holds one, ``--count`` times, grown by ``sides`` tokens.
+
+    And the photo, None for a file, and its condition (H, W, C), None where there is none or only its tokens are known.
+    """
     from tamingfast import apply
+
+    apply.check_one_grid(model)
+    left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
+    count = _at_least_one(arguments.count, "--count")
+    saved = _saved(arguments.photo, count) if Path(arguments.photo).suffix == CANVAS else None
+    photo = apply.read_photo(arguments.photo) if saved is None else None
+    rows, columns = apply.grid_size(model, *photo.shape[2:]) if saved is None else saved.tokens.shape[1:]
+    factor = apply.first_stage_of(model).factor
+    size = ((rows + top + bottom) * factor, (columns + left + right) * factor)
+    condition = _condition_at(arguments, model, size, saved is not None, not sides)
+    if saved is not None:
+        keep = condition is None and arguments.label is None
+        cond = None if keep else _tokens_under(arguments, model, condition, len(saved.tokens))
+        return saved.outpaint(left, right, top, bottom, cond), None, condition
+    cond = _tokens_under(arguments, model, condition, count)
+    part = cond if cond.ndim == 2 else cond[:, top : top + rows, left : left + columns]
+    canvas = apply.photo_canvas(model, photo.to(model.device), part)
+    return canvas.outpaint(left, right, top, bottom, cond), photo, condition
+
+
+def _saved(path: str, count: int) -> Any:
     from tamingfast.sampling.canvas import Canvas
 
-    count = _at_least_one(arguments.count, "--count")
-    apply.check_one_grid(model)
-    if Path(arguments.photo).suffix == CANVAS:
-        canvas = Canvas.load(arguments.photo)
-        if len(canvas.tokens) > 1 and count > 1:
-            raise UserError(f"{arguments.photo} holds {len(canvas.tokens)} images; leave -n out to work on all of them")
-        parts = (canvas.tokens, canvas.pending, canvas.cond)
-        count = max(count, len(canvas.tokens))
-        return Canvas(*(part.expand(count, *part.shape[1:]) for part in parts), model=canvas.model), None
-    photo = apply.read_photo(arguments.photo).to(model.device)
-    return apply.photo_canvas(model, photo, apply.conditions(model, count, arguments.label)), photo.cpu()
+    canvas = Canvas.load(path)
+    if len(canvas.tokens) > 1 and count > 1:
+        raise UserError(f"{path} holds {len(canvas.tokens)} images; leave -n out to work on all of them")
+    count, parts = max(count, len(canvas.tokens)), (canvas.tokens, canvas.pending, canvas.cond)
+    return Canvas(*(part.expand(count, *part.shape[1:]) for part in parts), model=canvas.model)
 
 
-def _write_edited(arguments: argparse.Namespace, model: Any, finished: Any, photo: Any, drawn: Any) -> None:
+def _condition_at(arguments: argparse.Namespace, model: Any, size: tuple[int, int], saved: bool, same: bool) -> Any:
+    """The condition (H, W, C) of a canvas of ``size`` pixels that was ``saved``, or of a photo, and is the ``same``.
+
+    It is the one that the options name, else what a photo or the size tells; None without a spatial condition and where
+    the saved canvas has its own.
+    """
+    from tamingfast import apply
+
+    read, named = _named_conditions(arguments)
+    if named:
+        condition = read(model, named[0])
+        if condition.shape[:2] != size:
+            got, wanted = ("x".join(map(str, pixels)) for pixels in (condition.shape[:2], size))
+            raise UserError(
+                f"the condition in {named[0]} is of {got} pixels, but the canvas of {wanted}: give one of its size"
+            )
+        return condition
+    if saved and same:
+        return None
+    return apply.own_condition(model, size, arguments.photo if same else None)
+
+
+def _write_edited(
+    arguments: argparse.Namespace, model: Any, finished: Any, photo: Any, drawn: Any, condition: Any
+) -> None:
+    import torch
+
     from tamingfast import apply, images
     from tamingfast.sampling.canvas import keep_pixels
 
     batch = apply.decoded(model, finished, arguments.batch)
     if photo is not None and not arguments.reconstruct:
         batch = keep_pixels(batch, photo, drawn.cpu())
+    shown = _pictures(model, finished, condition)
     if len(batch) == 1:
         images.save_png(arguments.out, images.to_uint8(batch[0]))
+        _save_beside(Path(arguments.out), shown)
     else:
-        images.save_grid(arguments.out, batch)
+        images.save_grid(arguments.out, torch.cat([*shown, batch]))
     _drawn(arguments)
 
 
-def _painted(arguments: argparse.Namespace, model: Any, begin: Callable[[], Any]) -> Any:
-    """The finished canvas: of the file that ``--resume`` goes on with, else of ``begin()``."""
+def _painted(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
+    """``begun``, finished; with ``--resume`` the canvas of the file, which must have begun so where that is known."""
     from tamingfast import apply, images
     from tamingfast.sampling.canvas import Canvas
 
     drawing = _drawing(arguments)
     options = {name: drawing.pop(name) for name in ("batch", "backend")}
     path = _canvas_file(arguments)
-    canvas = Canvas.load(path) if arguments.resume else apply.painted(model, begin(), **drawing)
+    canvas = Canvas.load(path) if arguments.resume else apply.painted(model, begun, **drawing)
+    if arguments.resume and begun is not None:
+        canvas.check_begun_as(begun)
 
     def preview(now: Any) -> None:
         images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
@@ -447,7 +532,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
     model = _load(arguments)
-    x = _images(arguments, model)
+    x, _ = _images(arguments, model)
     out, figures = apply.reconstruct(model, x)
     images.save_rows(arguments.out, [x, out])
     print(json.dumps(figures))
@@ -455,12 +540,17 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def complete(arguments: argparse.Namespace) -> None:
+    import torch
+
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    x = _images(arguments, model)
-    cond = apply.conditions(model, len(x), arguments.label)
+    x, files = _images(arguments, model)
+    conditions = _conditions(arguments, model, files, x.shape[2:])
+    cond = _tokens_of_each(arguments, model, conditions, len(x))
     rows = [x]
+    if conditions:
+        rows.insert(0, torch.cat([apply.condition_picture(model, condition) for condition in conditions]))
     for again in range(_at_least_one(arguments.times, "--times")):
         with _bar("tokens") as bar:
             rows.append(
@@ -475,8 +565,8 @@ def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast.sampling.likelihood import plot
 
     model = apply.check_prior(_load(arguments))
-    x = _images(arguments, model)
-    cond = apply.conditions(model, len(x), arguments.label)
+    x, files = _images(arguments, model)
+    cond = _tokens_of_each(arguments, model, _conditions(arguments, model, files, x.shape[2:]), len(x))
     with _bar("schedules") as bar:
         rows = apply.likelihood(
             model, x, cond, arguments.strides, _at_least_one(arguments.batch, "--batch"), progress=bar.moved
@@ -623,12 +713,34 @@ def _data_settings(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
 
 
-def _images(arguments: argparse.Namespace, model: Any) -> Any:
+def _images(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[Path]]:
+    """The images (B, 3, H, W) that the command names, cut to its size, and their files."""
     from tamingfast import apply
 
     height, width = _size(arguments, model)
     apply.grid_size(model, height, width)
-    return apply.load_images(arguments.images, height, width).to(model.device)
+    files = apply.image_files(arguments.images)
+    return apply.load_images(files, height, width).to(model.device), files
+
+
+def _conditions(arguments: argparse.Namespace, model: Any, files: list[Path], size: Sequence[int]) -> list[Any]:
+    """The condition (H, W, C) of each of the images; none for models without spatial ones."""
+    from tamingfast import apply
+
+    read, named = _named_conditions(arguments)
+    if named and len(named) != len(files):
+        raise UserError(f"got {len(named)} conditions for {len(files)} images; give one for each, in their order")
+    if named:
+        return [read(model, path, tuple(size)) for path in named]
+    return [apply.own_condition(model, tuple(size), path) for path in files] if apply.is_spatial(model) else []
+
+
+def _tokens_of_each(arguments: argparse.Namespace, model: Any, conditions: list[Any], count: int) -> Any:
+    import torch
+
+    if not conditions:
+        return _tokens_under(arguments, model, None, count)
+    return torch.cat([_tokens_under(arguments, model, condition, 1) for condition in conditions])
 
 
 def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:

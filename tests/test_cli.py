@@ -51,12 +51,27 @@ class TestReproduce:
                 rate = row["tokens"] / row["seconds_per_image"]
                 assert row["tokens_per_second"] == pytest.approx(rate)
             assert f"**{pixels['seconds_per_image'] / latents['seconds_per_image']:.2f}**" in text
-        assert results["data"] in text and "CIFAR" not in text
+        assert results["data"] in text and "CIFAR" not in text.partition("## Quality")[0]
         assert results["speed"]["paper"]["pixels"]["integrated"] and "integrated" in text
         for picture in [*results["pictures"], "training.png", "speed.png"]:
             assert f"({picture})" in text or picture == "speed.png"
             with Image.open(reproduced / picture) as image:
                 assert len(np.unique(np.asarray(image))) > 10
+
+    def test_quality_is_reported_under_its_name(self, reproduced):
+        quality = json.loads((reproduced / "report.json").read_text())["quality"]
+        text = (reproduced / "report.md").read_text()
+        if "missing" in quality:
+            assert f"Not measured: {quality['missing']}" in text
+            return
+        assert "not FIDs" in text and "Frechet distance, efficientnet-lite0 features" in text
+        rows = quality["distances"]
+        assert all(row["images"] == 8 and row["real_images"] == 8 for row in rows.values())
+        latents, pixels = (
+            rows[f"samples of the prior on {name}"]["frechet_distance"] for name in ("latents", "pixels")
+        )
+        assert f"{abs(1 - latents / pixels):.1%} {'lower' if latents < pixels else 'higher'}" in text
+        assert rows["validation images in the dictionary's colours"]["frechet_distance"] < min(latents, pixels)
 
     def test_both_priors_had_the_same_budget(self, reproduced):
         results = json.loads((reproduced / "report.json").read_text())
@@ -94,7 +109,8 @@ class TestReproduce:
 
     @pytest.mark.parametrize("name", comparison.presets())
     def test_presets_are_complete(self, name):
-        assert set(settings.load_preset("pixels", name)) == {"data", "vqgan", "colors", "prior", "sampling", "timing"}
+        sections = {"data", "vqgan", "colors", "prior", "sampling", "quality", "timing"}
+        assert set(settings.load_preset("pixels", name)) == sections
 
     def test_table_states_the_ratio(self):
         row = {"seconds_per_image": 2.0, "tokens_per_second": 1.0}

@@ -13,9 +13,11 @@ from PIL import Image
 from tamingfast import cli, load_model
 from tamingfast.data import build, loader
 from tamingfast.data.kinds import Coordinates
+from tamingfast.sampling import Canvas
 from tamingfast.training import checkpoint, loop, prior
 
 SIZE, HEIGHT, WIDTH, FACTOR, LABELS = 32, 40, 48, 8, 4
+ROWS_COLUMNS = (HEIGHT // FACTOR, WIDTH // FACTOR)
 SMALL = [
     "model.params.embed_dim=8",
     "model.params.n_embed=32",
@@ -44,6 +46,7 @@ KINDS = {
     "edges": ("edges_vqgan", ADVERSARIAL, "edges"),
     "lowres": ("lowres_vqgan", [*ADVERSARIAL, "model.params.lossconfig.params.perceptual_weight=0"], "lowres"),
     "coord": (None, [], "coord"),
+    "class": (None, [], "class_label"),
 }
 FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json"}
 
@@ -62,7 +65,10 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """For each kind with files a folder of ten photographs and their conditions; "coord" has the photographs alone."""
+    """For each kind with files a folder of ten photographs and their conditions; "coord" has the photographs alone.
+
+    "class" has each in a folder of its own.
+    """
     root = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for number, pixels in enumerate(tiny.photographs(10, WIDTH)):
@@ -70,6 +76,8 @@ def data(tmp_path_factory):
         labels = pixels[..., 1] // (256 // LABELS)
         made = {"images": pixels, "segmentation": labels, "depth": pixels[..., 1]}
         made = {name: Image.fromarray(array) for name, array in made.items()}
+        (root / f"class/{number}").mkdir(parents=True)
+        made["images"].save(root / f"class/{number}/photo.png")
         for kind in ("coord", *FROM_FILE):
             (root / kind / "images").mkdir(parents=True, exist_ok=True)
             made["images"].save(root / kind / f"images/{number}.png")
@@ -85,7 +93,18 @@ def data(tmp_path_factory):
 
 
 def folder_of(data, kind):
-    return data / (kind if kind in FROM_FILE else "coord")
+    return data / (kind if kind in (*FROM_FILE, "class") else "coord")
+
+
+def photo_of(data, kind):
+    return folder_of(data, kind) / ("3/photo.png" if kind == "class" else "images/3.png")
+
+
+def condition_of(data, kind):
+    """Options that name the condition of `photo_of`, for kinds that need any."""
+    if kind in FROM_FILE:
+        return ["--condition", folder_of(data, kind) / f"conditions/3{FROM_FILE[kind]}"]
+    return ["--class", 3] if kind == "class" else []
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +126,10 @@ def trained(request, data, first_stage, tmp_path_factory):
         assert run("train", "vqgan", recipe, "--out", out / "cond", *SMALL, *settings, *where) == 0
         words = ["--cond-stage", out / "cond"]
     else:
-        words = ["data.name=conditions", f"data.kind={kind}", f"data.path={folder_of(data, kind)}", f"data.size={SIZE}"]
-    words += [f"prior.condition={key}", "training.steps=3", "training.batch_size=4", "training.image_every=3"]
+        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}"]
+        words += ["data.name=folder"] if kind == "class" else ["data.name=conditions", f"data.kind={kind}"]
+    words += [f"prior.condition={key.removesuffix('_label')}"]
+    words += ["training.steps=3", "training.batch_size=4", "training.image_every=3"]
     assert run("train", "prior", "tiny", "--first-stage", first_stage, "--out", out / "prior", *words) == 0
     return kind, out / "cond", out / "prior"
 
@@ -119,18 +140,20 @@ class TestEveryCondition:
         model = load_model(out)
         assert model.cond_stage_key == KINDS[kind][2]
         tokens = (SIZE // FACTOR) ** 2
-        assert model.transformer.config.block_size == 2 * tokens and model.transformer.config.vocab_size == 32
-        parts = {"first_stage_model": first_stage} | ({} if kind == "coord" else {"cond_stage_model": cond})
+        room = tokens + (1 if kind == "class" else tokens)
+        assert model.transformer.config.block_size == room and model.transformer.config.vocab_size == 32
+        own = KINDS[kind][0] is not None
+        parts = {"first_stage_model": first_stage} | ({"cond_stage_model": cond} if own else {})
         for part, source in parts.items():
             for name, value in load_model(source).state_dict().items():
                 if not name.startswith("loss."):
                     assert torch.equal(model.state_dict()[f"{part}.{name}"], value)
-        if kind != "coord":
+        if own:
             losses = [line["rec_loss" if "rec_loss" in line else "bce_loss"] for line in metrics(cond)]
             assert losses[-1] < losses[0]
         with Image.open(out / "images/00000003.png") as sheet:
             rows = sheet.height // SIZE
-        assert rows == 3  # conditions, images, samples
+        assert rows == (2 if kind == "class" else 3)  # conditions, images, samples
 
     def test_one_batch_is_learned_by_heart_and_only_under_its_conditions(self, trained):
         stage, batch = stage_and_batch(trained[2])
@@ -147,14 +170,15 @@ class TestEveryCondition:
     def test_samples_have_the_size_of_the_condition(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
         picture = tmp_path / "out.png"
-        words = ["sample", out, "-n", 2, "--out", picture]
-        if kind in FROM_FILE:
-            words += ["--condition", folder_of(data, kind) / f"conditions/3{FROM_FILE[kind]}"]
-        elif kind == "coord":
+        words = ["sample", out, "-n", 2, "--out", picture, *condition_of(data, kind)]
+        if kind in ("coord", "class"):
             words += ["--size", f"{HEIGHT}x{WIDTH}"]
-        else:
-            words += ["--condition-of", folder_of(data, kind) / "images/3.png"]
+        elif kind not in FROM_FILE:
+            words += ["--condition-of", photo_of(data, kind)]
         assert run(*words) == 0
+        if kind == "class":
+            assert size_of(picture) == (2 * WIDTH + 6, HEIGHT + 4)
+            return
         with Image.open(picture) as image:  # the condition and two samples, in two columns
             assert image.size == (2 * WIDTH + 6, 2 * HEIGHT + 6)
             pixels = np.asarray(image)
@@ -167,8 +191,109 @@ class TestEveryCondition:
             return
         assert run(*words, "--size", "64x32", "--separate", "--seed", 1) == 0
         for name in ("0000", "0001", "condition"):
-            with Image.open(tmp_path / f"out-{name}.png") as image:
-                assert image.size == (32, 64)
+            assert size_of(tmp_path / f"out-{name}.png") == (32, 64)
+
+    def test_a_photo_is_edited_under_its_condition(self, trained, data, tmp_path):
+        kind, _, out = trained
+        photo, picture = photo_of(data, kind), tmp_path / "out.png"
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[16:32, 24:40] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        words = [out, photo, "--mask", tmp_path / "mask.png", "--out", picture, *condition_of(data, kind)]
+        assert run("edit", *words, "--canvas", tmp_path / "kept.canvas") == 0
+        before, after = pixels_of(photo), pixels_of(picture)
+        changed = np.abs(after - before).max(2)
+        assert changed[16:32, 24:40].mean() > 5 and changed[:8].max() == changed[:, :16].max() == 0
+        assert (tmp_path / "out-condition.png").exists() == (kind != "class")
+        canvas = Canvas.load(tmp_path / "kept.canvas")
+        assert canvas.cond.shape == ((1, 1) if kind == "class" else (1, *ROWS_COLUMNS))
+        # The canvas keeps its condition, and shows what its tokens mean.
+        shown = tmp_path / "out-condition.png"
+        given = pixels_of(shown) if shown.exists() else None
+        again = [out, tmp_path / "kept.canvas", "--mask", tmp_path / "mask.png", "--out", picture, "--seed", 1]
+        assert run("edit", *again, "--canvas", tmp_path / "again.canvas") == 0
+        assert torch.equal(Canvas.load(tmp_path / "again.canvas").cond, canvas.cond)
+        assert given is None or pixels_of(shown).shape == given.shape
+        assert run("edit", *again, "-n", 2) == 0
+        assert size_of(picture) == ((WIDTH + 2) * 2 + 2, (HEIGHT + 2) * (1 if kind == "class" else 2) + 2)
+
+    def test_a_photo_is_outpainted_under_a_condition_of_the_new_size(self, trained, data, tmp_path, capsys):
+        kind, _, out = trained
+        photo, picture = photo_of(data, kind), tmp_path / "out.png"
+        wide = tmp_path / f"wide{FROM_FILE.get(kind, '.png')}"
+        words = ["outpaint", out, photo, "--left", 8, "--right", 16, "--out", picture]
+        if kind in ("coord", "class"):
+            words += condition_of(data, kind)
+        else:
+            assert run(*words) == cli.USAGE_ERROR
+            assert f"--condition FILE{'' if kind in FROM_FILE else ', or'}" in capsys.readouterr().err
+            named = condition_of(data, kind) or ["--condition-of", photo]
+            assert run(*words, *named) == cli.USAGE_ERROR
+            assert "is of 40x48 pixels, but the canvas of 40x72: give one of its size" in capsys.readouterr().err
+            enlarged(named[1], wide)
+            words += [named[0], wide]
+        assert run(*words, "--canvas", tmp_path / "kept.canvas") == 0
+        assert size_of(picture) == (WIDTH + 24, HEIGHT)
+        assert (pixels_of(picture)[:, 8 + 8 : 8 + 40] == pixels_of(photo)[:, 8:40]).all()
+        if kind != "class":
+            assert size_of(tmp_path / "out-condition.png") == (WIDTH + 24, HEIGHT)
+            assert Canvas.load(tmp_path / "kept.canvas").cond.shape == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
+
+    def test_images_are_completed_under_their_conditions(self, trained, data, tmp_path, capsys):
+        kind, _, out = trained
+        photos, named = [photo_of(data, kind)] * 2, condition_of(data, kind)
+        if kind in FROM_FILE:
+            assert run("complete", out, *photos, *named) == cli.USAGE_ERROR
+            assert "got 1 conditions for 2 images" in capsys.readouterr().err
+            named = [*named, named[1]]
+        words = [out, *photos, "--size", f"{HEIGHT}x{WIDTH}", *named]
+        assert run("complete", *words, "--times", 2, "--out", tmp_path / "out.png") == 0
+        rows = 3 if kind == "class" else 4  # conditions, photos, completions
+        assert size_of(tmp_path / "out.png") == (2 * WIDTH + 6, rows * (HEIGHT + 2) + 2)
+        capsys.readouterr()
+        assert run("likelihood", *words, "--strides", 2) == 0
+        found = {line["name"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+        assert found.keys() == {"paper", "scene", "strided 2", "block 2"}
+        assert all(0 < line["nats"] < 10 for line in found.values())
+
+    def test_a_canvas_goes_on_under_the_same_condition_only(self, trained, data, tmp_path, capsys):
+        kind, _, out = trained
+        picture, kept = tmp_path / "out.png", tmp_path / "kept.canvas"
+        words = ["sample", out, "-n", 1, "--out", picture, "--canvas", kept, "--size", f"{HEIGHT}x{WIDTH}"]
+        named = condition_of(data, kind) or ([] if kind == "coord" else ["--condition-of", photo_of(data, kind)])
+        assert run(*words, *named) == 0
+        first = pixels_of(picture)
+        canvas = Canvas.load(kept)
+        canvas.resample(torch.ones(ROWS_COLUMNS, dtype=torch.bool)).save(kept)
+        assert run(*words, *named, "--resume") == 0
+        assert (pixels_of(picture) == first).all()
+        other = ["--size", "40x40"]
+        if kind != "coord":
+            other = [named[0], 4 if kind == "class" else named[1].with_stem("4")]
+        assert run(*words, *other, "--resume") == cli.USAGE_ERROR
+        message = "has 5 x 6 tokens, but 5 x 5 are asked for" if kind == "coord" else "begun under another condition"
+        assert message in capsys.readouterr().err
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def enlarged(source, target):
+    """A condition's file, or a photo, with 8 more columns at its left and 16 at its right."""
+    if target.suffix == ".json":
+        content = json.loads(source.read_text())
+        content["people"] = [[[x + 8, y] for x, y in person] for person in content["people"]]
+        target.write_text(json.dumps(content | {"width": WIDTH + 24}))
+    else:
+        pixels = pixels_of(source).astype(np.uint8)
+        Image.fromarray(np.pad(pixels, ((0, 0), (8, 16), (0, 0))[: pixels.ndim], mode="edge")).save(target)
 
 
 @torch.no_grad()
@@ -211,16 +336,21 @@ def test_mistakes_in_training(first_stage, tmp_path, capsys, words, message):
 
 def test_mistakes_in_sampling(trained, data, tmp_path, capsys):
     kind, _, out = trained
-    photo = folder_of(data, kind) / "images/3.png"
+    photo = photo_of(data, kind)
 
     def said(*words):
         assert run("sample", out, "--out", tmp_path / "out.png", *words) == cli.USAGE_ERROR
         return capsys.readouterr().err
 
-    if kind != "coord":
+    if kind not in ("coord", "class"):
         assert "--condition FILE" in said()
+        assert "leave --class out" in said(*(condition_of(data, kind) or ["--condition-of", photo]), "--class", 1)
         assert "multiples of 8" in said("--condition", photo, "--size", "30x30")
         assert "give one of them" in said("--condition", photo, "--condition-of", photo)
     if kind in (*FROM_FILE, "coord"):
         assert "cannot be computed from a photo" in said("--condition-of", photo)
-    assert "no" in said("--condition", tmp_path / "missing.png")
+    if kind == "class":
+        assert "conditioned on 'class_label'; give no condition" in said("--condition", photo)
+        assert "knows 0 to 9" in said("--class", 10)
+    else:
+        assert "no" in said("--condition", tmp_path / "missing.png")

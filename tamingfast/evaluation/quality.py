@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tamingfast import apply
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.distances import frechet_distance, kernel_distance
-from tamingfast.evaluation.features import INCEPTION, Features
+from tamingfast.evaluation.features import INCEPTION, Features, extract
 from tamingfast.training.feed import grid_of
 from tamingfast.training.prior import tokens_of
 
@@ -33,7 +33,7 @@ def samples(
     they also give the size of the grid. ``options`` go to `tamingfast.apply.draw`; ``progress(done, total)`` counts
     tokens.
     """
-    rows, columns = grid_of(dataset, apply.first_stage_of(model).factor)
+    rows, columns = grid_of(dataset, apply.first_stage_of(model))
     if model.be_unconditional:
         cond = apply.conditions(model, count)
     else:
@@ -43,6 +43,22 @@ def samples(
     options = {"window": max(rows, columns), "seed": seed} | options
     for grid in apply.draw(model, cond, rows, columns, batch=batch_size, progress=progress, **options):
         yield model.decode_grid(grid)
+
+
+@torch.no_grad()
+def reconstructions(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What the first stage of ``model`` makes of batches of images (b, 3, H, W)."""
+    stage = apply.first_stage_of(model)
+    for batch in images:
+        yield apply.reconstruct(stage, batch.to(stage.device))[0]
+
+
+def distances(
+    network: nn.Module, made: Mapping[str, Iterable[Tensor]], real: Iterable[Tensor]
+) -> dict[str, dict[str, Any]]:
+    """`compare` of each set of images in ``made`` with the ``real`` ones, all in batches (b, C, H, W) in [-1, 1]."""
+    reference = extract(network, real)
+    return {name: compare(extract(network, batches), reference) for name, batches in made.items()}
 
 
 def compare(drawn: Features, real: Features) -> dict[str, Any]:

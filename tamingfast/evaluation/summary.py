@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast import apply
 from tamingfast.evaluation.batches import images_of
-from tamingfast.evaluation.features import extract
 from tamingfast.evaluation.likelihood import likelihood
-from tamingfast.evaluation.quality import compare, samples
+from tamingfast.evaluation.quality import distances, reconstructions, samples
 from tamingfast.evaluation.reconstruction import reconstruction
 
 #: ``bar(unit, total)`` gives a progress bar with ``update(n)`` and ``moved(done, total)``.
@@ -85,16 +82,14 @@ def evaluate(
         with bar("images", length) as moved:
             found["likelihood"] = likelihood(model, dataset, progress=moved.update, **common)
     if network is not None:
-        real = extract(network, _counted(images_of(dataset, **common), bar, length))
-        made: dict[str, Iterator[Tensor]] = {
-            "reconstructions": _counted(_reconstructed(model, images_of(dataset, **common)), bar, length)
-        }
+        again = reconstructions(model, images_of(dataset, **common))
+        made = {"reconstructions": _counted(again, bar, length)}
         if is_prior:
             made["samples"] = _drawn(model, dataset, count, bar, batch_size=batch_size, seed=seed, **options)
         if training_set is not None:
             those = images_of(training_set, batch_size, count, seed)
             made["training images"] = _counted(those, bar, min(count, len(training_set)))
-        found["distances"] = {name: compare(extract(network, images), real) for name, images in made.items()}
+        found["distances"] = distances(network, made, _counted(images_of(dataset, **common), bar, length))
     return found
 
 
@@ -108,13 +103,6 @@ def _counted(images: Iterator[Tensor], bar: Bar, total: int) -> Iterator[Tensor]
         for batch in images:
             yield batch
             moved.update(len(batch))
-
-
-@torch.no_grad()
-def _reconstructed(model: nn.Module, images: Iterator[Tensor]) -> Iterator[Tensor]:
-    stage = apply.first_stage_of(model)
-    for batch in images:
-        yield apply.reconstruct(stage, batch.to(stage.device))[0]
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast import apply, backends, images, report
+from tamingfast import apply, backends, evaluation, images, report
 from tamingfast.checkpoints import load_model
+from tamingfast.errors import UserError
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.reproduce.budget import scaled, training_flops
 from tamingfast.reproduce.timing import Timer
@@ -58,6 +59,7 @@ def run(
     }
     size = datasets[0][0]["image"].shape[0]
     pictures = _pictures(models, datasets[1], settings["sampling"], size, out)
+    quality = measure_quality(models, datasets, settings["sampling"], size, **settings["quality"])
     speed = measure_speed(models, size, settings["sampling"], **settings["timing"])
     results = {
         "preset": preset,
@@ -68,8 +70,9 @@ def run(
         "prior": facts,
         "speed": speed,
         "pictures": pictures,
+        "quality": quality,
         # Training time is each run's own, so that a resumed reproduction reports the whole.
-        "seconds": sum(run["seconds"] for run in runs) + speed["seconds"],
+        "seconds": sum(run["seconds"] for run in runs) + speed["seconds"] + quality["seconds"],
         "seconds_this_call": time.perf_counter() - began,
     }
     return report.write(results, out)
@@ -183,6 +186,46 @@ def _sheet(path: Path, batches: Sequence[Tensor], columns: int, scale: int = 3) 
     """A grid of images, magnified without smoothing: 32-pixel images are too small to look at."""
     sheet = images.grid(torch.cat([batch.cpu() for batch in batches]), columns)
     images.save_png(path, sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(
+    models: Mapping[str, nn.Module],
+    datasets: tuple,
+    sampling: Mapping[str, Any],
+    size: int,
+    images: int,
+    features: str,
+    weights: str | None,
+) -> dict[str, Any]:
+    """How far ``images`` samples of each prior are from as many validation images, in a network's ``features``.
+
+    Beside them what either first stage makes of the validation images, which no prior on it can better by much, and
+    training images. Where the network or its weights cannot be had, only ``missing``, the reason.
+    """
+    began = time.perf_counter()
+    try:
+        network = evaluation.load_features(features, weights, models["latents"].device)
+    except UserError as error:
+        return {"missing": str(error), "seconds": 0.0}
+    batch, (train, validation) = sampling["batch"], datasets
+    made = {}
+    for name, model in models.items():
+        options = _sampling_options(model, size, sampling)
+        made[f"samples of the prior on {name}"] = evaluation.samples(
+            model, validation, images, batch_size=batch, **options
+        )
+    shown = {
+        "latents": "validation images through the VQGAN",
+        "pixels": "validation images in the dictionary's colours",
+    }
+    for name, label in shown.items():
+        made[label] = evaluation.reconstructions(models[name], evaluation.images_of(validation, batch, images))
+    made["training images"] = evaluation.images_of(train, batch, images)
+    found = evaluation.distances(network, made, evaluation.images_of(validation, batch, images))
+    return {"distances": found, "seconds": time.perf_counter() - began}
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------

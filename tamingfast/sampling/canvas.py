@@ -92,6 +92,17 @@ class Canvas:
         """Whether nothing is pending."""
         return not bool(self.pending.any())
 
+    def check_begun_as(self, begun: Canvas) -> None:
+        """UserError unless this canvas, from a file, has the size and the condition of ``begun``, from a command."""
+        size, wanted = (" x ".join(map(str, canvas.tokens.shape[1:])) for canvas in (self, begun))
+        if size != wanted:
+            raise UserError(
+                f"the saved canvas has {size} tokens, but {wanted} are asked for: give the same size to go on"
+            )
+        same = self.cond.shape[1:] == begun.cond.shape[1:]
+        if not same or not torch.equal(self.cond[:1], begun.cond[:1].to(self.cond.device)):
+            raise UserError("the saved canvas was begun under another condition: give the same one to go on")
+
     def resample(self, mask: Tensor) -> Canvas:
         """The canvas with the positions that are True in `mask`, bool (height, width) or (B, ...), to be sampled."""
         if mask.dtype != torch.bool or mask.shape not in (self.tokens.shape, self.tokens.shape[1:]):
