@@ -220,11 +220,11 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
     over two grids at once.
     """
     room = model.transformer.config.block_size - condition_tokens + 1
-    trained = room - 1  # the last token is never an input
+    trained = room - 1  # the block has a position for the last token, too, which is never an input
     if first_stage_of(model).levels > 1 and rows * columns != trained:
         raise UserError(
-            f"got a size of {rows * columns} tokens, but a prior on two levels of tokens draws images of the size it "
-            f"was trained on, here {trained} tokens; give --size accordingly, or train it on other crops"
+            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of {trained},"
+            f" as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
         )
     if rows * columns <= room:
         return max(rows, columns)
