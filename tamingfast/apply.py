@@ -223,8 +223,8 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
     trained = room - 1  # the block has a position for the last token, too, which is never an input
     if first_stage_of(model).levels > 1 and rows * columns != trained:
         raise UserError(
-            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of {trained},"
-            f" as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
+            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
+            f"{trained}, as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
         )
     if rows * columns <= room:
         return max(rows, columns)

@@ -111,7 +111,9 @@ class TestStudy:
             ("stages.two_levels=2", "at least 4"),
             ("stages.window=8", "crops of 128 pixels"),
             ("stages.window=2", "smaller stages.window"),
-            ("data.size=60", "60"),
+            ("data.size=60", "data.size (60)"),
+            ("data.size=null", "data.size is missing"),
+            ("stages.factors=[]", "less than two"),
             ("stage.window=2", "did you mean 'stages'"),
         ],
     )

@@ -95,7 +95,9 @@ def run(
 
 
 def _rows(settings: Mapping[str, Any]) -> list[Row]:
-    stages, size = settings["stages"], settings["data"]["size"]
+    stages, size = settings["stages"], settings["data"].get("size")
+    if size is None:
+        raise UserError("data.size is missing; give the side in pixels of the images to compare, e.g. data.size=256")
     window, top = stages["window"], stages["two_levels"]
     widths = settings["vqgan"]["model"]["params"]["ddconfig"]["ch_mult"]
     known = [2**m for m in range(len(widths))]
@@ -114,8 +116,8 @@ def _rows(settings: Mapping[str, Any]) -> list[Row]:
                 f"{row.label} needs crops of {row.crop} pixels for a window of {window} tokens, and data.size ({size}) "
                 f"and stages.crop ({stages['crop']}) that it divides; choose larger ones or a smaller stages.window"
             )
-    if not rows:
-        raise UserError("stages.factors is empty and stages.two_levels null; give at least one f")
+    if len(rows) < 2:
+        raise UserError("stages.factors and stages.two_levels name less than two first stages; give some to compare")
     return rows
 
 
