@@ -44,11 +44,16 @@ def check_prior(model: nn.Module) -> nn.Module:
 
 
 def check_windowed(model: nn.Module) -> nn.Module:
-    """The model itself; UserError when it is no prior, or one that draws all scales of an image at once."""
+    """The model itself; UserError when it is no prior, or one whose tokens are not one grid over the image."""
     if is_multiscale(check_prior(model)):
         raise UserError(
             "the model is a multiscale prior, whose tokens are no grid of the image that could be masked, extended or "
             "scanned; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
+        )
+    if first_stage_of(model).levels > 1:
+        raise UserError(
+            "the model's tokens are of two levels, of which no part of an image can be kept; use `tamingfast sample` "
+            "or `tamingfast reconstruct`"
         )
     return model
 
@@ -226,7 +231,8 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
     config = getattr(model, "config", None) or {}
     data = config.get("data") or {}
     if "size" in data:
-        return int(data["size"]), int(data["size"])
+        side = int(data.get("crop") or data["size"])
+        return side, side
     return (16 * factor, 16 * factor) if hasattr(first_stage_of(model), "encoder") else None
 
 
@@ -239,12 +245,23 @@ def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
             f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, "
             f"for example {near[0]}x{near[1]}"
         )
-    return height // factor, width // factor
+    return first_stage_of(model).grid(height, width)
 
 
 def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int = 1) -> int:
-    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits."""
+    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits.
+
+    Raises UserError for tokens of two levels that are not as many as the prior was trained on, as no window slides
+    over two grids at once.
+    """
     room = model.transformer.config.block_size - condition_tokens + 1
+    trained = room - 1  # the block has a position for the last token, too, which is never an input
+    if first_stage_of(model).levels > 1 and rows * columns != trained:
+        side = "x".join(map(str, trained_size(model)))
+        raise UserError(
+            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
+            f"{trained}, as it was trained on; give --size {side}, or train one on images of this size"
+        )
     if rows * columns <= room:
         return max(rows, columns)
     return min(16, int(room**0.5))
@@ -302,8 +319,11 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 @torch.no_grad()
 def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
-    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides."""
-    grid_size(model, *x.shape[2:])
+    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1].
+
+    Raises UserError unless f divides their sides, and for models that `check_windowed` refuses.
+    """
+    grid_size(check_windowed(model), *x.shape[2:])
     return bands.encode_grid(model.first_stage_model, x, progress=progress)
 
 
@@ -341,8 +361,7 @@ def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.P
     for tokens, pending in zip(whole.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, progress=progress).cpu()
-        factor = pixels.shape[-1] // tokens.shape[-1]
-        gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        gray = first_stage_of(model).footprint(pending.cpu())
         images.append(pixels.masked_fill(gray, 0.0))
     return torch.cat(images)
 

@@ -65,6 +65,8 @@ def _for_people(error: Exception) -> str | None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from tamingfast.reproduce import EXPERIMENTS
+
     top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
     top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -87,7 +89,10 @@ def parser() -> argparse.ArgumentParser:
     command = add("reproduce", reproduce, "an experiment of the papers, with a report", (device, resume))
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
-    text = "pixels (default), orderings or multiscale, then settings that win over the preset's"
+    text = (
+        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
+        "settings EXPERIMENT.key=value"
+    )
     command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
     training = commands.add_parser("train", help="train a first stage or a prior").add_subparsers(

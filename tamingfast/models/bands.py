@@ -47,7 +47,7 @@ def available_memory(device: torch.device) -> int:
 @torch.no_grad()
 def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
-    if isinstance(getattr(stage, "encoder", None), Encoder):
+    if isinstance(getattr(stage, "encoder", None), Encoder) and stage.levels == 1:
         quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
     else:
         quant, _, (_, _, indices) = stage.encode(x)
@@ -59,7 +59,7 @@ def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None, progr
     """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); the rest as in `run`."""
     quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
     if isinstance(getattr(stage, "decoder", None), Decoder):
-        return run(stage.decoder, stage.post_quant_conv(quant), memory, progress)
+        return run(stage.decoder, stage.decoder_input(quant), memory, progress)
     return stage.decode(quant)
 
 
