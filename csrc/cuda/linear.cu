@@ -14,6 +14,13 @@ constexpr int kColumns = Norm || Rows == 8 ? 8
                          : Rows == 1       ? 2
                                            : 4;
 
+// Blocks that a multiprocessor shall hold at least, which bounds the registers: few enough for what is asked for ahead
+// to stay in them.
+template <class T, int Rows>
+constexpr int kResident = Rows < 8         ? 4
+                          : sizeof(T) == 4 ? 3
+                                           : 2;
+
 template <class T>
 std::size_t normalised_bytes(int rows, int inner) {
   return sizeof(T) * rows * inner;
@@ -99,7 +106,7 @@ __device__ inline void finish(const LinearParams& p, int row, int column, float 
 
 // A block computes `Columns` outputs of all rows; its threads share the inner dimension.
 template <class T, int Rows, bool Norm>
-__global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams p) {
+__global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(LinearParams p) {
   constexpr int Columns = kColumns<Rows, Norm>, Sums = Rows * Columns;
   constexpr int Ahead = 8 / Columns;  // steps whose weights are asked for together
   T* normalised = reinterpret_cast<T*>(shared_memory());
