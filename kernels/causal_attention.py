@@ -321,14 +321,16 @@ def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: 
     if dtype == torch.float32:  # exact products run on the plain cores, from registers
         tiles = {
             "forward": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
-            "keys": [(16, 32, 8, 2), (32, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
-            "queries": [(32, 32, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
+            "keys": [(16, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
+            "queries": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
         }[kernel]
     else:
+        small = major < 9  # whose matrix units take their operands from registers
+        narrow_keys = [(32, 64, 8, 2), (32 if wide else 64, 32, 4, 2)]
         tiles = {
-            "forward": [(64, 32 if wide else 64, 4, 3), (128, 64, 8, 3)],
-            "keys": [(32, 64, 4, 2), (64, 64, 8, 2)],
-            "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 64, 8, 2)],
+            "forward": [(64, 32 if wide else 64, 4, 3), (128, 32 if small and wide else 64, 8, 3)],
+            "keys": narrow_keys if small or (wide and dropout) else [(32, 64, 4, 2), (64, 64, 8, 2)],
+            "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 32 if small else 64, 8, 2)],
         }[kernel]
         if major >= 9 and not dropout:
             tiles += {

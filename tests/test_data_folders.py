@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tamingfast.data import build, loader
+from tamingfast.data import build, folders, loader
 from tamingfast.data.folders import CustomTest, CustomTrain, ImageFiles, ImageList, read_rgb
 from tamingfast.errors import UserError
 
@@ -227,6 +227,23 @@ def test_centre_crop_after_resizing_the_shorter_side(tmp_path):
     enlarged = ImageFiles([str(tmp_path / "wide.png")], 100)[0]["image"]
     assert enlarged.shape == (100, 100, 3)
     assert ImageFiles([str(tmp_path / "wide.png")])[0]["image"].shape == (60, 120, 3)
+
+
+def test_pictures_stay_in_memory_as_far_as_there_is_room(tmp_path, monkeypatch):
+    paths = [str(save(tmp_path / f"{number}.png")) for number in range(3)]
+    decoded = []
+
+    def read(path, short_side):
+        decoded.append(path)
+        return read_rgb(path, short_side)
+
+    monkeypatch.setattr(folders, "read_rgb", read)
+    monkeypatch.setattr(folders, "KEPT_BYTES", 2 * 3 * 24 * 16 + 100)
+    dataset = ImageFiles(paths, 16, random_crop=True)
+    before = [dataset[number]["image"] for number in range(3)]
+    again = [dataset[number]["image"] for number in range(3)]
+    assert decoded == [*paths, paths[2]]
+    assert all(map(torch.equal, before, again))
 
 
 def test_large_jpegs_keep_their_shape_and_colours_when_reduced(tmp_path):

@@ -21,6 +21,8 @@ from tamingfast.data.base import EpochDataset, positive, random_bits, random_int
 from tamingfast.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+#: Bytes of decoded pictures that a data set keeps, in each worker process.
+KEPT_BYTES = 128 * 2**20
 
 # What Pillow raises for files that are not what they claim to be.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -120,7 +122,8 @@ class ImageFiles(EpochDataset):
     ``size`` is cropped, at the centre or at random; without ``size`` images keep their shape. ``class_label`` is
     ``labels[index]``, else 0; ``classes`` are their names or None. A file whose pixels turn out to be unreadable is
     replaced by the next one that can be read, and ``report`` counts and names such files, together with ``broken``:
-    pairs of path and reason that were found before.
+    pairs of path and reason that were found before. Pictures stay in memory as far as `KEPT_BYTES` reach, so files must
+    not change while they are in use.
 
     Indexing raises UserError when no file can be read at all.
     """
@@ -144,6 +147,8 @@ class ImageFiles(EpochDataset):
         self.classes = None if classes is None else list(classes)
         self._skipped = list(broken)
         self._warned = 0
+        self._kept: dict[int, Image.Image] = {}
+        self._room = KEPT_BYTES
         # Shared memory, so that what worker processes find broken is known in the process that reports it.
         self._unreadable = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
 
@@ -185,7 +190,7 @@ class ImageFiles(EpochDataset):
             if self._unreadable[candidate]:
                 continue
             try:
-                image = read_rgb(self.paths[candidate], self.short_side)
+                image = self._read(candidate)
             except _BROKEN:
                 self._unreadable[candidate] = 1
                 continue
@@ -193,6 +198,17 @@ class ImageFiles(EpochDataset):
         raise UserError(
             f"None of the {len(self.paths)} image files can be read, {self.paths[0]} being the first: give other files"
         )
+
+    def _read(self, number: int) -> Image.Image:
+        """The picture before its crop. The first that fit are kept: to decode a photograph costs more than a step."""
+        if number in self._kept:
+            return self._kept[number]
+        image = read_rgb(self.paths[number], self.short_side)
+        size = 3 * image.width * image.height
+        if size <= self._room:
+            self._kept[number] = image
+            self._room -= size
+        return image
 
     def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
         return {
