@@ -42,6 +42,16 @@ def check_prior(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_one_grid(model: nn.Module) -> nn.Module:
+    """The model itself; UserError when its tokens are not one grid over the image, of which a part could be kept."""
+    if first_stage_of(model).levels > 1:
+        raise UserError(
+            "the model's tokens are of two levels, of which no part of an image can be kept; use `tamingfast sample` "
+            "or `tamingfast reconstruct`"
+        )
+    return model
+
+
 def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor:
     """Condition tokens (count, 1) of an unconditional or class-conditional prior.
 
@@ -207,7 +217,7 @@ def trained_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None) or {}
     data = config.get("data") or {}
     if "size" in data:
-        return int(data["size"])
+        return int(data.get("crop") or data["size"])
     first = getattr(first_stage_of(model), "encoder", None)
     return None if first is None else 16 * first_stage_of(model).factor
 
@@ -221,12 +231,22 @@ def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
             f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, "
             f"for example {near[0]}x{near[1]}"
         )
-    return height // factor, width // factor
+    return first_stage_of(model).grid(height, width)
 
 
 def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int = 1) -> int:
-    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits."""
+    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits.
+
+    Raises UserError for tokens of two levels that are not as many as the prior was trained on, as no window slides
+    over two grids at once.
+    """
     room = model.transformer.config.block_size - condition_tokens + 1
+    trained = room - 1  # the block has a position for the last token, too, which is never an input
+    if first_stage_of(model).levels > 1 and rows * columns != trained:
+        raise UserError(
+            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
+            f"{trained}, as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
+        )
     if rows * columns <= room:
         return max(rows, columns)
     return min(16, int(room**0.5))
@@ -284,8 +304,11 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 @torch.no_grad()
 def photo_tokens(model: nn.Module, x: Tensor) -> Tensor:
-    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides."""
-    grid_size(model, *x.shape[2:])
+    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides.
+
+    Raises UserError for tokens of two levels, too, as `check_one_grid`.
+    """
+    grid_size(check_one_grid(model), *x.shape[2:])
     quant, _, (_, _, indices) = model.first_stage_model.encode(x)
     return indices.view(len(x), *quant.shape[2:])
 
@@ -308,8 +331,7 @@ def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, exact: bool = Tru
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, exact=exact).cpu()
-        factor = pixels.shape[-1] // tokens.shape[-1]
-        gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        gray = first_stage_of(model).footprint(pending.cpu())
         images.append(pixels.masked_fill(gray, 0.0))
     return torch.cat(images)
 

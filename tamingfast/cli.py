@@ -65,6 +65,8 @@ def _for_people(error: Exception) -> str | None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from tamingfast.reproduce import EXPERIMENTS
+
     top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
     top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -88,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
     text = (
-        "pixels (default: sampling from pixels against latents) or orderings, then settings that win over the preset's"
+        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
+        "settings EXPERIMENT.key=value"
     )
     command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
@@ -420,6 +423,7 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
     """
     from tamingfast import apply
 
+    apply.check_one_grid(model)
     left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
     count = _at_least_one(arguments.count, "--count")
     saved = _saved(arguments.photo, count) if Path(arguments.photo).suffix == CANVAS else None

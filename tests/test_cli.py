@@ -17,7 +17,7 @@ import tamingfast
 from tamingfast import cli, report, sampling
 from tamingfast.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
-from tamingfast.reproduce import orderings, settings
+from tamingfast.reproduce import budget, orderings, settings
 from tamingfast.reproduce import pixels as comparison
 from tamingfast.training import prior
 
@@ -27,11 +27,9 @@ def run(*words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    """The smoke preset's output, made once."""
-    out = tmp_path_factory.mktemp("reproduce") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "timing.repeats=1", "timing.prefixes=3") == 0
-    return out
+def reproduced(everything):
+    """The smoke preset's output for the default experiment."""
+    return everything / "pixels"
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ class TestReproduce:
         spent = [
             runs[name]["steps"]
             * batch
-            * comparison.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
+            * budget.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
             for name in (comparison.LATENT_PRIOR, comparison.PIXEL_PRIOR)
         ]
         one_step = spent[1] / runs[comparison.PIXEL_PRIOR]["steps"]
@@ -96,7 +94,7 @@ class TestReproduce:
         model = tamingfast.GPT(vocab_size=50, block_size=64, **geometry)
         with FlopCounterMode(display=False) as counter, tamingfast.backends.use("reference"):
             model(torch.zeros(1, 64, dtype=torch.int64))
-        assert comparison.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
+        assert budget.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
 
     def test_a_finished_run_is_resumed_without_training_again(self, reproduced):
         before = (reproduced / "vqgan" / "state.pt").stat().st_mtime_ns
@@ -427,11 +425,9 @@ def test_interrupt_and_closed_pipe(reproduced):
 
 
 @pytest.fixture(scope="module")
-def ordered(tmp_path_factory):
-    """The smoke preset's output of the orderings, made once; the experiment's name comes after the options."""
-    out = tmp_path_factory.mktemp("orderings") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "orderings", "data.length=48") == 0
-    return out
+def ordered(everything):
+    """The smoke preset's output of the orderings."""
+    return everything / "orderings"
 
 
 class TestOrderings:

@@ -33,7 +33,7 @@ def samples(
     they also give the size of the grid. ``options`` go to `tamingfast.apply.draw`; ``progress(done, total)`` counts
     tokens.
     """
-    rows, columns = grid_of(dataset, apply.first_stage_of(model).factor)
+    rows, columns = grid_of(dataset, apply.first_stage_of(model))
     if model.be_unconditional:
         cond = apply.conditions(model, count)
     else:

@@ -15,7 +15,7 @@ from tamingfast.models import tiled
 from tamingfast.models.base import Module, image_from_batch
 from tamingfast.models.conditioning import SOSProvider
 from tamingfast.models.gpt import pick, top_k_logits
-from tamingfast.models.vqgan import Decoder
+from tamingfast.models.vqgan import Decoder, VQModel
 from tamingfast.orderings import Identity
 from tamingfast.weights import init_from_ckpt
 
@@ -181,8 +181,8 @@ class Net2NetTransformer(Module):
         """
         stage = self.first_stage_model
         quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
-        if isinstance(getattr(stage, "decoder", None), Decoder):
-            return tiled.decode(stage.decoder, stage.post_quant_conv(quant), memory, exact)
+        if isinstance(stage, VQModel) and isinstance(stage.decoder, Decoder):
+            return tiled.decode(stage.decoder, stage.decoder_input(quant), memory, exact)
         return stage.decode(quant)
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def train(
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
-        grid = feed.grid_of(datasets[0], model.first_stage_model.factor)
+        grid = feed.grid_of(datasets[0], model.first_stage_model)
         _check_condition(model.cond_stage_key, datasets)
         loop.prepare(config, out, resume, settings, datasets[0], among)
         if frozen is not None:
@@ -123,11 +123,16 @@ def prior_config(
     given = dict((config.get("model") or {}).get("params") or {})
     params: dict[str, Any] = {"first_stage_config": _embedded(first_stage_config)}
 
-    codes, factor = _geometry(first_stage_config)
+    codes, factor, levels = _geometry(first_stage_config)
     if "cond_stage_config" not in given:
         params |= _condition(options, classes, codes, factor, cond_stage_config)
     stage = (params | given)["cond_stage_config"]
     objects = isinstance(stage, Mapping) and stage.get("target") == TOKEN_STAGE and rule is not None
+    if levels > 1 and not (objects or _is_single_token(stage)):
+        raise UserError(
+            f"prior.condition={options['condition']} has a token for each of the image, which tokens of two levels do "
+            "not form a grid for; set prior.condition to none or class, or train a first stage of one level"
+        )
     condition_tokens = rule.length if objects else 1 if _is_single_token(stage) else math.prod(grid)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
@@ -188,9 +193,12 @@ def _condition(
             "and give it with --cond-stage RUN"
         )
     described = _embedded(stage)
-    trained_on, of_condition = described["params"].get("image_key", "image"), _geometry(stage)[1]
+    trained_on = described["params"].get("image_key", "image")
+    _, of_condition, levels = _geometry(stage)
     if trained_on != name:
         raise UserError(f"the condition's first stage was trained on '{trained_on}', but prior.condition is '{name}'")
+    if levels > 1:
+        raise UserError("the condition's first stage has tokens of two levels; train one of one level for it")
     if of_condition != factor:
         raise UserError(
             f"a token of the condition covers {of_condition} pixels a side and one of the image {factor}; train both "
@@ -251,11 +259,11 @@ def _embedded(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"target": model["target"], "params": params}
 
 
-def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int]:
-    """(number of codes, pixels per token along a side) of a first stage, from its config alone."""
+def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(number of codes, pixels per token along a side, levels) of a first stage, from its config alone."""
     with torch.device("meta"):
         stage = instantiate_from_config(_embedded(first_stage_config))
-    return stage.n_embed, stage.factor
+    return stage.n_embed, stage.factor, stage.levels
 
 
 def _first_stage(path: str | os.PathLike | None) -> nn.Module | None:
@@ -274,7 +282,7 @@ def _first_stage(path: str | os.PathLike | None) -> nn.Module | None:
 
 def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, int], int | None]:
     """(grid, number of classes) of a dataset under a first stage. UserError when its tokens are another's."""
-    codes, factor = first_stage.n_embed, first_stage.factor
+    codes = first_stage.n_embed
     vocabulary = getattr(dataset, "vocab_size", None)
     if vocabulary is not None and vocabulary != codes:
         raise UserError(
@@ -286,7 +294,7 @@ def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, i
     if source is not None and source != fingerprint(first_stage):
         raise UserError("the token file was written by another first stage; encode the data with this one")
     classes = getattr(dataset, "classes", None)
-    return feed.grid_of(dataset, factor), classes if isinstance(classes, int | None) else len(classes)
+    return feed.grid_of(dataset, first_stage), classes if isinstance(classes, int | None) else len(classes)
 
 
 def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
