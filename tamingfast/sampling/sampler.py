@@ -25,6 +25,8 @@ BACKENDS = ("auto", "native", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: Drawn at a time: enough to hide the generator's launches, few enough to stay below 64 MiB.
 NOISE_ENTRIES = 1 << 20
+#: Tokens between reports where the grid is a single row.
+REPORTED = 16
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def sample_grid(
     Args:
         transformer: a `GPT`, or a `Net2NetTransformer`: then its permuter gives the token order (one window
             only; noise stays keyed by the true row and column), and entries beyond the first stage's codebook
-            are never chosen.
+            are never chosen. A `MultiscaleTransformer` draws its `canvas_size`, always in one window.
         cond: integer (B, c), c >= 1, the same prefix in every window; (B, height, width), cropped with it; or
             (B, height, width, c), for each window the prefix that stands at its upper left corner.
         height, width: of the grid, in tokens.
@@ -153,6 +155,7 @@ def _run_by_run(
     decoder: NativeDecoder, plan: Schedule, context: Context, canvas: Tensor, wanted: Tensor, report: _Report
 ) -> None:
     """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
+    every = plan.width if plan.height > 1 else REPORTED
     for run in plan.runs:
         places = plan.cells(run)
         cells = torch.from_numpy(places)
@@ -168,7 +171,7 @@ def _run_by_run(
         rows, columns = divmod(places[run.steps], plan.width)
         steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
         task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
-        decoder.decode(task, tell if report.listened_to else None, plan.width)
+        decoder.decode(task, tell if report.listened_to else None, every)
         if reported < len(run.steps):
             tell(len(run.steps))
 
@@ -181,6 +184,14 @@ def plan_grid(
     Arguments and errors are those of `sample_grid`.
     """
     gpt, permutation, vocab = _parts(transformer)
+    pyramid = getattr(transformer, "pyramid", None)
+    if pyramid is not None:
+        if (height, width) != (1, pyramid.tokens):
+            raise UserError(
+                f"a multiscale prior draws the {pyramid.tokens} tokens of its scales as one row, a grid of 1 x "
+                f"{pyramid.tokens}, but got {height} x {width}: pass what its canvas_size gives"
+            )
+        window = pyramid.tokens
     plan = make_schedule(height, width, window, schedule, stride)
     if permutation is not None:
         plan = _permuted(plan, permutation)
