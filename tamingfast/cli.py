@@ -194,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
+    command.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
     command.add_argument("--split", choices=("train", "validation"), default="train")
     command.add_argument("--batch", type=int, default=64)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
@@ -308,7 +309,7 @@ def sample(arguments: argparse.Namespace) -> None:
     told = any(value is not None for value in (condition, photo, arguments.label))
     begun = _blank(arguments, model, condition, photo) if told or not arguments.resume else None
     canvas = _painted(arguments, model, begun)
-    batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
+    batch, out = _decoded(arguments, model, canvas), Path(arguments.out)
     shown = _pictures(model, canvas, condition) if photo is None else [photo]
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
@@ -461,7 +462,8 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
         return saved.outpaint(left, right, top, bottom, cond), None, condition
     cond = _tokens_under(arguments, model, condition, count)
     part = cond if cond.ndim == 2 else cond[:, top : top + rows, left : left + columns]
-    canvas = apply.photo_canvas(model, photo.to(model.device), part)
+    with _bar("multiply-adds of encoding", unit_scale=True, delay=1) as bar:
+        canvas = apply.photo_canvas(model, photo.to(model.device), part, bar.moved)
     return canvas.outpaint(left, right, top, bottom, cond), photo, condition
 
 
@@ -502,10 +504,10 @@ def _write_edited(
 ) -> None:
     import torch
 
-    from tamingfast import apply, images
+    from tamingfast import images
     from tamingfast.sampling.canvas import keep_pixels
 
-    batch = apply.decoded(model, finished, arguments.batch)
+    batch = _decoded(arguments, model, finished)
     if photo is not None and not arguments.reconstruct:
         batch = keep_pixels(batch, photo, drawn.cpu())
     shown = _pictures(model, finished, condition)
@@ -530,12 +532,19 @@ def _painted(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
         canvas.check_begun_as(begun)
 
     def preview(now: Any) -> None:
-        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
 
     with _bar("tokens") as bar:
         return canvas.sample(
             model, path=path, preview=preview if arguments.preview else None, progress=bar.moved, **options
         )
+
+
+def _decoded(arguments: argparse.Namespace, model: Any, canvas: Any) -> Any:
+    from tamingfast import apply
+
+    with _bar("multiply-adds of decoding", unit_scale=True, delay=1) as bar:
+        return apply.decoded(model, canvas, arguments.batch, bar.moved)
 
 
 def _canvas_file(arguments: argparse.Namespace) -> Path:
@@ -603,13 +612,17 @@ def likelihood(arguments: argparse.Namespace) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
+    from tamingfast.checkpoints import load_model
     from tamingfast.training.settings import build_datasets
 
     model = _load(arguments)
-    train, validation = build_datasets({"data": _data_settings(arguments, model)})
+    cond_stage = None
+    if arguments.cond_stage is not None:
+        cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
+    train, validation = build_datasets({"data": _data_settings(arguments, cond_stage or model)})
     dataset = train if arguments.split == "train" else validation
     with _bar("images", len(dataset)) as bar:
-        count = apply.encode(model, dataset, arguments.out, arguments.batch, progress=bar.update)
+        count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
     print(f"written: {arguments.out}, {count} images")
 
 
@@ -793,7 +806,7 @@ def _at_least_one(value: int, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
+def _bar(unit: str, total: int | None = None, **options: Any) -> Iterator[Any]:
     """A progress bar, on a terminal; ``moved(done, total)`` sets it where ``update(n)`` would add."""
     from tqdm import tqdm
 
@@ -802,7 +815,7 @@ def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
             self.total = total
             self.update(done - self.n)
 
-    with Bar(total=total, unit=f" {unit}", disable=None) as bar:
+    with Bar(total=total, unit=f" {unit}", disable=None, **options) as bar:
         yield bar
 
 

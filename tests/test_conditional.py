@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from tamingfast import cli, load_model
+from tamingfast import apply, cli, load_model
 from tamingfast.data import build, loader
 from tamingfast.data.kinds import Coordinates
 from tamingfast.sampling import Canvas
@@ -181,6 +182,40 @@ class TestEveryCondition:
         assert true < 0.02 < np.log(4) / (SIZE // FACTOR) ** 2
         assert shuffled > 2 * true + 0.05
 
+    def test_token_files_give_the_same_batches(self, trained, first_stage, data, tmp_path, capsys):
+        """Without crops and flips, which a token file draws once."""
+        kind, cond, out = trained
+        if kind == "class":
+            pytest.skip("labels in token files are tested with folders")
+        where = ["name=conditions", f"kind={kind}", f"path={folder_of(data, kind)}", f"size={SIZE}"]
+        where += [setting.removeprefix("data.") for setting in KINDS[kind][1] if setting.startswith("data.")]
+        where += ["flip=false", "random_crop=false"]
+        stages = ["--cond-stage", cond] if kind != "coord" else []
+        files = {split: tmp_path / f"{split}.safetensors" for split in ("train", "validation")}
+        for split, file in files.items():
+            assert run("encode", first_stage, *stages, "--out", file, "--split", split, *where) == 0
+        written = load_file(files["train"])
+        assert written["conditions"].shape == written["indices"].shape == (len(written["indices"]), 4, 4)
+        words = ["train", "prior", "tiny", "--first-stage", first_stage, *stages, f"prior.condition={KINDS[kind][2]}"]
+        words += ["training.steps=4", "training.batch_size=4", "training.log_every=1", "training.image_every=4"]
+        encoded = ["data.name=tokens", f"data.path={files['train']}", f"data.validation_path={files['validation']}"]
+        assert run(*words, "--out", tmp_path / "plain", *(f"data.{setting}" for setting in where)) == 0
+        assert run(*words, "--out", tmp_path / "tokens", *encoded) == 0
+        plain, tokens = (checkpoint.read_metrics(tmp_path / name) for name in ("plain", "tokens"))
+        assert len(plain) > 4
+        for one, other in zip(plain, tokens, strict=True):
+            assert {key: one[key] for key in ("step", "split")} == {key: other[key] for key in ("step", "split")}
+            for key in {"loss", "nll"} & one.keys():
+                assert one[key] == pytest.approx(other[key], rel=1e-5)
+        sheets = [pixels_of(tmp_path / name / "images/00000004.png") for name in ("plain", "tokens")]
+        assert sheets[0].shape == sheets[1].shape
+        # The run knows its condition as if it had been trained on the images.
+        settings = [apply.kind_of(load_model(path)) for path in (out, tmp_path / "tokens")]
+        assert settings[0] == settings[1]
+        named = condition_of(data, kind) or (["--condition-of", photo_of(data, kind)] if stages else [])
+        size = ["--size", f"{HEIGHT}x{WIDTH}"]
+        assert run("sample", tmp_path / "tokens", "-n", 1, *size, "--out", tmp_path / "s.png", *named) == 0
+
     def test_samples_have_the_size_of_the_condition(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
         picture = tmp_path / "out.png"
@@ -350,6 +385,33 @@ def test_mistakes_in_training(first_stage, tmp_path, capsys, words, message):
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
+    where = ["name=conditions", "kind=edges", f"path={data / 'coord'}", f"size={SIZE}"]
+    file = tmp_path / "tokens.safetensors"
+
+    def said(*words):
+        capsys.readouterr()
+        assert run(*words) == cli.USAGE_ERROR
+        return capsys.readouterr().err
+
+    assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
+    edges = tmp_path / "edges"
+    words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
+    assert run(*words, *(f"data.{setting}" for setting in where)) == 0
+    plain = ["name=folder", f"path={data / 'coord'}", f"size={SIZE}"]
+    message = "stage of conditions is for 'edges', which the data do not hold"
+    assert message in said("encode", first_stage, "--cond-stage", edges, "--out", file, *plain)
+    assert run("encode", first_stage, "--cond-stage", edges, "--out", file) == 0  # on what that stage was trained on
+    words = ["train", "prior", "tiny", "--first-stage", first_stage, "--out", tmp_path / "prior", "training.steps=1"]
+    words += ["data.name=tokens", f"data.path={file}", "training.batch_size=2"]
+    other = tmp_path / "other"
+    assert run("train", "vqgan", "edges_vqgan", "--out", other, *SMALL, *ADVERSARIAL, "training.steps=1",
+               "training.seed=9", *(f"data.{setting}" for setting in where)) == 0  # fmt: skip
+    assert "another first stage" in said(*words, "prior.condition=edges", "--cond-stage", other)
+    assert "conditioned on 'coord', which the data do not hold" in said(*words, "prior.condition=coord")
+    assert not (tmp_path / "prior").exists()
 
 
 def test_mistakes_in_sampling(trained, data, tmp_path, capsys):

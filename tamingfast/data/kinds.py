@@ -445,6 +445,12 @@ def make(name: str, options: Mapping[str, Any]) -> Kind:
     return KINDS[name](**given)
 
 
+def settings_of(kind: Kind) -> dict[str, Any]:
+    """What makes ``kind`` again, as keys of data settings: its name under "kind", and its options."""
+    (name,) = (name for name, made in KINDS.items() if made is type(kind))
+    return {"kind": name} | dataclasses.asdict(kind)
+
+
 def label_colors(count: int) -> np.ndarray:
     """float32 (count, 3) in [-1, 1]: the same colour for a label whatever their number, neighbours far apart."""
     golden = (math.sqrt(5) - 1) / 2

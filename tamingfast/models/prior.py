@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.config import instantiate_from_config, plain
-from tamingfast.models import tiled
+from tamingfast.models import bands
 from tamingfast.models.base import Module, image_from_batch
 from tamingfast.models.conditioning import SOSProvider
 from tamingfast.models.gpt import pick, top_k_logits
-from tamingfast.models.vqgan import Decoder, VQModel
 from tamingfast.orderings import Identity
 from tamingfast.weights import init_from_ckpt
 
@@ -188,18 +187,21 @@ class Net2NetTransformer(Module):
         """The inverse of `to_sequence`: (B, n) -> (B, height, width)."""
         return self.permuter(sequence, reverse=True).view(-1, height, width)
 
-    @torch.no_grad()
-    def decode_grid(self, grid: Tensor, memory: int | None = None, exact: bool = True) -> Tensor:
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Callable[[int, int], Any] | None = None
+    ) -> Tensor:
         """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w).
 
-        An image whose feature maps do not fit into ``memory`` bytes (None: half of what is free) is decoded in tiles,
-        ``exact`` or faster; see `tamingfast.models.tiled`.
+        An image whose feature maps do not fit into ``memory`` bytes (None: half of what is free) is decoded in bands;
+        see `tamingfast.models.bands`, which calls ``progress(done, total)`` then.
         """
-        stage = self.first_stage_model
-        quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
-        if isinstance(stage, VQModel) and isinstance(stage.decoder, Decoder):
-            return tiled.decode(stage.decoder, stage.decoder_input(quant), memory, exact)
-        return stage.decode(quant)
+        return bands.decode_grid(self.first_stage_model, grid, memory, progress)
+
+    @torch.no_grad()
+    def decode_condition(self, grid: Tensor) -> Tensor:
+        """Row-major tokens (B, h, w) of a spatial condition -> the condition (B, C, H, W) that they stand for."""
+        stage = self.cond_stage_model
+        return bands.decode_grid(stage, grid) if hasattr(stage, "quantize") else stage.decode(grid[:, None].float())
 
     @torch.no_grad()
     def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:

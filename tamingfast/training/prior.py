@@ -49,6 +49,8 @@ ORDERINGS = {
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
 #: Values whose condition is tokens already -> its key in a batch. They name kinds of data too.
 OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"}
+#: Keys of all conditions that have as many tokens as the image.
+SPATIAL = ("coord", *IMAGE_CONDITIONS)
 CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
 
@@ -81,6 +83,8 @@ def train(
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
         config["data"] = _with_codes(config.get("data") or data[0] or data[1] or {}, frozen)
         datasets = datasets or build_datasets(config)
+        # What draws with the run has to know what its conditions are.
+        config["data"] = dict(config["data"]) | ((getattr(datasets[0], "condition", None) or {}).get("data") or {})
         rule = getattr(getattr(datasets[0], "kind", None), "rule", None)
         if frozen is not None:
             cond_config = None if condition is None else condition.config
@@ -90,7 +94,7 @@ def train(
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
         grid = feed.grid_of(datasets[0], model.first_stage_model)
-        _check_condition(model.cond_stage_key, datasets)
+        _check_condition(model.cond_stage_key, condition, datasets)
         loop.prepare(config, out, resume, settings, datasets[0], among)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
@@ -247,13 +251,22 @@ def _with_codes(data: Mapping[str, Any], first_stage: nn.Module | None) -> dict[
     return data
 
 
-def _check_condition(key: str, datasets: tuple[Dataset, Dataset | None]) -> None:
-    made = key in ("coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS.values())
+def _check_condition(key: str, stage: nn.Module | None, datasets: tuple[Dataset, Dataset | None]) -> None:
+    """UserError when the data lack the condition, or hold its tokens from another first stage than ``stage``."""
     for dataset in datasets:
-        if made and dataset is not None and key not in dataset[0]:
+        encoded = getattr(dataset, "condition", None) or {}
+        if key not in (*SPATIAL, *OBJECT_CONDITIONS.values()) or dataset is None or key in dataset[0]:
+            continue
+        if encoded.get("key") != key:
             raise UserError(
                 f"the prior is conditioned on '{key}', which the data do not hold; train it on data.name=conditions "
                 "data.kind=... data.path=DIRECTORY"
+            )
+        # A token file made by other means may not say what made it.
+        if stage is not None and encoded.get("first_stage") not in (None, fingerprint(stage)):
+            raise UserError(
+                "the conditions in the token file were written by another first stage; encode the data with this one, "
+                "given as --cond-stage"
             )
 
 
@@ -328,7 +341,8 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
 
     UserError when the batch lacks what the prior is conditioned on.
     """
-    if not model.be_unconditional and model.cond_stage_key not in batch:
+    encoded = "condition_indices" in batch and model.cond_stage_key in SPATIAL
+    if not (model.be_unconditional or encoded or model.cond_stage_key in batch):
         raise UserError(
             f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
             "data of the kind that it was trained on"
@@ -339,6 +353,8 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
             x, c = model.get_xc(batch)
             return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
         z = model.to_sequence(batch["indices"].long())
+        if encoded:
+            return z, batch["condition_indices"]
         return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
 
 
@@ -410,9 +426,12 @@ class PriorStage:
             shape = batch[self.model.first_stage_key].shape[1:3]
             drawn = np.stack([self.kind.picture_of_tokens(tokens, shape) for tokens in batch[key].cpu().numpy()])
             return [torch.from_numpy(drawn).permute(0, 3, 1, 2)]
-        if key not in ("coord", *IMAGE_CONDITIONS):
+        if key not in SPATIAL:
             return []
-        c = self.model.get_input(key, batch)
+        if key in batch:
+            c = self.model.get_input(key, batch)
+        else:
+            c = self.model.decode_condition(batch["condition_indices"].view(-1, *self.grid)).clamp(-1, 1)
         if key == "segmentation":
             colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
             return [colors[c.argmax(1)].permute(0, 3, 1, 2)]

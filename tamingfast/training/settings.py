@@ -251,9 +251,11 @@ def build_datasets(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _token_datasets(section: Mapping[str, Any]) -> tuple[Any, Any]:
+    from tamingfast.data.kinds import SETTINGS
     from tamingfast.data.tokens import TokenDataset
 
-    _check_keys(section, ("name", "path", "validation_path", "size", "seed"), "data")
+    # The last ones, which a run keeps from the file, say what its conditions are.
+    _check_keys(section, ("name", "path", "validation_path", "size", "seed", "kind", *SETTINGS), "data")
     if not section.get("path"):
         raise UserError("data.name=tokens needs data.path=FILE, a token file that `tamingfast encode` wrote")
     validation = TokenDataset(section["validation_path"]) if section.get("validation_path") else None
