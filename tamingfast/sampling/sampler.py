@@ -80,11 +80,11 @@ def sample_grid(
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with `mask`.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of `start`.
-        backend: "native" is the engine in C++ (CPU), "torch" keeps a static key/value cache, "naive" is the paper's
-            full forward pass per token, "auto" is the fastest that can run.
-        dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
-            the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
-            its copy and its cache with the model until the weights change.
+        backend: "native" is the extension's engine (on a CPU or a CUDA device), "torch" keeps a static key/value
+            cache, "naive" is the paper's full forward pass per token, "auto" is the fastest that can run.
+        dtype: weights' type during the pass: "float32", "bfloat16", "float16" (not by the CPU's engine), "int8" (by
+            that engine only), or None for the model's own. Another type than the model's own works on a copy, and so
+            does "native", which keeps its copy and its cache with the model until the weights change.
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
@@ -158,7 +158,7 @@ def _run_by_run(
     every = plan.width if plan.height > 1 else REPORTED
     for run in plan.runs:
         places = plan.cells(run)
-        cells = torch.from_numpy(places)
+        cells = torch.from_numpy(places).to(canvas.device)
         sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
         prefix, reported = context.length, 0
 
@@ -370,12 +370,14 @@ def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str
     if dtype is not None and name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
     reason = engine.refusal(gpt)
-    if reason is None and name not in engine.DTYPES:
+    if reason is None and name not in engine.dtypes(gpt):
         reason = f"it has no {name} weights"
     if backend == "native" and reason is not None:
         raise UserError(f"backend 'native' cannot run here: {reason}")
-    if reason is None and backend == "auto" and backends.requested() == "reference":
+    if backend == "auto" and backends.requested() == "reference":
         reason = "the torch reference was asked for"
+    elif backend == "auto" and reason is not None and next(gpt.parameters()).is_cuda:
+        _log_once(f"the torch backend samples, not the CUDA engine: {reason}")
     if backend == "native" or (backend == "auto" and reason is None):
         return "native", name
     if name == "int8":
