@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tamingfast.data.scenes import Scene
 from tamingfast.errors import UserError
+from tamingfast.models import bands
 from tamingfast.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -49,6 +51,21 @@ def check_one_grid(model: nn.Module) -> nn.Module:
             "or `tamingfast reconstruct`"
         )
     return model
+
+
+def check_windowed(model: nn.Module) -> nn.Module:
+    """The model itself; UserError when it is no prior, or one that draws all scales of an image at once."""
+    if is_multiscale(check_prior(model)):
+        raise UserError(
+            "the model is a multiscale prior, whose tokens are no grid of the image that could be masked, extended or "
+            "scanned; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
+        )
+    return model
+
+
+def is_multiscale(model: nn.Module) -> bool:
+    """Whether a prior is a `tamingfast.models.multiscale.MultiscaleTransformer`."""
+    return hasattr(model, "pyramid")
 
 
 def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor:
@@ -89,7 +106,7 @@ def kind_of(model: nn.Module) -> Kind:
     if not is_spatial(model):
         raise UserError(f"the model is conditioned on {'nothing' if key == 'image' else f'{key!r}'}; give no condition")
     data = (getattr(model, "config", None) or {}).get("data") or {}
-    if data.get("name") == "conditions":
+    if data.get("kind") is not None:
         return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
     if key not in kinds.KINDS:
         raise UserError(
@@ -100,13 +117,20 @@ def kind_of(model: nn.Module) -> Kind:
     return kinds.make(key, {"labels": labels})
 
 
-def read_condition(model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The condition (H, W, C) that a file holds, float32.
+def read_condition(
+    model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None
+) -> np.ndarray | Scene:
+    """The condition (H, W, C) that a file holds, float32, or the scene, whose shape is (H, W).
 
     Scaled to cover ``size`` (height, width) and cut at the centre, or, without one, as large as it is, cut to multiples
     of f. Raises UserError as `tamingfast.data.kinds.Kind.read`.
     """
+    from tamingfast.data.kinds import Objects
+
     kind = kind_of(model)
+    if isinstance(kind, Objects):
+        scene = kind.read(path)
+        return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
     found = kind.read(path)
     if size is None:
         return _centre(found, *_multiples(model, *found.shape[:2], path))
@@ -153,11 +177,20 @@ def own_condition(model: nn.Module, size: tuple[int, int], photo: str | os.PathL
     )
 
 
-def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Tensor:
-    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images."""
+def condition_tokens(model: nn.Module, condition: np.ndarray | Scene, count: int) -> Tensor:
+    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images.
+
+    Of a scene (count, rows, columns, c): those that stand before the window which begins there.
+    """
     rows, columns = grid_size(model, *condition.shape[:2])
+    if isinstance(condition, Scene):
+        kind = kind_of(model)
+        window = window_of(model, rows, columns, kind.rule.length)
+        tokens = torch.from_numpy(kind.windows(condition, rows, columns, window)).to(model.device)
+        return tokens[None].expand(count, -1, -1, -1)
     c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
-    tokens = model.encode_to_c(c)[1]
+    whole = model.downsample_cond_size > -1
+    tokens = (model.encode_to_c(c)[1] if whole else bands.encode_grid(model.cond_stage_model, c)).flatten(1)
     if tokens.shape[1] != rows * columns:
         raise UserError(
             f"the condition has {tokens.shape[1]} tokens and the image {rows * columns}, but windows need as many of "
@@ -166,16 +199,20 @@ def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Ten
     return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
 
 
-def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
-    """What to show of a condition (H, W, C): (1, 3, H, W) in [-1, 1]."""
+def condition_picture(model: nn.Module, condition: np.ndarray | Scene) -> Tensor:
+    """What to show of a condition (H, W, C) or a scene: (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(kind_of(model).picture(condition)).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
 def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
-    """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
-    stage, tokens = model.cond_stage_model, tokens.to(model.device)
-    c = stage.decode_code(tokens) if hasattr(stage, "decode_code") else stage.decode(tokens[:, None].float())
+    """What the prior sees of a spatial condition, from its tokens (1, rows, columns, ...): (1, 3, H, W) in [-1, 1]."""
+    if tokens.ndim == 4:
+        factor = first_stage_of(model).factor
+        shape = (tokens.shape[1] * factor, tokens.shape[2] * factor)
+        picture = kind_of(model).picture_of_tokens(tokens[0].cpu().numpy(), shape)
+        return torch.from_numpy(picture).permute(2, 0, 1)[None]
+    c = model.decode_condition(tokens.to(model.device))
     return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
 
 
@@ -191,14 +228,17 @@ def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
-def trained_size(model: nn.Module) -> int | None:
-    """Side in pixels of the images that the model was trained on, where its config says so."""
+def trained_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) in pixels of the images that the model was trained on, where its config says so."""
+    factor = first_stage_of(model).factor
+    if is_multiscale(model):
+        return model.pyramid.height * factor, model.pyramid.width * factor
     config = getattr(model, "config", None) or {}
     data = config.get("data") or {}
     if "size" in data:
-        return int(data.get("crop") or data["size"])
-    first = getattr(first_stage_of(model), "encoder", None)
-    return None if first is None else 16 * first_stage_of(model).factor
+        side = int(data.get("crop") or data["size"])
+        return side, side
+    return (16 * factor, 16 * factor) if hasattr(first_stage_of(model), "encoder") else None
 
 
 def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
@@ -232,9 +272,9 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
 
 
 def _window(model: nn.Module, rows: int, columns: int, cond: Tensor) -> int:
-    """`window_of`, under tokens (B, c) or a grid of them (B, rows, columns), which is as large as the window."""
-    if cond.ndim == 2:
-        return window_of(model, rows, columns, cond.shape[1])
+    """`window_of` under tokens (B, c) or (B, rows, columns, c), or a grid of them, which is as large as the window."""
+    if cond.ndim != 3:
+        return window_of(model, rows, columns, cond.shape[-1])
     room = (model.transformer.config.block_size + 1) // 2
     return max(rows, columns) if rows * columns <= room else min(16, math.isqrt(room))
 
@@ -282,34 +322,49 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 
 @torch.no_grad()
-def photo_tokens(model: nn.Module, x: Tensor) -> Tensor:
+def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
     """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides.
 
     Raises UserError for tokens of two levels, too, as `check_one_grid`.
     """
     grid_size(check_one_grid(model), *x.shape[2:])
-    quant, _, (_, _, indices) = model.first_stage_model.encode(x)
-    return indices.view(len(x), *quant.shape[2:])
+    return bands.encode_grid(model.first_stage_model, x, progress=progress)
 
 
-def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor) -> Canvas:
+def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
     """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
-    One image may stand for all B, which is then encoded once.
+    One image may stand for all B, which is then encoded once. ``progress`` as in `tamingfast.models.bands.run`.
     """
     from tamingfast.sampling.canvas import Canvas
 
-    tokens = photo_tokens(model, x)
+    tokens = photo_tokens(model, x, progress)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
+def begun(model: nn.Module, x: Tensor, scales: int, cond: Tensor) -> Canvas:
+    """A canvas of a multiscale prior that begins with the first ``scales`` scales of images (B, 3, H, W).
+
+    One image may stand for all conditions (B, c). Raises UserError for more scales than the model has.
+    """
+    from tamingfast.sampling.canvas import Canvas
+
+    tokens = model.encode_to_z(x)[1][:, None].expand(len(cond), -1, -1)
+    pending = torch.arange(tokens.shape[-1]) >= model.pyramid.first(scales)
+    return Canvas.of(tokens, cond).resample(pending[None])
+
+
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, exact: bool = True) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray; ``exact`` as in `decode_grid`."""
+def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.Progress | None = None) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray.
+
+    ``progress`` as in `tamingfast.models.bands.run`, for each batch anew.
+    """
     images = []
-    for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
+    whole, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
+    for tokens, pending in zip(whole.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known, exact=exact).cpu()
+        pixels = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())
         images.append(pixels.masked_fill(gray, 0.0))
     return torch.cat(images)
@@ -422,7 +477,7 @@ def likelihood(
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]
-    prefix = cond.shape[1] if cond.ndim == 2 else min(window, rows) * min(window, columns)
+    prefix = cond.shape[-1] if cond.ndim != 3 else min(window, rows) * min(window, columns)
     rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
     found = []
     for done, (rule, stride) in enumerate(rules):
@@ -443,33 +498,93 @@ def encode(
     path: str | os.PathLike,
     batch: int = 64,
     progress: Callable[[int], Any] | None = None,
+    cond_stage: nn.Module | None = None,
 ) -> int:
     """Write the tokens of every image of ``dataset`` to a token file that the prior's training reads; returns how many.
 
-    Images are taken as the dataset's epoch 0 gives them. ``progress(n)`` runs after every n images.
+    Images are taken as the dataset's epoch 0 gives them, and where it holds spatial conditions their tokens are written
+    too: those of ``cond_stage``, by default of the prior ``model``, or coordinates. ``progress(n)`` runs after every n
+    images. Raises UserError for conditions without a stage, and for a stage whose conditions the dataset lacks.
     """
     from tamingfast.data import loader
-    from tamingfast.data.tokens import write_tokens
+    from tamingfast.data.tokens import smallest, write_tokens
 
     stage = first_stage_of(model)
+    key, cond_stage = _stage_of_conditions(model, dataset, cond_stage)
     classes = getattr(dataset, "classes", None)
     labels: list[int] = []
+    conditions: list[np.ndarray] = []
+    metadata = {
+        "source": getattr(dataset, "description", type(dataset).__name__),
+        "first_stage": fingerprint(stage),
+    }
+    condition = None if key is None else _description_of_conditions(key, cond_stage, dataset)
 
     @torch.no_grad()
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
             x = items["image"].permute(0, 3, 1, 2).to(stage.device)
             quant, _, (_, _, indices) = stage.encode(x)
+            grid = quant.shape[2:]
             if classes is not None:
                 labels.extend(items["class_label"].tolist())
-            yield indices.view(len(x), *quant.shape[2:]).cpu().numpy()
+            if key is not None:
+                _, _, (_, _, found) = cond_stage.encode(items[key].permute(0, 3, 1, 2).to(stage.device))
+                conditions.append(smallest(found.view(len(x), *grid).cpu().numpy(), condition["vocab_size"]))
+            yield indices.view(len(x), *grid).cpu().numpy()
             if progress is not None:
                 progress(len(x))
 
-    metadata = {
-        "source": getattr(dataset, "description", type(dataset).__name__),
-        "first_stage": fingerprint(stage),
+    # The lists are filled while the grids are written.
+    return write_tokens(
+        path,
+        grids(),
+        stage.n_embed,
+        class_label=None if classes is None else labels,
+        metadata=metadata,
+        classes=classes,
+        conditions=None if key is None else conditions,
+        condition=condition,
+    )
+
+
+def _stage_of_conditions(
+    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
+) -> tuple[str | None, nn.Module | None]:
+    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
+    from tamingfast.data.kinds import Coordinates
+    from tamingfast.models.conditioning import CoordStage
+
+    key = getattr(getattr(dataset, "kind", None), "key", None)
+    if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
+        wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
+    else:
+        wanted = getattr(cond_stage, "image_key", None)
+    if wanted is not None and wanted not in dataset[0]:
+        raise UserError(
+            f"the stage of conditions is for '{wanted}', which the data do not hold; give name=conditions kind=... "
+            "path=DIRECTORY"
+        )
+    if wanted is None and key == Coordinates.key:
+        stage = first_stage_of(model)
+        return key, CoordStage(stage.n_embed - 1, stage.factor)
+    if wanted is None and key is not None:
+        raise UserError(
+            f"the data hold conditions of '{key}', but no first stage for them is given; give --cond-stage RUN, or "
+            "name=folder to write the images alone"
+        )
+    return wanted, cond_stage
+
+
+def _description_of_conditions(key: str, cond_stage: nn.Module, dataset: Dataset) -> dict[str, Any]:
+    """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
+    from tamingfast.data.kinds import settings_of
+
+    kind = getattr(dataset, "kind", None)
+    return {
+        "key": key,
+        # A coordinate stage rounds to n_embed itself.
+        "vocab_size": cond_stage.n_embed + (0 if hasattr(cond_stage, "quantize") else 1),
+        "first_stage": fingerprint(cond_stage),
+        "data": {} if kind is None else settings_of(kind),
     }
-    # The list is filled while the grids are written.
-    class_label = None if classes is None else labels
-    return write_tokens(path, grids(), stage.n_embed, class_label=class_label, metadata=metadata, classes=classes)

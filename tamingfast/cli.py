@@ -119,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
+    command.add_argument(
+        "--from", dest="photo", metavar="PHOTO", help="begin with coarse scales of this photo, for multiscale priors"
+    )
+    command.add_argument("--scales", type=int, metavar="N", help="how many of them, coarsest first")
 
     for name, run, text in (
         ("edit", edit, "draw the masked region of a photo anew"),
@@ -190,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
+    command.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
     command.add_argument("--split", choices=("train", "validation"), default="train")
     command.add_argument("--batch", type=int, default=64)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
@@ -213,7 +218,7 @@ def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 
 def _condition_options(**several: str) -> argparse.ArgumentParser:
-    text = "label map, depth map, keypoints, edges or small image to draw from"
+    text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
         ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
@@ -300,12 +305,12 @@ def sample(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    condition = _condition(arguments, model)
-    told = condition is not None or arguments.label is not None
-    begun = _blank(arguments, model, condition) if told or not arguments.resume else None
+    condition, photo = _condition(arguments, model), _photo(arguments, model)
+    told = any(value is not None for value in (condition, photo, arguments.label))
+    begun = _blank(arguments, model, condition, photo) if told or not arguments.resume else None
     canvas = _painted(arguments, model, begun)
-    batch, out = apply.decoded(model, canvas, arguments.batch), Path(arguments.out)
-    shown = _pictures(model, canvas, condition)
+    batch, out = _decoded(arguments, model, canvas), Path(arguments.out)
+    shown = _pictures(model, canvas, condition) if photo is None else [photo]
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
@@ -315,13 +320,32 @@ def sample(arguments: argparse.Namespace) -> None:
     _drawn(arguments)
 
 
-def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
+def _blank(arguments: argparse.Namespace, model: Any, condition: Any, photo: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
     cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
-    size = cond.shape[1:] if condition is not None else apply.grid_size(model, *_size(arguments, model))
-    return Canvas.blank(cond, *size)
+    if photo is not None:
+        return apply.begun(model, photo.to(model.device), arguments.scales, cond)
+    size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *_size(arguments, model))
+    return Canvas.blank(cond, *model.canvas_size(*size))
+
+
+def _photo(arguments: argparse.Namespace, model: Any) -> Any:
+    """The photo (1, 3, H, W) whose scales ``--from`` and ``--scales`` give to a multiscale prior, None without them."""
+    from tamingfast import apply
+
+    if arguments.photo is None and arguments.scales is None:
+        return None
+    if not apply.is_multiscale(model):
+        raise UserError("got --from or --scales, but the model is no multiscale prior; train one with prior.scales=all")
+    scales = f"the {len(model.pyramid.names)} scales {', '.join(model.pyramid.names)}"
+    if arguments.photo is None or arguments.scales is None:
+        raise UserError(f"--from PHOTO and --scales N go together; N is how many of {scales} are the photo's")
+    model.pyramid.first(arguments.scales)
+    size = _size(arguments, model)
+    model.canvas_size(*apply.grid_size(model, *size))
+    return apply.load_images([arguments.photo], *size)
 
 
 def _condition(arguments: argparse.Namespace, model: Any) -> Any:
@@ -369,7 +393,7 @@ def _pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
 
     if condition is not None:
         return [apply.condition_picture(model, condition)]
-    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim == 3 else []
+    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim > 2 else []
 
 
 def _save_beside(out: Path, pictures: list[Any]) -> None:
@@ -383,7 +407,7 @@ def edit(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.canvas import token_mask
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     canvas, photo, condition = _opened(arguments, model)
     height, width = (side * factor for side in canvas.tokens.shape[1:])
@@ -402,7 +426,7 @@ def outpaint(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     sides = {side: getattr(arguments, side) for side in ("left", "right", "top", "bottom")}
     for side, pixels in sides.items():
@@ -438,7 +462,8 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
         return saved.outpaint(left, right, top, bottom, cond), None, condition
     cond = _tokens_under(arguments, model, condition, count)
     part = cond if cond.ndim == 2 else cond[:, top : top + rows, left : left + columns]
-    canvas = apply.photo_canvas(model, photo.to(model.device), part)
+    with _bar("multiply-adds of encoding", unit_scale=True, delay=1) as bar:
+        canvas = apply.photo_canvas(model, photo.to(model.device), part, bar.moved)
     return canvas.outpaint(left, right, top, bottom, cond), photo, condition
 
 
@@ -479,10 +504,10 @@ def _write_edited(
 ) -> None:
     import torch
 
-    from tamingfast import apply, images
+    from tamingfast import images
     from tamingfast.sampling.canvas import keep_pixels
 
-    batch = apply.decoded(model, finished, arguments.batch)
+    batch = _decoded(arguments, model, finished)
     if photo is not None and not arguments.reconstruct:
         batch = keep_pixels(batch, photo, drawn.cpu())
     shown = _pictures(model, finished, condition)
@@ -507,12 +532,19 @@ def _painted(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
         canvas.check_begun_as(begun)
 
     def preview(now: Any) -> None:
-        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch, exact=False))
+        images.save_grid(arguments.preview, apply.decoded(model, now, arguments.batch))
 
     with _bar("tokens") as bar:
         return canvas.sample(
             model, path=path, preview=preview if arguments.preview else None, progress=bar.moved, **options
         )
+
+
+def _decoded(arguments: argparse.Namespace, model: Any, canvas: Any) -> Any:
+    from tamingfast import apply
+
+    with _bar("multiply-adds of decoding", unit_scale=True, delay=1) as bar:
+        return apply.decoded(model, canvas, arguments.batch, bar.moved)
 
 
 def _canvas_file(arguments: argparse.Namespace) -> Path:
@@ -544,7 +576,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply, images
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x, files = _images(arguments, model)
     conditions = _conditions(arguments, model, files, x.shape[2:])
     cond = _tokens_of_each(arguments, model, conditions, len(x))
@@ -564,7 +596,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.likelihood import plot
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x, files = _images(arguments, model)
     cond = _tokens_of_each(arguments, model, _conditions(arguments, model, files, x.shape[2:]), len(x))
     with _bar("schedules") as bar:
@@ -580,13 +612,17 @@ def likelihood(arguments: argparse.Namespace) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
+    from tamingfast.checkpoints import load_model
     from tamingfast.training.settings import build_datasets
 
     model = _load(arguments)
-    train, validation = build_datasets({"data": _data_settings(arguments, model)})
+    cond_stage = None
+    if arguments.cond_stage is not None:
+        cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
+    train, validation = build_datasets({"data": _data_settings(arguments, cond_stage or model)})
     dataset = train if arguments.split == "train" else validation
     with _bar("images", len(dataset)) as bar:
-        count = apply.encode(model, dataset, arguments.out, arguments.batch, progress=bar.update)
+        count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
     print(f"written: {arguments.out}, {count} images")
 
 
@@ -601,6 +637,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     batch = drawing.pop("batch")
     training_set, dataset = _evaluated_data(arguments, model)
     network, perceptual, missing = _networks(arguments, model)
+    if network is not None and min(arguments.samples, arguments.limit or len(dataset), len(dataset)) < 2:
+        network, missing = None, missing | {"distances of features": "they need at least 2 images"}
     found = {
         "model": str(arguments.model),
         "data": getattr(dataset, "description", type(dataset).__name__),
@@ -632,7 +670,14 @@ def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any
     if arguments.overrides:
         raise UserError(f"got --data and '{arguments.overrides[0]}'; give one of them")
     side = _size(argparse.Namespace(size=None), model)[0]
-    return None, folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    dataset = folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    classes = getattr(getattr(model, "cond_stage_model", None), "n_classes", None)
+    if classes is not None and len(dataset.classes or ()) != classes:
+        raise UserError(
+            f"the model knows {classes} classes, but {arguments.data} has {len(dataset.classes or ())} class folders; "
+            "give a directory with one for each class, in the order of their names"
+        )
+    return None, dataset
 
 
 def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:
@@ -694,10 +739,10 @@ def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
     from tamingfast import apply
 
     if arguments.size is None:
-        side = apply.trained_size(model)
-        if side is None:
+        trained = apply.trained_size(model)
+        if trained is None:
             raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
-        return side, side
+        return trained
     height, cross, width = arguments.size.lower().partition("x")
     if not (height.isdigit() and (width.isdigit() or not cross)):
         raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
@@ -761,7 +806,7 @@ def _at_least_one(value: int, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
+def _bar(unit: str, total: int | None = None, **options: Any) -> Iterator[Any]:
     """A progress bar, on a terminal; ``moved(done, total)`` sets it where ``update(n)`` would add."""
     from tqdm import tqdm
 
@@ -770,7 +815,7 @@ def _bar(unit: str, total: int | None = None) -> Iterator[Any]:
             self.total = total
             self.update(done - self.n)
 
-    with Bar(total=total, unit=f" {unit}", disable=None) as bar:
+    with Bar(total=total, unit=f" {unit}", disable=None, **options) as bar:
         yield bar
 
 

@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from tamingfast import cli, load_model
+from tamingfast import apply, cli, load_model
 from tamingfast.data import build, loader
 from tamingfast.data.kinds import Coordinates
 from tamingfast.sampling import Canvas
@@ -46,9 +47,13 @@ KINDS = {
     "edges": ("edges_vqgan", ADVERSARIAL, "edges"),
     "lowres": ("lowres_vqgan", [*ADVERSARIAL, "model.params.lossconfig.params.perceptual_weight=0"], "lowres"),
     "coord": (None, [], "coord"),
+    "boxes": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_bbox"),
+    "centers": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_center_points"),
     "class": (None, [], "class_label"),
 }
-FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json"}
+FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json", "boxes": ".json", "centers": ".json"}
+#: Tokens of a condition that are not as many as the image's: three objects and the crop.
+TOKENS = {"class": 1, "boxes": 11, "centers": 8}
 
 
 def run(*words: object) -> int:
@@ -87,9 +92,19 @@ def data(tmp_path_factory):
                 if kind == "keypoints":
                     people = [(random.random((18, 2)) * [WIDTH, HEIGHT]).tolist()]
                     target.write_text(json.dumps({"width": WIDTH, "height": HEIGHT, "people": people}))
+                elif kind in TOKENS:
+                    target.write_text(json.dumps(scene(random)))
                 else:
                     made[kind].save(target)
     return root
+
+
+def scene(random):
+    """Two objects somewhere in a photograph."""
+    corners = (random.random((2, 2)) * [WIDTH / 2, HEIGHT / 2]).tolist()
+    names = random.permutation(["cat", "dog", "tree"])
+    objects = [{"class": str(name), "box": [*corner, 20, 16]} for name, corner in zip(names, corners, strict=False)]
+    return {"width": WIDTH, "height": HEIGHT, "objects": objects}
 
 
 def folder_of(data, kind):
@@ -126,9 +141,9 @@ def trained(request, data, first_stage, tmp_path_factory):
         assert run("train", "vqgan", recipe, "--out", out / "cond", *SMALL, *settings, *where) == 0
         words = ["--cond-stage", out / "cond"]
     else:
-        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}"]
+        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}", *settings]
         words += ["data.name=folder"] if kind == "class" else ["data.name=conditions", f"data.kind={kind}"]
-    words += [f"prior.condition={key.removesuffix('_label')}"]
+    words += [f"prior.condition={kind if kind in TOKENS else key}"]
     words += ["training.steps=3", "training.batch_size=4", "training.image_every=3"]
     assert run("train", "prior", "tiny", "--first-stage", first_stage, "--out", out / "prior", *words) == 0
     return kind, out / "cond", out / "prior"
@@ -140,7 +155,7 @@ class TestEveryCondition:
         model = load_model(out)
         assert model.cond_stage_key == KINDS[kind][2]
         tokens = (SIZE // FACTOR) ** 2
-        room = tokens + (1 if kind == "class" else tokens)
+        room = tokens + TOKENS.get(kind, tokens)
         assert model.transformer.config.block_size == room and model.transformer.config.vocab_size == 32
         own = KINDS[kind][0] is not None
         parts = {"first_stage_model": first_stage} | ({"cond_stage_model": cond} if own else {})
@@ -166,6 +181,40 @@ class TestEveryCondition:
         # Four images, equally likely without their conditions: what these tell about the first token is not in others.
         assert true < 0.02 < np.log(4) / (SIZE // FACTOR) ** 2
         assert shuffled > 2 * true + 0.05
+
+    def test_token_files_give_the_same_batches(self, trained, first_stage, data, tmp_path, capsys):
+        """Without crops and flips, which a token file draws once."""
+        kind, cond, out = trained
+        if kind == "class":
+            pytest.skip("labels in token files are tested with folders")
+        where = ["name=conditions", f"kind={kind}", f"path={folder_of(data, kind)}", f"size={SIZE}"]
+        where += [setting.removeprefix("data.") for setting in KINDS[kind][1] if setting.startswith("data.")]
+        where += ["flip=false", "random_crop=false"]
+        stages = ["--cond-stage", cond] if kind != "coord" else []
+        files = {split: tmp_path / f"{split}.safetensors" for split in ("train", "validation")}
+        for split, file in files.items():
+            assert run("encode", first_stage, *stages, "--out", file, "--split", split, *where) == 0
+        written = load_file(files["train"])
+        assert written["conditions"].shape == written["indices"].shape == (len(written["indices"]), 4, 4)
+        words = ["train", "prior", "tiny", "--first-stage", first_stage, *stages, f"prior.condition={KINDS[kind][2]}"]
+        words += ["training.steps=4", "training.batch_size=4", "training.log_every=1", "training.image_every=4"]
+        encoded = ["data.name=tokens", f"data.path={files['train']}", f"data.validation_path={files['validation']}"]
+        assert run(*words, "--out", tmp_path / "plain", *(f"data.{setting}" for setting in where)) == 0
+        assert run(*words, "--out", tmp_path / "tokens", *encoded) == 0
+        plain, tokens = (checkpoint.read_metrics(tmp_path / name) for name in ("plain", "tokens"))
+        assert len(plain) > 4
+        for one, other in zip(plain, tokens, strict=True):
+            assert {key: one[key] for key in ("step", "split")} == {key: other[key] for key in ("step", "split")}
+            for key in {"loss", "nll"} & one.keys():
+                assert one[key] == pytest.approx(other[key], rel=1e-5)
+        sheets = [pixels_of(tmp_path / name / "images/00000004.png") for name in ("plain", "tokens")]
+        assert sheets[0].shape == sheets[1].shape
+        # The run knows its condition as if it had been trained on the images.
+        settings = [apply.kind_of(load_model(path)) for path in (out, tmp_path / "tokens")]
+        assert settings[0] == settings[1]
+        named = condition_of(data, kind) or (["--condition-of", photo_of(data, kind)] if stages else [])
+        size = ["--size", f"{HEIGHT}x{WIDTH}"]
+        assert run("sample", tmp_path / "tokens", "-n", 1, *size, "--out", tmp_path / "s.png", *named) == 0
 
     def test_samples_have_the_size_of_the_condition(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
@@ -206,7 +255,8 @@ class TestEveryCondition:
         assert changed[16:32, 24:40].mean() > 5 and changed[:8].max() == changed[:, :16].max() == 0
         assert (tmp_path / "out-condition.png").exists() == (kind != "class")
         canvas = Canvas.load(tmp_path / "kept.canvas")
-        assert canvas.cond.shape == ((1, 1) if kind == "class" else (1, *ROWS_COLUMNS))
+        own = (TOKENS[kind],) if kind in TOKENS else ()
+        assert canvas.cond.shape == (1, *(() if kind == "class" else ROWS_COLUMNS), *own)
         # The canvas keeps its condition, and shows what its tokens mean.
         shown = tmp_path / "out-condition.png"
         given = pixels_of(shown) if shown.exists() else None
@@ -237,7 +287,8 @@ class TestEveryCondition:
         assert (pixels_of(picture)[:, 8 + 8 : 8 + 40] == pixels_of(photo)[:, 8:40]).all()
         if kind != "class":
             assert size_of(tmp_path / "out-condition.png") == (WIDTH + 24, HEIGHT)
-            assert Canvas.load(tmp_path / "kept.canvas").cond.shape == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
+            shape = Canvas.load(tmp_path / "kept.canvas").cond.shape
+            assert shape[:3] == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
 
     def test_images_are_completed_under_their_conditions(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
@@ -289,7 +340,9 @@ def enlarged(source, target):
     """A condition's file, or a photo, with 8 more columns at its left and 16 at its right."""
     if target.suffix == ".json":
         content = json.loads(source.read_text())
-        content["people"] = [[[x + 8, y] for x, y in person] for person in content["people"]]
+        content["people"] = [[[x + 8, y] for x, y in person] for person in content.get("people", [])]
+        for thing in content.get("objects", []):
+            thing["box"][0] += 8
         target.write_text(json.dumps(content | {"width": WIDTH + 24}))
     else:
         pixels = pixels_of(source).astype(np.uint8)
@@ -332,6 +385,33 @@ def test_mistakes_in_training(first_stage, tmp_path, capsys, words, message):
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
+    where = ["name=conditions", "kind=edges", f"path={data / 'coord'}", f"size={SIZE}"]
+    file = tmp_path / "tokens.safetensors"
+
+    def said(*words):
+        capsys.readouterr()
+        assert run(*words) == cli.USAGE_ERROR
+        return capsys.readouterr().err
+
+    assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
+    edges = tmp_path / "edges"
+    words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
+    assert run(*words, *(f"data.{setting}" for setting in where)) == 0
+    plain = ["name=folder", f"path={data / 'coord'}", f"size={SIZE}"]
+    message = "stage of conditions is for 'edges', which the data do not hold"
+    assert message in said("encode", first_stage, "--cond-stage", edges, "--out", file, *plain)
+    assert run("encode", first_stage, "--cond-stage", edges, "--out", file) == 0  # on what that stage was trained on
+    words = ["train", "prior", "tiny", "--first-stage", first_stage, "--out", tmp_path / "prior", "training.steps=1"]
+    words += ["data.name=tokens", f"data.path={file}", "training.batch_size=2"]
+    other = tmp_path / "other"
+    assert run("train", "vqgan", "edges_vqgan", "--out", other, *SMALL, *ADVERSARIAL, "training.steps=1",
+               "training.seed=9", *(f"data.{setting}" for setting in where)) == 0  # fmt: skip
+    assert "another first stage" in said(*words, "prior.condition=edges", "--cond-stage", other)
+    assert "conditioned on 'coord', which the data do not hold" in said(*words, "prior.condition=coord")
+    assert not (tmp_path / "prior").exists()
 
 
 def test_mistakes_in_sampling(trained, data, tmp_path, capsys):

@@ -73,6 +73,36 @@ def test_a_generator_is_written_as_it_comes_and_may_fill_the_labels(tmp_path):
     assert dataset[24]["class_label"] == 4
 
 
+def test_conditions_stand_beside_their_images(tmp_path):
+    path, said = tmp_path / "tokens.safetensors", {"key": "edges", "vocab_size": 300, "data": {"kind": "edges"}}
+    conditions = []
+
+    def encode():
+        for number in range(3):
+            conditions.append(grids(4, 300, seed=9 + number))
+            yield grids(4, 50, seed=number)
+
+    assert write_tokens(path, encode(), 50, conditions=conditions, condition=said) == 12
+    assert load_file(path)["conditions"].dtype == torch.int16
+    dataset = TokenDataset(path)
+    assert dataset.condition == said
+    batch = dataset.batch(np.array([11, 0]))
+    assert np.array_equal(batch["condition_indices"].numpy(), np.concatenate(conditions)[[11, 0]].reshape(2, -1))
+    with pytest.raises(ValueError, match="conditions hold 8 grids, but indices 12"):
+        write_tokens(path, grids(12, 50), 50, conditions=conditions[:2], condition=said)
+    with pytest.raises(ValueError, match="conditions reach from . to 29., but 0 to 289"):
+        write_tokens(path, grids(12, 50), 50, conditions=conditions, condition={**said, "vocab_size": 290})
+    marks = {"format": FORMAT, "vocab_size": "8"}
+    tensors = {name: torch.zeros(2, 3, 3, dtype=torch.int16) for name in ("indices", "conditions")}
+    save_file(tensors, path, metadata=marks)
+    with pytest.raises(UserError, match="does not say what its conditions are"):
+        TokenDataset(path)
+    tensors["conditions"][1, 0, 0] = 5
+    save_file(tensors, path, metadata={**marks, "condition": json.dumps({**said, "vocab_size": 5})})
+    with pytest.raises(UserError, match="has the token 5 .* but 0 to 4"):
+        TokenDataset(path)
+
+
 def test_labels_without_names_are_named_by_their_numbers(tmp_path):
     path = tmp_path / "tokens.safetensors"
     write_tokens(path, torch.zeros(3, 2, 2, dtype=torch.int64), 8, class_label=[0, 2, 1])

@@ -166,6 +166,10 @@ def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
     assert "NLL, nats per token" in text and "Not computed: distances of features, as it is not here" in text
     assert report["likelihood"]["images"] == report["reconstruction"]["images"] == 8
     assert "distances" not in report and report["missing"]["distances of features"] == "it is not here"
+    monkeypatch.setattr(evaluation, "load_features", lambda *arguments: torch.nn.Identity())
+    assert cli.main([*words, "--limit", "1", "--samples", "2"]) == 0
+    assert "distances of features, as they need at least 2 images" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "load_features", _refuse)
     for wrong, said in (
         (["--samples", "0"], "got --samples 0; expected at least 1"),
         (["--features", "efficientnet-lite0"], "it is not here"),
@@ -175,6 +179,17 @@ def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
     ):
         assert cli.main(["evaluate", str(runs[1]), *wrong]) == cli.USAGE_ERROR
         assert said in capsys.readouterr().err
+
+
+def test_data_without_the_condition_are_refused(runs, tmp_path, capsys):
+    for number, pixels in enumerate(tiny.photographs(3, 8)):
+        images.save_png(tmp_path / f"{number}.png", pixels)
+    assert cli.main(["evaluate", str(runs[1]), "--data", str(tmp_path)]) == cli.USAGE_ERROR
+    assert "the model knows 8 classes, but" in capsys.readouterr().err
+    model = load_model(runs[1])
+    model.cond_stage_key = "depth"
+    with pytest.raises(UserError, match="hold image, class_label, file_path_ and no 'depth', on which"):
+        evaluation.likelihood(model, tiny.datasets()[1])
 
 
 def test_the_command_reads_a_folder(runs, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Token files: images as grids of codebook indices, from ``tamingfast encode`` to the training of the prior.
 
 A token file is a safetensors file with the integer tensor ``indices`` (N, h, w), perhaps ``class_label``
-(N,), and string metadata that always has ``format``, ``vocab_size`` and, with labels, ``classes`` (a JSON
-list of names).
+(N,), perhaps the tokens of spatial conditions ``conditions`` (N, h, w), and string metadata that always has
+``format``, ``vocab_size`` and, with labels, ``classes`` (a JSON list of names), with conditions ``condition``
+(JSON: their ``key`` in a batch, their ``vocab_size``, the fingerprint of their ``first_stage``, and ``data``,
+the settings that made them).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 
 FORMAT = "tamingfast tokens 1"
-_RESERVED = ("format", "vocab_size", "classes")
+_RESERVED = ("format", "vocab_size", "classes", "condition")
 # Signed types above one byte, because every version of torch and safetensors knows them.
 _TYPES = (
     (1 << 8, "U8", np.dtype("<u1")),
@@ -29,6 +31,7 @@ _TYPES = (
     (1 << 31, "I32", np.dtype("<i4")),
 )
 _SCAN_TOKENS = 1 << 24
+_TENSORS = {"indices", "class_label", "conditions"}
 
 
 def write_tokens(
@@ -38,17 +41,20 @@ def write_tokens(
     class_label: Iterable[Any] | None = None,
     metadata: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
+    conditions: Iterable[np.ndarray] | None = None,
+    condition: Mapping[str, Any] | None = None,
 ) -> int:
     """Write grids of tokens to ``path``, atomically, one array in memory at a time; return their number.
 
     ``indices`` is integer (N, h, w), or an iterable of such arrays that agree in (h, w). Tokens are stored in
     the smallest of uint8, int16 and int32 that holds ``vocab_size``. ``class_label`` has N integers, in any
     nesting of arrays; it is read after the last of ``indices``, so a generator of those may fill the list
-    that is given here. ``classes`` names the labels. ``metadata`` says where the tokens come from (first
-    stage, dataset, flips).
+    that is given here. ``conditions`` are arrays like ``indices`` and are read after them, too; ``condition`` says
+    what they are, its ``vocab_size`` among it. ``classes`` names the labels. ``metadata`` says where the tokens
+    come from (first stage, dataset, flips).
 
-    Raises ValueError for tokens outside 0 to vocab_size - 1, grids that differ in shape, a number of labels
-    other than N, an empty ``indices`` and reserved or non-string metadata.
+    Raises ValueError for tokens outside 0 to vocab_size - 1, grids that differ in shape, a number of labels or
+    conditions other than N, an empty ``indices`` and reserved or non-string metadata.
     """
     extra = dict(metadata or {})
     for key, value in extra.items():
@@ -62,10 +68,18 @@ def write_tokens(
         header = {"format": FORMAT, "vocab_size": str(vocab_size), **extra}
         if classes is not None:
             header["classes"] = json.dumps([str(name) for name in classes])
+        if condition is not None:
+            header["condition"] = json.dumps(condition)
         room = -(-len(json.dumps(header).encode()) // 8) * 8 + 512
         stream.write(bytes(8 + room))
         count, grid = _write_grids(stream, arrays, vocab_size, dtype)
         tensors = {"indices": (code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)}
+        if conditions is not None:
+            code, dtype = _storage(condition["vocab_size"])
+            found, grid = _write_grids(stream, conditions, condition["vocab_size"], dtype, "conditions")
+            if found != count:
+                raise ValueError(f"conditions hold {found} grids, but indices {count}; all must agree")
+            tensors["conditions"] = (code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)
         if class_label is not None:
             labels = _flat_labels(class_label, count, classes)
             stream.write(labels.tobytes())
@@ -73,6 +87,11 @@ def write_tokens(
         stream.seek(0)
         stream.write(_header(header, tensors, room))
     return count
+
+
+def smallest(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The same numbers in the smallest type that a token file would hold them in."""
+    return tokens.astype(_storage(vocab_size)[1])
 
 
 def _storage(vocab_size: int) -> tuple[str, np.dtype]:
@@ -83,7 +102,7 @@ def _storage(vocab_size: int) -> tuple[str, np.dtype]:
 
 
 def _write_grids(
-    stream: BinaryIO, arrays: Iterable[Any], vocab_size: int, dtype: np.dtype
+    stream: BinaryIO, arrays: Iterable[Any], vocab_size: int, dtype: np.dtype, name: str = "indices"
 ) -> tuple[int, tuple[int, int]]:
     """Append the tokens; return the number of grids and their (h, w)."""
     count, grid = 0, None
@@ -91,18 +110,18 @@ def _write_grids(
         tokens = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
         if tokens.ndim != 3 or tokens.dtype.kind not in "iu":
             raise ValueError(
-                f"indices have dtype {tokens.dtype} and shape {tokens.shape}, but integers (n, h, w) are expected"
+                f"{name} have dtype {tokens.dtype} and shape {tokens.shape}, but integers (n, h, w) are expected"
             )
         if grid is not None and tokens.shape[1:] != grid:
-            raise ValueError(f"indices have grids of {tokens.shape[1:]} after grids of {grid}; all must agree")
+            raise ValueError(f"{name} have grids of {tokens.shape[1:]} after grids of {grid}; all must agree")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             raise ValueError(
-                f"indices reach from {tokens.min()} to {tokens.max()}, but 0 to {vocab_size - 1} is expected"
+                f"{name} reach from {tokens.min()} to {tokens.max()}, but 0 to {vocab_size - 1} is expected"
             )
         count, grid = count + len(tokens), tokens.shape[1:]
         stream.write(np.ascontiguousarray(tokens, dtype).tobytes())
     if not count:
-        raise ValueError("indices hold no grid of tokens")
+        raise ValueError(f"{name} hold no grid of tokens")
     return count, grid
 
 
@@ -133,9 +152,11 @@ def _header(metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, .
 class TokenDataset(ArrayDataset):
     """The grids of a token file, read from the disk as they are asked for (memory-mapped).
 
-    Items are ``{"indices": int64 (h * w,), row by row}`` and, when the file has labels, ``"class_label"``.
+    Items are ``{"indices": int64 (h * w,), row by row}`` and, when the file has them, ``"class_label"`` and
+    ``"condition_indices"``, int64 (h * w,).
     Attributes: ``vocab_size``; ``grid``, the pair (h, w); ``metadata``, the file's strings; ``classes``, the
-    names of the labels (their numbers as text when the file has no names), or None without labels.
+    names of the labels (their numbers as text when the file has no names), or None without labels;
+    ``condition``, what the metadata say about the conditions, or None without.
 
     Raises UserError when ``path`` is missing, truncated, not a token file, holds tokens or labels out of
     range, or when ``vocab_size`` is given and is not the file's.
@@ -153,7 +174,11 @@ class TokenDataset(ArrayDataset):
             )
         self._indices = tensors["indices"].numpy()
         self._labels = tensors["class_label"].numpy() if "class_label" in tensors else None
+        self._conditions = tensors["conditions"].numpy() if "conditions" in tensors else None
+        self.condition = None if self._conditions is None else json.loads(self.metadata["condition"])
         _check_range(self.path, self._indices, self.vocab_size)
+        if self._conditions is not None:
+            _check_range(self.path, self._conditions, self.condition["vocab_size"])
         self.grid = (int(self._indices.shape[1]), int(self._indices.shape[2]))
         self.classes = self._class_names()
 
@@ -184,6 +209,9 @@ class TokenDataset(ArrayDataset):
         batch = {"indices": torch.from_numpy(rows)}
         if self._labels is not None:
             batch["class_label"] = torch.from_numpy(self._labels[indices].astype(np.int64))
+        if self._conditions is not None:
+            rows = self._conditions[indices].reshape(len(indices), -1).astype(np.int64)
+            batch["condition_indices"] = torch.from_numpy(rows)
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -197,7 +225,7 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in {"indices", "class_label"} & set(file.keys())}
+            tensors = {name: file.get_tensor(name) for name in _TENSORS & set(file.keys())}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist, but a token file is expected: {again}") from error
     except (SafetensorError, OSError) as error:
@@ -209,11 +237,15 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     whole = all(not tensor.is_floating_point() and tensor.numel() for tensor in tensors.values())
     grids = shapes.get("indices", ())
-    if not whole or len(grids) != 3 or shapes.get("class_label", grids[:1]) != grids[:1]:
+    conditions = shapes.get("conditions", grids)
+    agree = shapes.get("class_label", grids[:1]) == grids[:1] == conditions[:1]
+    if not whole or len(grids) != 3 or len(conditions) != 3 or not agree:
         raise UserError(
             f"{path} has tensors {shapes}, but integers indices (N, h, w) and perhaps class_label (N,)"
-            f" are expected: {again}"
+            f" and conditions (N, h, w) are expected: {again}"
         )
+    if "conditions" in shapes and "condition" not in metadata:
+        raise UserError(f"{path} does not say what its conditions are: {again}")
     return tensors, metadata
 
 

@@ -16,6 +16,7 @@ from tamingfast.data.base import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
+from tamingfast.training.feed import grid_of
 from tamingfast.training.prior import tokens_of
 
 #: 8-bit colours per call of the search for the nearest one of a dictionary.
@@ -53,7 +54,8 @@ def likelihood(
     stage = model.first_stage_model
     cells = cell_bits(stage) if isinstance(stage, ColorClusters) else None
     nats = extra_bits = 0.0
-    images = tokens = pixels = 0
+    images = tokens = 0
+    pixels = round(math.prod(grid_of(dataset, stage)) * stage.pixels_per_token)
     for batch in batches(dataset, batch_size, limit, seed, device=model.device):
         z, c = tokens_of(model, batch)
         room = model.transformer.config.block_size - c.shape[1] + 1
@@ -67,7 +69,6 @@ def likelihood(
         if cells is not None:
             extra_bits += float(cells[z.flatten()].sum())
         images, tokens = images + len(z), z.shape[1]
-        pixels = tokens * stage.pixels_per_token
         if progress is not None:
             progress(len(z))
     per_token = nats / (images * tokens)

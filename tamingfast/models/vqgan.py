@@ -87,7 +87,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        # Contiguous, as PyTorch's attention on CPUs else holds a score for each pair of positions: 17 GB for 256 x 256.
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 

@@ -42,11 +42,10 @@ def negative_log_likelihood(
         UserError, ValueError: as `sample_grid`.
     """
     batch, height, width = tokens.shape
-    gpt, plan, cond, prefix, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
+    gpt, plan, cond, context, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
     flat = tokens.to(cond.device).flatten(1)
-    context = cond.flatten(1)
+    prefix = context.length
     raster = torch.from_numpy(plan.offsets.copy()).to(cond.device)
-    crop = raster.sort().values
     out = torch.zeros(batch, height * width, device=cond.device)
     positions = plan.positions()
     positions = positions[np.argsort(plan.corners[positions], kind="stable")]
@@ -58,8 +57,7 @@ def negative_log_likelihood(
         corner = torch.from_numpy(corners[part]).to(cond.device)[:, None]
         longest = max(int(plan.steps[group].max()) for group in groups[part])
         image = flat[:, corner + raster[:longest]]  # (B, windows, longest)
-        before = context[:, None].expand(-1, len(corner), -1) if cond.ndim == 2 else context[:, corner + crop]
-        logits = gpt(torch.cat((before, image), 2).flatten(0, 1))[0][:, prefix - 1 :, :vocab]
+        logits = gpt(torch.cat((context.before(corner), image), 2).flatten(0, 1))[0][:, prefix - 1 :, :vocab]
         logits = logits.view(batch, len(corner), longest + 1, -1)
         for i, group in enumerate(groups[part]):
             cells = torch.from_numpy(group).to(cond.device)
@@ -84,7 +82,7 @@ def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> 
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     timed = all("seconds" in row for row in rows)
     points: dict[tuple[float, float], list[str]] = {}  # schedules may coincide
@@ -92,14 +90,16 @@ def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> 
         points.setdefault((row["seconds" if timed else "tokens_per_token"], row["nats"]), []).append(str(row["name"]))
     figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
     axes.set_xscale("log")
-    axes.minorticks_off()
-    axes.set_xticks(sorted({x for x, _ in points}), [f"{x:.3g}" for x in sorted({x for x, _ in points})], rotation=45)
-    for i, ((x, y), names) in enumerate(sorted(points.items())):
-        axes.plot(x, y, "o")
-        axes.annotate(", ".join(names), (x, y), textcoords="offset points", xytext=(6, -13 if i % 2 else 5))
+    # Round numbers and a legend: schedules may lie so close that ticks and names at the points would overlap.
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    for (x, y), names in sorted(points.items()):
+        axes.plot(x, y, "o", label=", ".join(names))
+    axes.legend()
     axes.set_xlabel("seconds per grid" if timed else "tokens computed per token sampled")
     axes.set_ylabel("nats per token of real images")
-    axes.margins(x=0.3, y=0.15)
+    axes.margins(x=0.2, y=0.15)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, engine
 from tamingfast.errors import UserError
+from tamingfast.sampling.context import Context
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
@@ -24,6 +25,8 @@ BACKENDS = ("auto", "native", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: Drawn at a time: enough to hide the generator's launches, few enough to stay below 64 MiB.
 NOISE_ENTRIES = 1 << 20
+#: Tokens between reports where the grid is a single row.
+REPORTED = 16
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,9 @@ def sample_grid(
     Args:
         transformer: a `GPT`, or a `Net2NetTransformer`: then its permuter gives the token order (one window
             only; noise stays keyed by the true row and column), and entries beyond the first stage's codebook
-            are never chosen.
-        cond: integer (B, c), c >= 1, the same prefix in every window; or (B, height, width), cropped with it.
+            are never chosen. A `MultiscaleTransformer` draws its `canvas_size`, always in one window.
+        cond: integer (B, c), c >= 1, the same prefix in every window; (B, height, width), cropped with it; or
+            (B, height, width, c), for each window the prefix that stands at its upper left corner.
         height, width: of the grid, in tokens.
         window: the attention window's side in tokens; it is cut to the grid where the grid is smaller.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
@@ -76,11 +80,11 @@ def sample_grid(
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with `mask`.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of `start`.
-        backend: "native" is the engine in C++ (CPU), "torch" keeps a static key/value cache, "naive" is the paper's
-            full forward pass per token, "auto" is the fastest that can run.
-        dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
-            the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
-            its copy and its cache with the model until the weights change.
+        backend: "native" is the extension's engine (on a CPU or a CUDA device), "torch" keeps a static key/value
+            cache, "naive" is the paper's full forward pass per token, "auto" is the fastest that can run.
+        dtype: weights' type during the pass: "float32", "bfloat16", "float16" (not by the CPU's engine), "int8" (by
+            that engine only), or None for the model's own. Another type than the model's own works on a copy, and so
+            does "native", which keeps its copy and its cache with the model until the weights change.
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
@@ -95,8 +99,8 @@ def sample_grid(
     """
     check_filters(temperature, top_k, top_p)
     check_seed(seed)
-    gpt, plan, cond, prefix, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
-    batch, device, fixed = len(cond), cond.device, cond.ndim == 2
+    gpt, plan, cond, context, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
+    batch, device, prefix = len(cond), cond.device, context.length
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
@@ -117,21 +121,21 @@ def sample_grid(
     if chosen != "naive" and causal and not plan.single_window:
         waves = plan_waves(gpt, plan, batch, prefix, memory)
     length = prefix + plan.window_tokens - 1
-    shared = prefix if fixed else 0
+    shared = prefix if context.fixed else 0
     if waves is not None:
         slots = int(waves.slots.max(initial=-1)) + 1
         with _wave_engine(chosen, gpt, dtype, slots, batch, length) as runner:
             drawn = noise(waves.cells)
-            sample_waves(runner, plan, waves, cond, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
+            sample_waves(runner, plan, waves, context, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
     elif chosen == "native":
         images = range(first_image, first_image + batch)
         choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
         with engine.borrowed_engine(gpt, dtype, batch, length) as lent:
-            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, cond, canvas, wanted, report)
+            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, context, canvas, wanted, report)
     else:
         with _evaluating(gpt, dtype) as model:
             decoder = _decoder(chosen, model, batch, plan, causal, length, shared)
-            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise(plan.positions()), report.added)
+            _one_by_one(decoder, plan, context, canvas, wanted, pick, noise(plan.positions()), report.added)
     return canvas.view(batch, height, width)
 
 
@@ -148,15 +152,15 @@ def _wave_engine(
 
 
 def _run_by_run(
-    decoder: NativeDecoder, plan: Schedule, cond: Tensor, canvas: Tensor, wanted: Tensor, report: _Report
+    decoder: NativeDecoder, plan: Schedule, context: Context, canvas: Tensor, wanted: Tensor, report: _Report
 ) -> None:
     """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
+    every = plan.width if plan.height > 1 else REPORTED
     for run in plan.runs:
         places = plan.cells(run)
-        cells = torch.from_numpy(places)
-        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
-        sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        prefix, reported = context.shape[1], 0
+        cells = torch.from_numpy(places).to(canvas.device)
+        sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
+        prefix, reported = context.length, 0
 
         def tell(done: int, cells=cells, sequence=sequence, prefix=prefix, steps=run.steps) -> None:
             nonlocal reported
@@ -167,35 +171,46 @@ def _run_by_run(
         rows, columns = divmod(places[run.steps], plan.width)
         steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
         task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
-        decoder.decode(task, tell if report.listened_to else None, plan.width)
+        decoder.decode(task, tell if report.listened_to else None, every)
         if reported < len(run.steps):
             tell(len(run.steps))
 
 
 def plan_grid(
     transformer: nn.Module, cond: Tensor, height: int, width: int, window: int, schedule: str, stride: int
-) -> tuple[nn.Module, Schedule, Tensor, int, int]:
-    """The GPT, the schedule, `cond` as int64 on its device, conditioning tokens per window, entries to choose from.
+) -> tuple[nn.Module, Schedule, Tensor, Context, int]:
+    """The GPT, the schedule, `cond` as int64 on its device, what it puts before windows, entries to choose from.
 
     Arguments and errors are those of `sample_grid`.
     """
     gpt, permutation, vocab = _parts(transformer)
+    pyramid = getattr(transformer, "pyramid", None)
+    if pyramid is not None:
+        if (height, width) != (1, pyramid.tokens):
+            raise UserError(
+                f"a multiscale prior draws the {pyramid.tokens} tokens of its scales as one row, a grid of 1 x "
+                f"{pyramid.tokens}, but got {height} x {width}: pass what its canvas_size gives"
+            )
+        window = pyramid.tokens
     plan = make_schedule(height, width, window, schedule, stride)
     if permutation is not None:
         plan = _permuted(plan, permutation)
     cond = _tokens("cond", cond, gpt.config.vocab_size, next(gpt.parameters()).device)
     shape = cond.shape[1:]
-    if not (len(shape) == 1 and shape[0] >= 1) and shape != (height, width):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
-    prefix = shape[0] if len(shape) == 1 else plan.window_tokens
-    _check_block_size(gpt, prefix, plan)
-    return gpt, plan, cond, prefix, vocab
+    if not shape or shape[-1] < 1 or (len(shape) > 1 and (shape[:2] != (height, width) or len(shape) > 3)):
+        raise ValueError(
+            f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1), (B, {height}, {width}) or "
+            f"(B, {height}, {width}, c >= 1)"
+        )
+    context = Context(cond, plan)
+    _check_block_size(gpt, context.length, plan)
+    return gpt, plan, cond, context, vocab
 
 
 def _one_by_one(
     decoder: Decoder,
     plan: Schedule,
-    cond: Tensor,
+    context: Context,
     canvas: Tensor,
     wanted: Tensor,
     pick: Callable[[Tensor, Tensor | None], Tensor],
@@ -205,10 +220,8 @@ def _one_by_one(
     """Samples into `canvas` position by position; the arguments are those of `sample_waves`."""
     for run in plan.runs:
         cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
-        # A conditioning grid is cropped in raster order whatever the order of the image tokens.
-        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
-        sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        prefix, sampled = context.shape[1], wanted[:, cells]
+        sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
+        prefix, sampled = context.length, wanted[:, cells]
         decoder.enter(sequence)
         for step in run.steps.tolist():
             token = pick(decoder.logits(prefix + step), next(noise))
@@ -357,12 +370,14 @@ def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str
     if dtype is not None and name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
     reason = engine.refusal(gpt)
-    if reason is None and name not in engine.DTYPES:
+    if reason is None and name not in engine.dtypes(gpt):
         reason = f"it has no {name} weights"
     if backend == "native" and reason is not None:
         raise UserError(f"backend 'native' cannot run here: {reason}")
-    if reason is None and backend == "auto" and backends.requested() == "reference":
+    if backend == "auto" and backends.requested() == "reference":
         reason = "the torch reference was asked for"
+    elif backend == "auto" and reason is not None and next(gpt.parameters()).is_cuda:
+        _log_once(f"the torch backend samples, not the CUDA engine: {reason}")
     if backend == "native" or (backend == "auto" and reason is None):
         return "native", name
     if name == "int8":

@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16")
 #: Keys of each section that is not described by a class: the top level, and what the original's layout adds.
 _SECTIONS = ("model", "data", "training", "prior")
 _MODEL_KEYS = ("base_learning_rate", "target", "params")
-_PRIOR_KEYS = ("condition", "classes", "ordering")
+_PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
 _DATA_MODULE = "DataModuleFromConfig"
 _SPLITS = ("train", "validation")
 
@@ -251,9 +251,11 @@ def build_datasets(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _token_datasets(section: Mapping[str, Any]) -> tuple[Any, Any]:
+    from tamingfast.data.kinds import SETTINGS
     from tamingfast.data.tokens import TokenDataset
 
-    _check_keys(section, ("name", "path", "validation_path", "size", "seed"), "data")
+    # The last ones, which a run keeps from the file, say what its conditions are.
+    _check_keys(section, ("name", "path", "validation_path", "size", "seed", "kind", *SETTINGS), "data")
     if not section.get("path"):
         raise UserError("data.name=tokens needs data.path=FILE, a token file that `tamingfast encode` wrote")
     validation = TokenDataset(section["validation_path"]) if section.get("validation_path") else None
