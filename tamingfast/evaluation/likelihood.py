@@ -55,7 +55,7 @@ def likelihood(
     cells = cell_bits(stage) if isinstance(stage, ColorClusters) else None
     nats = extra_bits = 0.0
     images = tokens = 0
-    pixels = math.prod(grid_of(dataset, stage)) * stage.pixels_per_token
+    pixels = round(math.prod(grid_of(dataset, stage)) * stage.pixels_per_token)
     for batch in batches(dataset, batch_size, limit, seed, device=model.device):
         z, c = tokens_of(model, batch)
         room = model.transformer.config.block_size - c.shape[1] + 1

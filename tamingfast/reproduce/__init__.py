@@ -13,8 +13,8 @@ from tamingfast.errors import UserError, nearest
 EXPERIMENTS = {
     "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
     "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
-    "multiscale": "images from coarse to fine, from some scales of a given image (the second source, Fig. 3 and 7)",
     "compression": "how far the first stage compresses (the first source, section 4.3)",
+    "multiscale": "images from coarse to fine, from some scales of a given image (the second source, Fig. 3 and 7)",
 }
 DEFAULT = "pixels"
 ALL = "all"

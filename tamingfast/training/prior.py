@@ -47,11 +47,11 @@ ORDERINGS = {
 }
 #: Values of ``prior.condition`` that need a first stage of their own; each is also the condition's key in a batch.
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
-#: Keys of all conditions that have as many tokens as the image.
-SPATIAL = ("coord", *IMAGE_CONDITIONS)
 #: Values whose condition is tokens already -> its key in a batch. They name kinds of data too.
 OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"}
-CONDITIONS = ("none", "class", *SPATIAL, *OBJECT_CONDITIONS)
+#: Keys of all conditions that have as many tokens as the image.
+SPATIAL = ("coord", *IMAGE_CONDITIONS)
+CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
 
 #: Weights of a first stage that a prior does without.
@@ -83,9 +83,9 @@ def train(
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
         config["data"] = _with_codes(config.get("data") or data[0] or data[1] or {}, frozen)
         datasets = datasets or build_datasets(config)
-        rule = getattr(getattr(datasets[0], "kind", None), "rule", None)
         # What draws with the run has to know what its conditions are.
         config["data"] = dict(config["data"]) | ((getattr(datasets[0], "condition", None) or {}).get("data") or {})
+        rule = getattr(getattr(datasets[0], "kind", None), "rule", None)
         if frozen is not None:
             cond_config = None if condition is None else condition.config
             config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config, rule)
@@ -136,15 +136,16 @@ def prior_config(
     if "cond_stage_config" not in given:
         params |= _condition(options, classes, codes, factor, cond_stage_config)
     stage = (params | given)["cond_stage_config"]
-    if levels > 1 and not _is_single_token(stage):
+    objects = isinstance(stage, Mapping) and stage.get("target") == TOKEN_STAGE and rule is not None
+    if levels > 1 and not (objects or _is_single_token(stage)):
         raise UserError(
             f"prior.condition={options['condition']} has a token for each of the image, which tokens of two levels do "
             "not form a grid for; set prior.condition to none or class, or train a first stage of one level"
         )
-    objects = isinstance(stage, Mapping) and stage.get("target") == TOKEN_STAGE and rule is not None
+    if levels > 1 and options["scales"] is not None:
+        raise UserError("prior.scales is for tokens of one level; leave it out, or train a first stage of one level")
     condition_tokens = rule.length if objects else 1 if _is_single_token(stage) else math.prod(grid)
-    image_tokens = math.prod(grid)
-    target = (config.get("model") or {}).get("target", MODEL)
+    image_tokens, target = math.prod(grid), (config.get("model") or {}).get("target", MODEL)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
         params["permuter_config"] = {"target": f"{PERMUTERS}.{permuter}", "params": {"H": grid[0], "W": grid[1]}}
@@ -340,8 +341,8 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
 
     UserError when the batch lacks what the prior is conditioned on.
     """
-    encoded = model.cond_stage_key in SPATIAL and "condition_indices" in batch
-    if not model.be_unconditional and not encoded and model.cond_stage_key not in batch:
+    encoded = "condition_indices" in batch and model.cond_stage_key in SPATIAL
+    if not (model.be_unconditional or encoded or model.cond_stage_key in batch):
         raise UserError(
             f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
             "data of the kind that it was trained on"
