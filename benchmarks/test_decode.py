@@ -104,9 +104,9 @@ class HuggingFace:
         return out.logits[:, -1]
 
 
-def sample(model, batch: int, steps: int, first: int = 0) -> Tensor:
+def sample(model, batch: int, steps: int, first: int = 0, device: str = "cpu") -> Tensor:
     """The loop of a sampler in torch: (batch, steps) tokens after `first` ones."""
-    token = torch.zeros(batch, 1, dtype=torch.int64)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     tokens = []
     for position in range(first, first + steps):
         logits = model.logits(token, position)

@@ -5,6 +5,8 @@ included, as the cost of launching is a part of what is compared. Beside ours: t
 (eager, keys and values grown with `torch.cat`), our torch backend (eager, a static cache), Hugging Face's GPT2 with its
 static cache where `transformers` is installed, and a static-cache step compiled by `torch.compile` into a CUDA graph.
 
+The compiled step takes a minute to compile for each shape; `make bench-gpu BENCH_ARGS="-k 'decode and 64'"` selects.
+
 The floor of a run is the larger of bytes / copy bandwidth and operations / matrix rate, both measured in this run:
 every weight read once a step, every visible key and value read once; two operations for each weight and image.
 """
@@ -43,12 +45,16 @@ def prior(name: str, tokens: int, vocab: int = 1024) -> GPT:
         return GPT(vocab, tokens, n_layer=layers, n_head=16, n_embd=width).eval()
 
 
-class CompiledCache:
+class CompiledCache(nn.Module):
     """A step of fixed shape over a static cache, token choice included, compiled with CUDA graphs."""
 
     def __init__(self, gpt: GPT, batch: int, **compilation) -> None:
+        super().__init__()
         self.gpt = gpt
         self.cache = [tuple(half.zero_() for half in layer) for layer in gpt.new_cache(batch)]
+        for half in (half for layer in self.cache for half in layer):
+            # Else the step writes to what the compiler takes for an input, and is not put into a graph.
+            torch._dynamo.mark_static_address(half)
         self.places = torch.arange(gpt.block_size, device=gpt.pos_emb.device)
         self.compiled = torch.compile(self.step, fullgraph=True, **(compilation or {"mode": "reduce-overhead"}))
 
@@ -142,15 +148,16 @@ def rivals(gpt: GPT, batch: int, **compilation) -> dict[str, object]:
     return found
 
 
-def run_of(rival, batch: int, tokens: int) -> Callable[[], Tensor]:
+def run_of(rival, gpt: GPT, batch: int, tokens: int) -> Callable[[], Tensor]:
     """A whole run of a rival from an empty cache."""
     if isinstance(rival, CompiledCache):
         return lambda: rival.run(batch, tokens)
+    device = gpt.pos_emb.device
 
     def run() -> Tensor:
         if isinstance(rival, GrowingCache):
             rival.past = [None] * len(rival.past)
-        return sample(rival, batch, tokens)
+        return sample(rival, batch, tokens, device=device)
 
     return run
 
@@ -205,7 +212,9 @@ def compare(single: GPT, made: CudaEngine, candidates: dict[str, object], batch:
     sequences = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=device)
     steps = range(1, tokens + 1)
     ours = timed(lambda: made.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1), device)
-    return {"ours": ours} | {name: timed(run_of(rival, batch, tokens), device) for name, rival in candidates.items()}
+    return {"ours": ours} | {
+        name: timed(run_of(rival, single, batch, tokens), device) for name, rival in candidates.items()
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
