@@ -16,6 +16,7 @@ _HOMES = {
     "VQNoDiscModel": "models.vqgan",
     "GumbelVQ": "models.vqgan",
     "EMAVQ": "models.vqgan",
+    "HierarchicalVQModel": "models.hierarchical",
     "VectorQuantizer": "models.quantize",
     "GumbelQuantize": "models.quantize",
     "GPT": "models.gpt",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tamingfast.data.scenes import Scene
 from tamingfast.errors import UserError
 from tamingfast.models import bands
 from tamingfast.weights import fingerprint
@@ -38,6 +39,16 @@ def check_prior(model: nn.Module) -> nn.Module:
     if not hasattr(model, "transformer"):
         raise UserError(
             f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`"
+        )
+    return model
+
+
+def check_one_grid(model: nn.Module) -> nn.Module:
+    """The model itself; UserError when its tokens are not one grid over the image, of which a part could be kept."""
+    if first_stage_of(model).levels > 1:
+        raise UserError(
+            "the model's tokens are of two levels, of which no part of an image can be kept; use `tamingfast sample` "
+            "or `tamingfast reconstruct`"
         )
     return model
 
@@ -91,13 +102,20 @@ def kind_of(model: nn.Module) -> Kind:
     return kinds.make(key, {"labels": labels})
 
 
-def read_condition(model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The condition (H, W, C) that a file holds, float32.
+def read_condition(
+    model: nn.Module, path: str | os.PathLike, size: tuple[int, int] | None = None
+) -> np.ndarray | Scene:
+    """The condition (H, W, C) that a file holds, float32, or the scene, whose shape is (H, W).
 
     Scaled to cover ``size`` (height, width) and cut at the centre, or, without one, as large as it is, cut to multiples
     of f. Raises UserError as `tamingfast.data.kinds.Kind.read`.
     """
+    from tamingfast.data.kinds import Objects
+
     kind = kind_of(model)
+    if isinstance(kind, Objects):
+        scene = kind.read(path)
+        return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
     found = kind.read(path)
     if size is None:
         return _centre(found, *_multiples(model, *found.shape[:2], path))
@@ -144,9 +162,17 @@ def own_condition(model: nn.Module, size: tuple[int, int], photo: str | os.PathL
     )
 
 
-def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Tensor:
-    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images."""
+def condition_tokens(model: nn.Module, condition: np.ndarray | Scene, count: int) -> Tensor:
+    """Tokens (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images.
+
+    Of a scene (count, rows, columns, c): those that stand before the window which begins there.
+    """
     rows, columns = grid_size(model, *condition.shape[:2])
+    if isinstance(condition, Scene):
+        kind = kind_of(model)
+        window = window_of(model, rows, columns, kind.rule.length)
+        tokens = torch.from_numpy(kind.windows(condition, rows, columns, window)).to(model.device)
+        return tokens[None].expand(count, -1, -1, -1)
     c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
     whole = model.downsample_cond_size > -1
     tokens = (model.encode_to_c(c)[1] if whole else bands.encode_grid(model.cond_stage_model, c)).flatten(1)
@@ -158,14 +184,19 @@ def condition_tokens(model: nn.Module, condition: np.ndarray, count: int) -> Ten
     return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
 
 
-def condition_picture(model: nn.Module, condition: np.ndarray) -> Tensor:
-    """What to show of a condition (H, W, C): (1, 3, H, W) in [-1, 1]."""
+def condition_picture(model: nn.Module, condition: np.ndarray | Scene) -> Tensor:
+    """What to show of a condition (H, W, C) or a scene: (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(kind_of(model).picture(condition)).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
 def decoded_condition(model: nn.Module, tokens: Tensor) -> Tensor:
-    """What the prior sees of a spatial condition, from its tokens (1, rows, columns): (1, 3, H, W) in [-1, 1]."""
+    """What the prior sees of a spatial condition, from its tokens (1, rows, columns, ...): (1, 3, H, W) in [-1, 1]."""
+    if tokens.ndim == 4:
+        factor = first_stage_of(model).factor
+        shape = (tokens.shape[1] * factor, tokens.shape[2] * factor)
+        picture = kind_of(model).picture_of_tokens(tokens[0].cpu().numpy(), shape)
+        return torch.from_numpy(picture).permute(2, 0, 1)[None]
     c = model.decode_condition(tokens.to(model.device))
     return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
 
@@ -187,7 +218,7 @@ def trained_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None) or {}
     data = config.get("data") or {}
     if "size" in data:
-        return int(data["size"])
+        return int(data.get("crop") or data["size"])
     first = getattr(first_stage_of(model), "encoder", None)
     return None if first is None else 16 * first_stage_of(model).factor
 
@@ -201,21 +232,31 @@ def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
             f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, "
             f"for example {near[0]}x{near[1]}"
         )
-    return height // factor, width // factor
+    return first_stage_of(model).grid(height, width)
 
 
 def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int = 1) -> int:
-    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits."""
+    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits.
+
+    Raises UserError for tokens of two levels that are not as many as the prior was trained on, as no window slides
+    over two grids at once.
+    """
     room = model.transformer.config.block_size - condition_tokens + 1
+    trained = room - 1  # the block has a position for the last token, too, which is never an input
+    if first_stage_of(model).levels > 1 and rows * columns != trained:
+        raise UserError(
+            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
+            f"{trained}, as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
+        )
     if rows * columns <= room:
         return max(rows, columns)
     return min(16, int(room**0.5))
 
 
 def _window(model: nn.Module, rows: int, columns: int, cond: Tensor) -> int:
-    """`window_of`, under tokens (B, c) or a grid of them (B, rows, columns), which is as large as the window."""
-    if cond.ndim == 2:
-        return window_of(model, rows, columns, cond.shape[1])
+    """`window_of` under tokens (B, c) or (B, rows, columns, c), or a grid of them, which is as large as the window."""
+    if cond.ndim != 3:
+        return window_of(model, rows, columns, cond.shape[-1])
     room = (model.transformer.config.block_size + 1) // 2
     return max(rows, columns) if rows * columns <= room else min(16, math.isqrt(room))
 
@@ -264,8 +305,11 @@ def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **setti
 
 @torch.no_grad()
 def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
-    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides."""
-    grid_size(model, *x.shape[2:])
+    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1]; UserError unless f divides their sides.
+
+    Raises UserError for tokens of two levels, too, as `check_one_grid`.
+    """
+    grid_size(check_one_grid(model), *x.shape[2:])
     return bands.encode_grid(model.first_stage_model, x, progress=progress)
 
 
@@ -290,8 +334,7 @@ def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.P
     for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, progress=progress).cpu()
-        factor = pixels.shape[-1] // tokens.shape[-1]
-        gray = pending.cpu()[:, None].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        gray = first_stage_of(model).footprint(pending.cpu())
         images.append(pixels.masked_fill(gray, 0.0))
     return torch.cat(images)
 
@@ -403,7 +446,7 @@ def likelihood(
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]
-    prefix = cond.shape[1] if cond.ndim == 2 else min(window, rows) * min(window, columns)
+    prefix = cond.shape[-1] if cond.ndim != 3 else min(window, rows) * min(window, columns)
     rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
     found = []
     for done, (rule, stride) in enumerate(rules):
@@ -478,10 +521,16 @@ def _stage_of_conditions(
     model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
 ) -> tuple[str | None, nn.Module | None]:
     """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.kinds import Coordinates
+    from tamingfast.data.kinds import Coordinates, Objects
     from tamingfast.models.conditioning import CoordStage
 
-    key = getattr(getattr(dataset, "kind", None), "key", None)
+    kind = getattr(dataset, "kind", None)
+    key = getattr(kind, "key", None)
+    if isinstance(kind, Objects):
+        raise UserError(
+            "token files hold no objects, whose order changes from epoch to epoch; train on data.name=conditions "
+            "instead, or give name=folder to write the images alone"
+        )
     if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
         wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
     else:

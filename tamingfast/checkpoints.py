@@ -204,6 +204,8 @@ def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the c
     """
     if any(key.startswith("transformer.") for key in state):
         raise UserError(f"{source} is a transformer, whose number of heads its weights do not show; give its config")
+    if "encoder_top.conv_in.weight" in state:
+        raise UserError(f"{source} is a first stage of two levels; give its config")
     if "encoder.conv_in.weight" not in state or "decoder.conv_out.weight" not in state:
         raise UserError(f"{source} is no VQGAN: it lacks 'encoder.conv_in.weight'; give its config")
     conv_in, last = state["encoder.conv_in.weight"], state["encoder.conv_out.weight"]

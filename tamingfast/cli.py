@@ -65,6 +65,8 @@ def _for_people(error: Exception) -> str | None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from tamingfast.reproduce import EXPERIMENTS
+
     top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
     top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -88,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     command.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
     text = (
-        "pixels (default: sampling from pixels against latents) or orderings, then settings that win over the preset's"
+        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
+        "settings EXPERIMENT.key=value"
     )
     command.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
@@ -163,6 +166,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
     command.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
 
+    command = add(
+        "evaluate",
+        evaluate,
+        "figures of a model on real images: likelihood, reconstructions, samples",
+        (device, drawing),
+    )
+    command.add_argument("model", help="run directory or checkpoint of a first stage or a prior")
+    command.add_argument("--data", metavar="DIR", help="all images below this directory instead of the validation set")
+    command.add_argument("--limit", type=int, help="so many images, drawn by --seed; default: all")
+    command.add_argument("--samples", type=int, default=256, help="of a prior (default: %(default)s)")
+    command.add_argument(
+        "--features",
+        help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception where "
+        "--inception-weights is given, else efficientnet-lite0 where it is installed",
+    )
+    command.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's; default: its own download")
+    command.add_argument("--perceptual-weights", metavar="FILE", help="VGG16 for LPIPS; default: the lpips package's")
+    command.add_argument("--out", metavar="JSON", help="write the report here too")
+    text = "the data set, e.g. name=photos size=32; default: what the model was trained on"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
     command = add("encode", encode, "turn a data set into a token file for `train prior`", (device,))
     command.add_argument("model", help="run directory or checkpoint of a first stage")
     command.add_argument("--out", required=True, help="token file to write (.safetensors)")
@@ -190,7 +214,7 @@ def _options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 
 def _condition_options(**several: str) -> argparse.ArgumentParser:
-    text = "label map, depth map, keypoints, edges or small image to draw from"
+    text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return _options(
         ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
         ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
@@ -297,7 +321,7 @@ def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
     from tamingfast.sampling.canvas import Canvas
 
     cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
-    size = cond.shape[1:] if condition is not None else apply.grid_size(model, *_size(arguments, model))
+    size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *_size(arguments, model))
     return Canvas.blank(cond, *size)
 
 
@@ -346,7 +370,7 @@ def _pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
 
     if condition is not None:
         return [apply.condition_picture(model, condition)]
-    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim == 3 else []
+    return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim > 2 else []
 
 
 def _save_beside(out: Path, pictures: list[Any]) -> None:
@@ -400,6 +424,7 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
     """
     from tamingfast import apply
 
+    apply.check_one_grid(model)
     left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
     count = _at_least_one(arguments.count, "--count")
     saved = _saved(arguments.photo, count) if Path(arguments.photo).suffix == CANVAS else None
@@ -571,16 +596,92 @@ def encode(arguments: argparse.Namespace) -> None:
     cond_stage = None
     if arguments.cond_stage is not None:
         cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
-    settings = ((cond_stage or model).config or {}).get("data") or {}
-    if arguments.overrides:
-        from omegaconf import OmegaConf
-
-        settings = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
-    train, validation = build_datasets({"data": settings})
+    train, validation = build_datasets({"data": _data_settings(arguments, cond_stage or model)})
     dataset = train if arguments.split == "train" else validation
     with _bar("images", len(dataset)) as bar:
         count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
     print(f"written: {arguments.out}, {count} images")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from tamingfast import backends, evaluation
+    from tamingfast.files import write_json
+
+    for value, name in ((arguments.samples, "--samples"), (arguments.limit, "--limit")):
+        _at_least_one(1 if value is None else value, name)
+    model = _load(arguments)
+    drawing = _drawing(arguments)
+    batch = drawing.pop("batch")
+    training_set, dataset = _evaluated_data(arguments, model)
+    network, perceptual, missing = _networks(arguments, model)
+    if network is not None and min(arguments.samples, arguments.limit or len(dataset), len(dataset)) < 2:
+        network, missing = None, missing | {"distances of features": "they need at least 2 images"}
+    found = {
+        "model": str(arguments.model),
+        "data": getattr(dataset, "description", type(dataset).__name__),
+        "machine": backends.machine(),
+        "sampling": drawing,
+        "missing": missing,
+    } | evaluation.evaluate(
+        model, dataset, network=network, perceptual=perceptual, training_set=training_set, count=arguments.samples,
+        limit=arguments.limit, batch_size=batch, bar=_bar, **drawing,
+    )  # fmt: skip
+    print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")
+    for name, reason in missing.items():
+        print(f"\nNot computed: {name}, as {reason}.")
+    if arguments.out:
+        write_json(arguments.out, found)
+        _said(arguments.out)
+
+
+def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """(training set, the images to evaluate on); the former is None for a directory of images."""
+    from tamingfast.data import folders
+    from tamingfast.training.settings import build_datasets
+
+    if arguments.data is None:
+        train, validation = build_datasets({"data": _data_settings(arguments, model)})
+        if validation is None:
+            raise UserError("the data settings give no validation set; give a directory of images with --data DIR")
+        return train, validation
+    if arguments.overrides:
+        raise UserError(f"got --data and '{arguments.overrides[0]}'; give one of them")
+    side = _size(argparse.Namespace(size=None), model)[0]
+    dataset = folders.build(arguments.data, side, validation_path=arguments.data)[1]
+    classes = getattr(getattr(model, "cond_stage_model", None), "n_classes", None)
+    if classes is not None and len(dataset.classes or ()) != classes:
+        raise UserError(
+            f"the model knows {classes} classes, but {arguments.data} has {len(dataset.classes or ())} class folders; "
+            "give a directory with one for each class, in the order of their names"
+        )
+    return None, dataset
+
+
+def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:
+    """(network of features, LPIPS, why any of both is missing); UserError when one that was asked for is."""
+    from tamingfast import evaluation
+    from tamingfast.perceptual import LPIPS
+
+    name = arguments.features or (evaluation.INCEPTION if arguments.inception_weights else evaluation.EFFICIENTNET)
+    if arguments.inception_weights and name != evaluation.INCEPTION:
+        raise UserError(f"got --inception-weights for --features {name}; leave one of them out")
+    if arguments.perceptual_weights == "random":
+        raise UserError("got --perceptual-weights random, whose distance is no LPIPS; give a file of VGG16's weights")
+    network = perceptual = None
+    missing = {}
+    try:
+        network = evaluation.load_features(name, arguments.inception_weights, model.device)
+    except UserError as error:
+        if arguments.features or arguments.inception_weights:
+            raise
+        missing["distances of features"] = str(error)
+    try:
+        perceptual = LPIPS(arguments.perceptual_weights)
+    except UserError as error:
+        if arguments.perceptual_weights:
+            raise
+        missing["LPIPS"] = f"{str(error).partition(';')[0]}; give --perceptual-weights FILE"
+    return network, perceptual, missing
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -623,6 +724,15 @@ def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
     if not (height.isdigit() and (width.isdigit() or not cross)):
         raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
     return int(height), int(width or height)
+
+
+def _data_settings(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The ``data`` section that the overrides make, or, without any, the one that the model was trained with."""
+    if not arguments.overrides:
+        return (model.config or {}).get("data") or {}
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
 
 
 def _images(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[Path]]:

@@ -121,7 +121,13 @@ def _package() -> nn.Module:
             f"the perceptual loss needs the packages lpips and torchvision, which cannot be imported ({reason}); give "
             "a local file of VGG16 weights or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
         ) from error
-    return lpips.LPIPS(net="vgg", verbose=False)
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False)
+    except OSError as error:
+        raise UserError(
+            f"torchvision cannot download the weights of VGG16 for the perceptual loss ({error}); give a local file of "
+            "them or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
+        ) from error
 
 
 def _from_file(path: Path) -> tuple[nn.ModuleList, list[Tensor]]:

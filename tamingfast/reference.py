@@ -104,5 +104,5 @@ def group_norm_silu(
     silu: bool = True,
 ) -> torch.Tensor:
     """GroupNorm (Wu and He 2018) of NCHW ``x``, then ``y · sigmoid(y)`` unless ``silu`` is False."""
-    y = F.group_norm(x, groups, weight, bias, eps)
+    y = torch.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y

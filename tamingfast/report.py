@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tamingfast.evaluation import distance_table
 from tamingfast.files import atomic_write, write_json
 from tamingfast.training.checkpoint import read_metrics
 
 PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
+PAPER_QUALITY = 0.1863  # by how much the FID of latents is lower at the same budget; the same place
 
 TOLERATED = 0.1  # difference between an integrated time and a whole run, beyond which the report warns
 
@@ -45,6 +47,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"# Pixels against latents: preset `{results['preset']}`",
         provenance(results),
         "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
+        "## Quality at the same budget\n\n" + _quality(results["quality"]),
         "## Training\n\n" + _training_table(results),
         "## Pictures\n\n" + "\n\n".join(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
     ]) + "\n"  # fmt: skip
@@ -104,6 +107,26 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
                 "alone. Repeat the run on an idle machine before you use the figures of (a).**"
             )
     return "\n".join(lines)
+
+
+def _quality(quality: Mapping[str, Any]) -> str:
+    if "missing" in quality:
+        return f"Not measured: {quality['missing']}."
+    distances = quality["distances"]
+    samples = [distances[f"samples of the prior on {name}"] for name in ("latents", "pixels")]
+    name = "fid" if "fid" in samples[0] else "frechet_distance"
+    latents, pixels = (row[name] for row in samples)
+    what = "FID" if name == "fid" else f"Frechet distance in features of {samples[0]['network']}"
+    lines = [
+        f"- The {what} of samples from latents is {abs(1 - latents / pixels):.1%} "
+        f"{'lower (better)' if latents < pixels else 'higher (worse)'} than from pixels. The paper found the FID of "
+        f"latents {PAPER_QUALITY:.2%} lower, on CIFAR10.",
+        "- Frechet distances grow as sets get smaller, so these compare with one another only; the kernel distance is "
+        "unbiased, and may be below 0.",
+    ]
+    if name != "fid":
+        lines.append("- These are not FIDs, whose features are those of the Inception network.")
+    return distance_table(distances) + "\n\n" + "\n".join(lines)
 
 
 def _training_table(results: Mapping[str, Any]) -> str:

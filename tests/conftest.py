@@ -1,14 +1,15 @@
-"""Shared by all tests: seeds, and the skip of what needs a GPU."""
+"""Shared by all tests: seeds, the skip of what needs a GPU, and one run of every experiment."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tamingfast import backends
+from tamingfast import backends, cli
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +26,15 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  the libraries under test may use the legacy generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``tamingfast reproduce all --preset smoke`` makes, once for all tests that look at an experiment."""
+    out = tmp_path_factory.mktemp("reproduce") / "all"
+    small = ["pixels.timing.repeats=1", "pixels.timing.prefixes=3", "orderings.data.length=48"]
+    assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *small]) == 0
+    return out
 
 
 @pytest.fixture

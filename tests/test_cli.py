@@ -17,7 +17,7 @@ import tamingfast
 from tamingfast import cli, report, sampling
 from tamingfast.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
-from tamingfast.reproduce import orderings, settings
+from tamingfast.reproduce import budget, orderings, settings
 from tamingfast.reproduce import pixels as comparison
 from tamingfast.training import prior
 
@@ -27,11 +27,9 @@ def run(*words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    """The smoke preset's output, made once."""
-    out = tmp_path_factory.mktemp("reproduce") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "timing.repeats=1", "timing.prefixes=3") == 0
-    return out
+def reproduced(everything):
+    """The smoke preset's output for the default experiment."""
+    return everything / "pixels"
 
 
 @pytest.fixture
@@ -53,12 +51,27 @@ class TestReproduce:
                 rate = row["tokens"] / row["seconds_per_image"]
                 assert row["tokens_per_second"] == pytest.approx(rate)
             assert f"**{pixels['seconds_per_image'] / latents['seconds_per_image']:.2f}**" in text
-        assert results["data"] in text and "CIFAR" not in text
+        assert results["data"] in text and "CIFAR" not in text.partition("## Quality")[0]
         assert results["speed"]["paper"]["pixels"]["integrated"] and "integrated" in text
         for picture in [*results["pictures"], "training.png", "speed.png"]:
             assert f"({picture})" in text or picture == "speed.png"
             with Image.open(reproduced / picture) as image:
                 assert len(np.unique(np.asarray(image))) > 10
+
+    def test_quality_is_reported_under_its_name(self, reproduced):
+        quality = json.loads((reproduced / "report.json").read_text())["quality"]
+        text = (reproduced / "report.md").read_text()
+        if "missing" in quality:
+            assert f"Not measured: {quality['missing']}" in text
+            return
+        assert "not FIDs" in text and "Frechet distance, efficientnet-lite0 features" in text
+        rows = quality["distances"]
+        assert all(row["images"] == 8 and row["real_images"] == 8 for row in rows.values())
+        latents, pixels = (
+            rows[f"samples of the prior on {name}"]["frechet_distance"] for name in ("latents", "pixels")
+        )
+        assert f"{abs(1 - latents / pixels):.1%} {'lower' if latents < pixels else 'higher'}" in text
+        assert rows["validation images in the dictionary's colours"]["frechet_distance"] < min(latents, pixels)
 
     def test_both_priors_had_the_same_budget(self, reproduced):
         results = json.loads((reproduced / "report.json").read_text())
@@ -67,7 +80,7 @@ class TestReproduce:
         spent = [
             runs[name]["steps"]
             * batch
-            * comparison.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
+            * budget.training_flops(geometry, runs[name]["tokens"], runs[name]["vocabulary"])
             for name in (comparison.LATENT_PRIOR, comparison.PIXEL_PRIOR)
         ]
         one_step = spent[1] / runs[comparison.PIXEL_PRIOR]["steps"]
@@ -81,7 +94,7 @@ class TestReproduce:
         model = tamingfast.GPT(vocab_size=50, block_size=64, **geometry)
         with FlopCounterMode(display=False) as counter, tamingfast.backends.use("reference"):
             model(torch.zeros(1, 64, dtype=torch.int64))
-        assert comparison.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
+        assert budget.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
 
     def test_a_finished_run_is_resumed_without_training_again(self, reproduced):
         before = (reproduced / "vqgan" / "state.pt").stat().st_mtime_ns
@@ -96,7 +109,8 @@ class TestReproduce:
 
     @pytest.mark.parametrize("name", comparison.presets())
     def test_presets_are_complete(self, name):
-        assert set(settings.load_preset("pixels", name)) == {"data", "vqgan", "colors", "prior", "sampling", "timing"}
+        sections = {"data", "vqgan", "colors", "prior", "sampling", "quality", "timing"}
+        assert set(settings.load_preset("pixels", name)) == sections
 
     def test_table_states_the_ratio(self):
         row = {"seconds_per_image": 2.0, "tokens_per_second": 1.0}
@@ -411,11 +425,9 @@ def test_interrupt_and_closed_pipe(reproduced):
 
 
 @pytest.fixture(scope="module")
-def ordered(tmp_path_factory):
-    """The smoke preset's output of the orderings, made once; the experiment's name comes after the options."""
-    out = tmp_path_factory.mktemp("orderings") / "out"
-    assert run("reproduce", "--preset", "smoke", "--out", out, "orderings", "data.length=48") == 0
-    return out
+def ordered(everything):
+    """The smoke preset's output of the orderings."""
+    return everything / "orderings"
 
 
 class TestOrderings:

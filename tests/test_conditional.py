@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tamingfast import apply, cli, load_model
+from tamingfast import UserError, apply, cli, load_model
 from tamingfast.data import build, loader
-from tamingfast.data.kinds import Coordinates
+from tamingfast.data.kinds import Boxes, Coordinates
 from tamingfast.sampling import Canvas
 from tamingfast.training import checkpoint, loop, prior
 
@@ -47,9 +48,13 @@ KINDS = {
     "edges": ("edges_vqgan", ADVERSARIAL, "edges"),
     "lowres": ("lowres_vqgan", [*ADVERSARIAL, "model.params.lossconfig.params.perceptual_weight=0"], "lowres"),
     "coord": (None, [], "coord"),
+    "boxes": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_bbox"),
+    "centers": (None, ["data.classes=[cat,dog,tree]", "data.objects=3"], "objects_center_points"),
     "class": (None, [], "class_label"),
 }
-FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json"}
+FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json", "boxes": ".json", "centers": ".json"}
+#: Tokens of a condition that are not as many as the image's: three objects and the crop.
+TOKENS = {"class": 1, "boxes": 11, "centers": 8}
 
 
 def run(*words: object) -> int:
@@ -88,9 +93,19 @@ def data(tmp_path_factory):
                 if kind == "keypoints":
                     people = [(random.random((18, 2)) * [WIDTH, HEIGHT]).tolist()]
                     target.write_text(json.dumps({"width": WIDTH, "height": HEIGHT, "people": people}))
+                elif kind in TOKENS:
+                    target.write_text(json.dumps(scene(random)))
                 else:
                     made[kind].save(target)
     return root
+
+
+def scene(random):
+    """Two objects somewhere in a photograph."""
+    corners = (random.random((2, 2)) * [WIDTH / 2, HEIGHT / 2]).tolist()
+    names = random.permutation(["cat", "dog", "tree"])
+    objects = [{"class": str(name), "box": [*corner, 20, 16]} for name, corner in zip(names, corners, strict=False)]
+    return {"width": WIDTH, "height": HEIGHT, "objects": objects}
 
 
 def folder_of(data, kind):
@@ -127,9 +142,9 @@ def trained(request, data, first_stage, tmp_path_factory):
         assert run("train", "vqgan", recipe, "--out", out / "cond", *SMALL, *settings, *where) == 0
         words = ["--cond-stage", out / "cond"]
     else:
-        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}"]
+        words = [f"data.path={folder_of(data, kind)}", f"data.size={SIZE}", *settings]
         words += ["data.name=folder"] if kind == "class" else ["data.name=conditions", f"data.kind={kind}"]
-    words += [f"prior.condition={key.removesuffix('_label')}"]
+    words += [f"prior.condition={kind if kind in TOKENS else key}"]
     words += ["training.steps=3", "training.batch_size=4", "training.image_every=3"]
     assert run("train", "prior", "tiny", "--first-stage", first_stage, "--out", out / "prior", *words) == 0
     return kind, out / "cond", out / "prior"
@@ -141,7 +156,7 @@ class TestEveryCondition:
         model = load_model(out)
         assert model.cond_stage_key == KINDS[kind][2]
         tokens = (SIZE // FACTOR) ** 2
-        room = tokens + (1 if kind == "class" else tokens)
+        room = tokens + TOKENS.get(kind, tokens)
         assert model.transformer.config.block_size == room and model.transformer.config.vocab_size == 32
         own = KINDS[kind][0] is not None
         parts = {"first_stage_model": first_stage} | ({"cond_stage_model": cond} if own else {})
@@ -171,8 +186,8 @@ class TestEveryCondition:
     def test_token_files_give_the_same_batches(self, trained, first_stage, data, tmp_path, capsys):
         """Without crops and flips, which a token file draws once."""
         kind, cond, out = trained
-        if kind == "class":
-            pytest.skip("labels in token files are tested with folders")
+        if kind in ("class", "boxes", "centers"):
+            pytest.skip("token files hold spatial conditions; their labels are tested with folders")
         where = ["name=conditions", f"kind={kind}", f"path={folder_of(data, kind)}", f"size={SIZE}"]
         where += [setting.removeprefix("data.") for setting in KINDS[kind][1] if setting.startswith("data.")]
         where += ["flip=false", "random_crop=false"]
@@ -241,7 +256,8 @@ class TestEveryCondition:
         assert changed[16:32, 24:40].mean() > 5 and changed[:8].max() == changed[:, :16].max() == 0
         assert (tmp_path / "out-condition.png").exists() == (kind != "class")
         canvas = Canvas.load(tmp_path / "kept.canvas")
-        assert canvas.cond.shape == ((1, 1) if kind == "class" else (1, *ROWS_COLUMNS))
+        own = (TOKENS[kind],) if kind in TOKENS else ()
+        assert canvas.cond.shape == (1, *(() if kind == "class" else ROWS_COLUMNS), *own)
         # The canvas keeps its condition, and shows what its tokens mean.
         shown = tmp_path / "out-condition.png"
         given = pixels_of(shown) if shown.exists() else None
@@ -272,7 +288,8 @@ class TestEveryCondition:
         assert (pixels_of(picture)[:, 8 + 8 : 8 + 40] == pixels_of(photo)[:, 8:40]).all()
         if kind != "class":
             assert size_of(tmp_path / "out-condition.png") == (WIDTH + 24, HEIGHT)
-            assert Canvas.load(tmp_path / "kept.canvas").cond.shape == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
+            shape = Canvas.load(tmp_path / "kept.canvas").cond.shape
+            assert shape[:3] == (1, HEIGHT // FACTOR, WIDTH // FACTOR + 3)
 
     def test_images_are_completed_under_their_conditions(self, trained, data, tmp_path, capsys):
         kind, _, out = trained
@@ -324,7 +341,9 @@ def enlarged(source, target):
     """A condition's file, or a photo, with 8 more columns at its left and 16 at its right."""
     if target.suffix == ".json":
         content = json.loads(source.read_text())
-        content["people"] = [[[x + 8, y] for x, y in person] for person in content["people"]]
+        content["people"] = [[[x + 8, y] for x, y in person] for person in content.get("people", [])]
+        for thing in content.get("objects", []):
+            thing["box"][0] += 8
         target.write_text(json.dumps(content | {"width": WIDTH + 24}))
     else:
         pixels = pixels_of(source).astype(np.uint8)
@@ -379,6 +398,9 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
+    objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
+    with pytest.raises(UserError, match="token files hold no objects"):
+        apply.encode(load_model(first_stage), objects, file)
     edges = tmp_path / "edges"
     words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
     assert run(*words, *(f"data.{setting}" for setting in where)) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_sampler import VOCAB, prior, tiny_gpt, tokens
+from test_sampler import SHAPES, VOCAB, prior, tiny_gpt, tokens
 
 from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token
 from tamingfast.sampling.schedule import RULES, make_schedule
@@ -19,18 +19,19 @@ def gpt():
 
 @torch.no_grad()
 @pytest.mark.parametrize("per_call", [1, 8192])
-@pytest.mark.parametrize("kind", ["prefix", "grid"])
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_each_token_by_itself(gpt, rule, kind, per_call, monkeypatch):
     monkeypatch.setattr("tamingfast.sampling.likelihood.TOKENS_PER_CALL", per_call)
     image = tokens(2, 7, 9, seed=4)
-    cond = tokens(2, 7, 9) if kind == "grid" else tokens(2, 3)
+    cond = tokens(*SHAPES[kind])
     nats = negative_log_likelihood(gpt, cond, image, window=4, schedule=rule, stride=2)
     plan = make_schedule(7, 9, 4, rule, 2)
     expected = torch.empty(2, 63)
     for run in plan.runs:
         cells = plan.cells(run)
         context = cond.flatten(1)[:, cells] if kind == "grid" else cond
+        context = cond[:, run.row, run.column] if kind == "windows" else context
         for step in run.steps:
             sequence = torch.cat((context, image.flatten(1)[:, cells[:step]]), 1)
             log = gpt(sequence)[0][:, -1].log_softmax(-1)

@@ -122,6 +122,15 @@ def test_without_weights_the_reason_is_given(monkeypatch):
         LPIPS(None)
 
 
+def test_without_a_network_the_reason_is_given(monkeypatch):
+    def download(**options):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=download))
+    with pytest.raises(UserError, match=r"cannot download the weights of VGG16 .*no network.* local file"):
+        LPIPS(None)
+
+
 def test_random_features_are_fixed_frozen_and_a_distance(images):
     distance = LPIPS("random").train()
     a, b = images

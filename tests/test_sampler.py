@@ -22,6 +22,8 @@ from tamingfast.sampling.schedule import RULES
 
 BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
 VOCAB = 24
+#: Conditions of a grid of 7 x 9: the same before every window, a grid, or what each window has of its own.
+SHAPES = {"prefix": (2, 3), "grid": (2, 7, 9), "windows": (2, 7, 9, 3)}
 
 
 def tiny_gpt(block_size: int = 40, n_unmasked: int = 0, vocab: int = VOCAB, seed: int = 0) -> GPT:
@@ -82,13 +84,11 @@ def test_sliding_window_of_the_reference(backend):
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("kind", ["prefix", "prefix bidirectional", "grid", "grid bidirectional"])
+@pytest.mark.parametrize("kind", [what + how for what in SHAPES for how in ("", " bidirectional")])
 @pytest.mark.parametrize("rule", RULES)
 def test_cached_equals_naive(rule, kind, greedy):
-    grid = kind.startswith("grid")
-    prefix = 16 if grid else 3
-    gpt = tiny_gpt(n_unmasked=prefix if "bidirectional" in kind else 0)
-    cond = tokens(2, 7, 9) if grid else tokens(2, prefix)
+    gpt = tiny_gpt(n_unmasked=(16 if kind.startswith("grid") else 3) if "bidirectional" in kind else 0)
+    cond = tokens(*SHAPES[kind.partition(" ")[0]])
     options = dict(window=4, schedule=rule, stride=2, greedy=greedy, seed=3, top_k=20)
     cached = sample_grid(gpt, cond, 7, 9, backend="torch", **options)
     assert torch.equal(cached, sample_grid(gpt, cond, 7, 9, backend="naive", **options))
@@ -96,12 +96,20 @@ def test_cached_equals_naive(rule, kind, greedy):
     assert cached.unique().numel() > 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_windows_with_the_same_prefix_are_a_fixed_one(gpt, rule, backend):
+    cond, options = tokens(2, 3), dict(window=4, schedule=rule, stride=2, seed=3, backend=backend)
+    same = cond[:, None, None].expand(-1, 7, 9, -1)
+    assert torch.equal(sample_grid(gpt, same, 7, 9, **options), sample_grid(gpt, cond, 7, 9, **options))
+
+
 @pytest.mark.parametrize("memory", [0, 10_000, 40_000])
-@pytest.mark.parametrize("kind", ["prefix", "grid"])
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_memory_does_not_change_the_tokens(gpt, rule, kind, memory, monkeypatch):
     """Fewer cache slots, and several calls per wave."""
-    cond = tokens(2, 7, 9) if kind == "grid" else tokens(2, 3)
+    cond = tokens(*SHAPES[kind])
     options = dict(window=4, schedule=rule, stride=2, seed=3, top_k=20)
     expected = sample_grid(gpt, cond, 7, 9, backend="naive", **options)
     monkeypatch.setattr("tamingfast.sampling.waves.TOKENS_PER_CALL", 40)

@@ -34,13 +34,19 @@ def build(
     factor: int | None = None,
     sigma: float | None = None,
     segments: int | None = None,
+    classes: Sequence[str] | str | None = None,
+    tokens: int | None = None,
+    objects: int | None = None,
+    crop_tokens: bool | None = None,
+    attributes: Sequence[str] | None = None,
 ) -> tuple[ConditionedImages, ConditionedImages]:
     """(train, validation) of the images under ``path``, each with its condition of ``kind``.
 
-    Kinds with files, ``segmentation``, ``depth`` and ``keypoints``, need ``path/images`` and beside it
-    ``path/conditions`` with one file for each image, of the same name but for its ending and in the same sub-folder.
+    Kinds with files, ``segmentation``, ``depth``, ``keypoints``, ``boxes`` and ``centers``, need ``path/images`` and
+    beside it ``path/conditions`` with one file for each image, of the same name but for its ending and in the same
+    sub-folder.
     ``edges``, ``lowres``, ``superpixels`` and ``coord`` are computed from images in ``path/images``, or in ``path``
-    where there is no such folder. The last five arguments are settings of the kinds; see `tamingfast.data.kinds`.
+    where there is no such folder. From ``labels`` on, arguments are settings of kinds; see `tamingfast.data.kinds`.
 
     The shorter side of an image is resized to ``short_side``, by default ``size``, before a square of ``size`` is
     cropped; a condition goes through the same scaling, crop and flip. Everything else is as in
@@ -53,6 +59,7 @@ def build(
     if short_side is not None and positive("short_side", short_side) < size:
         raise UserError(f"short_side is {short_side}, but images are cut to size={size}: give at least that")
     options = dict(labels=labels, depth_range=depth_range, factor=factor, sigma=sigma, segments=segments)
+    options |= dict(classes=classes, tokens=tokens, objects=objects, crop_tokens=crop_tokens, attributes=attributes)
     chosen = make(kind, options)
     chosen.check(size)
     root = existing_directory("path", path)
@@ -74,7 +81,7 @@ def build(
 
 
 class ConditionedImages(ImageFiles):
-    """`ImageFiles` whose items also hold a condition, float32 (H, W, C) under ``kind.key``.
+    """`ImageFiles` whose items also hold a condition under ``kind.key``: float32 (H, W, C), or tokens int64 (n,).
 
     ``sources`` are the files of the conditions of ``paths``, None where the kind needs none. Indexing raises UserError
     naming the file of a condition that cannot be used.

@@ -99,13 +99,17 @@ def build(
 
 @dataclass(frozen=True)
 class View:
-    """The part of a picture that an item shows: a box in pixels, mirrored or not."""
+    """The part of a picture that an item shows: a box in pixels, mirrored or not.
+
+    ``key`` decides whatever else differs from epoch to epoch, such as the order of things that have none.
+    """
 
     left: int
     top: int
     width: int
     height: int
     flipped: bool = False
+    key: int = 0
 
     def cut(self, array: np.ndarray) -> np.ndarray:
         """That part of anything (H, W, ...) that lies over the picture."""
@@ -203,17 +207,17 @@ class ImageFiles(EpochDataset):
 
     def _view(self, image: Image.Image, index: int) -> View:
         """The crop and flip of this epoch."""
-        row, column, mirror = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(3))
+        row, column, mirror, other = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(4))
         flipped = bool(self.flip and random_integers(mirror, 2)[0])
         if not self.size:
-            return View(0, 0, *image.size, flipped)
+            return View(0, 0, *image.size, flipped, int(other[0]))
         room = (image.width - self.size, image.height - self.size)
         left, top = room[0] // 2, room[1] // 2
         if self.random_crop:
             left, top = (
                 int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
             )
-        return View(left, top, self.size, self.size, flipped)
+        return View(left, top, self.size, self.size, flipped, int(other[0]))
 
 
 class ImageList(ImageFiles):

@@ -1,17 +1,20 @@
 """What an image can be conditioned on: reading it from a file, or computing it from the image, as float32 (H, W, C).
 
-A kind is a frozen dataclass whose fields are its settings. `FromFile` kinds have one file beside each image, `Computed`
-ones none. The paper conditions on segmentation, depth, edges, keypoints, low resolution and coordinates (section 4.2).
+Objects alone are tokens at once, int64 (n,). A kind is a frozen dataclass whose fields are its settings. `FromFile`
+kinds have one file beside each image, `Computed` ones none. The paper conditions on segmentation, depth, edges,
+keypoints, low resolution and coordinates (section 4.2).
 """
 
 from __future__ import annotations
 
 import colorsys
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tamingfast.data.base import positive
+from tamingfast.data import scenes
+from tamingfast.data.base import positive, random_bits
 from tamingfast.data.folders import View, read_rgb
 from tamingfast.errors import UserError, nearest
 
@@ -301,6 +305,106 @@ class Coordinates(Kind):
         return np.repeat(2 * condition - 1, 3, axis=-1)
 
 
+@dataclass(frozen=True)
+class Objects(FromFile):
+    """Objects with their classes and places as tokens, int64 (n,); see `tamingfast.data.scenes` for files and rules.
+
+    ``classes`` are their names, ``tokens`` is the size of the first stage's codebook, ``objects`` the most there are:
+    of more in a picture to train on, the largest are kept.
+    """
+
+    classes: Sequence[str]
+    tokens: int
+    objects: int = 30
+    crop_tokens: bool = True
+    attributes: Sequence[str] = ()
+    suffixes: ClassVar[tuple[str, ...]] = (".json",)
+    corners: ClassVar[bool]
+
+    @functools.cached_property
+    def rule(self) -> scenes.Rule:
+        """How they become tokens."""
+        attributes = (self.attributes,) if isinstance(self.attributes, str) else tuple(self.attributes)
+        names = scenes.class_names(self.classes)
+        return scenes.Rule(names, self.tokens, self.objects, self.corners, self.crop_tokens, attributes)
+
+    def check(self, size: int) -> None:
+        positive("tokens", self.tokens)
+        positive("objects", self.objects)
+        _ = self.rule  # which checks itself
+
+    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
+        """In an order of their own in each epoch, as in the original: none comes first by nature."""
+        scene = scenes.read(source, self.rule)
+        _check_shape(source, scene.shape[::-1], picture.size)
+        order = np.argsort(random_bits(view.key, 0, np.arange(len(scene.things))), kind="stable")
+        wide, tall = picture.size
+        crop = (view.left / wide, view.top / tall, view.width / wide, view.height / tall)
+        return self.rule.encode([scene.things[i] for i in order], crop, view.flipped)
+
+    def read(self, path: str | os.PathLike, size: Size | None = None) -> scenes.Scene:
+        """The objects of a file on a canvas of ``size``, by default of the file's; UserError when they are too many."""
+        found = scenes.read(path, self.rule)
+        if len(found.things) > self.objects:
+            raise UserError(
+                f"{path} has {len(found.things)} objects, but the model was trained with at most {self.objects}: leave "
+                "some out"
+            )
+        return found if size is None else found.fitted(size[1], size[0])
+
+    def windows(self, scene: scenes.Scene, rows: int, columns: int, side: int) -> np.ndarray:
+        """int64 (rows, columns, n): the tokens for each window of ``side`` cells on the scene's canvas, at its corner.
+
+        The canvas has rows x columns cells; where no window begins there are zeros. The original's sampling script
+        tells each window its own crop in the same way.
+        """
+        tall, wide = min(side, rows), min(side, columns)
+        found = np.zeros((rows, columns, self.rule.length), np.int64)
+        for row, column in itertools.product(range(rows - tall + 1), range(columns - wide + 1)):
+            window = (column / columns, row / rows, wide / columns, tall / rows)
+            found[row, column] = self.rule.encode(scene.things, scenes.inside(window, scene.region))
+        return found
+
+    def picture(self, condition: scenes.Scene) -> np.ndarray:
+        return self._drawn(condition.things, condition.shape, condition.region)
+
+    def picture_of_tokens(self, tokens: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """What the tokens (n,), or those of `windows` (rows, columns, n), tell: float32 (H, W, 3) in [-1, 1]."""
+        tokens = tokens if tokens.ndim == 3 else tokens[None, None]
+        rows, columns, _ = tokens.shape
+        corners = np.argwhere(tokens.any(-1)).tolist()
+        tall, wide = ((side - last) / side for side, last in zip((rows, columns), corners[-1], strict=True))
+        things, crops = [], []
+        for row, column in corners:
+            told, crop = self.rule.decode(tokens[row, column])
+            window = (column / columns, row / rows, wide, tall)
+            things += told if crop else [dataclasses.replace(one, box=scenes.inside(one.box, window)) for one in told]
+            crops += [crop] if crop else []
+        region = scenes.around(crops) if crops else scenes.WHOLE
+        # A crop of less than a cell has no size to scale by; windows tell the same objects again.
+        return self._drawn(dict.fromkeys(things), shape, region if min(region[2:]) > 0 else scenes.WHOLE)
+
+    def _drawn(self, things: Iterable[scenes.Thing], shape: tuple[int, int], region: scenes.Box) -> np.ndarray:
+        colors = ((label_colors(len(self.rule.classes)) + 1) * 127.5).astype(np.uint8)
+        return _unit(scenes.picture(things, self.rule.classes, shape, colors, region))
+
+
+@dataclass(frozen=True)
+class Boxes(Objects):
+    """Bounding boxes: three tokens for each object."""
+
+    key: ClassVar[str] = "objects_bbox"
+    corners: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Centers(Objects):
+    """Centre points: two tokens for each object."""
+
+    key: ClassVar[str] = "objects_center_points"
+    corners: ClassVar[bool] = False
+
+
 KINDS: dict[str, Callable[..., Kind]] = {
     "segmentation": Segmentation,
     "superpixels": Superpixels,
@@ -309,11 +413,18 @@ KINDS: dict[str, Callable[..., Kind]] = {
     "edges": Edges,
     "lowres": LowResolution,
     "coord": Coordinates,
+    "boxes": Boxes,
+    "centers": Centers,
 }
 
 
 #: Names of the settings of all kinds.
-SETTINGS = ("labels", "depth_range", "factor", "sigma", "segments")
+SETTINGS = tuple(sorted({field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}))
+_NEEDED = {
+    "labels": "how many labels there are",
+    "classes": "the names of the classes",
+    "tokens": "how many codes the first stage has",
+}
 
 
 def make(name: str, options: Mapping[str, Any]) -> Kind:
@@ -328,8 +439,9 @@ def make(name: str, options: Mapping[str, Any]) -> Kind:
         if key not in known:
             theirs = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"{key} is no setting of the condition {name}; {theirs}: leave {key} out")
-    if "labels" in known and "labels" not in given:
-        raise UserError(f"the condition {name} needs to know how many labels there are: add labels=...")
+    for key, what in _NEEDED.items():
+        if key in known and key not in given:
+            raise UserError(f"the condition {name} needs to know {what}: add {key}=...")
     return KINDS[name](**given)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.errors import UserError
-from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample
+from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample, VQModel
 
 #: Maps of its size that a unit needs at its peak when it runs whole: input, normalised input, output, and a library's
 #: copies of two; with attention the queries, keys and values and what becomes of them.
@@ -46,8 +46,8 @@ def available_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
-    if isinstance(getattr(stage, "encoder", None), Encoder):
+    """Images (B, C, H, W) -> tokens int64 (B, h, w) of a first stage with one grid; the rest as in `run`."""
+    if isinstance(stage, VQModel) and isinstance(stage.encoder, Encoder):
         quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
     else:
         quant, _, (_, _, indices) = stage.encode(x)
@@ -58,8 +58,8 @@ def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress
 def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); the rest as in `run`."""
     quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
-    if isinstance(getattr(stage, "decoder", None), Decoder):
-        return run(stage.decoder, stage.post_quant_conv(quant), memory, progress)
+    if isinstance(stage, VQModel) and isinstance(stage.decoder, Decoder):
+        return run(stage.decoder, stage.decoder_input(quant), memory, progress)
     return stage.decode(quant)
 
 

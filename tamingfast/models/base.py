@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,30 @@ class Module(nn.Module):
         """Remember several values; Lightning's further arguments are accepted and unused."""
         for name, value in values.items():
             self.log(name, value)
+
+
+class FirstStage(Module):
+    """What turns images into tokens and back, one token for ``factor`` x ``factor`` pixels.
+
+    Images of (H, W) pixels become (rows, columns) tokens, which a prior models in raster order. ``levels`` counts the
+    grids over the image that these consist of: with one, a token's row and column are its place in the image.
+    """
+
+    factor: int
+    levels = 1
+
+    @property
+    def pixels_per_token(self) -> float:
+        """Pixels of an image over its tokens."""
+        return self.factor**2 / math.prod(self.grid(self.factor, self.factor))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (rows, columns) of an image of so many pixels; what ``factor`` does not divide is cut off."""
+        return height // self.factor, width // self.factor
+
+    def footprint(self, tokens: Tensor) -> Tensor:
+        """The pixels that some tokens stand for: bool (B, rows, columns) -> bool (B, 1, H, W)."""
+        return tokens[:, None].repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
 
 def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:

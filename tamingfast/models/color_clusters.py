@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.models.base import Module
+from tamingfast.models.base import FirstStage
 
 
 class KMeans(nn.Module):
@@ -52,7 +52,7 @@ class KMeans(nn.Module):
         return ops.nearest_code(flat, self.C).view(len(x), -1)
 
 
-class ColorClusters(Module):
+class ColorClusters(FirstStage):
     """A first stage whose tokens are pixels: `KMeans` behind the interface of `VQModel`, with f = 1."""
 
     factor = 1

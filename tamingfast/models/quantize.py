@@ -91,7 +91,7 @@ class VectorQuantizer(_Remap, nn.Module):
         """Entries of flat ``indices`` (N,); with ``shape`` = (B, h, w, D) as (B, D, h, w), else (N, D)."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        return _as_grid(self.embedding(indices), shape)
+        return as_grid(self.embedding(indices), shape)
 
 
 class OneHotVectorQuantizer(VectorQuantizer):
@@ -112,7 +112,8 @@ def _perplexity(encodings: Tensor) -> Tensor:
     return torch.exp(-torch.sum(usage * torch.log(usage + 1e-10)))
 
 
-def _as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+def as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+    """Rows (N, D) as (B, D, h, w) for ``shape`` = (B, h, w, D), unchanged for None."""
     return z_q if shape is None else z_q.view(shape).permute(0, 3, 1, 2).contiguous()
 
 
@@ -180,7 +181,7 @@ class EMAVectorQuantizer(_Remap, nn.Module):
         """As in `VectorQuantizer`; the original's class lacks it, so its priors could not decode."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        return _as_grid(self.embedding(indices), shape)
+        return as_grid(self.embedding(indices), shape)
 
 
 class GumbelQuantize(_Remap, nn.Module):
@@ -237,4 +238,4 @@ class GumbelQuantize(_Remap, nn.Module):
             indices = self.unmap_to_all(indices)
         # The caller's last entry is its own idea of the width; ours is the codebook's.
         grid = None if shape is None else (*shape[:3], self.embedding_dim)
-        return _as_grid(self.embed(indices), grid)
+        return as_grid(self.embed(indices), grid)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.config import instantiate_from_config, plain
-from tamingfast.models.base import Module, image_from_batch
+from tamingfast.models.base import FirstStage, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, VectorQuantizer
 from tamingfast.weights import init_from_ckpt
 
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
         return h if self.give_pre_end else self.conv_out(self.norm_out(h))
 
 
-class VQModel(Module):
+class VQModel(FirstStage):
     """VQGAN: encoder, codebook, decoder, and the loss that trains them (paper section 3.1).
 
     ``ddconfig`` goes to `Encoder` and `Decoder`, ``lossconfig`` is a ``{target, params}`` config, the codebook has
@@ -303,7 +303,11 @@ class VQModel(Module):
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""
-        return self.decoder(self.post_quant_conv(quant))
+        return self.decoder(self.decoder_input(quant))
+
+    def decoder_input(self, quant: Tensor) -> Tensor:
+        """Quantised latents -> what the decoder takes: (B, z_channels, h, w)."""
+        return self.post_quant_conv(quant)
 
     def decode_code(self, code_b: Tensor) -> Tensor:
         """Codebook indices -> images: (B, h, w), or (B, n) for a square grid, or (n,) for one square image.

@@ -13,8 +13,10 @@ from tamingfast.errors import UserError, nearest
 EXPERIMENTS = {
     "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
     "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
+    "compression": "how far the first stage compresses (the first source, section 4.3)",
 }
 DEFAULT = "pixels"
+ALL = "all"
 
 
 def run(
@@ -25,14 +27,23 @@ def run(
     resume: bool = False,
     device: str | None = None,
 ) -> Path:
-    """Run one of `EXPERIMENTS`; returns the path of ``out/report.md``.
+    """Run one of `EXPERIMENTS`, or `ALL` of them; returns the path of ``out/report.md``.
 
     ``resume`` continues an interrupted run in ``out``. Raises UserError for unknown experiments, bad settings, and when
     ``out`` holds a run that is not to be resumed.
     """
-    if experiment not in EXPERIMENTS:
-        hint = nearest(experiment, EXPERIMENTS)
+    known = (*EXPERIMENTS, ALL)
+    if experiment not in known:
+        hint = nearest(experiment, known)
         raise UserError(
-            f"'{experiment}' is no experiment{hint} (experiments: {', '.join(EXPERIMENTS)}; settings are key=value)"
+            f"'{experiment}' is no experiment{hint} (experiments: {', '.join(known)}; settings are key=value)"
         )
-    return importlib.import_module(f"{__name__}.{experiment}").run(preset, out, overrides, resume, device)
+    module = "everything" if experiment == ALL else experiment
+    return importlib.import_module(f"{__name__}.{module}").run(preset, out, overrides, resume, device)
+
+
+def presets(experiment: str) -> list[str]:
+    """Names of an experiment's packaged presets."""
+    from tamingfast.reproduce import settings
+
+    return settings.presets(experiment)

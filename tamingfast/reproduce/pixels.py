@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast import apply, backends, images, report
+from tamingfast import apply, backends, evaluation, images, report
 from tamingfast.checkpoints import load_model
+from tamingfast.errors import UserError
 from tamingfast.reproduce import settings as presets_of
-from tamingfast.sampling import sample_grid
+from tamingfast.reproduce.budget import scaled, training_flops
+from tamingfast.reproduce.timing import Timer
 from tamingfast.sampling.sampler import choose_backend
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
@@ -28,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "pixels"
 
-#: Consecutive steps that are timed at each prefix length.
-STEPS_PER_NODE = 4
 #: Run directories below the output, in the order in which they are made.
 VQGAN, COLORS, LATENT_PRIOR, PIXEL_PRIOR = "vqgan", "colors", "prior_latents", "prior_pixels"
 
@@ -59,6 +59,7 @@ def run(
     }
     size = datasets[0][0]["image"].shape[0]
     pictures = _pictures(models, datasets[1], settings["sampling"], size, out)
+    quality = measure_quality(models, datasets, settings["sampling"], size, **settings["quality"])
     speed = measure_speed(models, size, settings["sampling"], **settings["timing"])
     results = {
         "preset": preset,
@@ -69,8 +70,9 @@ def run(
         "prior": facts,
         "speed": speed,
         "pictures": pictures,
+        "quality": quality,
         # Training time is each run's own, so that a resumed reproduction reports the whole.
-        "seconds": sum(run["seconds"] for run in runs) + speed["seconds"],
+        "seconds": sum(run["seconds"] for run in runs) + speed["seconds"] + quality["seconds"],
         "seconds_this_call": time.perf_counter() - began,
     }
     return report.write(results, out)
@@ -102,7 +104,7 @@ def _train_all(settings: Mapping[str, Any], datasets: tuple, out: Path, resume: 
     for name, stage in ((LATENT_PRIOR, VQGAN), (PIXEL_PRIOR, COLORS)):
         config = {**settings["prior"], "data": data}
         if name == PIXEL_PRIOR:
-            config["training"] = _scaled(config["training"], share)
+            config["training"] = scaled(config["training"], share)
         prior_training.train(config, out / stage, out / name, resume=again(name), device=device, datasets=datasets)
 
     nll = {"train": "loss", "validation": "nll"}
@@ -119,23 +121,6 @@ def _train_all(settings: Mapping[str, Any], datasets: tuple, out: Path, resume: 
     runs = [_run_facts(out, name, *label) for name, label in labels.items()]
     facts = {**geometry, "parameters": 12 * geometry["n_layer"] * geometry["n_embd"] ** 2, "budget_flops": budget}
     return runs, facts
-
-
-def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) -> float:
-    """Floating-point operations to train a GPT on one sequence: three times a forward pass.
-
-    A forward pass is two operations for each weight of a linear layer and token (12 L d^2 in the blocks, V d in the
-    head), and 4 T^2 d per layer for scores and weighted values.
-    """
-    layers, width = geometry["n_layer"], geometry["n_embd"]
-    linear = 2 * tokens * (12 * layers * width**2 + vocabulary * width)
-    return 3.0 * (linear + 4 * layers * tokens**2 * width)
-
-
-def _scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:
-    counts = ("steps", "warmup_steps", "decay_steps", "log_every", "validate_every", "image_every", "checkpoint_every")
-    scaled = {key: max(1, round(training[key] * share)) for key in counts if training.get(key)}
-    return {**training, **scaled}
 
 
 def _run_facts(
@@ -203,6 +188,46 @@ def _sheet(path: Path, batches: Sequence[Tensor], columns: int, scale: int = 3) 
     images.save_png(path, sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(
+    models: Mapping[str, nn.Module],
+    datasets: tuple,
+    sampling: Mapping[str, Any],
+    size: int,
+    images: int,
+    features: str,
+    weights: str | None,
+) -> dict[str, Any]:
+    """How far ``images`` samples of each prior are from as many validation images, in a network's ``features``.
+
+    Beside them what either first stage makes of the validation images, which no prior on it can better by much, and
+    training images. Where the network or its weights cannot be had, only ``missing``, the reason.
+    """
+    began = time.perf_counter()
+    try:
+        network = evaluation.load_features(features, weights, models["latents"].device)
+    except UserError as error:
+        return {"missing": str(error), "seconds": 0.0}
+    batch, (train, validation) = sampling["batch"], datasets
+    made = {}
+    for name, model in models.items():
+        options = _sampling_options(model, size, sampling)
+        made[f"samples of the prior on {name}"] = evaluation.samples(
+            model, validation, images, batch_size=batch, **options
+        )
+    shown = {
+        "latents": "validation images through the VQGAN",
+        "pixels": "validation images in the dictionary's colours",
+    }
+    for name, label in shown.items():
+        made[label] = evaluation.reconstructions(models[name], evaluation.images_of(validation, batch, images))
+    made["training images"] = evaluation.images_of(train, batch, images)
+    found = evaluation.distances(network, made, evaluation.images_of(validation, batch, images))
+    return {"distances": found, "seconds": time.perf_counter() - began}
+
+
 # --- timing ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,35 +249,22 @@ def measure_speed(
     (b) the same with a key/value cache. (c) the best of (b) and all ``fastest_batches`` and ``fastest_dtypes``.
     """
     began = time.perf_counter()
-    timers = {name: _Timer(model, size, sampling, repeats) for name, model in models.items()}
+    timers = {
+        name: Timer(model, model.first_stage_model.grid(size, size), _sampling_options(model, size, sampling), repeats)
+        for name, model in models.items()
+    }
     speed: dict[str, Any] = {"batch": batch, "paper": {}, "cached": {}, "fastest": {}}
     for name, timer in timers.items():
         logger.info("timing %s", name)
-        speed["paper"][name] = _paper_protocol(timer, batch, prefixes, whole=name == "latents" or not prefixes)
+        speed["paper"][name] = timer.paper_protocol(batch, prefixes, whole=name == "latents")
         speed["cached"][name] = timer.figures(timer.whole(batch, backend="torch"), batch)
         speed["fastest"][name] = _fastest(timer, speed["cached"][name], fastest_batches, fastest_dtypes)
     speed["seconds"] = time.perf_counter() - began
     return speed
 
 
-def _paper_protocol(timer: _Timer, batch: int, prefixes: int, whole: bool) -> dict[str, Any]:
-    measured = timer.whole(batch, backend="naive") if whole else None
-    if not prefixes:
-        return timer.figures(measured, batch) | {"integrated": False}
-    nodes = np.linspace(0, timer.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
-    step_seconds = timer.naive_steps(batch, nodes)
-    middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]
-    every_step = np.interp(np.arange(timer.tokens), middles, step_seconds)
-    return timer.figures(float(every_step.sum()) + timer.decode(batch), batch) | {
-        "integrated": True,
-        "prefixes": nodes,
-        "step_seconds": step_seconds,
-        "whole_run_seconds_per_image": measured and measured / batch,
-    }
-
-
 def _fastest(
-    timer: _Timer, cached: Mapping[str, Any], batches: Sequence[int], dtypes: Sequence[str | None]
+    timer: Timer, cached: Mapping[str, Any], batches: Sequence[int], dtypes: Sequence[str | None]
 ) -> dict[str, Any]:
     """Try every setting on one row of tokens in the middle of the image, then the best two over whole images."""
     candidates = [
@@ -268,76 +280,3 @@ def _fastest(
         measured.append({**figures, "backend": backend, "dtype": dtype})
     best = min(measured, key=lambda figures: figures["seconds_per_image"])
     return {**best, "measured": measured, "candidates": candidates}
-
-
-class _Timer:
-    """Times the sampling and decoding of batches of one model."""
-
-    def __init__(self, model: nn.Module, size: int, sampling: Mapping[str, Any], repeats: int):
-        self.model, self.repeats = model, repeats
-        self.side = size // model.first_stage_model.factor
-        self.tokens = self.side**2
-        self.options = _sampling_options(model, size, sampling)
-
-    def figures(self, seconds: float, batch: int) -> dict[str, Any]:
-        """What the report says of a batch that took ``seconds``."""
-        return {
-            "seconds_per_image": seconds / batch,
-            "tokens_per_second": batch * self.tokens / seconds,
-            "tokens": self.tokens,
-            "batch": batch,
-        }
-
-    def whole(self, batch: int, backend: str, dtype: str | None = None) -> float:
-        """Seconds to draw and decode ``batch`` images, once; a row drawn before warms up."""
-        self.row(batch, backend=backend, dtype=dtype, repeats=1)
-        return self._clock(lambda: self.model.decode_grid(self._sample(batch, backend=backend, dtype=dtype)))
-
-    def decode(self, batch: int) -> float:
-        """Seconds to decode ``batch`` images, the median of several."""
-        grid = torch.zeros(batch, self.side, self.side, dtype=torch.int64, device=self.model.device)
-        return self._median(lambda: self.model.decode_grid(grid), self.repeats)
-
-    def naive_steps(self, batch: int, lengths: Sequence[int]) -> list[float]:
-        """Seconds of one full forward pass and token choice after each number of image tokens.
-
-        A few steps in a row, less what a call costs that draws nothing, the medians of several.
-        """
-        mask = torch.zeros(self.tokens, dtype=torch.bool)
-        idle = self._median(lambda: self._sample(batch, mask=mask, backend="naive"), self.repeats)
-        seconds = []
-        for length in lengths:
-            here = mask.clone()
-            here[length : length + STEPS_PER_NODE] = True
-            busy = self._median(lambda here=here: self._sample(batch, mask=here, backend="naive"), self.repeats)
-            seconds.append((busy - idle) / STEPS_PER_NODE)
-        return seconds
-
-    def row(self, batch: int, backend: str = "auto", dtype: str | None = None, repeats: int | None = None) -> float:
-        """Seconds to draw the middle row of ``batch`` images on a known upper half, the median of several."""
-        mask = torch.zeros(self.side, self.side, dtype=torch.bool)
-        mask[self.side // 2] = True
-        return self._median(
-            lambda: self._sample(batch, mask=mask, backend=backend, dtype=dtype), repeats or self.repeats
-        )
-
-    def _sample(self, batch: int, mask: Tensor | None = None, **how: Any) -> Tensor:
-        if mask is not None:
-            start = torch.zeros(batch, self.side, self.side, dtype=torch.int64, device=self.model.device)
-            how |= {"start": start, "mask": mask.view(self.side, self.side)}
-        return sample_grid(self.model, apply.conditions(self.model, batch), self.side, self.side, **self.options, **how)
-
-    def _median(self, work: Callable[[], Any], repeats: int) -> float:
-        work()
-        return float(np.median([self._clock(work) for _ in range(repeats)]))
-
-    def _clock(self, work: Callable[[], Any]) -> float:
-        self._wait()
-        began = time.perf_counter()
-        work()
-        self._wait()
-        return time.perf_counter() - began
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)

@@ -35,7 +35,8 @@ class Canvas:
     Attributes:
         tokens: int64 (B, height, width); anything where `pending`.
         pending: bool (B, height, width), True where a token is still to be sampled.
-        cond: int64 (B, c), the same before every window, or (B, height, width), cropped with it.
+        cond: int64 (B, c), the same before every window, (B, height, width), cropped with it, or
+            (B, height, width, c), for each window what stands at its upper left corner.
         settings: keyword arguments of `sample_grid` that decide the tokens: window, schedule, stride, temperature,
             top_k, top_p, greedy, seed, first_image, dtype; what is left out has the default there.
         model: `identity` of the model that samples it; empty before it is known.
@@ -69,7 +70,7 @@ class Canvas:
         if unknown := set(self.settings) - set(self.SETTINGS):
             raise ValueError(f"settings has {min(unknown)!r}; expected only {', '.join(self.SETTINGS)}")
         batch, height, width = self.tokens.shape
-        if len(self.cond) != batch or (self.cond.ndim != 2 and self.cond.shape != self.tokens.shape):
+        if len(self.cond) != batch or (self.cond.ndim != 2 and self.cond.shape[:3] != self.tokens.shape):
             got = " x ".join(map(str, self.cond.shape))
             raise UserError(
                 f"the condition has {got} tokens, but the canvas needs {batch} x c or {batch} x {height} x {width}: "
@@ -132,7 +133,7 @@ class Canvas:
             if count < 0:
                 raise UserError(f"{name} is {count} tokens, but a canvas can only grow: give 0 or more")
         around = (left, right, top, bottom)
-        if cond is None and self.cond.ndim == 3 and any(around):
+        if cond is None and self.cond.ndim > 2 and any(around):
             raise UserError("the canvas is conditioned on a grid: give the condition of the larger canvas")
         pad = torch.nn.functional.pad
         return replace(

@@ -42,11 +42,10 @@ def negative_log_likelihood(
         UserError, ValueError: as `sample_grid`.
     """
     batch, height, width = tokens.shape
-    gpt, plan, cond, prefix, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
+    gpt, plan, cond, context, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
     flat = tokens.to(cond.device).flatten(1)
-    context = cond.flatten(1)
+    prefix = context.length
     raster = torch.from_numpy(plan.offsets.copy()).to(cond.device)
-    crop = raster.sort().values
     out = torch.zeros(batch, height * width, device=cond.device)
     positions = plan.positions()
     positions = positions[np.argsort(plan.corners[positions], kind="stable")]
@@ -58,8 +57,7 @@ def negative_log_likelihood(
         corner = torch.from_numpy(corners[part]).to(cond.device)[:, None]
         longest = max(int(plan.steps[group].max()) for group in groups[part])
         image = flat[:, corner + raster[:longest]]  # (B, windows, longest)
-        before = context[:, None].expand(-1, len(corner), -1) if cond.ndim == 2 else context[:, corner + crop]
-        logits = gpt(torch.cat((before, image), 2).flatten(0, 1))[0][:, prefix - 1 :, :vocab]
+        logits = gpt(torch.cat((context.before(corner), image), 2).flatten(0, 1))[0][:, prefix - 1 :, :vocab]
         logits = logits.view(batch, len(corner), longest + 1, -1)
         for i, group in enumerate(groups[part]):
             cells = torch.from_numpy(group).to(cond.device)

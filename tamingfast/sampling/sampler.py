@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, engine
 from tamingfast.errors import UserError
+from tamingfast.sampling.context import Context
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
@@ -64,7 +65,8 @@ def sample_grid(
         transformer: a `GPT`, or a `Net2NetTransformer`: then its permuter gives the token order (one window
             only; noise stays keyed by the true row and column), and entries beyond the first stage's codebook
             are never chosen.
-        cond: integer (B, c), c >= 1, the same prefix in every window; or (B, height, width), cropped with it.
+        cond: integer (B, c), c >= 1, the same prefix in every window; (B, height, width), cropped with it; or
+            (B, height, width, c), for each window the prefix that stands at its upper left corner.
         height, width: of the grid, in tokens.
         window: the attention window's side in tokens; it is cut to the grid where the grid is smaller.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
@@ -95,8 +97,8 @@ def sample_grid(
     """
     check_filters(temperature, top_k, top_p)
     check_seed(seed)
-    gpt, plan, cond, prefix, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
-    batch, device, fixed = len(cond), cond.device, cond.ndim == 2
+    gpt, plan, cond, context, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
+    batch, device, prefix = len(cond), cond.device, context.length
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
     plan = plan.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, plan, callback, observer)
@@ -117,21 +119,21 @@ def sample_grid(
     if chosen != "naive" and causal and not plan.single_window:
         waves = plan_waves(gpt, plan, batch, prefix, memory)
     length = prefix + plan.window_tokens - 1
-    shared = prefix if fixed else 0
+    shared = prefix if context.fixed else 0
     if waves is not None:
         slots = int(waves.slots.max(initial=-1)) + 1
         with _wave_engine(chosen, gpt, dtype, slots, batch, length) as runner:
             drawn = noise(waves.cells)
-            sample_waves(runner, plan, waves, cond, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
+            sample_waves(runner, plan, waves, context, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
     elif chosen == "native":
         images = range(first_image, first_image + batch)
         choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
         with engine.borrowed_engine(gpt, dtype, batch, length) as lent:
-            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, cond, canvas, wanted, report)
+            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, context, canvas, wanted, report)
     else:
         with _evaluating(gpt, dtype) as model:
             decoder = _decoder(chosen, model, batch, plan, causal, length, shared)
-            _one_by_one(decoder, plan, cond, canvas, wanted, pick, noise(plan.positions()), report.added)
+            _one_by_one(decoder, plan, context, canvas, wanted, pick, noise(plan.positions()), report.added)
     return canvas.view(batch, height, width)
 
 
@@ -148,15 +150,14 @@ def _wave_engine(
 
 
 def _run_by_run(
-    decoder: NativeDecoder, plan: Schedule, cond: Tensor, canvas: Tensor, wanted: Tensor, report: _Report
+    decoder: NativeDecoder, plan: Schedule, context: Context, canvas: Tensor, wanted: Tensor, report: _Report
 ) -> None:
     """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
     for run in plan.runs:
         places = plan.cells(run)
         cells = torch.from_numpy(places)
-        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
-        sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        prefix, reported = context.shape[1], 0
+        sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
+        prefix, reported = context.length, 0
 
         def tell(done: int, cells=cells, sequence=sequence, prefix=prefix, steps=run.steps) -> None:
             nonlocal reported
@@ -174,8 +175,8 @@ def _run_by_run(
 
 def plan_grid(
     transformer: nn.Module, cond: Tensor, height: int, width: int, window: int, schedule: str, stride: int
-) -> tuple[nn.Module, Schedule, Tensor, int, int]:
-    """The GPT, the schedule, `cond` as int64 on its device, conditioning tokens per window, entries to choose from.
+) -> tuple[nn.Module, Schedule, Tensor, Context, int]:
+    """The GPT, the schedule, `cond` as int64 on its device, what it puts before windows, entries to choose from.
 
     Arguments and errors are those of `sample_grid`.
     """
@@ -185,17 +186,20 @@ def plan_grid(
         plan = _permuted(plan, permutation)
     cond = _tokens("cond", cond, gpt.config.vocab_size, next(gpt.parameters()).device)
     shape = cond.shape[1:]
-    if not (len(shape) == 1 and shape[0] >= 1) and shape != (height, width):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1) or (B, {height}, {width})")
-    prefix = shape[0] if len(shape) == 1 else plan.window_tokens
-    _check_block_size(gpt, prefix, plan)
-    return gpt, plan, cond, prefix, vocab
+    if not shape or shape[-1] < 1 or (len(shape) > 1 and (shape[:2] != (height, width) or len(shape) > 3)):
+        raise ValueError(
+            f"cond has shape {tuple(cond.shape)}, but it must be (B, c >= 1), (B, {height}, {width}) or "
+            f"(B, {height}, {width}, c >= 1)"
+        )
+    context = Context(cond, plan)
+    _check_block_size(gpt, context.length, plan)
+    return gpt, plan, cond, context, vocab
 
 
 def _one_by_one(
     decoder: Decoder,
     plan: Schedule,
-    cond: Tensor,
+    context: Context,
     canvas: Tensor,
     wanted: Tensor,
     pick: Callable[[Tensor, Tensor | None], Tensor],
@@ -205,10 +209,8 @@ def _one_by_one(
     """Samples into `canvas` position by position; the arguments are those of `sample_waves`."""
     for run in plan.runs:
         cells = torch.from_numpy(plan.cells(run)).to(canvas.device)
-        # A conditioning grid is cropped in raster order whatever the order of the image tokens.
-        context = cond if cond.ndim == 2 else cond.flatten(1)[:, cells.sort().values]
-        sequence = torch.cat((context, canvas[:, cells]), dim=1)
-        prefix, sampled = context.shape[1], wanted[:, cells]
+        sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
+        prefix, sampled = context.length, wanted[:, cells]
         decoder.enter(sequence)
         for step in run.steps.tolist():
             token = pick(decoder.logits(prefix + step), next(noise))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tamingfast.engine import GPTEngine
 from tamingfast.models.gpt import Feed
+from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 
 #: Bytes for keys and values unless the caller says otherwise.
@@ -71,7 +72,7 @@ def sample_waves(
     engine: Engine,
     plan: Schedule,
     waves: Waves,
-    cond: Tensor,
+    context: Context,
     canvas: Tensor,
     wanted: Tensor,
     pick: Callable[[Tensor, Tensor | None], Tensor],
@@ -83,18 +84,15 @@ def sample_waves(
 
     Args:
         engine: has the slots that `waves` names.
-        cond: int64 (B, c), the same before every window, or (B, height, width), cropped with it.
+        context: the conditioning of each window.
         canvas: int64 (B, height * width), written where `wanted`, bool of the same shape, is True.
         pick: tokens (B, n) from logits (B, n, V) and the noise of the same shape, or None.
         noise: (B, V), or None, for each entry of `waves` in turn.
         n_unmasked: leading tokens that attend to each other, so they are fed together.
         after_wave: called with the raster indices of the cells that were just sampled.
     """
-    fixed = cond.ndim == 2
-    context = cond if fixed else cond.flatten(1)
-    prefix = cond.shape[1] if fixed else plan.window_tokens
+    prefix = context.length
     raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
-    crop = raster.sort().values  # a conditioning grid is cropped in raster order whatever that of the image tokens
     filled: set[int] = set()  # slots that hold a conditioning that never changes
     bounds = waves.bounds.tolist()
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
@@ -103,7 +101,7 @@ def sample_waves(
         logits, tokens, feeds = [], [], []
         for corner, step, slot, fed in entries[first:last]:
             start = prefix + fed if fed >= 0 else 0
-            if fed < 0 and fixed and slot in filled and prefix >= n_unmasked and step > 0:
+            if fed < 0 and context.fixed and slot in filled and prefix >= n_unmasked and step > 0:
                 start = prefix
             filled.add(slot)
             feed = Feed(slot, start, prefix + step)
@@ -111,7 +109,7 @@ def sample_waves(
                 logits.append(engine.step(torch.cat(tokens, 1), feeds))
                 tokens, feeds = [], []
             if start < prefix:
-                tokens.append(context[:, start:] if fixed else context[:, corner + crop[start:]])
+                tokens.append(context.before(corner, start))
             tokens.append(canvas[:, corner + raster[max(start - prefix, 0) : step]])
             feeds.append(feed)
         logits.append(engine.step(torch.cat(tokens, 1), feeds))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.data import loader
@@ -115,13 +115,13 @@ def validation_batches(dataset: Dataset, settings: Training, device: torch.devic
     return (to_device(batch, device) for batch in batches)
 
 
-def grid_of(dataset: Dataset, factor: int, key: str = "image") -> tuple[int, int]:
-    """Tokens (rows, columns) of a dataset's images under a first stage with f = ``factor``, or of its token grids."""
+def grid_of(dataset: Dataset, stage: nn.Module, key: str = "image") -> tuple[int, int]:
+    """Tokens (rows, columns) of a dataset's images under a first stage, or of its token grids."""
     if hasattr(dataset, "grid"):
         return tuple(dataset.grid)
     height, width = dataset[0][key].shape[:2]
-    if height % factor or width % factor:
+    if height % stage.factor or width % stage.factor:
         raise UserError(
-            f"the images are {height} x {width}, no multiple of the first stage's {factor}; set data.size to one"
+            f"the images are {height} x {width}, no multiple of the first stage's {stage.factor}; set data.size to one"
         )
-    return height // factor, width // factor
+    return stage.grid(height, width)

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.config import instantiate_from_config, plain
-from tamingfast.data.kinds import label_colors
+from tamingfast.data.kinds import Kind, label_colors
+from tamingfast.data.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
@@ -26,6 +28,7 @@ MODEL = "taming.models.cond_transformer.Net2NetTransformer"
 GPT = "taming.modules.transformer.mingpt.GPT"
 LABELATOR = "taming.modules.util.Labelator"
 COORD_STAGE = "taming.modules.misc.coord.CoordStage"
+TOKEN_STAGE = "taming.models.dummy_cond_stage.DummyCondStage"
 DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
 PERMUTERS = "taming.modules.transformer.permuter"
 
@@ -43,7 +46,9 @@ ORDERINGS = {
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
 #: Keys of all conditions that have as many tokens as the image.
 SPATIAL = ("coord", *IMAGE_CONDITIONS)
-CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS)
+#: Values whose condition is tokens already -> its key in a batch. They name kinds of data too.
+OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"}
+CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
 
 #: Weights of a first stage that a prior does without.
@@ -73,25 +78,26 @@ def train(
     with distributed.world(device) as among:
         frozen, condition = _first_stage(first_stage), _first_stage(cond_stage)
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
-        config["data"] = config.get("data") or data[0] or data[1] or {}
+        config["data"] = _with_codes(config.get("data") or data[0] or data[1] or {}, frozen)
         datasets = datasets or build_datasets(config)
         # What draws with the run has to know what its conditions are.
         config["data"] = dict(config["data"]) | ((getattr(datasets[0], "condition", None) or {}).get("data") or {})
+        rule = getattr(getattr(datasets[0], "kind", None), "rule", None)
         if frozen is not None:
             cond_config = None if condition is None else condition.config
-            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config)
+            config = prior_config(frozen.config, config, *_token_facts(frozen, datasets[0]), cond_config, rule)
         described = config.get("model") or {}
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
-        grid = feed.grid_of(datasets[0], model.first_stage_model.factor)
+        grid = feed.grid_of(datasets[0], model.first_stage_model)
         _check_condition(model.cond_stage_key, condition, datasets)
         loop.prepare(config, out, resume, settings, datasets[0], among)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
         if condition is not None:
             load_into(model.cond_stage_model, condition.state_dict(), cond_stage, optional=_NO_PART)
-        stage = PriorStage(model.to(among.device), lr, grid, settings.seed)
+        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, getattr(datasets[0], "kind", None))
         return loop.run(stage, settings, datasets, out, among, resume)
 
 
@@ -101,12 +107,14 @@ def prior_config(
     grid: tuple[int, int],
     classes: int | None = None,
     cond_stage_config: Mapping[str, Any] | None = None,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage settles.
 
     ``grid`` is tokens per side, (height, width); ``classes`` how many labels the data have. ``prior.condition`` is
     "none" (one start token), "class", "coord" (where in the whole picture a crop lies) or one of `IMAGE_CONDITIONS`,
-    which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has.
+    which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has, or one
+    of `OBJECT_CONDITIONS`, of which the data's ``rule`` makes tokens.
     ``prior.ordering`` is a key of `ORDERINGS`. The vocabulary holds the codes and the condition's tokens, the block
     size both sequences; what ``model.params`` gives already is kept. First stages are embedded without their losses and
     without a path: their weights become part of the prior's.
@@ -119,17 +127,24 @@ def prior_config(
     given = dict((config.get("model") or {}).get("params") or {})
     params: dict[str, Any] = {"first_stage_config": _embedded(first_stage_config)}
 
-    codes, factor = _geometry(first_stage_config)
+    codes, factor, levels = _geometry(first_stage_config)
     if "cond_stage_config" not in given:
         params |= _condition(options, classes, codes, factor, cond_stage_config)
     stage = (params | given)["cond_stage_config"]
-    condition_tokens = 1 if _is_single_token(stage) else math.prod(grid)
+    objects = isinstance(stage, Mapping) and stage.get("target") == TOKEN_STAGE and rule is not None
+    if levels > 1 and not (objects or _is_single_token(stage)):
+        raise UserError(
+            f"prior.condition={options['condition']} has a token for each of the image, which tokens of two levels do "
+            "not form a grid for; set prior.condition to none or class, or train a first stage of one level"
+        )
+    condition_tokens = rule.length if objects else 1 if _is_single_token(stage) else math.prod(grid)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
         params["permuter_config"] = {"target": f"{PERMUTERS}.{permuter}", "params": {"H": grid[0], "W": grid[1]}}
 
+    known = rule.tokens if objects else _condition_vocabulary(stage)
     settled = {
-        "vocab_size": max(codes, _condition_vocabulary(stage), given.get("sos_token", 0) + 1),
+        "vocab_size": max(codes, known, given.get("sos_token", 0) + 1),
         "block_size": condition_tokens + math.prod(grid),
     }
     transformer = dict(given.get("transformer_config") or {})
@@ -173,15 +188,21 @@ def _condition(
         # Coordinates reach n_embed itself, so that all codes of the first stage are in use and no more.
         params = {"n_embed": codes - 1, "down_factor": factor}
         return {"cond_stage_config": {"target": COORD_STAGE, "params": params}, "cond_stage_key": "coord"}
+    if name in OBJECT_CONDITIONS:
+        key = OBJECT_CONDITIONS[name]
+        return {"cond_stage_config": {"target": TOKEN_STAGE, "params": {"conditional_key": key}}, "cond_stage_key": key}
     if stage is None:
         raise UserError(
             f"prior.condition={name} needs a first stage for it; train one with `tamingfast train vqgan {name}_vqgan` "
             "and give it with --cond-stage RUN"
         )
     described = _embedded(stage)
-    trained_on, of_condition = described["params"].get("image_key", "image"), _geometry(stage)[1]
+    trained_on = described["params"].get("image_key", "image")
+    _, of_condition, levels = _geometry(stage)
     if trained_on != name:
         raise UserError(f"the condition's first stage was trained on '{trained_on}', but prior.condition is '{name}'")
+    if levels > 1:
+        raise UserError("the condition's first stage has tokens of two levels; train one of one level for it")
     if of_condition != factor:
         raise UserError(
             f"a token of the condition covers {of_condition} pixels a side and one of the image {factor}; train both "
@@ -190,11 +211,25 @@ def _condition(
     return {"cond_stage_config": described, "cond_stage_key": name}
 
 
+def _with_codes(data: Mapping[str, Any], first_stage: nn.Module | None) -> dict[str, Any]:
+    """The ``data`` section; for objects with their vocabulary, which is the first stage's, and the names of classes.
+
+    Names that stand in a file are copied, as the run is to be of use without it.
+    """
+    data = dict(plain(data))
+    if data.get("name") == "conditions" and data.get("kind") in OBJECT_CONDITIONS:
+        if data.get("classes") is not None:
+            data["classes"] = list(class_names(data["classes"]))
+        if data.get("tokens") is None and first_stage is not None:
+            data["tokens"] = first_stage.n_embed
+    return data
+
+
 def _check_condition(key: str, stage: nn.Module | None, datasets: tuple[Dataset, Dataset | None]) -> None:
     """UserError when the data lack the condition, or hold its tokens from another first stage than ``stage``."""
     for dataset in datasets:
         encoded = getattr(dataset, "condition", None) or {}
-        if key not in SPATIAL or dataset is None or key in dataset[0]:
+        if key not in (*SPATIAL, *OBJECT_CONDITIONS.values()) or dataset is None or key in dataset[0]:
             continue
         if encoded.get("key") != key:
             raise UserError(
@@ -237,11 +272,11 @@ def _embedded(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"target": model["target"], "params": params}
 
 
-def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int]:
-    """(number of codes, pixels per token along a side) of a first stage, from its config alone."""
+def _geometry(first_stage_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(number of codes, pixels per token along a side, levels) of a first stage, from its config alone."""
     with torch.device("meta"):
         stage = instantiate_from_config(_embedded(first_stage_config))
-    return stage.n_embed, stage.factor
+    return stage.n_embed, stage.factor, stage.levels
 
 
 def _first_stage(path: str | os.PathLike | None) -> nn.Module | None:
@@ -260,7 +295,7 @@ def _first_stage(path: str | os.PathLike | None) -> nn.Module | None:
 
 def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, int], int | None]:
     """(grid, number of classes) of a dataset under a first stage. UserError when its tokens are another's."""
-    codes, factor = first_stage.n_embed, first_stage.factor
+    codes = first_stage.n_embed
     vocabulary = getattr(dataset, "vocab_size", None)
     if vocabulary is not None and vocabulary != codes:
         raise UserError(
@@ -272,7 +307,29 @@ def _token_facts(first_stage: nn.Module, dataset: Dataset) -> tuple[tuple[int, i
     if source is not None and source != fingerprint(first_stage):
         raise UserError("the token file was written by another first stage; encode the data with this one")
     classes = getattr(dataset, "classes", None)
-    return feed.grid_of(dataset, factor), classes if isinstance(classes, int | None) else len(classes)
+    return feed.grid_of(dataset, first_stage), classes if isinstance(classes, int | None) else len(classes)
+
+
+def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, n) of a batch in the ordering's sequence, and condition tokens (B, c).
+
+    UserError when the batch lacks what the prior is conditioned on.
+    """
+    encoded = f"{model.cond_stage_key}_indices"
+    if not model.be_unconditional and model.cond_stage_key not in batch and encoded not in batch:
+        raise UserError(
+            f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
+            "data of the kind that it was trained on"
+        )
+    # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        if "indices" not in batch:
+            x, c = model.get_xc(batch)
+            return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
+        z = model.permuter(batch["indices"].flatten(1).long())
+        if encoded in batch:
+            return z, batch[encoded]
+        return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
 
 
 class PriorStage:
@@ -280,27 +337,21 @@ class PriorStage:
 
     shown = ("loss", "nll", "perplexity")
 
-    def __init__(self, model: nn.Module, learning_rate: float, grid: tuple[int, int], seed: int = 0):
-        self.model, self.grid, self.seed = model, grid, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        grid: tuple[int, int],
+        seed: int = 0,
+        kind: Kind | None = None,
+    ):
+        self.model, self.grid, self.seed, self.kind = model, grid, seed, kind
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
-    def tokens(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, n) in the ordering's sequence, and condition tokens (B, c)."""
-        model = self.model
-        # In full precision whatever the training's: these are the tokens that sampling and decoding will mean.
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            if "indices" not in batch:
-                x, c = model.get_xc(batch)
-                return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
-            z = model.permuter(batch["indices"].flatten(1).long())
-            if "condition_indices" in batch and model.cond_stage_key in SPATIAL:
-                return z, batch["condition_indices"]
-            return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
-
     def nll(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross entropy of the batch's image tokens, nats per token ()."""
-        z, c = self.tokens(batch)
+        z, c = tokens_of(self.model, batch)
         logits = self.model.token_logits(z, c)
         return F.cross_entropy(logits.flatten(0, 1).float(), z.flatten())
 
@@ -320,7 +371,7 @@ class PriorStage:
 
     def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Conditions that are images, what the first stage makes of the batch, and samples under its conditions."""
-        z, c = self.tokens(batch)
+        z, c = tokens_of(self.model, batch)
         height, width = self.grid
         shown = self.model.decode_grid(self.model.permuter(z, reverse=True).view(-1, height, width))
         samples = self.model.sample_images(
@@ -336,12 +387,16 @@ class PriorStage:
     def conditioning(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The batch's conditions as images (B, 3, H, W) in [-1, 1] in a list, which is empty for other conditions."""
         key = self.model.cond_stage_key
+        if key in OBJECT_CONDITIONS.values() and self.kind is not None:
+            shape = batch[self.model.first_stage_key].shape[1:3]
+            drawn = np.stack([self.kind.picture_of_tokens(tokens, shape) for tokens in batch[key].cpu().numpy()])
+            return [torch.from_numpy(drawn).permute(0, 3, 1, 2)]
         if key not in SPATIAL:
             return []
         if key in batch:
             c = self.model.get_input(key, batch)
         else:
-            c = self.model.decode_condition(batch["condition_indices"].view(-1, *self.grid)).clamp(-1, 1)
+            c = self.model.decode_condition(batch[f"{key}_indices"].view(-1, *self.grid)).clamp(-1, 1)
         if key == "segmentation":
             colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
             return [colors[c.argmax(1)].permute(0, 3, 1, 2)]

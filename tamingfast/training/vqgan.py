@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tamingfast.config import instantiate_from_config, plain
 from tamingfast.errors import UserError
+from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
 
@@ -45,7 +46,7 @@ def train(
         lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
-        feed.grid_of(datasets[0], model.factor, model.image_key)  # fails for images that the model cannot give back
+        feed.grid_of(datasets[0], model, model.image_key)  # fails for images that the model cannot give back
         loop.prepare(config, out, resume, settings, datasets[0], among)
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         if settings.codebook_from_data:
@@ -57,22 +58,39 @@ def train(
 
 @torch.no_grad()
 def start_codebook(model: nn.Module, batches: Iterator[tuple[int, list[Mapping[str, Any]]]], seed: int) -> None:
-    """Set the codebook to latents of the untrained encoder, drawn from the first training batches.
+    """Set each codebook to latents of the untrained encoder, drawn from the first training batches.
 
     The original starts it within 1/n_embed of zero, from where short runs reach few codes. Takes batches until there
-    are four latents for each code. Raises UserError for a quantiser whose codebook does not start from a table.
+    are four latents for each code. Of two codebooks the second starts from latents that follow from the first. Raises
+    UserError for a quantiser whose codebook does not start from a table.
     """
-    codebook = getattr(getattr(model.quantize, "embedding", None), "weight", None)
-    if not isinstance(codebook, nn.Parameter) or not codebook.requires_grad:
+    quantizers = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
+    if not quantizers:
         raise UserError(f"training.codebook_from_data does not apply to {type(model).__name__}; leave it false")
-    found: list[Tensor] = []
-    while sum(map(len, found)) < 4 * len(codebook):
-        for batch in next(batches)[1]:
-            latents = model.quant_conv(model.encoder(model.get_input(batch, model.image_key)))
-            found.append(latents.movedim(1, -1).flatten(0, -2))
-    rows = torch.cat(found)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(feed.key(seed, "codebook")))
-    codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
+    taken: list[Tensor] = []
+
+    def images() -> Iterator[Tensor]:
+        yield from taken
+        while True:
+            for batch in next(batches)[1]:
+                taken.append(model.get_input(batch, model.image_key))
+                yield taken[-1]
+
+    for quantizer in quantizers:
+        codebook, found = quantizer.embedding.weight, []
+        hook = quantizer.register_forward_pre_hook(
+            lambda module, inputs, found=found: found.append(inputs[0].movedim(1, -1).flatten(0, -2))
+        )
+        try:
+            for x in images():
+                model.encode(x)
+                if sum(map(len, found)) >= 4 * len(codebook):
+                    break
+        finally:
+            hook.remove()
+        rows = torch.cat(found)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(feed.key(seed, "codebook")))
+        codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
 
 
 def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -149,7 +167,7 @@ class VQGANStage:
             self.model.logged.clear()
             with _codes(self.model.quantize) as seen:
                 self.model.validation_step(batch, 0)
-            counts += torch.bincount(seen[0].flatten().cpu(), minlength=len(counts))
+            counts += torch.bincount(torch.cat([part.flatten() for part in seen]).cpu(), minlength=len(counts))
             size = len(batch[self.model.image_key])
             for name, value in logged(self.model, "val").items():
                 if name not in _MEANINGLESS_IN_VALIDATION:

