@@ -371,11 +371,12 @@ class _Scratch(_Map):
     def __init__(self, store: _Store, shape: Shape, size: int) -> None:
         super().__init__(store, shape, None, 0)
         directory = scratch_directory()
+        self.no_room = UserError(
+            f"an image of this size needs {size >> 20} MiB in {directory} beside its memory: make room, give it more "
+            "memory, or set TMPDIR to a directory with more room"
+        )
         if shutil.disk_usage(directory).free < size:
-            raise UserError(
-                f"an image of this size needs {size >> 20} MiB in {directory} beside its memory: make room, give it "
-                "more memory, or set TMPDIR to a directory with more room"
-            )
+            raise self.no_room
         self.file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  closed by close
 
     def close(self) -> None:
@@ -395,8 +396,11 @@ class _Scratch(_Map):
         # Read and written, not mapped: the pages of a mapping would count as the process's own memory.
         view = memoryview(rows.view(torch.uint8).flatten().numpy())
         self.file.seek(top * rows[0].nbytes)
-        while view.nbytes:
-            view = view[act(view) :]
+        try:
+            while view.nbytes:
+                view = view[act(view) :]
+        except OSError as error:
+            raise self.no_room from error
 
 
 def scratch_directory() -> str:
