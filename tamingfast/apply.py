@@ -548,10 +548,16 @@ def _stage_of_conditions(
     model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
 ) -> tuple[str | None, nn.Module | None]:
     """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.kinds import Coordinates
+    from tamingfast.data.kinds import Coordinates, Objects
     from tamingfast.models.conditioning import CoordStage
 
-    key = getattr(getattr(dataset, "kind", None), "key", None)
+    kind = getattr(dataset, "kind", None)
+    key = getattr(kind, "key", None)
+    if isinstance(kind, Objects):
+        raise UserError(
+            "token files hold no objects, whose order changes from epoch to epoch; train on data.name=conditions "
+            "instead, or give name=folder to write the images alone"
+        )
     if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
         wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
     else:

@@ -133,6 +133,10 @@ def test_too_little_memory_is_said():
 def test_a_full_disk_is_said(monkeypatch, tmp_path):
     model, z = network(), inputs(Decoder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with monkeypatch.context() as patch:  # it fills while it is written to
+        patch.setattr(bands.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
+        with pytest.raises(UserError, match=rf"needs \d+ MiB in {tmp_path} beside its memory"):
+            bands.run(model, z, int(peak(model, z) * 0.35))
     usage = bands.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
         bands.shutil, "disk_usage", lambda path: usage._replace(free=1000) if path == str(tmp_path) else usage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tamingfast import apply, cli, load_model
+from tamingfast import UserError, apply, cli, load_model
 from tamingfast.data import build, loader
-from tamingfast.data.kinds import Coordinates
+from tamingfast.data.kinds import Boxes, Coordinates
 from tamingfast.sampling import Canvas
 from tamingfast.training import checkpoint, loop, prior
 
@@ -185,8 +186,8 @@ class TestEveryCondition:
     def test_token_files_give_the_same_batches(self, trained, first_stage, data, tmp_path, capsys):
         """Without crops and flips, which a token file draws once."""
         kind, cond, out = trained
-        if kind == "class":
-            pytest.skip("labels in token files are tested with folders")
+        if kind in ("class", "boxes", "centers"):
+            pytest.skip("token files hold spatial conditions; their labels are tested with folders")
         where = ["name=conditions", f"kind={kind}", f"path={folder_of(data, kind)}", f"size={SIZE}"]
         where += [setting.removeprefix("data.") for setting in KINDS[kind][1] if setting.startswith("data.")]
         where += ["flip=false", "random_crop=false"]
@@ -397,6 +398,9 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
+    objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
+    with pytest.raises(UserError, match="token files hold no objects"):
+        apply.encode(load_model(first_stage), objects, file)
     edges = tmp_path / "edges"
     words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
     assert run(*words, *(f"data.{setting}" for setting in where)) == 0

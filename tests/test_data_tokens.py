@@ -87,7 +87,7 @@ def test_conditions_stand_beside_their_images(tmp_path):
     dataset = TokenDataset(path)
     assert dataset.condition == said
     batch = dataset.batch(np.array([11, 0]))
-    assert np.array_equal(batch["condition_indices"].numpy(), np.concatenate(conditions)[[11, 0]].reshape(2, -1))
+    assert np.array_equal(batch["edges_indices"].numpy(), np.concatenate(conditions)[[11, 0]].reshape(2, -1))
     with pytest.raises(ValueError, match="conditions hold 8 grids, but indices 12"):
         write_tokens(path, grids(12, 50), 50, conditions=conditions[:2], condition=said)
     with pytest.raises(ValueError, match="conditions reach from . to 29., but 0 to 289"):

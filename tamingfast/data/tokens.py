@@ -153,7 +153,7 @@ class TokenDataset(ArrayDataset):
     """The grids of a token file, read from the disk as they are asked for (memory-mapped).
 
     Items are ``{"indices": int64 (h * w,), row by row}`` and, when the file has them, ``"class_label"`` and
-    ``"condition_indices"``, int64 (h * w,).
+    ``f"{condition['key']}_indices"``, int64 (h * w,).
     Attributes: ``vocab_size``; ``grid``, the pair (h, w); ``metadata``, the file's strings; ``classes``, the
     names of the labels (their numbers as text when the file has no names), or None without labels;
     ``condition``, what the metadata say about the conditions, or None without.
@@ -211,7 +211,7 @@ class TokenDataset(ArrayDataset):
             batch["class_label"] = torch.from_numpy(self._labels[indices].astype(np.int64))
         if self._conditions is not None:
             rows = self._conditions[indices].reshape(len(indices), -1).astype(np.int64)
-            batch["condition_indices"] = torch.from_numpy(rows)
+            batch[f"{self.condition['key']}_indices"] = torch.from_numpy(rows)
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:

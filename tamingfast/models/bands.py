@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.errors import UserError
-from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample
+from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample, VQModel
 
 #: Maps of its size that a unit needs at its peak when it runs whole: input, normalised input, output, and a library's
 #: copies of two; with attention the queries, keys and values and what becomes of them.
@@ -47,7 +47,7 @@ def available_memory(device: torch.device) -> int:
 @torch.no_grad()
 def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
-    if isinstance(getattr(stage, "encoder", None), Encoder) and stage.levels == 1:
+    if isinstance(stage, VQModel) and isinstance(stage.encoder, Encoder) and stage.levels == 1:
         quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
     else:
         quant, _, (_, _, indices) = stage.encode(x)
@@ -58,7 +58,7 @@ def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress
 def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); the rest as in `run`."""
     quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
-    if isinstance(getattr(stage, "decoder", None), Decoder):
+    if isinstance(stage, VQModel) and isinstance(stage.decoder, Decoder):
         return run(stage.decoder, stage.decoder_input(quant), memory, progress)
     return stage.decode(quant)
 
@@ -371,11 +371,12 @@ class _Scratch(_Map):
     def __init__(self, store: _Store, shape: Shape, size: int) -> None:
         super().__init__(store, shape, None, 0)
         directory = scratch_directory()
+        self.no_room = UserError(
+            f"an image of this size needs {size >> 20} MiB in {directory} beside its memory: make room, give it more "
+            "memory, or set TMPDIR to a directory with more room"
+        )
         if shutil.disk_usage(directory).free < size:
-            raise UserError(
-                f"an image of this size needs {size >> 20} MiB in {directory} beside its memory: make room, give it "
-                "more memory, or set TMPDIR to a directory with more room"
-            )
+            raise self.no_room
         self.file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  closed by close
 
     def close(self) -> None:
@@ -395,8 +396,11 @@ class _Scratch(_Map):
         # Read and written, not mapped: the pages of a mapping would count as the process's own memory.
         view = memoryview(rows.view(torch.uint8).flatten().numpy())
         self.file.seek(top * rows[0].nbytes)
-        while view.nbytes:
-            view = view[act(view) :]
+        try:
+            while view.nbytes:
+                view = view[act(view) :]
+        except OSError as error:
+            raise self.no_room from error
 
 
 def scratch_directory() -> str:

@@ -341,8 +341,8 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
 
     UserError when the batch lacks what the prior is conditioned on.
     """
-    encoded = "condition_indices" in batch and model.cond_stage_key in SPATIAL
-    if not (model.be_unconditional or encoded or model.cond_stage_key in batch):
+    encoded = f"{model.cond_stage_key}_indices"
+    if not (model.be_unconditional or model.cond_stage_key in batch or encoded in batch):
         raise UserError(
             f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
             "data of the kind that it was trained on"
@@ -353,8 +353,8 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
             x, c = model.get_xc(batch)
             return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
         z = model.to_sequence(batch["indices"].long())
-        if encoded:
-            return z, batch["condition_indices"]
+        if encoded in batch:
+            return z, batch[encoded]
         return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
 
 
@@ -431,7 +431,7 @@ class PriorStage:
         if key in batch:
             c = self.model.get_input(key, batch)
         else:
-            c = self.model.decode_condition(batch["condition_indices"].view(-1, *self.grid)).clamp(-1, 1)
+            c = self.model.decode_condition(batch[f"{key}_indices"].view(-1, *self.grid)).clamp(-1, 1)
         if key == "segmentation":
             colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
             return [colors[c.argmax(1)].permute(0, 3, 1, 2)]
