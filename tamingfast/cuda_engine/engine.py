@@ -82,8 +82,11 @@ class CudaEngine:
         with self._memory_for("weights", size), torch.no_grad():
             self.weights = Weights(gpt, self.number)
         self._lock, self._owner, self._closed = threading.Lock(), None, False
-        self._done = torch.cuda.Event() if self.device.type == "cuda" else None
-        self._seen_by: set[torch.cuda.Stream] = {self._stream()} if self._done else set()
+        self._done: torch.cuda.Event | None = None  # of all that was queued so far
+        self._seen_by: set[torch.cuda.Stream] = set()
+        if self.device.type == "cuda":
+            self._done = self._stream().record_event()
+            self._seen_by.add(self._stream())
         self._lengths: list[int] = []
         self._loops: dict[int, Loop] = {}
         self.cache = torch.empty(0)
@@ -95,8 +98,8 @@ class CudaEngine:
         """Makes the cache anew: `slots` empty sequences of at most `length` positions. MemoryError tells the bytes."""
         check_range("slots", slots, 1, 1 << 24)
         check_range("length", length, 1, self.block_size)
-        shape = (len(self.weights.layers), 2, slots, self.heads, length, self.stride)
         with self._turn():
+            shape = (len(self.weights.layers), 2, slots, self.heads, length, self.stride)
             with self._memory_for("cache", math.prod(shape) * self.number.itemsize):
                 # Zeros behind the width of a head, where it is padded.
                 cache = torch.zeros(shape, dtype=self.number, device=self.device)
@@ -145,13 +148,7 @@ class CudaEngine:
             self._wait()
             self._closed = True
             self._loops.clear()
-            self.weights.layers, self.weights.head, self.weights.tok_emb, self.weights.pos_emb, self.cache = (
-                [],
-                None,
-                None,
-                None,
-                torch.empty(0),
-            )
+            self.weights, self.cache = None, torch.empty(0)
 
     # --- passes ---------------------------------------------------------------------------------------
 
@@ -304,9 +301,9 @@ class CudaEngine:
         where a token is not wanted.
         """
         steps, slots = list(map(int, steps)), list(slots)
-        wanted = torch.ones(len(slots), len(steps), dtype=torch.bool) if wanted is None else wanted
+        wanted = torch.ones(len(slots), len(steps)) if wanted is None else wanted
         plan = Plan(
-            slots, steps, wanted, [0] * len(steps) if rows is None else list(rows),
+            slots, steps, wanted.bool(), [0] * len(steps) if rows is None else list(rows),
             steps if columns is None else list(columns), list(range(len(slots))) if images is None else list(images),
         )  # fmt: skip
         choices = self.vocab_size if choices is None else choices
@@ -402,7 +399,7 @@ class CudaEngine:
     def _check_tokens(self, plan: Plan, sequences: Tensor) -> None:
         """Those that are fed as they are given. The one time that the host waits before the end."""
         given = torch.ones(sequences.shape[0], plan.steps[-1] + 1, dtype=torch.bool)
-        given[:, plan.steps] = ~plan.wanted.cpu()
+        given[:, plan.steps] = ~plan.wanted.cpu().reshape(len(given), -1)
         tokens = sequences[:, : given.shape[1]].masked_fill(~given.to(self.device), 0)
         low, high = torch.stack(tokens.aminmax()).tolist()
         for token in (low, high):

@@ -84,7 +84,7 @@ class Loop:
         self.sequence[:, :known] = sequences[:, :known]
         steps = torch.tensor(plan.steps, device=device)
         self.wanted.zero_()
-        self.wanted[:, steps] = plan.wanted.to(device=device, dtype=torch.bool).reshape(self.batch, -1)
+        self.wanted[:, steps] = plan.wanted.to(device).reshape(self.batch, -1)
         self.places[:, steps] = torch.tensor([plan.rows, plan.columns], device=device)
         self.images.copy_(torch.tensor(plan.images))
         self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
