@@ -287,7 +287,7 @@ def test_progress_and_interruption(place):
     assert [done for done, _ in told] == [104, 108]
     for done, seen in told:
         assert torch.equal(seen[:, : done - 99], whole[:, : done - 99]), "what is told is there"
-    assert [made.length(slot) for slot in (0, 1)] == [8, 8]
+    assert [made.length(slot) for slot in (0, 1)] == [8, 8], "the cache was longer before"
     assert torch.equal(decoded(made, sequences.cpu(), range(9, 13), seed=2, fed=8), whole)
 
 

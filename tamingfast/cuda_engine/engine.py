@@ -321,6 +321,7 @@ class CudaEngine:
             options = self.kernels.options_bytes(
                 greedy, temperature, top_k or 0, 1.0 if top_p is None else top_p, seed, choices
             )
+            self._hold(plan, fed)  # what follows is written over, even if this is interrupted
             loop.begin(plan, sequences, options)
             done = 0  # steps whose tokens the caller has
             try:
