@@ -81,7 +81,7 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
     if (std::isnan(candidate.score)) return kChoiceNan;
     if (beats(candidate, best)) best = candidate;
   }
-  return best.index < 0 ? kChoiceNothing : best.index;
+  return best.index < 0 ? std::int64_t{kChoiceNothing} : best.index;
 }
 
 }  // namespace tamingfast

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -126,7 +130,7 @@ def test_a_ragged_step(place):
 
 
 def test_more_tokens_than_one_pass_takes(place, monkeypatch):
-    monkeypatch.setattr(cuda_engine, "_TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("tamingfast.cuda_engine.engine._TOKENS_PER_PASS", 50)
     gpt = random_gpt(n_unmasked=3)
     tokens = torch.randint(24, (3, 40))
     made = place.engine(gpt)
@@ -283,7 +287,7 @@ def test_progress_and_interruption(place):
     assert [done for done, _ in told] == [104, 108]
     for done, seen in told:
         assert torch.equal(seen[:, : done - 99], whole[:, : done - 99]), "what is told is there"
-    assert [made.length(slot) for slot in (0, 1)] == [8, 8]
+    assert [made.length(slot) for slot in (0, 1)] == [8, 8], "the cache was longer before"
     assert torch.equal(decoded(made, sequences.cpu(), range(9, 13), seed=2, fed=8), whole)
 
 
@@ -344,6 +348,29 @@ def test_seeded_tokens_of_gpt2_small_geometry(record_property):
             noise = gumbel_noise(1, torch.tensor(b), torch.tensor(0), torch.tensor(step), 1024)
             scores = torch.stack([logits + noise])[0]
             assert (scores[tokens[b, step]] - scores[expected[b, step]]).abs() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_reports_nothing(tool):
+    program = """
+        import torch
+        from tamingfast.models.gpt import GPT
+        from tamingfast.cuda_engine import CudaEngine
+        for dtype in ("float32", "bfloat16"):
+            engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
+            for batch in (1, 3, 10):
+                engine.reserve(batch, 130)
+                tokens = torch.zeros(batch, 131, dtype=torch.int64, device="cuda")
+                engine.decode(range(batch), tokens, [*range(100, 104), 129], top_k=20, top_p=0.9)
+        """
+    result = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=tamingfast",
+         sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
 # --- sample_grid ----------------------------------------------------------------------------------

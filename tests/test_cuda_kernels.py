@@ -346,19 +346,21 @@ def test_the_choice_is_that_of_the_reference(kernels, temperature, top_k, top_p,
 
 
 @pytest.mark.parametrize("options", [{}, dict(top_k=100), dict(top_p=0.9), dict(top_k=4000, top_p=0.99)], ids=str)
-def test_large_vocabularies(kernels, options, rng):
-    logits = torch.randn(2, 16384, generator=rng) * 3
-    noise = gumbel_noise(7, torch.tensor([5, 6]), torch.tensor(0), torch.tensor(0), 16384)
+@pytest.mark.parametrize("vocab", [16384, 50001], ids=["scores in shared memory", "scores in the logits' place"])
+def test_large_vocabularies(kernels, options, vocab, rng):
+    logits = torch.randn(2, vocab, generator=rng) * 3
+    noise = gumbel_noise(7, torch.tensor([5, 6]), torch.tensor(0), torch.tensor(0), vocab)
     sequences, _, _, errors = run_choose(kernels, logits, [5, 6], 1, seed=7, **options)
     assert errors == 0
     assert sequences[:, 2].tolist() == choose(logits, noise, **options).tolist()
 
 
-def test_equal_logits_everywhere(kernels):
-    """The nucleus then is the first so many entries."""
-    logits = torch.zeros(1, 1000)
+@pytest.mark.parametrize("vocab", [1000, 16384])
+def test_equal_logits_everywhere(kernels, vocab):
+    """The nucleus then is the first so many entries; and no sum of probabilities can be larger."""
+    logits = torch.zeros(1, vocab)
     for top_p in (0.001, 0.3, 0.9991):
-        noise = gumbel_noise(1, torch.tensor([0]), torch.tensor(0), torch.tensor(0), 1000)
+        noise = gumbel_noise(1, torch.tensor([0]), torch.tensor(0), torch.tensor(0), vocab)
         sequences, _, _, _ = run_choose(kernels, logits, [0], 1, seed=1, top_p=top_p)
         assert sequences[:, 2].tolist() == choose(logits, noise, top_p=top_p).tolist()
 

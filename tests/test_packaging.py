@@ -107,3 +107,12 @@ def test_a_failed_build_is_an_error_where_the_extension_is_required(source):
     required = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "TAMINGFAST_REQUIRE_NATIVE": "1"}
     with pytest.raises(AssertionError, match="no-such-compiler"):
         setup(source, "build_ext", "--build-lib", "build/required", **required)
+
+
+def test_failing_cuda_is_an_error_where_it_was_asked_for(source, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho this nvcc fails; exit 3\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(AssertionError, match="returned non-zero exit status 3"):
+        setup(source, "build_ext", "--build-lib", "build/asked", CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")

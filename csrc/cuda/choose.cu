@@ -1,7 +1,8 @@
 // The token choice: temperature, top-k, top-p, Gumbel-max. choose.h is its twin on the host.
 //
 // Thresholds are found by radix selection over the ordered bits of the scores, eight bits a pass: top-k counts entries,
-// top-p adds up probabilities in fixed point, so that no order of additions changes a bit.
+// top-p adds up probabilities in fixed point, so that no order of additions changes a bit. Shared memory adds 32 bits
+// at a time without a loop, so that sums are kept in two halves.
 #include "device.h"
 
 namespace tamingfast::cuda {
@@ -11,17 +12,40 @@ using Mass = unsigned long long;  // of probability, relative to the best entry'
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kDigits = 256, kDigitBits = 8;
-constexpr float kMassOfBest = 274877906944.0f;  // 2^38, so that 2^24 entries cannot overflow
-constexpr int kQuad = 4;                        // entries that share a Philox block
+constexpr int kQuad = 4;               // entries that share a Philox block
+constexpr int kMostCached = 16 << 10;  // entries whose scores are kept in shared memory
+static_assert(kThreads == kDigits, "a thread clears a digit");
 
 struct Shared {
-  Mass histogram[kDigits];
+  std::uint32_t low[kDigits], high[kDigits];  // of the mass of each digit, which `Split` joins
   Mass above;
   std::uint32_t key;
   int found;
   Mass sums[kWarps];
   int counts[kWarps];
   Candidate best[kWarps];
+};
+
+// How masses are made and cut, so that neither half of the sum of so many can overflow.
+struct Split {
+  int bits;  // of the low half
+  int best;  // the best entry's mass is two to the power of it
+
+  explicit __device__ Split(std::int64_t entries) {
+    int log = 0;
+    while ((std::int64_t{1} << log) < entries) ++log;
+    bits = 32 - log;
+    best = 63 - 2 * log < 38 ? 63 - 2 * log : 38;
+  }
+  __device__ void add(Shared& shared, int digit, Mass mass) const {
+    const auto low = static_cast<std::uint32_t>(mass & ((Mass{1} << bits) - 1));
+    const auto high = static_cast<std::uint32_t>(mass >> bits);
+    if (low) atomicAdd(&shared.low[digit], low);
+    if (high) atomicAdd(&shared.high[digit], high);
+  }
+  __device__ Mass sum(const Shared& shared, int digit) const {
+    return (static_cast<Mass>(shared.high[digit]) << bits) + shared.low[digit];
+  }
 };
 
 // Every thread gets the best candidate of the block, and whether any thread saw NaN (then a NaN score).
@@ -55,9 +79,10 @@ struct Threshold {
 // `entry(v, key, mass)` tells whether entry v takes part, and its key and mass.
 template <class Entry, class Reached>
 __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reached& reached, Shared& shared) {
+  const Split split(entries);
   Threshold at{true, 0, 0};
   for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    shared.histogram[threadIdx.x] = 0;
+    shared.low[threadIdx.x] = shared.high[threadIdx.x] = 0;
     if (threadIdx.x == 0) shared.found = 0;
     __syncthreads();
     for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
@@ -65,14 +90,14 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
       Mass mass;
       if (!entry(v, key, mass)) continue;
       const bool same = shift + kDigitBits == 32 || key >> (shift + kDigitBits) == at.key >> (shift + kDigitBits);
-      if (same) atomicAdd(&shared.histogram[key >> shift & (kDigits - 1)], mass);
+      if (same) split.add(shared, static_cast<int>(key >> shift & (kDigits - 1)), mass);
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on, so that the highest come first
       constexpr int kEach = kDigits / kWarp;
       const int lane = threadIdx.x, first = (kWarp - 1 - lane) * kEach;
       Mass mine = 0;
-      for (int i = 0; i < kEach; ++i) mine += shared.histogram[first + i];
+      for (int i = 0; i < kEach; ++i) mine += split.sum(shared, first + i);
       Mass through = mine;  // of this lane's digits and all higher ones
       for (int step = 1; step < kWarp; step *= 2) {
         const Mass before = __shfl_up_sync(kAllLanes, through, step);
@@ -81,7 +106,7 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
       Mass above = at.above + through - mine;
       if (reached(above + mine) && !reached(above)) {
         int digit = first + kEach - 1;
-        while (digit > first && !reached(above + shared.histogram[digit])) above += shared.histogram[digit--];
+        while (digit > first && !reached(above + split.sum(shared, digit))) above += split.sum(shared, digit--);
         shared.key = at.key | static_cast<std::uint32_t>(digit) << shift;
         shared.above = above;
         shared.found = 1;
@@ -108,11 +133,12 @@ struct Kept {
 // The shortest run of kept entries, best first and lowest index first among equals, whose probability exceeds p.
 template <class Score>
 __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept kept, float best, Shared& shared) {
+  const float mass_of_best = static_cast<float>(Mass{1} << Split(entries).best);
   const auto entry = [&](std::int64_t v, std::uint32_t& key, Mass& mass) {
     const float value = score(v);
     key = order_key(value);
     const float relative = expf(value - best);
-    mass = relative > 0.0f ? static_cast<Mass>(relative * kMassOfBest) : 0;  // also where infinities made it NaN
+    mass = relative > 0.0f ? static_cast<Mass>(relative * mass_of_best) : 0;  // also where infinities made it NaN
     return kept.holds(key, v);
   };
   Mass mine = 0;
@@ -162,11 +188,15 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
   const Choice& choice = options.choice;
   const std::int64_t entries = options.choices;
   const float temperature = choice.greedy ? 1.0f : choice.temperature;
-  const auto score = [&](std::int64_t v) { return to_float(logits[v]) / temperature; };
+  float* scores = reinterpret_cast<float*>(&shared + 1);
+  const bool cached = entries <= kMostCached;
+  const auto score = [&](std::int64_t v) { return cached ? scores[v] : to_float(logits[v]) / temperature; };
   Candidate mine = nobody();
   bool nan = false;
   for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
-    const Candidate candidate = {score(v), static_cast<std::int32_t>(v)};
+    const float value = to_float(logits[v]) / temperature;
+    if (cached) scores[v] = value;
+    const Candidate candidate = {value, static_cast<std::int32_t>(v)};
     nan = nan || isnan(candidate.score);
     if (beats(candidate, mine)) mine = candidate;
   }
@@ -236,7 +266,8 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
 void choose(Number logits, const ChooseParams& params, const Queue& queue) {
   for_number(logits, [&](auto sample) {
     using T = decltype(sample);
-    launch("token choice", &choose_kernel<T>, dim3(params.rows), kThreads, sizeof(Shared), queue, params);
+    const std::size_t scores = (params.vocab < kMostCached ? params.vocab : kMostCached) * sizeof(float);
+    launch("token choice", &choose_kernel<T>, dim3(params.rows), kThreads, sizeof(Shared) + scores, queue, params);
   });
 }
 

@@ -145,7 +145,9 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) + " x " +
                       std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
                       std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
-  check(failed.c_str(), cudaSetDevice(queue.device));
+  int device = -1;
+  check(failed.c_str(), cudaGetDevice(&device));
+  if (device != queue.device) check(failed.c_str(), cudaSetDevice(queue.device));
   if (shared > kSharedWithoutAsking)
     check(failed.c_str(),
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));

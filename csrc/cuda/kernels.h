@@ -1,5 +1,5 @@
 // The kernels of the CUDA engine: their parameters and launchers. Nothing here needs CUDA's headers, so that what binds
-// them is compiled by any compiler; all pointers are to device memory. tamingfast/cuda_engine.py is their only caller
+// them is compiled by any compiler; all pointers are to device memory. tamingfast/cuda_engine is their only caller
 // and owns the checks of dtype, device and contiguity.
 #pragma once
 

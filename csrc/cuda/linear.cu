@@ -162,9 +162,11 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
   if constexpr (Norm) __syncthreads();                          // the normalised rows make room for the warps' sums
   float* of_warps = reinterpret_cast<float*>(shared_memory());  // (kWarps, Sums)
   const int index = folded_index<Sums>(threadIdx.x % kWarp);
+  constexpr int kAlike = Sums < kWarp ? kWarp / Sums : 1;  // lanes that hold the same total
+  if (threadIdx.x % kAlike == 0)
 #pragma unroll
-  for (int i = 0; i < (Sums > kWarp ? Sums / kWarp : 1); ++i)
-    of_warps[threadIdx.x / kWarp * Sums + index + i] = sums[i];  // lanes of one index hold the same total
+    for (int i = 0; i < (Sums > kWarp ? Sums / kWarp : 1); ++i)
+      of_warps[threadIdx.x / kWarp * Sums + index + i] = sums[i];
   __syncthreads();
   if (threadIdx.x < Sums) {
     const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;

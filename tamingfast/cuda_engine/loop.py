@@ -1,0 +1,203 @@
+"""The step of fixed shape that a CUDA graph replays."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tamingfast.cuda_engine.checks import check_range
+from tamingfast.cuda_engine.weights import Linear, Norm
+
+if TYPE_CHECKING:
+    from tamingfast.cuda_engine.engine import CudaEngine
+
+FEW = 8  # sequences for which reading the weights is all that counts
+VECTOR = 8  # elements that a kernel reads at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `decode` asks for; see there."""
+
+    slots: list[int]
+    steps: list[int]
+    wanted: Tensor
+    rows: list[int]
+    columns: list[int]
+    images: list[int]
+
+    def check(self) -> None:
+        batch, count = len(self.slots), len(self.steps)
+        for name, got, expected in (
+            ("wanted", self.wanted.numel(), batch * count), ("rows", len(self.rows), count),
+            ("columns", len(self.columns), count), ("images", len(self.images), batch),
+        ):  # fmt: skip
+            if got != expected:
+                raise ValueError(f"{name}: got {got} values, expected {expected}")
+        for name, values in (("rows", self.rows), ("columns", self.columns), ("images", self.images)):
+            for value in values:
+                check_range(name, value, 0, (1 << 32) - 1)
+
+
+class Loop:
+    """One step of a batch in memory that stays where it is, so that a graph of it can be replayed."""
+
+    def __init__(self, engine: CudaEngine, batch: int) -> None:
+        self.engine = engine
+        self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
+        self.splits = engine._splits(batch, engine.capacity)
+        width, number, device = engine.width, engine.number, engine.device
+        empty = functools.partial(torch.empty, device=device)
+        self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=device)
+        self.sequence = torch.zeros(batch, self.length, dtype=torch.int64, device=device)
+        self.wanted = torch.zeros(batch, self.length, dtype=torch.bool, device=device)
+        self.images = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.places = torch.zeros(2, self.length, dtype=torch.int64, device=device)
+        self.options = torch.zeros(
+            len(engine.kernels.options_bytes(True, 1, 0, 1, 0, 1)), dtype=torch.uint8, device=device
+        )
+        self.errors = torch.zeros(1, dtype=torch.int32, device=device)
+        self.x = empty(batch, width)
+        self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
+        self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
+        self.logits = empty(batch, engine.vocab_size, dtype=torch.float32 if self.streaming else number)
+        self.partial, self.arrived = engine._split_room(batch, self.splits)
+        self.position: int | None = None  # of the token whose embedding is in x, in all sequences
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    @staticmethod
+    def bytes(engine: CudaEngine, batch: int) -> int:
+        """About what it takes."""
+        activations = (4 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
+        return batch * (activations + 9 * (engine.capacity + 1))
+
+    def begin(self, plan: Plan, sequences: Tensor, options: bytes) -> None:
+        """Takes over what a call of `decode` asks for."""
+        device = self.engine.device
+        self.slot.copy_(torch.tensor(plan.slots, dtype=torch.int32))
+        known = min(sequences.shape[1], self.length)
+        self.sequence[:, :known] = sequences[:, :known]
+        steps = torch.tensor(plan.steps, device=device)
+        self.wanted.zero_()
+        self.wanted[:, steps] = plan.wanted.to(device).reshape(self.batch, -1)
+        self.places[:, steps] = torch.tensor([plan.rows, plan.columns], device=device)
+        self.images.copy_(torch.tensor(plan.images))
+        self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
+        self.errors.zero_()
+        self.position = None
+
+    def place(self, position: int) -> None:
+        """Goes to the token at that position of all sequences."""
+        self.at.fill_(position)
+        self.x.copy_(self.engine.weights.tok_emb[self.sequence[:, position]] + self.engine.weights.pos_emb[position])
+        self.position = position
+
+    def advance(self) -> None:
+        """Feeds the token where it stands, chooses the next one and goes to it."""
+        engine = self.engine
+        if engine.device.type != "cuda" or not self.warm:
+            # Eagerly the first time: libraries set themselves up, kernels are loaded, none of which can be captured.
+            self._queue()
+            self.warm = True
+        else:
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        self.position += 1
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # A stream of this device, which torch's default need not be; other threads may allocate meanwhile.
+        stream = torch.cuda.Stream(self.engine.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._queue()
+        self.graph = graph
+
+    def _queue(self) -> None:
+        logits = self._streamed() if self.streaming else self._multiplied()
+        self._choose(logits)
+
+    def _streamed(self) -> Tensor:
+        """The logits, by kernels that read every weight once."""
+        engine = self.engine
+        for layer, (keys, values) in zip(engine.weights.layers, engine.cache, strict=True):
+            self._linear(layer.qkv, self.x, "store", self.qkv, layer.ln1)
+            self._attend(keys, values)
+            self._linear(layer.proj, self.joined, "add", self.x)
+            self._linear(layer.up, self.x, "gelu", self.inner, layer.ln2)
+            self._linear(layer.down, self.inner, "add", self.x)
+        self._linear(engine.weights.head, self.x, "store_float", self.logits, engine.weights.ln_f)
+        return self.logits
+
+    def _linear(self, linear: Linear, x: Tensor, epilogue: str, out: Tensor, norm: Norm | None = None) -> None:
+        self.engine._launch(
+            "linear", x, inner=x.shape[1], columns=len(linear.weight), x=x, ldx=x.stride(0),
+            gain=norm and norm.gain, shift=norm and norm.shift, epsilon=norm.epsilon if norm else 0.0,
+            weight=linear.weight, bias=linear.bias, epilogue=epilogue, out=out, ldo=out.stride(0),
+        )  # fmt: skip
+
+    def _attend(self, keys: Tensor, values: Tensor) -> None:
+        engine = self.engine
+        engine._launch(
+            "attention", self.qkv, width=engine.head, qkv=self.qkv, ldq=self.qkv.stride(0), slot=self.slot,
+            position=self.at, last=self.at, append=True, splits=self.splits, out=self.joined, ldo=engine.width,
+            partial=self.partial, arrived=self.arrived, **engine._cached(keys, values),
+        )  # fmt: skip
+
+    def _multiplied(self) -> Tensor:
+        """The logits, by torch's matrix products."""
+        engine = self.engine
+        y = bias = None
+        for layer, (keys, values) in zip(engine.weights.layers, engine.cache, strict=True):
+            self._norm(layer.ln1, y, bias)
+            torch.addmm(layer.qkv.own_bias, self.normed, layer.qkv.weight.t(), out=self.qkv)
+            self._attend(keys, values)
+            torch.mm(self.joined, layer.proj.weight.t(), out=self.y)
+            self._norm(layer.ln2, self.y, layer.proj.bias)
+            torch.mm(self.normed, layer.up.weight.t(), out=self.inner)
+            engine._launch("bias_gelu", self.inner, bias=layer.up.bias, x=self.inner, ldx=self.inner.stride(0))
+            y, bias = torch.mm(self.inner, layer.down.weight.t(), out=self.y), layer.down.bias
+        self._norm(engine.weights.ln_f, y, bias)
+        return torch.mm(self.normed, engine.weights.head.weight.t(), out=self.logits)
+
+    def _norm(self, norm: Norm, y: Tensor | None, bias: Tensor | None) -> None:
+        self.engine._launch(
+            "add_norm", self.x, x=self.x, ldx=self.x.stride(0), y=y, ldy=self.y.stride(0), bias=bias, gain=norm.gain,
+            shift=norm.shift, epsilon=norm.epsilon, out=self.normed, ldo=self.normed.stride(0),
+        )  # fmt: skip
+
+    def choose(self, logits: Tensor) -> None:
+        """Chooses the token after the one where it stands from logits (B, V) and goes to it."""
+        self._choose(logits)
+        self.position += 1
+
+    def _choose(self, logits: Tensor) -> None:
+        engine = self.engine
+        engine._launch(
+            "choose", self.x, dtype=str(logits.dtype).removeprefix("torch."), vocab=engine.vocab_size, logits=logits,
+            ldl=logits.stride(0), options=self.options, images=self.images, places=self.places, wanted=self.wanted,
+            sequence=self.sequence, length=self.length, position=self.at, tok_emb=engine.weights.tok_emb,
+            pos_emb=engine.weights.pos_emb, positions=engine.block_size, x=self.x, ldx=self.x.stride(0),
+            errors=self.errors,
+        )  # fmt: skip
+
+    def collect(self, sequences: Tensor, length: int) -> None:
+        """Waits, and writes the first `length` tokens into `sequences`; ValueError where none could be chosen."""
+        errors = int(self.errors)
+        if errors:
+            found = "NaN" if errors & 1 else "only -inf"
+            raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
+        sequences[:, :length] = self.sequence[:, :length]
+
+
+def _streams_weights(engine: CudaEngine, batch: int) -> bool:
+    """Whether the weight-streaming kernels take the batch: few rows, widths that vectors divide, room for the norm."""
+    if batch > FEW or engine.width % VECTOR:
+        return False
+    needed = engine.kernels.linear_shared_bytes(engine.dtype, batch, engine.width)
+    return needed <= engine.kernels.shared_limit(engine.device.index or 0)
