@@ -90,7 +90,7 @@ def _again(resume: bool, where: Path) -> bool:
 
 def distance_name(weights: str | None) -> str:
     """What the report calls the distance: features of an untrained network are no LPIPS."""
-    return "feature distance (an untrained network, not LPIPS)" if weights == RANDOM else "LPIPS (VGG16)"
+    return "distance in untrained features, no LPIPS" if weights == RANDOM else "LPIPS (VGG16)"
 
 
 def _held_out(dataset: Dataset | None, count: int) -> Tensor:
