@@ -264,7 +264,8 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
     if first_stage_of(model).levels > 1 and rows * columns != trained:
         raise UserError(
             f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
-            f"{trained}, as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
+            f"{trained}, as it was trained on; give --size {'x'.join(map(str, trained_size(model)))}, or train one on "
+            "images of this size"
         )
     if rows * columns <= room:
         return max(rows, columns)
