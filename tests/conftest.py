@@ -33,6 +33,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``tamingfast reproduce all --preset smoke`` makes, once for all tests that look at an experiment."""
     out = tmp_path_factory.mktemp("reproduce") / "all"
     small = ["pixels.timing.repeats=1", "pixels.timing.prefixes=3", "orderings.data.length=48"]
+    small += ["multiscale.data.length=48", "multiscale.sampling.images=3"]
     assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *small]) == 0
     return out
 

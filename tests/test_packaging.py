@@ -57,7 +57,7 @@ def test_kernels_are_a_part_of_the_package():
 
 def test_metadata_keeps_open_ranges_and_the_extras():
     facts = metadata.metadata("tamingfast")
-    assert set(facts.get_all("Provides-Extra")) == {"train", "eval", "demo", "peers", "test"}
+    assert set(facts.get_all("Provides-Extra")) == {"train", "evaluate", "demo", "peers", "test"}
     assert facts["Requires-Python"] == ">=3.10"
     required = metadata.requires("tamingfast")
     assert "torch>=2.6" in required
