@@ -27,6 +27,10 @@
 #include <omp.h>
 #endif
 
+#ifdef TAMINGFAST_CUDA
+#include "cuda/bindings.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -275,6 +279,12 @@ py::dict build_info() {
   info["openmp"] = false;
 #endif
   info["isas"] = tamingfast::supported_isas();
+#ifdef TAMINGFAST_CUDA
+  info["cuda"] = TAMINGFAST_CUDA;
+#else
+  info["cuda"] = py::none();
+  info["no_cuda"] = TAMINGFAST_NO_CUDA;
+#endif
   return info;
 }
 
@@ -396,6 +406,13 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("dtype"), py::arg("threads"), py::arg("repeats") = 5, py::arg("isa") = "auto",
       "Floating-point operations per second of the threads together, operands in registers: the best of the repeats.");
-  module.def("build_info", &build_info,
-             "dict: version, compiler, cxx_standard, openmp, isas (what this build and processor can run).");
+  module.def(
+      "build_info", &build_info,
+      "dict: version, compiler, cxx_standard, openmp, isas (what this build and processor can run), cuda (by what "
+      "and for what the submodule of that name was built, or None, then no_cuda tells why).");
+#ifdef TAMINGFAST_CUDA
+  py::module_ cuda =
+      module.def_submodule("cuda", "Kernels of the CUDA engine; use them through tamingfast.cuda_engine.");
+  tamingfast::cuda::bind(cuda);
+#endif
 }

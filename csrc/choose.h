@@ -1,5 +1,4 @@
-// The token choice on the host: temperature, top-k, top-p, Gumbel-max. tamingfast/sampling/filters.py is its
-// definition.
+// The token choice on the host: temperature, top-k, top-p, Gumbel-max. cuda/choose.cu is its twin on the device.
 #pragma once
 
 #include <algorithm>
@@ -8,19 +7,9 @@
 #include <limits>
 #include <vector>
 
-#include "philox.h"
+#include "choice.h"
 
 namespace tamingfast {
-
-struct Choice {
-  bool greedy = false;
-  float temperature = 1.0f;
-  std::int64_t top_k = 0;  // 0 keeps all
-  double top_p = 1.0;      // 1 keeps all
-  std::uint64_t seed = 0;
-};
-
-enum : std::int64_t { kChoiceNan = -1, kChoiceNothing = -2 };
 
 // Room that a thread reuses from token to token.
 struct ChoiceScratch {
@@ -62,7 +51,7 @@ inline std::int64_t keep_top_p(const float* scores, std::int64_t count, double p
   std::int64_t inside = 0;
   while (inside < count) {
     reached += scratch.sorted[inside++] / total;
-    if (static_cast<float>(reached) > static_cast<float>(p)) break;
+    if (crosses(reached, p)) break;
   }
   std::copy_n(order, inside, scratch.kept.data());
   std::sort(scratch.kept.begin(), scratch.kept.begin() + inside);
@@ -82,21 +71,17 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
   for (std::int64_t v = 0; v < vocab; ++v) scores[v] = logits[v] / options.temperature;
   std::int64_t count = keep_top_k(scores, vocab, options.top_k, scratch);
   if (options.top_p < 1.0) count = keep_top_p(scores, count, options.top_p, scratch);
-  std::int64_t chosen = kChoiceNothing;
-  float best = -std::numeric_limits<float>::infinity();
+  Candidate best = nobody();
   std::int32_t block = -1;
   Words words{};
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int32_t v = scratch.kept[i];
     if (v / 4 != block) words = noise_words(options.seed, place, block = v / 4);
-    const float score = scores[v] + gumbel(words.at[v % 4]);
-    if (std::isnan(score)) return kChoiceNan;
-    if (score > best) {
-      best = score;
-      chosen = v;
-    }
+    const Candidate candidate{scores[v] + gumbel(words.at[v % 4]), v};
+    if (std::isnan(candidate.score)) return kChoiceNan;
+    if (beats(candidate, best)) best = candidate;
   }
-  return chosen;
+  return best.index < 0 ? kChoiceNothing : best.index;
 }
 
 }  // namespace tamingfast

@@ -322,12 +322,12 @@ def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: 
         tiles = {
             "forward": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
             "keys": [(16, 32, 8, 2), (32, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
-            "queries": [(32, 32, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
+            "queries": [(32, 32 if major < 10 else 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
         }[kernel]
     else:
         tiles = {
             "forward": [(64, 32 if wide else 64, 4, 3), (128, 64, 8, 3)],
-            "keys": [(32, 64, 4, 2), (64, 64, 8, 2)],
+            "keys": [(32, 64, 4, 2), (64, 32, 4, 2) if dropout and major < 9 else (64, 64, 8, 2)],
             "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 64, 8, 2)],
         }[kernel]
         if major >= 9 and not dropout:

@@ -21,11 +21,14 @@ _HOMES = {
     "GumbelQuantize": "models.quantize",
     "GPT": "models.gpt",
     "Net2NetTransformer": "models.prior",
+    "MultiscaleTransformer": "models.multiscale",
     "KMeans": "models.color_clusters",
     "load_model": "checkpoints",
     "UserError": "errors",
 }
-_MODULES = {"backends", "checkpoints", "compat", "data", "ops", "orderings", "reference", "sampling", "training"}
+_MODULES = {
+    "backends", "checkpoints", "compat", "data", "multiscale", "ops", "orderings", "reference", "sampling", "training"
+}  # fmt: skip
 
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -53,6 +53,21 @@ def check_one_grid(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_windowed(model: nn.Module) -> nn.Module:
+    """The model itself; UserError when it is no prior, or one that draws all scales of an image at once."""
+    if is_multiscale(check_prior(model)):
+        raise UserError(
+            "the model is a multiscale prior, whose tokens are no grid of the image that could be masked, extended or "
+            "scanned; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
+        )
+    return model
+
+
+def is_multiscale(model: nn.Module) -> bool:
+    """Whether a prior is a `tamingfast.models.multiscale.MultiscaleTransformer`."""
+    return hasattr(model, "pyramid")
+
+
 def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor:
     """Condition tokens (count, 1) of an unconditional or class-conditional prior.
 
@@ -213,14 +228,17 @@ def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
-def trained_size(model: nn.Module) -> int | None:
-    """Side in pixels of the images that the model was trained on, where its config says so."""
+def trained_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) in pixels of the images that the model was trained on, where its config says so."""
+    factor = first_stage_of(model).factor
+    if is_multiscale(model):
+        return model.pyramid.height * factor, model.pyramid.width * factor
     config = getattr(model, "config", None) or {}
     data = config.get("data") or {}
     if "size" in data:
-        return int(data.get("crop") or data["size"])
-    first = getattr(first_stage_of(model), "encoder", None)
-    return None if first is None else 16 * first_stage_of(model).factor
+        side = int(data.get("crop") or data["size"])
+        return side, side
+    return (16 * factor, 16 * factor) if hasattr(first_stage_of(model), "encoder") else None
 
 
 def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
@@ -246,7 +264,8 @@ def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int =
     if first_stage_of(model).levels > 1 and rows * columns != trained:
         raise UserError(
             f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
-            f"{trained}, as it was trained on; give --size {trained_size(model)}, or train one on images of this size"
+            f"{trained}, as it was trained on; give --size {'x'.join(map(str, trained_size(model)))}, or train one on "
+            "images of this size"
         )
     if rows * columns <= room:
         return max(rows, columns)
@@ -324,6 +343,18 @@ def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor, progress: bands.Prog
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
+def begun(model: nn.Module, x: Tensor, scales: int, cond: Tensor) -> Canvas:
+    """A canvas of a multiscale prior that begins with the first ``scales`` scales of images (B, 3, H, W).
+
+    One image may stand for all conditions (B, c). Raises UserError for more scales than the model has.
+    """
+    from tamingfast.sampling.canvas import Canvas
+
+    tokens = model.encode_to_z(x)[1][:, None].expand(len(cond), -1, -1)
+    pending = torch.arange(tokens.shape[-1]) >= model.pyramid.first(scales)
+    return Canvas.of(tokens, cond).resample(pending[None])
+
+
 @torch.no_grad()
 def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.Progress | None = None) -> Tensor:
     """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray.
@@ -331,7 +362,8 @@ def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.P
     ``progress`` as in `tamingfast.models.bands.run`, for each batch anew.
     """
     images = []
-    for tokens, pending in zip(canvas.tokens.split(batch), canvas.pending.split(batch), strict=True):
+    whole, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
+    for tokens, pending in zip(whole.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())

@@ -34,6 +34,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 
 _OLDEST_TRITON = (8, 0)  # compute capability: bfloat16 on the matrix units
+OLDEST_CUDA = (8, 0)  # that the CUDA engine's kernels are compiled for
 
 _requested = os.environ.get("TAMINGFAST_BACKEND") or None
 
@@ -150,6 +151,22 @@ def _native() -> Availability:
     return Availability(module is not None, reason)
 
 
+@functools.cache
+def cuda() -> Availability:
+    """Whether the CUDA engine can run: what its kernels were built for and on what they run, or the reason why not."""
+    module, reason = native()
+    if module is None:
+        return Availability(False, reason)
+    info = module.build_info()
+    if info["cuda"] is None:
+        return Availability(False, f"built without CUDA ({info['no_cuda']})")
+    count, reason = module.cuda.devices()
+    if count == 0:
+        return Availability(False, f"no CUDA device ({reason}); built by {info['cuda']}")
+    device = gpu()
+    return Availability(device.available, f"{device.reason}; built by {info['cuda']}")
+
+
 _PROBES = {"triton": _triton, "native": _native, "reference": lambda: Availability(True, "plain torch")}
 
 
@@ -210,6 +227,8 @@ def describe() -> str:
     for name, state in status().items():
         ops = f" [{', '.join(KERNELS[name])}]" if state.available else ""
         lines.append(f"{name:<10} {'yes' if state.available else 'no'}: {state.reason}{ops}")
+    engine = cuda()
+    lines.append(f"{'cuda':<10} {'yes' if engine.available else 'no'}: {engine.reason}")
     for variable in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA"):
         lines.append(f"{variable} = {os.environ.get(variable) or 'not set, chosen by device and dtype'}")
     return "\n".join(lines)

@@ -119,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     command.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     command.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
+    command.add_argument(
+        "--from", dest="photo", metavar="PHOTO", help="begin with coarse scales of this photo, for multiscale priors"
+    )
+    command.add_argument("--scales", type=int, metavar="N", help="how many of them, coarsest first")
 
     for name, run, text in (
         ("edit", edit, "draw the masked region of a photo anew"),
@@ -301,12 +305,12 @@ def sample(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
     model = apply.check_prior(_load(arguments))
-    condition = _condition(arguments, model)
-    told = condition is not None or arguments.label is not None
-    begun = _blank(arguments, model, condition) if told or not arguments.resume else None
+    condition, photo = _condition(arguments, model), _photo(arguments, model)
+    told = any(value is not None for value in (condition, photo, arguments.label))
+    begun = _blank(arguments, model, condition, photo) if told or not arguments.resume else None
     canvas = _painted(arguments, model, begun)
     batch, out = _decoded(arguments, model, canvas), Path(arguments.out)
-    shown = _pictures(model, canvas, condition)
+    shown = _pictures(model, canvas, condition) if photo is None else [photo]
     if arguments.separate:
         for number, pixels in enumerate(images.to_uint8(batch)):
             images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
@@ -316,13 +320,32 @@ def sample(arguments: argparse.Namespace) -> None:
     _drawn(arguments)
 
 
-def _blank(arguments: argparse.Namespace, model: Any, condition: Any) -> Any:
+def _blank(arguments: argparse.Namespace, model: Any, condition: Any, photo: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
     cond = _tokens_under(arguments, model, condition, _at_least_one(arguments.count, "--count"))
+    if photo is not None:
+        return apply.begun(model, photo.to(model.device), arguments.scales, cond)
     size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *_size(arguments, model))
-    return Canvas.blank(cond, *size)
+    return Canvas.blank(cond, *model.canvas_size(*size))
+
+
+def _photo(arguments: argparse.Namespace, model: Any) -> Any:
+    """The photo (1, 3, H, W) whose scales ``--from`` and ``--scales`` give to a multiscale prior, None without them."""
+    from tamingfast import apply
+
+    if arguments.photo is None and arguments.scales is None:
+        return None
+    if not apply.is_multiscale(model):
+        raise UserError("got --from or --scales, but the model is no multiscale prior; train one with prior.scales=all")
+    scales = f"the {len(model.pyramid.names)} scales {', '.join(model.pyramid.names)}"
+    if arguments.photo is None or arguments.scales is None:
+        raise UserError(f"--from PHOTO and --scales N go together; N is how many of {scales} are the photo's")
+    model.pyramid.first(arguments.scales)
+    size = _size(arguments, model)
+    model.canvas_size(*apply.grid_size(model, *size))
+    return apply.load_images([arguments.photo], *size)
 
 
 def _condition(arguments: argparse.Namespace, model: Any) -> Any:
@@ -384,7 +407,7 @@ def edit(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.canvas import token_mask
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     canvas, photo, condition = _opened(arguments, model)
     height, width = (side * factor for side in canvas.tokens.shape[1:])
@@ -403,7 +426,7 @@ def outpaint(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     factor = apply.first_stage_of(model).factor
     sides = {side: getattr(arguments, side) for side in ("left", "right", "top", "bottom")}
     for side, pixels in sides.items():
@@ -553,7 +576,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply, images
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x, files = _images(arguments, model)
     conditions = _conditions(arguments, model, files, x.shape[2:])
     cond = _tokens_of_each(arguments, model, conditions, len(x))
@@ -573,7 +596,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.likelihood import plot
 
-    model = apply.check_prior(_load(arguments))
+    model = apply.check_windowed(_load(arguments))
     x, files = _images(arguments, model)
     cond = _tokens_of_each(arguments, model, _conditions(arguments, model, files, x.shape[2:]), len(x))
     with _bar("schedules") as bar:
@@ -716,10 +739,10 @@ def _size(arguments: argparse.Namespace, model: Any) -> tuple[int, int]:
     from tamingfast import apply
 
     if arguments.size is None:
-        side = apply.trained_size(model)
-        if side is None:
+        trained = apply.trained_size(model)
+        if trained is None:
             raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
-        return side, side
+        return trained
     height, cross, width = arguments.size.lower().partition("x")
     if not (height.isdigit() and (width.isdigit() or not cross)):
         raise UserError(f"got --size {arguments.size}; expected HEIGHTxWIDTH in pixels, for example 256x512")

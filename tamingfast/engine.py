@@ -1,4 +1,7 @@
-"""The native CPU engine: KV-cached decoding of a GPT by the extension, no Python between tokens."""
+"""The native engines: KV-cached decoding of a GPT by the extension, no Python between tokens.
+
+`GPTEngine` works on the CPU, `tamingfast.cuda_engine.CudaEngine` on a GPU; the device of the GPT decides.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tamingfast import backends
+from tamingfast import backends, cuda_engine
+from tamingfast.cuda_engine import CudaEngine
 
 DTYPES = ("float32", "bfloat16", "int8")
 LOGITS = ("none", "last", "all")
@@ -17,12 +21,19 @@ _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmas
 
 
 def refusal(gpt: nn.Module) -> str | None:
-    """Why the engine cannot run this GPT here, None when it can."""
+    """Why no engine can run this GPT where it is, None when one can."""
     module, reason = backends.native()
     if module is None:
         return reason
-    device = next(gpt.parameters()).device
-    return None if device.type == "cpu" else f"it runs on the CPU, and the transformer is on {device.type}"
+    device = next(gpt.parameters()).device.type
+    if device == "cuda":
+        return cuda_engine.refusal(gpt)
+    return None if device == "cpu" else f"it runs on CPUs and CUDA devices, and the transformer is on {device}"
+
+
+def dtypes(gpt: nn.Module) -> tuple[str, ...]:
+    """Types of weights that the engine of the GPT's device has."""
+    return cuda_engine.DTYPES if next(gpt.parameters()).is_cuda else DTYPES
 
 
 class GPTEngine:
@@ -44,9 +55,11 @@ class GPTEngine:
     """
 
     def __init__(self, gpt: nn.Module, dtype: str = "float32", threads: int | None = None) -> None:
-        if (reason := refusal(gpt)) is not None:
-            raise RuntimeError(f"the native engine cannot run this transformer: {reason}")
-        module, _ = backends.native()
+        module, reason = backends.native()
+        if module is not None and next(gpt.parameters()).device.type != "cpu":
+            module, reason = None, f"it runs on the CPU, and the transformer is on {next(gpt.parameters()).device.type}"
+        if module is None:
+            raise RuntimeError(f"the CPU engine cannot run this transformer: {reason}")
         self.threads = threads
         self.vocab_size = gpt.config.vocab_size
         self.dtype = dtype
@@ -96,6 +109,13 @@ class GPTEngine:
         self._native.set_threads(self._thread_count())
         self._native.step(items, logits, out.data_ptr(), rows)
         return out
+
+    def feed(self, tokens: Tensor, spans: Iterable[tuple[int, int, int]], logits: str = "last") -> Tensor:
+        """As `step`, for int64 tokens (T,) of all spans in turn: (slot, start, count) each."""
+        spans = list(spans)
+        parts = tokens.split([count for _, _, count in spans])
+        items = [(slot, start, part.tolist()) for (slot, start, _), part in zip(spans, parts, strict=True)]
+        return self.step(items, logits)
 
     def decode(
         self,
@@ -176,18 +196,20 @@ class GPTEngine:
         self._native.close()
 
 
-_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, GPTEngine]]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, GPTEngine | CudaEngine]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _fingerprint(gpt: nn.Module) -> tuple:
     """Changes when the parameters do; the sums are there for writes through `.data`, which leave the version."""
     values = [value.detach() for value in gpt.parameters()]
     sums = torch.stack([value.flatten()[::997].float().sum() for value in values]).tolist()
-    return backends.isa(), *((value.data_ptr(), value._version) for value in values), repr(sums)
+    return backends.isa(), values[0].device, *((value.data_ptr(), value._version) for value in values), repr(sums)
 
 
 @contextlib.contextmanager
-def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iterator[GPTEngine]:
+def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iterator[GPTEngine | CudaEngine]:
     """An engine of this GPT with at least that much room, all slots empty, for the caller alone.
 
     It is kept with the GPT afterwards, so that weights are packed again only after they have changed.
@@ -196,7 +218,7 @@ def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iter
     kept = _engines.setdefault(gpt, {})
     known, engine = kept.pop(dtype, (None, None))
     if known != state:
-        engine = GPTEngine(gpt, dtype)
+        engine = CudaEngine(gpt, dtype) if next(gpt.parameters()).is_cuda else GPTEngine(gpt, dtype)
     room = engine.info()
     if room["slots"] < slots or room["capacity"] < length:
         engine.reserve(max(slots, 1), length)

@@ -85,7 +85,7 @@ def test_source_archive_carries_everything_that_a_build_needs(source):
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     native = {
-        str(path.relative_to(ROOT)) for suffix in ("cpp", "h", "inl") for path in ROOT.glob(f"csrc/**/*.{suffix}")
+        str(path.relative_to(ROOT)) for suffix in ("cpp", "cu", "h", "inl") for path in ROOT.glob(f"csrc/**/*.{suffix}")
     }
     kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*.py")}
     package = {name for name in modules() if not name.startswith("tamingfast/kernels/")}

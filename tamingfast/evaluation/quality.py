@@ -41,8 +41,9 @@ def samples(
         cond = torch.cat([tokens_of(model, batch)[1] for batch in found])
     cond = cond.repeat(-(-count // len(cond)), 1)[:count]
     options = {"window": max(rows, columns), "seed": seed} | options
-    for grid in apply.draw(model, cond, rows, columns, batch=batch_size, progress=progress, **options):
-        yield model.decode_grid(grid)
+    canvas = model.canvas_size(rows, columns)
+    for grid in apply.draw(model, cond, *canvas, batch=batch_size, progress=progress, **options):
+        yield model.decode_grid(model.image_tokens(grid))
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ def available_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """Images (B, C, H, W) -> tokens int64 (B, h, w) of a first stage with one grid; the rest as in `run`."""
-    if isinstance(stage, VQModel) and isinstance(stage.encoder, Encoder):
+    """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
+    if isinstance(stage, VQModel) and isinstance(stage.encoder, Encoder) and stage.levels == 1:
         quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
     else:
         quant, _, (_, _, indices) = stage.encode(x)

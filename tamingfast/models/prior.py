@@ -168,8 +168,24 @@ class Net2NetTransformer(Module):
         """Images (B, 3, f*height, f*width) in [-1, 1] of a grid sampled by `tamingfast.sampling.sample_grid`."""
         from tamingfast.sampling import sample_grid  # the one upward step: a method for what sits above the models
 
-        grid = sample_grid(self, cond, height, width, **options)
-        return self.decode_grid(grid)
+        canvas = sample_grid(self, cond, *self.canvas_size(height, width), **options)
+        return self.decode_grid(self.image_tokens(canvas))
+
+    def canvas_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that `tamingfast.sampling.sample_grid` draws for an image of height x width tokens."""
+        return height, width
+
+    def image_tokens(self, canvas: Tensor) -> Tensor:
+        """What a sampled canvas (B, rows, columns) holds for the image's own tokens (B, height, width)."""
+        return canvas
+
+    def to_sequence(self, grid: Tensor) -> Tensor:
+        """Row-major tokens of images (B, h, w) or (B, h*w) -> the sequence (B, n) that the transformer predicts."""
+        return self.permuter(grid.flatten(1))
+
+    def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `to_sequence`: (B, n) -> (B, height, width)."""
+        return self.permuter(sequence, reverse=True).view(-1, height, width)
 
     def decode_grid(
         self, grid: Tensor, memory: int | None = None, progress: Callable[[int, int], Any] | None = None
@@ -191,7 +207,7 @@ class Net2NetTransformer(Module):
     def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> ``(quantised latents, tokens int64 (B, n) in the ordering's sequence)``."""
         quant, _, info = self.first_stage_model.encode(x)
-        return quant, self.permuter(info[2].reshape(len(quant), -1))
+        return quant, self.to_sequence(info[2].reshape(len(quant), *quant.shape[2:]))
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +220,7 @@ class Net2NetTransformer(Module):
     @torch.no_grad()
     def decode_to_img(self, index: Tensor, zshape: Sequence[int]) -> Tensor:
         """Tokens in the ordering's sequence -> images; ``zshape`` = (B, D, h, w) is the latents' shape."""
-        index = self.permuter(index.reshape(zshape[0], -1), reverse=True)
+        index = self.to_grid(index.reshape(zshape[0], -1), *zshape[2:])
         quant = self.first_stage_model.quantize.get_codebook_entry(
             index.reshape(-1), (zshape[0], zshape[2], zshape[3], zshape[1])
         )

@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
     "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
     "compression": "how far the first stage compresses (the first source, section 4.3)",
+    "multiscale": "images from coarse to fine, from some scales of a given image (the second source, Fig. 3 and 7)",
 }
 DEFAULT = "pixels"
 ALL = "all"

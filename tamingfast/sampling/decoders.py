@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tamingfast.cuda_engine import CudaEngine
 from tamingfast.engine import GPTEngine
 
 
@@ -102,7 +103,7 @@ class CachedDecoder:
 
 
 class NativeDecoder:
-    """The engine in C++: whole runs of tokens, chosen there too; keys and values are kept as `CachedDecoder` does.
+    """The extension's engine: whole runs of tokens, chosen there too; keys and values are kept as `CachedDecoder` does.
 
     Args:
         engine: with a slot for each image of the batch, all empty.
@@ -111,7 +112,7 @@ class NativeDecoder:
         options: of the choice, for `GPTEngine.decode`.
     """
 
-    def __init__(self, engine: GPTEngine, batch: int, shared: int, options: dict[str, Any]) -> None:
+    def __init__(self, engine: GPTEngine | CudaEngine, batch: int, shared: int, options: dict[str, Any]) -> None:
         self.engine = engine
         self.slots = range(batch)
         self.shared = shared

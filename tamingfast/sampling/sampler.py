@@ -25,6 +25,8 @@ BACKENDS = ("auto", "native", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: Drawn at a time: enough to hide the generator's launches, few enough to stay below 64 MiB.
 NOISE_ENTRIES = 1 << 20
+#: Tokens between reports where the grid is a single row.
+REPORTED = 16
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def sample_grid(
     Args:
         transformer: a `GPT`, or a `Net2NetTransformer`: then its permuter gives the token order (one window
             only; noise stays keyed by the true row and column), and entries beyond the first stage's codebook
-            are never chosen.
+            are never chosen. A `MultiscaleTransformer` draws its `canvas_size`, always in one window.
         cond: integer (B, c), c >= 1, the same prefix in every window; (B, height, width), cropped with it; or
             (B, height, width, c), for each window the prefix that stands at its upper left corner.
         height, width: of the grid, in tokens.
@@ -78,11 +80,11 @@ def sample_grid(
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with `mask`.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of `start`.
-        backend: "native" is the engine in C++ (CPU), "torch" keeps a static key/value cache, "naive" is the paper's
-            full forward pass per token, "auto" is the fastest that can run.
-        dtype: weights' type during the pass: "float32", "bfloat16", "float16", "int8" (native only), or None for
-            the model's own. Another type than the model's own works on a copy, and so does "native", which keeps
-            its copy and its cache with the model until the weights change.
+        backend: "native" is the extension's engine (on a CPU or a CUDA device), "torch" keeps a static key/value
+            cache, "naive" is the paper's full forward pass per token, "auto" is the fastest that can run.
+        dtype: weights' type during the pass: "float32", "bfloat16", "float16" (not by the CPU's engine), "int8" (by
+            that engine only), or None for the model's own. Another type than the model's own works on a copy, and so
+            does "native", which keeps its copy and its cache with the model until the weights change.
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         callback: called as callback(done, total), in positions, after every `width` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
@@ -153,9 +155,10 @@ def _run_by_run(
     decoder: NativeDecoder, plan: Schedule, context: Context, canvas: Tensor, wanted: Tensor, report: _Report
 ) -> None:
     """Samples into `canvas` by calls that decode a whole run; reports a row of tokens at a time."""
+    every = plan.width if plan.height > 1 else REPORTED
     for run in plan.runs:
         places = plan.cells(run)
-        cells = torch.from_numpy(places)
+        cells = torch.from_numpy(places).to(canvas.device)
         sequence = torch.cat((context.before(run.row * plan.width + run.column), canvas[:, cells]), dim=1)
         prefix, reported = context.length, 0
 
@@ -168,7 +171,7 @@ def _run_by_run(
         rows, columns = divmod(places[run.steps], plan.width)
         steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
         task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
-        decoder.decode(task, tell if report.listened_to else None, plan.width)
+        decoder.decode(task, tell if report.listened_to else None, every)
         if reported < len(run.steps):
             tell(len(run.steps))
 
@@ -181,6 +184,14 @@ def plan_grid(
     Arguments and errors are those of `sample_grid`.
     """
     gpt, permutation, vocab = _parts(transformer)
+    pyramid = getattr(transformer, "pyramid", None)
+    if pyramid is not None:
+        if (height, width) != (1, pyramid.tokens):
+            raise UserError(
+                f"a multiscale prior draws the {pyramid.tokens} tokens of its scales as one row, a grid of 1 x "
+                f"{pyramid.tokens}, but got {height} x {width}: pass what its canvas_size gives"
+            )
+        window = pyramid.tokens
     plan = make_schedule(height, width, window, schedule, stride)
     if permutation is not None:
         plan = _permuted(plan, permutation)
@@ -359,12 +370,14 @@ def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str
     if dtype is not None and name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
     reason = engine.refusal(gpt)
-    if reason is None and name not in engine.DTYPES:
+    if reason is None and name not in engine.dtypes(gpt):
         reason = f"it has no {name} weights"
     if backend == "native" and reason is not None:
         raise UserError(f"backend 'native' cannot run here: {reason}")
-    if reason is None and backend == "auto" and backends.requested() == "reference":
+    if backend == "auto" and backends.requested() == "reference":
         reason = "the torch reference was asked for"
+    elif backend == "auto" and reason is not None and next(gpt.parameters()).is_cuda:
+        _log_once(f"the torch backend samples, not the CUDA engine: {reason}")
     if backend == "native" or (backend == "auto" and reason is None):
         return "native", name
     if name == "int8":

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tamingfast.cuda_engine import CudaEngine
 from tamingfast.engine import GPTEngine
 from tamingfast.models.gpt import Feed
 from tamingfast.sampling.context import Context
@@ -43,19 +44,18 @@ class TorchEngine:
 
 
 class NativeEngine:
-    """The engine in C++, whose slot ``slot * batch + image`` holds one image's window."""
+    """The extension's engine, whose slot ``slot * batch + image`` holds one image's window."""
 
-    def __init__(self, engine: GPTEngine, batch: int) -> None:
+    def __init__(self, engine: GPTEngine | CudaEngine, batch: int) -> None:
         self.engine, self.batch = engine, batch
 
     def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
-        lists = [part.tolist() for part in tokens.split([feed.stop - feed.start for feed in feeds], 1)]
-        items = [
-            (feed.slot * self.batch + image, feed.start, lists[i][image])
-            for image in range(self.batch)
-            for i, feed in enumerate(feeds)
+        spans = [
+            (feed.slot * self.batch + i, feed.start, feed.stop - feed.start)
+            for i in range(len(tokens))
+            for feed in feeds
         ]
-        return self.engine.step(items).view(self.batch, len(feeds), -1)
+        return self.engine.feed(tokens.flatten(), spans).view(self.batch, len(feeds), -1)
 
 
 def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:

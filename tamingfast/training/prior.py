@@ -18,6 +18,8 @@ from tamingfast.config import instantiate_from_config, plain
 from tamingfast.data.kinds import Kind, label_colors
 from tamingfast.data.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
+from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.multiscale import Pyramid
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
 from tamingfast.training.vqgan import optimizers_of
@@ -25,6 +27,7 @@ from tamingfast.weights import fingerprint, load_into
 
 # The original's names, so that a run's config also reads well there.
 MODEL = "taming.models.cond_transformer.Net2NetTransformer"
+MULTISCALE = "tamingfast.models.multiscale.MultiscaleTransformer"
 GPT = "taming.modules.transformer.mingpt.GPT"
 LABELATOR = "taming.modules.util.Labelator"
 COORD_STAGE = "taming.modules.misc.coord.CoordStage"
@@ -44,10 +47,10 @@ ORDERINGS = {
 }
 #: Values of ``prior.condition`` that need a first stage of their own; each is also the condition's key in a batch.
 IMAGE_CONDITIONS = ("segmentation", "depth", "edges", "lowres", "keypoints")
-#: Keys of all conditions that have as many tokens as the image.
-SPATIAL = ("coord", *IMAGE_CONDITIONS)
 #: Values whose condition is tokens already -> its key in a batch. They name kinds of data too.
 OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"}
+#: Keys of all conditions that have as many tokens as the image.
+SPATIAL = ("coord", *IMAGE_CONDITIONS)
 CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
 
@@ -115,15 +118,17 @@ def prior_config(
     "none" (one start token), "class", "coord" (where in the whole picture a crop lies) or one of `IMAGE_CONDITIONS`,
     which ``cond_stage_config``, the config of its own first stage, turns into as many tokens as the image has, or one
     of `OBJECT_CONDITIONS`, of which the data's ``rule`` makes tokens.
-    ``prior.ordering`` is a key of `ORDERINGS`. The vocabulary holds the codes and the condition's tokens, the block
-    size both sequences; what ``model.params`` gives already is kept. First stages are embedded without their losses and
-    without a path: their weights become part of the prior's.
+    ``prior.ordering`` is a key of `ORDERINGS`; ``prior.scales``, the factors of a `Pyramid` or "all", makes the prior a
+    `MultiscaleTransformer`. The vocabulary holds the codes and the condition's tokens, the block size both sequences;
+    what ``model.params`` gives already is kept. First stages are embedded without their losses and without a path:
+    their weights become part of the prior's.
 
-    Raises UserError for unknown conditions and orderings, for classes that the data do not have, and for a condition's
-    stage that is missing, of another condition or of other downsampling.
+    Raises UserError for unknown conditions and orderings, for scales that the grid does not have, for classes that the
+    data do not have, and for a condition's stage that is missing, of another condition or of other downsampling.
     """
     config = {key: value for key, value in plain(overrides).items() if key != "prior"}
-    options = {"condition": "none", "ordering": "row_major", "classes": None} | (plain(overrides).get("prior") or {})
+    options = {"condition": "none", "ordering": "row_major", "classes": None, "scales": None}
+    options |= plain(overrides).get("prior") or {}
     given = dict((config.get("model") or {}).get("params") or {})
     params: dict[str, Any] = {"first_stage_config": _embedded(first_stage_config)}
 
@@ -137,15 +142,22 @@ def prior_config(
             f"prior.condition={options['condition']} has a token for each of the image, which tokens of two levels do "
             "not form a grid for; set prior.condition to none or class, or train a first stage of one level"
         )
+    if levels > 1 and options["scales"] is not None:
+        raise UserError("prior.scales is for tokens of one level; leave it out, or train a first stage of one level")
     condition_tokens = rule.length if objects else 1 if _is_single_token(stage) else math.prod(grid)
+    image_tokens, target = math.prod(grid), (config.get("model") or {}).get("target", MODEL)
     permuter = ORDERINGS[_choice(options["ordering"], tuple(ORDERINGS), "prior.ordering")]
     if permuter is not None:
         params["permuter_config"] = {"target": f"{PERMUTERS}.{permuter}", "params": {"H": grid[0], "W": grid[1]}}
+    if options["scales"] is not None:
+        pyramid = _pyramid(options, stage, grid)
+        target, image_tokens = MULTISCALE, pyramid.tokens
+        params |= {"scales": list(pyramid.factors), "grid": list(grid)}
 
     known = rule.tokens if objects else _condition_vocabulary(stage)
     settled = {
         "vocab_size": max(codes, known, given.get("sos_token", 0) + 1),
-        "block_size": condition_tokens + math.prod(grid),
+        "block_size": condition_tokens + image_tokens,
     }
     transformer = dict(given.get("transformer_config") or {})
     transformer = {
@@ -154,12 +166,26 @@ def prior_config(
     }
     config["model"] = {
         "base_learning_rate": (config.get("model") or {}).get("base_learning_rate"),
-        "target": (config.get("model") or {}).get("target", MODEL),
+        "target": target,
         "params": params
         | given
         | {"first_stage_config": params["first_stage_config"], "transformer_config": transformer},
     }
     return config
+
+
+def _pyramid(options: Mapping[str, Any], cond_stage: Any, grid: tuple[int, int]) -> Pyramid:
+    """The scales that ``prior.scales`` asks for; UserError where they do not go with the other settings."""
+    if options["ordering"] != "row_major":
+        raise UserError(
+            f"prior.ordering is '{options['ordering']}', but prior.scales unrolls each scale row by row; leave one out"
+        )
+    if not _is_single_token(cond_stage):
+        raise UserError(
+            f"prior.scales is for priors without a condition or on classes, but prior.condition is "
+            f"'{options['condition']}'; leave one out"
+        )
+    return Pyramid.of(options["scales"], *grid)
 
 
 def _condition(
@@ -326,7 +352,7 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
         if "indices" not in batch:
             x, c = model.get_xc(batch)
             return model.encode_to_z(x)[1], model.encode_to_c(c)[1]
-        z = model.permuter(batch["indices"].flatten(1).long())
+        z = model.to_sequence(batch["indices"].long())
         if encoded in batch:
             return z, batch[encoded]
         return z, model.encode_to_c(z if model.be_unconditional else batch[model.cond_stage_key])[1]
@@ -349,31 +375,40 @@ class PriorStage:
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
-    def nll(self, batch: Mapping[str, Any]) -> Tensor:
-        """Cross entropy of the batch's image tokens, nats per token ()."""
+    def nats(self, batch: Mapping[str, Any]) -> Tensor:
+        """Cross entropy of each image token of the batch, in nats: (B, n) in the model's sequence."""
         z, c = tokens_of(self.model, batch)
         logits = self.model.token_logits(z, c)
-        return F.cross_entropy(logits.flatten(0, 1).float(), z.flatten())
+        return F.cross_entropy(logits.transpose(1, 2).float(), z, reduction="none")
+
+    def nll(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean cross entropy of the batch's image tokens, nats per token ()."""
+        return self.nats(batch).mean()
 
     def loss(self, batch: Mapping[str, Any], index: int) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.nll(batch)
         return value, {"loss": value}
 
     def validate(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Mean negative log-likelihood in nats per token, and its exponential."""
+        """Mean negative log-likelihood in nats per token, and its exponential; of each scale too, where there are."""
         total, images = 0.0, 0
         for batch in batches:
-            size = len(batch["indices"] if "indices" in batch else batch[self.model.first_stage_key])
-            total += float(self.nll(batch)) * size
-            images += size
-        nll = total / images
-        return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+            nats = self.nats(batch).double()
+            total, images = total + nats.sum(0), images + len(nats)
+        nats = total / images
+        nll = float(nats.mean())
+        values = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        if isinstance(self.model, MultiscaleTransformer):
+            pyramid = self.model.pyramid
+            each = zip(pyramid.names, pyramid.split(nats), strict=True)
+            values |= {f"nll_{name}": float(scale.mean()) for name, scale in each}
+        return values
 
     def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Conditions that are images, what the first stage makes of the batch, and samples under its conditions."""
         z, c = tokens_of(self.model, batch)
         height, width = self.grid
-        shown = self.model.decode_grid(self.model.permuter(z, reverse=True).view(-1, height, width))
+        shown = self.model.decode_grid(self.model.to_grid(z, height, width))
         samples = self.model.sample_images(
             c,
             height,

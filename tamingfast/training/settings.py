@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16")
 #: Keys of each section that is not described by a class: the top level, and what the original's layout adds.
 _SECTIONS = ("model", "data", "training", "prior")
 _MODEL_KEYS = ("base_learning_rate", "target", "params")
-_PRIOR_KEYS = ("condition", "classes", "ordering")
+_PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
 _DATA_MODULE = "DataModuleFromConfig"
 _SPLITS = ("train", "validation")
 

@@ -91,16 +91,7 @@ CALLS = {
     "norm, 16x16": (group_norm_silu, functools.partial(norm, 512, 16, SINGLE, False)),
     "norm, 16x16, channels last": (group_norm_silu, functools.partial(norm, 512, 16, HALF, True)),
 }
-# Other architectures differ by instructions, not by what these add; all shapes are compiled for the one we tune for.
-EVERYWHERE = (
-    "attention, 64 wide",
-    "attention, 128 wide",
-    "codes of width 256",
-    "quantizer",
-    "norm, 256x256",
-    "norm, 16x16",
-)
-TARGETS = [(name, 90) for name in CALLS] + [(name, target) for target in (80, 100) for name in EVERYWHERE]
+TARGETS = [(name, target) for target in (90, 80, 100) for name in CALLS]
 
 
 @functools.cache

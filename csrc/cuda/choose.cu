@@ -1,0 +1,243 @@
+// The token choice: temperature, top-k, top-p, Gumbel-max. choose.h is its twin on the host.
+//
+// Thresholds are found by radix selection over the ordered bits of the scores, eight bits a pass: top-k counts entries,
+// top-p adds up probabilities in fixed point, so that no order of additions changes a bit.
+#include "device.h"
+
+namespace tamingfast::cuda {
+namespace {
+
+using Mass = unsigned long long;  // of probability, relative to the best entry's
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kDigits = 256, kDigitBits = 8;
+constexpr float kMassOfBest = 274877906944.0f;  // 2^38, so that 2^24 entries cannot overflow
+constexpr int kQuad = 4;                        // entries that share a Philox block
+
+struct Shared {
+  Mass histogram[kDigits];
+  Mass above;
+  std::uint32_t key;
+  int found;
+  Mass sums[kWarps];
+  int counts[kWarps];
+  Candidate best[kWarps];
+};
+
+// Every thread gets the best candidate of the block, and whether any thread saw NaN (then a NaN score).
+__device__ Candidate block_best(Candidate mine, bool nan, Shared& shared) {
+  if (nan) mine.score = NAN;
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    Candidate other;
+    other.score = __shfl_xor_sync(kAllLanes, mine.score, step);
+    other.index = __shfl_xor_sync(kAllLanes, mine.index, step);
+    if (isnan(other.score) || (!isnan(mine.score) && beats(other, mine))) mine = other;
+  }
+  if (threadIdx.x % kWarp == 0) shared.best[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  Candidate best = shared.best[0];
+  for (int warp = 1; warp < kWarps; ++warp) {
+    const Candidate other = shared.best[warp];
+    if (isnan(other.score) || (!isnan(best.score) && beats(other, best))) best = other;
+  }
+  __syncthreads();
+  return best;
+}
+
+struct Threshold {
+  bool found;
+  std::uint32_t key;
+  Mass above;  // of the entries with higher keys
+};
+
+// The highest key for which `reached(mass of the entries with that key and higher ones)`, if there is one.
+// `entry(v, key, mass)` tells whether entry v takes part, and its key and mass.
+template <class Entry, class Reached>
+__device__ Threshold select(std::int64_t entries, const Entry& entry, const Reached& reached, Shared& shared) {
+  Threshold at{true, 0, 0};
+  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    shared.histogram[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.found = 0;
+    __syncthreads();
+    for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
+      std::uint32_t key;
+      Mass mass;
+      if (!entry(v, key, mass)) continue;
+      const bool same = shift + kDigitBits == 32 || key >> (shift + kDigitBits) == at.key >> (shift + kDigitBits);
+      if (same) atomicAdd(&shared.histogram[key >> shift & (kDigits - 1)], mass);
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on, so that the highest come first
+      constexpr int kEach = kDigits / kWarp;
+      const int lane = threadIdx.x, first = (kWarp - 1 - lane) * kEach;
+      Mass mine = 0;
+      for (int i = 0; i < kEach; ++i) mine += shared.histogram[first + i];
+      Mass through = mine;  // of this lane's digits and all higher ones
+      for (int step = 1; step < kWarp; step *= 2) {
+        const Mass before = __shfl_up_sync(kAllLanes, through, step);
+        if (lane >= step) through += before;
+      }
+      Mass above = at.above + through - mine;
+      if (reached(above + mine) && !reached(above)) {
+        int digit = first + kEach - 1;
+        while (digit > first && !reached(above + shared.histogram[digit])) above += shared.histogram[digit--];
+        shared.key = at.key | static_cast<std::uint32_t>(digit) << shift;
+        shared.above = above;
+        shared.found = 1;
+      }
+    }
+    __syncthreads();
+    at.found = shared.found;
+    if (at.found) at.key = shared.key, at.above = shared.above;
+    __syncthreads();
+    if (!at.found) break;
+  }
+  return at;
+}
+
+// What is kept: higher keys, and the entries of this key below an index.
+struct Kept {
+  std::uint32_t key;
+  std::int64_t before;
+  __device__ bool holds(std::uint32_t other, std::int64_t v) const {
+    return other > key || (other == key && v < before);
+  }
+};
+
+// The shortest run of kept entries, best first and lowest index first among equals, whose probability exceeds p.
+template <class Score>
+__device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept kept, float best, Shared& shared) {
+  const auto entry = [&](std::int64_t v, std::uint32_t& key, Mass& mass) {
+    const float value = score(v);
+    key = order_key(value);
+    const float relative = expf(value - best);
+    mass = relative > 0.0f ? static_cast<Mass>(relative * kMassOfBest) : 0;  // also where infinities made it NaN
+    return kept.holds(key, v);
+  };
+  Mass mine = 0;
+  for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
+    std::uint32_t key;
+    Mass mass;
+    if (entry(v, key, mass)) mine += mass;
+  }
+  const double total = static_cast<double>(block_sum(mine, shared.sums));
+  const auto reached = [&](Mass mass) { return crosses(static_cast<double>(mass) / total, p); };
+  const Threshold at = select(entries, entry, reached, shared);
+  if (!at.found) return kept;
+  int equals = 0;
+  Mass each = 0;
+  for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
+    std::uint32_t key;
+    Mass mass;
+    if (entry(v, key, mass) && key == at.key) ++equals, each = mass;
+  }
+  const int count = block_sum(equals, shared.counts);
+  each = block_sum(equals ? each : Mass{0}, shared.sums) / block_sum(equals ? 1 : 0, shared.counts);
+  int low = 1, high = count;  // the least number of equals that crosses
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (reached(at.above + middle * each))
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  if (low == count) return {at.key, kept.before};
+  std::int64_t from = 1, to = entries;  // the least index below which there are so many
+  while (from < to) {
+    const std::int64_t middle = (from + to) / 2;
+    int below = 0;
+    for (std::int64_t v = threadIdx.x; v < middle; v += kThreads) below += order_key(score(v)) == at.key;
+    if (block_sum(below, shared.counts) >= low)
+      to = middle;
+    else
+      from = middle + 1;
+  }
+  return {at.key, from};
+}
+
+// The chosen entry, kChoiceNan or kChoiceNothing; the same in every thread.
+template <class T>
+__device__ std::int64_t choose_entry(const T* logits, const Options& options, const Place& place, Shared& shared) {
+  const Choice& choice = options.choice;
+  const std::int64_t entries = options.choices;
+  const float temperature = choice.greedy ? 1.0f : choice.temperature;
+  const auto score = [&](std::int64_t v) { return to_float(logits[v]) / temperature; };
+  Candidate mine = nobody();
+  bool nan = false;
+  for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
+    const Candidate candidate = {score(v), static_cast<std::int32_t>(v)};
+    nan = nan || isnan(candidate.score);
+    if (beats(candidate, mine)) mine = candidate;
+  }
+  const Candidate best = block_best(mine, nan, shared);
+  if (isnan(best.score)) return kChoiceNan;
+  if (best.index < 0) return kChoiceNothing;
+  if (choice.greedy) return best.index;
+
+  Kept kept{0, entries};
+  if (choice.top_k > 0 && choice.top_k < entries) {
+    const auto entry = [&](std::int64_t v, std::uint32_t& key, Mass& mass) {
+      key = order_key(score(v));
+      mass = 1;
+      return true;
+    };
+    const Mass k = static_cast<Mass>(choice.top_k);
+    kept.key = select(entries, entry, [&](Mass count) { return count >= k; }, shared).key;
+  }
+  if (choice.top_p < 1.0) kept = nucleus(score, entries, choice.top_p, kept, best.score, shared);
+
+  mine = nobody();
+  nan = false;
+  for (std::int64_t quad = threadIdx.x; quad * kQuad < entries; quad += kThreads) {
+    bool drawn = false;
+    Words words;
+    for (int i = 0; i < kQuad && quad * kQuad + i < entries; ++i) {
+      const std::int64_t v = quad * kQuad + i;
+      const float value = score(v);
+      if (!kept.holds(order_key(value), v)) continue;
+      if (!drawn) words = noise_words(choice.seed, place, static_cast<std::uint32_t>(quad));
+      drawn = true;
+      const Candidate candidate = {value + gumbel(words.at[i]), static_cast<std::int32_t>(v)};
+      nan = nan || isnan(candidate.score);
+      if (beats(candidate, mine)) mine = candidate;
+    }
+  }
+  const Candidate winner = block_best(mine, nan, shared);
+  if (isnan(winner.score)) return kChoiceNan;
+  return winner.index < 0 ? static_cast<std::int64_t>(kChoiceNothing) : winner.index;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const std::int64_t row = blockIdx.x;
+  const std::int64_t next = p.position[row] + 1, at = row * p.length + next;
+  std::int64_t token = p.sequence[at];
+  if (p.wanted[at]) {
+    const Place place = {static_cast<std::uint32_t>(p.images[row]), static_cast<std::uint32_t>(p.places[next]),
+                         static_cast<std::uint32_t>(p.places[p.length + next])};
+    token = choose_entry(static_cast<const T*>(p.logits) + row * p.ldl, *p.options, place, shared);
+    if (token < 0 && threadIdx.x == 0) atomicOr(p.errors, token == kChoiceNan ? kFoundNan : kFoundNothing);
+  }
+  if (token < 0 || token >= p.vocab) token = 0;  // an error is known, so it only has to be harmless
+  __syncthreads();                               // all have read what is written now
+  if (threadIdx.x == 0) {
+    p.sequence[at] = token;
+    p.position[row] = static_cast<std::int32_t>(next);
+  }
+  if (next >= p.positions) return;
+  for (int i = threadIdx.x; i < p.width; i += kThreads)
+    p.x[row * p.ldx + i] = p.tok_emb[token * p.width + i] + p.pos_emb[next * p.width + i];
+}
+
+}  // namespace
+
+void choose(Number logits, const ChooseParams& params, const Queue& queue) {
+  for_number(logits, [&](auto sample) {
+    using T = decltype(sample);
+    launch("token choice", &choose_kernel<T>, dim3(params.rows), kThreads, sizeof(Shared), queue, params);
+  });
+}
+
+}  // namespace tamingfast::cuda

@@ -1,0 +1,172 @@
+// What the kernels share: numbers of each type, vectors of them, reductions, shared memory, checked launches.
+//
+// The kernels keep to a subset of CUDA that tests/cuda_on_host runs on the CPU: full warps in every shuffle, all shared
+// memory dynamic, launches through `launch`.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace tamingfast::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kVector = 8;  // elements that a thread reads at a time
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct Half {
+  std::uint16_t bits;
+};
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(Bf16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+__device__ inline float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+
+template <class T>
+__device__ T from_float(float value);
+template <>
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline Bf16 from_float<Bf16>(float value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+template <>
+__device__ inline Half from_float<Half>(float value) {
+  return {__half_as_ushort(__float2half_rn(value))};
+}
+
+// kVector elements as they lie in memory, 16-byte aligned.
+template <class T>
+struct Packed {
+  static constexpr int kWords = kVector * sizeof(T) / sizeof(uint4);
+  uint4 words[kWords];
+};
+
+template <class T>
+__device__ inline Packed<T> load(const T* from) {
+  Packed<T> packed;
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) packed.words[i] = reinterpret_cast<const uint4*>(from)[i];
+  return packed;
+}
+
+// Of what is read once and never written by a kernel: it goes first when the caches need room.
+template <class T>
+__device__ inline Packed<T> load_streaming(const T* from) {
+  Packed<T> packed;
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) packed.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+  return packed;
+}
+
+template <class T>
+__device__ inline Packed<T> zeros() {
+  Packed<T> packed;
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) packed.words[i] = make_uint4(0, 0, 0, 0);
+  return packed;
+}
+
+__device__ inline void unpack_word(unsigned word, float* to, float) { to[0] = __uint_as_float(word); }
+__device__ inline void unpack_word(unsigned word, float* to, Bf16) {
+  to[0] = __uint_as_float(word << 16);
+  to[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void unpack_word(unsigned word, float* to, Half) {
+  to[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu)));
+  to[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+
+template <class T>
+__device__ inline void unpack(const Packed<T>& packed, float (&to)[kVector]) {
+  constexpr int each = sizeof(unsigned) / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) {
+    unpack_word(packed.words[i].x, to + (4 * i + 0) * each, T{});
+    unpack_word(packed.words[i].y, to + (4 * i + 1) * each, T{});
+    unpack_word(packed.words[i].z, to + (4 * i + 2) * each, T{});
+    unpack_word(packed.words[i].w, to + (4 * i + 3) * each, T{});
+  }
+}
+
+// Exact GELU.
+__device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+
+// The same bits in every lane.
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// Every thread gets the total. `scratch` has a place for each warp, and is free again after the next barrier.
+template <class Value>
+__device__ Value block_sum(Value value, Value* scratch) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  Value total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += scratch[warp];
+  __syncthreads();
+  return total;
+}
+
+// A block's shared memory, of the size that it was launched with; it holds anything.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  return shared_bytes;
+}
+
+inline void check(const char* what, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // the next call is not to find it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, std::size_t shared, const Queue& queue,
+            const Params& params) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) + " x " +
+                      std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
+                      std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
+  check(failed.c_str(), cudaSetDevice(queue.device));
+  if (shared > kSharedWithoutAsking)
+    check(failed.c_str(),
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  check(failed.c_str(), cudaLaunchKernelEx(&config, kernel, params));
+}
+
+// Calls `work` with a value of the type that `number` stands for.
+template <class Work>
+void for_number(Number number, const Work& work) {
+  if (number == Number::float32) return work(0.0f);
+  if (number == Number::bfloat16) return work(Bf16{});
+  work(Half{});
+}
+
+inline unsigned pieces(std::int64_t total, std::int64_t each) {
+  return static_cast<unsigned>((total + each - 1) / each);
+}
+
+}  // namespace tamingfast::cuda

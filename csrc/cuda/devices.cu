@@ -1,0 +1,22 @@
+// What the CUDA runtime tells about the machine.
+#include "device.h"
+
+namespace tamingfast::cuda {
+
+Devices devices() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    return {0, cudaGetErrorString(status)};
+  }
+  return {count, count > 0 ? "" : "the driver knows none"};
+}
+
+std::size_t shared_limit(int device) {
+  int bytes = 0;
+  check("the limit of shared memory", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace tamingfast::cuda

@@ -1,0 +1,784 @@
+"""The CUDA engine: KV-cached decoding of a GPT on a GPU, no host between tokens.
+
+One step of all sequences (every layer, the token choice, the next input) has a fixed shape. It is captured once for
+each batch size as a CUDA graph, whose replays are queued without waiting for any of them. Up to `FEW` sequences go
+through kernels that stream each weight once, more through torch's matrix products. Prompts, and whatever else is fed in
+pieces, take a pass of their own. The kernels are those of ``csrc/cuda``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast import backends, ops
+
+DTYPES = ("float32", "bfloat16", "float16")
+FEW = 8  # sequences for which reading the weights is all that counts
+WIDEST_HEAD = 256
+_VECTOR = 8  # elements that a kernel reads at a time
+_TOKENS_PER_PASS = 8192  # enough to fill any machine
+_STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
+_SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
+_POSITIONS_PER_BLOCK = 64  # of the attention, at least
+
+
+def refusal(gpt: nn.Module) -> str | None:
+    """Why the engine cannot run this GPT, whose parameters are on a CUDA device; None when it can."""
+    state = backends.cuda()
+    if not state.available:
+        return state.reason
+    capability = torch.cuda.get_device_capability(gpt.pos_emb.device)
+    if capability < backends.OLDEST_CUDA:
+        return f"its kernels need compute capability {_dotted(backends.OLDEST_CUDA)}, and {_dotted(capability)} is here"
+    head = gpt.config.n_embd // gpt.config.n_head
+    return (
+        f"its kernels are for heads up to {WIDEST_HEAD} wide, and these are {head} wide" * (head > WIDEST_HEAD) or None
+    )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    weight: Tensor  # (out, in)
+    bias: Tensor | None = None  # float32 (out,)
+    own_bias: Tensor | None = None  # of the weight's type
+
+
+@dataclass(frozen=True)
+class _Norm:
+    gain: Tensor  # float32
+    shift: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class _Layer:
+    ln1: _Norm
+    qkv: _Linear
+    proj: _Linear
+    ln2: _Norm
+    up: _Linear
+    down: _Linear
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive tokens of one slot."""
+
+    slot: int
+    start: int
+    count: int
+
+
+class CudaEngine:
+    """A copy of a GPT's weights on its device and a cache of keys and values, in slots: one sequence each.
+
+    Weights, activations and cache have the engine's type; residuals, sums, norms and softmax are float32. One thread
+    at a time works; others wait. Work is queued on the current stream, after all earlier work of the engine.
+
+    Args:
+        gpt: a `GPT` of any floating type; its weights are copied.
+        dtype: "float32", "bfloat16" or "float16".
+        kernels: the module that holds the kernels' functions; default: the extension's.
+
+    Raises:
+        ValueError: an unknown dtype.
+        RuntimeError: the engine cannot run here, with the reason; or a kernel could not be launched, with its name.
+        MemoryError: the weights do not fit; the message tells the bytes.
+    """
+
+    def __init__(self, gpt: nn.Module, dtype: str = "float32", kernels: ModuleType | None = None) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if kernels is None:
+            if (reason := refusal(gpt)) is not None:
+                raise RuntimeError(f"the CUDA engine cannot run this transformer: {reason}")
+            kernels = backends.native()[0].cuda
+        config = gpt.config
+        self.kernels, self.dtype, self.number = kernels, dtype, getattr(torch, dtype)
+        self.device = gpt.pos_emb.device
+        self.vocab_size, self.block_size, self.width = config.vocab_size, config.block_size, config.n_embd
+        self.heads, self.head = config.n_head, config.n_embd // config.n_head
+        self.stride = math.ceil(self.head / _VECTOR) * _VECTOR  # of a cached position
+        # A prefix of one position is the plain causal mask.
+        self.n_unmasked = config.n_unmasked if getattr(config, "n_unmasked", 0) > 1 else 0
+        size = sum(value.numel() for value in gpt.parameters()) * self.number.itemsize
+        with self._memory_for("weights", size), torch.no_grad():
+            self._load(gpt)
+        self._lock, self._owner, self._closed = threading.Lock(), None, False
+        self._done = torch.cuda.Event() if self.device.type == "cuda" else None
+        self._seen_by: set[torch.cuda.Stream] = {self._stream()} if self._done else set()
+        self._lengths: list[int] = []
+        self._loops: dict[int, _Loop] = {}
+        self.cache = torch.empty(0)
+        self.capacity = 0
+
+    def _load(self, gpt: nn.Module) -> None:
+        def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
+            return value.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+
+        def linear(*modules: nn.Linear) -> _Linear:
+            weight = copied(torch.cat([module.weight for module in modules]), self.number)
+            if modules[0].bias is None:
+                return _Linear(weight)
+            bias = torch.cat([module.bias for module in modules])
+            return _Linear(weight, copied(bias, torch.float32), copied(bias, self.number))
+
+        def norm(module: nn.LayerNorm) -> _Norm:
+            return _Norm(copied(module.weight, torch.float32), copied(module.bias, torch.float32), module.eps)
+
+        self.tok_emb = copied(gpt.tok_emb.weight, torch.float32)
+        self.pos_emb = copied(gpt.pos_emb[0], torch.float32)
+        self.layers = [
+            _Layer(
+                norm(block.ln1), linear(block.attn.query, block.attn.key, block.attn.value), linear(block.attn.proj),
+                norm(block.ln2), linear(block.mlp[0]), linear(block.mlp[2]),
+            )
+            for block in gpt.blocks
+        ]  # fmt: skip
+        self.ln_f, self.lm_head = norm(gpt.ln_f), linear(gpt.head)
+        matrices = [self.lm_head, *(m for x in self.layers for m in (x.qkv, x.proj, x.up, x.down))]
+        self.weight_bytes = sum(matrix.weight.nbytes for matrix in matrices)
+
+    # --- slots ----------------------------------------------------------------------------------------
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Makes the cache anew: `slots` empty sequences of at most `length` positions. MemoryError tells the bytes."""
+        _check_range("slots", slots, 1, 1 << 24)
+        _check_range("length", length, 1, self.block_size)
+        shape = (len(self.layers), 2, slots, self.heads, length, self.stride)
+        with self._turn():
+            with self._memory_for("cache", math.prod(shape) * self.number.itemsize):
+                # Zeros behind the width of a head, where it is padded.
+                cache = torch.zeros(shape, dtype=self.number, device=self.device)
+            self.cache, self.capacity, self._lengths = cache, length, [0] * slots
+            self._loops.clear()
+
+    @property
+    def slots(self) -> int:
+        return len(self._lengths)
+
+    def length(self, slot: int) -> int:
+        """How many positions of the slot are valid."""
+        with self._alone():
+            _check_range("slot", slot, 0, self.slots - 1)
+            return self._lengths[slot]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forgets the slot's positions from `length` on."""
+        with self._alone():
+            _check_range("slot", slot, 0, self.slots - 1)
+            _check_range("length", length, 0, self._lengths[slot])
+            self._lengths[slot] = length
+
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Makes slot `target` hold the first `length` (default: all) positions of slot `source`."""
+        with self._turn():
+            _check_range("source", source, 0, self.slots - 1)
+            _check_range("target", target, 0, self.slots - 1)
+            length = self._lengths[source] if length is None else length
+            _check_range("length", length, 0, self._lengths[source])
+            if source != target:
+                self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
+            self._lengths[target] = length
+
+    def info(self) -> dict[str, int]:
+        """weight_bytes (read for every token), cache_bytes, slots, capacity (positions of a slot)."""
+        with self._alone():
+            return {
+                "weight_bytes": self.weight_bytes, "cache_bytes": self.cache.nbytes, "slots": self.slots,
+                "capacity": self.capacity,
+            }  # fmt: skip
+
+    def close(self) -> None:
+        """Frees the memory; every later call raises ValueError."""
+        with self._turn():
+            self._wait()
+            self._closed = True
+            self._loops.clear()
+            self.layers, self.lm_head, self.tok_emb, self.pos_emb, self.cache = [], None, None, None, torch.empty(0)
+
+    # --- passes ---------------------------------------------------------------------------------------
+
+    def step(self, items: Iterable[tuple[int, int, Sequence[int]]], logits: str = "last") -> Tensor:
+        """Feeds tokens to slots; arguments, result and errors are those of `tamingfast.engine.GPTEngine.step`.
+
+        The result is on the engine's device.
+        """
+        items = [(slot, start, list(tokens)) for slot, start, tokens in items]
+        flat = [token for _, _, tokens in items for token in tokens]
+        for token in flat:
+            _check_range("token", token, 0, self.vocab_size - 1)
+        spans = [_Span(slot, start, len(tokens)) for slot, start, tokens in items]
+        return self._fed(torch.tensor(flat, dtype=torch.int64), spans, logits)
+
+    def feed(self, tokens: Tensor, spans: Iterable[tuple[int, int, int]], logits: str = "last") -> Tensor:
+        """As `step`, for tokens that are on the device already.
+
+        Args:
+            tokens: int64 (T,), of all spans in turn. They must lie in the vocabulary: the host does not look at them,
+                as it would have to wait.
+            spans: (slot, start, count) each.
+            logits: as in `step`.
+        """
+        return self._fed(tokens, [_Span(*span) for span in spans], logits)
+
+    def _fed(self, tokens: Tensor, spans: list[_Span], logits: str) -> Tensor:
+        if logits not in ("none", "last", "all"):
+            raise ValueError(f"logits: got {logits!r}, expected one of none, last, all")
+        with self._turn():
+            self._check_spans(spans)
+            tokens, found, at = tokens.to(self.device), [], 0
+            for part in _passes(spans):
+                count = sum(span.count for span in part)
+                found.append(self._pass(tokens[at : at + count], part, logits))
+                at += count
+            return torch.cat(found) if found else self._pass(tokens, [], "none")
+
+    def _check_spans(self, spans: list[_Span]) -> None:
+        seen: set[int] = set()
+        for span in spans:
+            _check_range("slot", span.slot, 0, self.slots - 1)
+            if span.slot in seen:
+                raise ValueError(f"slot: got {span.slot}, expected every slot at most once in a step")
+            seen.add(span.slot)
+            held = self._lengths[span.slot]
+            if span.count < 1:
+                raise ValueError(f"tokens of slot {span.slot}: got {span.count}, expected at least one")
+            if not 0 <= span.start <= held:
+                raise ValueError(f"start: got {span.start}, expected 0 to {held}, the length of slot {span.slot}")
+            if span.start + span.count > self.capacity:
+                raise ValueError(
+                    f"position: got {span.start + span.count - 1}, expected at most {self.capacity - 1}, "
+                    "the last that the cache holds"
+                )
+            if 0 < span.start < self.n_unmasked:
+                raise ValueError(
+                    f"start: got {span.start}, expected 0 or from {self.n_unmasked} on: the unmasked prefix sees "
+                    "itself whole, so it is fed in one piece"
+                )
+
+    def _pass(self, tokens: Tensor, spans: list[_Span], logits: str) -> Tensor:
+        """Feeds tokens (T,) of the spans; float32 logits of the rows that are asked for."""
+        rows = _Rows(spans, self.n_unmasked, self.device)
+        for span in spans:  # what is written over is no longer valid, even if this is interrupted
+            self._lengths[span.slot] = min(self._lengths[span.slot], span.start)
+        x = self.tok_emb[tokens] + self.pos_emb[rows.position]
+        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+            qkv = F.linear(self._normed(x, layer.ln1), layer.qkv.weight, layer.qkv.own_bias)
+            y = F.linear(self._attended(qkv, rows, keys, values), layer.proj.weight)
+            inner = F.linear(self._normed(x, layer.ln2, y, layer.proj.bias), layer.up.weight)
+            self._launch("bias_gelu", inner, bias=layer.up.bias, x=inner, ldx=inner.stride(0))
+            x += F.linear(inner, layer.down.weight, layer.down.own_bias)
+        for span in spans:
+            self._lengths[span.slot] = span.start + span.count
+        asked = {"none": x[:0], "last": x[rows.ends], "all": x}[logits]
+        return F.linear(self._normed(asked, self.ln_f), self.lm_head.weight).float()
+
+    def _normed(self, x: Tensor, norm: _Norm, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """The norm of x, to which y + bias is added before."""
+        out = torch.empty(x.shape, dtype=self.number, device=self.device)
+        self._launch(
+            "add_norm", x, x=x, ldx=x.stride(0), y=y, ldy=1 if y is None else y.stride(0), bias=bias, gain=norm.gain,
+            shift=norm.shift, epsilon=norm.epsilon, out=out, ldo=out.stride(0),
+        )  # fmt: skip
+        return out
+
+    def _attended(self, qkv: Tensor, rows: _Rows, keys: Tensor, values: Tensor) -> Tensor:
+        out = torch.empty(len(qkv), self.width, dtype=self.number, device=self.device)
+        cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position32)
+        self._launch("append", qkv, width=self.head, qkv=qkv, ldq=qkv.stride(0), **cached)
+        for first, last, prompts in rows.groups:
+            own, to = qkv[first:last], out[first:last]
+            if prompts:  # whole prompts of one length
+                q, k, v = own.view(prompts, -1, 3, self.heads, self.head).permute(2, 0, 3, 1, 4).unbind(0)
+                seen = ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked)
+                to.copy_(seen.transpose(1, 2).reshape(to.shape))
+                continue
+            splits = self._splits(len(own), rows.longest)
+            partial, arrived = self._split_room(len(own), splits)
+            part = cached | {name: cached[name][first:last] for name in ("slot", "position")}
+            self._launch(
+                "attention", own, width=self.head, qkv=own, ldq=own.stride(0), last=rows.last[first:last], append=False,
+                splits=splits, partial=partial, arrived=arrived, out=to, ldo=to.stride(0), **part,
+            )  # fmt: skip
+        return out
+
+    def _cached(self, keys: Tensor, values: Tensor) -> dict[str, Any]:
+        return dict(heads=self.heads, stride=self.stride, capacity=self.capacity, keys=keys, values=values)
+
+    def _splits(self, rows: int, longest: int) -> int:
+        """Blocks that share the positions of a row and head: as many as fill the device twice."""
+        blocks = 2 * _multiprocessors(self.device)
+        return max(1, min(blocks // (rows * self.heads), math.ceil(longest / _POSITIONS_PER_BLOCK)))
+
+    def _split_room(self, rows: int, splits: int) -> tuple[Tensor | None, Tensor | None]:
+        """What splits leave for each other: parts of the result, and how many have arrived."""
+        if splits == 1:
+            return None, None
+        partial = torch.empty(rows, self.heads, splits, self.stride + 2, device=self.device)
+        return partial, torch.zeros(rows, self.heads, dtype=torch.int32, device=self.device)
+
+    # --- decoding -------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        slots: Sequence[int],
+        sequences: Tensor,
+        steps: Sequence[int],
+        *,
+        wanted: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+        fed: int = 0,
+        choices: int | None = None,
+        greedy: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+        every: int = 1,
+        before: int = 0,
+    ) -> None:
+        """Decodes tokens of several sequences side by side and writes them into `sequences`.
+
+        Arguments and errors are those of `tamingfast.engine.GPTEngine.decode`; `sequences` is on the engine's device.
+        The host waits only when progress is to be told, every 64 steps, and at the end. All slots are fed alike, also
+        where a token is not wanted.
+        """
+        steps, slots = list(map(int, steps)), list(slots)
+        wanted = torch.ones(len(slots), len(steps), dtype=torch.bool) if wanted is None else wanted
+        plan = _Plan(
+            slots, steps, wanted, [0] * len(steps) if rows is None else list(rows),
+            steps if columns is None else list(columns), list(range(len(slots))) if images is None else list(images),
+        )  # fmt: skip
+        choices = self.vocab_size if choices is None else choices
+        _check_options(temperature, top_k, top_p, seed)
+        _check_range("choices", choices, 1, self.vocab_size)
+        _check_range("every", every, 1, None)
+        with self._turn():
+            self._check_plan(plan, sequences, fed)
+            if not slots or not steps:
+                return
+            loop = self._loops.get(len(slots))
+            if loop is None:
+                with self._memory_for("activations", _Loop.bytes(self, len(slots))):
+                    loop = self._loops[len(slots)] = _Loop(self, len(slots))
+            options = self.kernels.options_bytes(
+                greedy, temperature, top_k or 0, 1.0 if top_p is None else top_p, seed, choices
+            )
+            loop.begin(plan, sequences, options)
+            done = 0  # steps whose tokens the caller has
+            try:
+                for i, _ in enumerate(self._steps(loop, plan, fed), 1):
+                    tell = progress is not None and (before + i) % every == 0
+                    if tell or i - done >= _STEPS_AHEAD or i == len(steps):
+                        loop.collect(sequences, steps[i - 1] + 1)
+                        done = i
+                    if tell:
+                        progress(before + i)
+            finally:
+                self._wait()  # what is queued reads and writes the slots
+
+    def _steps(self, loop: _Loop, plan: _Plan, fed: int) -> Iterator[None]:
+        """Queues one step after the other; the slots hold `fed` positions of the sequences."""
+        for length in plan.steps:
+            start = min(fed, length - 1)  # a kept prefix may hold all that is needed but the logits
+            if start < self.n_unmasked:
+                start = 0
+            if length <= self.n_unmasked:  # the last token, too, is seen by those before it
+                loop.place(length - 1)
+                loop.choose(self._feed_columns(loop, plan, 0, length, "last"))
+            else:
+                if loop.position is not None and length - 1 - start <= _SHORT_GAP and loop.position == start:
+                    for position in range(start, length - 1):
+                        loop.advance()
+                        self._hold(plan, position + 1)
+                elif start < length - 1:
+                    self._feed_columns(loop, plan, start, length - 1, "none")
+                if loop.position != length - 1:
+                    loop.place(length - 1)
+                loop.advance()
+            self._hold(plan, length)
+            fed = length
+            yield
+
+    def _hold(self, plan: _Plan, length: int) -> None:
+        for slot in plan.slots:
+            self._lengths[slot] = length
+
+    def _feed_columns(self, loop: _Loop, plan: _Plan, start: int, stop: int, logits: str) -> Tensor:
+        """Feeds the loop's sequences from `start` to `stop`, a number of them at a time."""
+        at_once, found = max(1, _TOKENS_PER_PASS // (stop - start)), []
+        for first in range(0, len(plan.slots), at_once):
+            spans = [_Span(slot, start, stop - start) for slot in plan.slots[first : first + at_once]]
+            tokens = loop.sequence[first : first + at_once, start:stop].flatten()
+            found.append(self._pass(tokens, spans, logits))
+        return torch.cat(found)
+
+    def _check_plan(self, plan: _Plan, sequences: Tensor, fed: int) -> None:
+        if sequences.dtype != torch.int64 or sequences.ndim != 2 or not sequences.is_contiguous():
+            raise ValueError(
+                f"sequences: got {sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)"
+            )
+        if sequences.device != self.device:
+            raise ValueError(f"sequences: got a tensor on {sequences.device}, expected one on {self.device}")
+        if len(sequences) != len(plan.slots):
+            raise ValueError(f"slots: got {len(plan.slots)}, expected one for each of {len(sequences)} sequences")
+        for slot in plan.slots:
+            _check_range("slot", slot, 0, self.slots - 1)
+            if fed > self._lengths[slot]:
+                raise ValueError(f"fed: got {fed}, expected at most the length of every slot")
+        if len(set(plan.slots)) != len(plan.slots):
+            raise ValueError(f"slot: got {plan.slots}, expected every slot at most once")
+        _check_range("fed", fed, 0, None)
+        least = 1
+        for step in plan.steps:
+            _check_range("steps", step, least, sequences.shape[1] - 1)
+            least = step + 1
+            if step > self.capacity:
+                raise ValueError(f"steps: got {step}, expected at most {self.capacity}, one more than the cache holds")
+        plan.check()
+        if plan.steps:
+            self._check_tokens(plan, sequences)
+
+    def _check_tokens(self, plan: _Plan, sequences: Tensor) -> None:
+        """Those that are fed as they are given. The one time that the host waits before the end."""
+        given = torch.ones(sequences.shape[0], plan.steps[-1] + 1, dtype=torch.bool)
+        given[:, plan.steps] = ~plan.wanted.cpu()
+        tokens = sequences[:, : given.shape[1]].masked_fill(~given.to(self.device), 0)
+        low, high = torch.stack(tokens.aminmax()).tolist()
+        for token in (low, high):
+            _check_range("token", token, 0, self.vocab_size - 1)
+
+    # --- the device -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Makes other threads wait."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError("the engine is working: a callback cannot use it")
+        with self._lock:
+            if self._closed:
+                raise ValueError("the engine is closed")
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """As `_alone`; and work that is queued follows all that was queued before, on whichever stream."""
+        with self._alone(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if self._done is None:
+                yield
+                return
+            with torch.cuda.device(self.device):
+                stream = self._stream()
+                stream.wait_event(self._done)
+                self._seen_by.add(stream)
+                for tensor in self._tensors() if len(self._seen_by) > 1 else ():
+                    tensor.record_stream(stream)  # its memory is not given away while this stream uses it
+                try:
+                    yield
+                finally:
+                    self._done.record(stream)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (self.cache, self.tok_emb, self.pos_emb, self.lm_head.weight)
+        for layer in self.layers:
+            for part in (layer.ln1, layer.qkv, layer.proj, layer.ln2, layer.up, layer.down):
+                yield from (value for value in vars(part).values() if isinstance(value, Tensor))
+        for loop in self._loops.values():
+            yield from (value for value in vars(loop).values() if isinstance(value, Tensor))
+
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def _wait(self) -> None:
+        if self._done is not None:
+            self._stream().synchronize()
+
+    def _launch(self, kernel: str, sized: Tensor, dtype: str | None = None, **arguments: Any) -> None:
+        """Launches a kernel for the rows of `sized`; tensors become addresses, None the null pointer."""
+        defaults = dict(rows=sized.shape[0], width=sized.shape[1], dtype=dtype or self.dtype)
+        values = {
+            name: 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
+            for name, value in (defaults | arguments).items()
+        }
+        cuda = self._done is not None
+        if sized.shape[0] > 0:
+            getattr(self.kernels, kernel)(
+                device=self.device.index or 0, stream=self._stream().cuda_stream if cuda else 0, **values
+            )
+
+    @contextlib.contextmanager
+    def _memory_for(self, what: str, size: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is nothing else
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            message = f"{what}: {size} bytes are needed"
+            if self.device.type == "cuda":
+                message += f", but only {torch.cuda.mem_get_info(self.device)[0]} bytes are free on {self.device}"
+            raise MemoryError(message) from error
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call of `decode` asks for; see there."""
+
+    slots: list[int]
+    steps: list[int]
+    wanted: Tensor
+    rows: list[int]
+    columns: list[int]
+    images: list[int]
+
+    def check(self) -> None:
+        batch, count = len(self.slots), len(self.steps)
+        for name, got, expected in (
+            ("wanted", self.wanted.numel(), batch * count), ("rows", len(self.rows), count),
+            ("columns", len(self.columns), count), ("images", len(self.images), batch),
+        ):  # fmt: skip
+            if got != expected:
+                raise ValueError(f"{name}: got {got} values, expected {expected}")
+        for name, values in (("rows", self.rows), ("columns", self.columns), ("images", self.images)):
+            for value in values:
+                _check_range(name, value, 0, (1 << 32) - 1)
+
+
+class _Rows:
+    """Where the rows of a pass stand, and how their attention is grouped."""
+
+    def __init__(self, spans: list[_Span], n_unmasked: int, device: torch.device) -> None:
+        slot, position, last, self.groups, row = [], [], [], [], 0
+        for length, group in itertools.groupby(spans, _prompt_length):
+            group = list(group)
+            for span in group:
+                places = range(span.start, span.start + span.count)
+                slot += [span.slot] * span.count
+                position += places
+                last += [max(p, min(n_unmasked, places.stop) - 1) if p < n_unmasked else p for p in places]
+            self.groups.append((row, row := len(slot), len(group) if length else 0))
+        ends = list(itertools.accumulate(span.count for span in spans))
+        self.longest = max(last, default=0) + 1
+        self.position = torch.tensor(position, dtype=torch.int64).to(device)
+        self.slot, self.position32, self.last = torch.tensor([slot, position, last], dtype=torch.int32).to(device)
+        self.ends = torch.tensor(ends, dtype=torch.int64).to(device) - 1
+
+
+def _prompt_length(span: _Span) -> int:
+    """Prompts of one length are attended to together; what continues a sequence (0), row by row."""
+    return span.count if span.start == 0 and span.count > 1 else 0
+
+
+def _passes(spans: list[_Span]) -> Iterator[list[_Span]]:
+    part: list[_Span] = []
+    for span in spans:
+        if part and sum(held.count for held in part) + span.count > _TOKENS_PER_PASS:
+            yield part
+            part = []
+        part.append(span)
+    if part:
+        yield part
+
+
+class _Loop:
+    """One step of a batch in memory that stays where it is, so that a graph of it can be replayed."""
+
+    def __init__(self, engine: CudaEngine, batch: int) -> None:
+        self.engine = engine
+        self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
+        self.splits = engine._splits(batch, engine.capacity)
+        width, number, device = engine.width, engine.number, engine.device
+        empty = functools.partial(torch.empty, device=device)
+        self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=device)
+        self.sequence = torch.zeros(batch, self.length, dtype=torch.int64, device=device)
+        self.wanted = torch.zeros(batch, self.length, dtype=torch.bool, device=device)
+        self.images = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.places = torch.zeros(2, self.length, dtype=torch.int64, device=device)
+        self.options = torch.zeros(
+            len(engine.kernels.options_bytes(True, 1, 0, 1, 0, 1)), dtype=torch.uint8, device=device
+        )
+        self.errors = torch.zeros(1, dtype=torch.int32, device=device)
+        self.x = empty(batch, width)
+        self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
+        self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
+        self.logits = empty(batch, engine.vocab_size, dtype=torch.float32 if self.streaming else number)
+        self.partial, self.arrived = engine._split_room(batch, self.splits)
+        self.position: int | None = None  # of the token whose embedding is in x, in all sequences
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    @staticmethod
+    def bytes(engine: CudaEngine, batch: int) -> int:
+        """About what it takes."""
+        activations = (4 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
+        return batch * (activations + 9 * (engine.capacity + 1))
+
+    def begin(self, plan: _Plan, sequences: Tensor, options: bytes) -> None:
+        """Takes over what a call of `decode` asks for."""
+        device = self.engine.device
+        self.slot.copy_(torch.tensor(plan.slots, dtype=torch.int32))
+        known = min(sequences.shape[1], self.length)
+        self.sequence[:, :known] = sequences[:, :known]
+        steps = torch.tensor(plan.steps, device=device)
+        self.wanted.zero_()
+        self.wanted[:, steps] = plan.wanted.to(device=device, dtype=torch.bool).reshape(self.batch, -1)
+        self.places[:, steps] = torch.tensor([plan.rows, plan.columns], device=device)
+        self.images.copy_(torch.tensor(plan.images))
+        self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
+        self.errors.zero_()
+        self.position = None
+
+    def place(self, position: int) -> None:
+        """Goes to the token at that position of all sequences."""
+        self.at.fill_(position)
+        self.x.copy_(self.engine.tok_emb[self.sequence[:, position]] + self.engine.pos_emb[position])
+        self.position = position
+
+    def advance(self) -> None:
+        """Feeds the token where it stands, chooses the next one and goes to it."""
+        engine = self.engine
+        if engine.device.type != "cuda" or not self.warm:
+            # Eagerly the first time: libraries set themselves up, kernels are loaded, none of which can be captured.
+            self._queue()
+            self.warm = True
+        else:
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        self.position += 1
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # A stream of this device, which torch's default need not be; other threads may allocate meanwhile.
+        stream = torch.cuda.Stream(self.engine.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._queue()
+        self.graph = graph
+
+    def _queue(self) -> None:
+        logits = self._streamed() if self.streaming else self._multiplied()
+        self._choose(logits)
+
+    def _streamed(self) -> Tensor:
+        """The logits, by kernels that read every weight once."""
+        engine = self.engine
+        for layer, (keys, values) in zip(engine.layers, engine.cache, strict=True):
+            self._linear(layer.qkv, self.x, "store", self.qkv, layer.ln1)
+            self._attend(keys, values)
+            self._linear(layer.proj, self.joined, "add", self.x)
+            self._linear(layer.up, self.x, "gelu", self.inner, layer.ln2)
+            self._linear(layer.down, self.inner, "add", self.x)
+        self._linear(engine.lm_head, self.x, "store_float", self.logits, engine.ln_f)
+        return self.logits
+
+    def _linear(self, linear: _Linear, x: Tensor, epilogue: str, out: Tensor, norm: _Norm | None = None) -> None:
+        self.engine._launch(
+            "linear", x, inner=x.shape[1], columns=len(linear.weight), x=x, ldx=x.stride(0),
+            gain=norm and norm.gain, shift=norm and norm.shift, epsilon=norm.epsilon if norm else 0.0,
+            weight=linear.weight, bias=linear.bias, epilogue=epilogue, out=out, ldo=out.stride(0),
+        )  # fmt: skip
+
+    def _attend(self, keys: Tensor, values: Tensor) -> None:
+        engine = self.engine
+        engine._launch(
+            "attention", self.qkv, width=engine.head, qkv=self.qkv, ldq=self.qkv.stride(0), slot=self.slot,
+            position=self.at, last=self.at, append=True, splits=self.splits, out=self.joined, ldo=engine.width,
+            partial=self.partial, arrived=self.arrived, **engine._cached(keys, values),
+        )  # fmt: skip
+
+    def _multiplied(self) -> Tensor:
+        """The logits, by torch's matrix products."""
+        engine = self.engine
+        y = bias = None
+        for layer, (keys, values) in zip(engine.layers, engine.cache, strict=True):
+            self._norm(layer.ln1, y, bias)
+            torch.addmm(layer.qkv.own_bias, self.normed, layer.qkv.weight.t(), out=self.qkv)
+            self._attend(keys, values)
+            torch.mm(self.joined, layer.proj.weight.t(), out=self.y)
+            self._norm(layer.ln2, self.y, layer.proj.bias)
+            torch.mm(self.normed, layer.up.weight.t(), out=self.inner)
+            engine._launch("bias_gelu", self.inner, bias=layer.up.bias, x=self.inner, ldx=self.inner.stride(0))
+            y, bias = torch.mm(self.inner, layer.down.weight.t(), out=self.y), layer.down.bias
+        self._norm(engine.ln_f, y, bias)
+        return torch.mm(self.normed, engine.lm_head.weight.t(), out=self.logits)
+
+    def _norm(self, norm: _Norm, y: Tensor | None, bias: Tensor | None) -> None:
+        self.engine._launch(
+            "add_norm", self.x, x=self.x, ldx=self.x.stride(0), y=y, ldy=self.y.stride(0), bias=bias, gain=norm.gain,
+            shift=norm.shift, epsilon=norm.epsilon, out=self.normed, ldo=self.normed.stride(0),
+        )  # fmt: skip
+
+    def choose(self, logits: Tensor) -> None:
+        """Chooses the token after the one where it stands from logits (B, V) and goes to it."""
+        self._choose(logits)
+        self.position += 1
+
+    def _choose(self, logits: Tensor) -> None:
+        engine = self.engine
+        engine._launch(
+            "choose", self.x, dtype=str(logits.dtype).removeprefix("torch."), vocab=engine.vocab_size, logits=logits,
+            ldl=logits.stride(0), options=self.options, images=self.images, places=self.places, wanted=self.wanted,
+            sequence=self.sequence, length=self.length, position=self.at, tok_emb=engine.tok_emb,
+            pos_emb=engine.pos_emb, positions=len(engine.pos_emb), x=self.x, ldx=self.x.stride(0), errors=self.errors,
+        )  # fmt: skip
+
+    def collect(self, sequences: Tensor, length: int) -> None:
+        """Waits, and writes the first `length` tokens into `sequences`; ValueError where none could be chosen."""
+        errors = int(self.errors)
+        if errors:
+            found = "NaN" if errors & 1 else "only -inf"
+            raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
+        sequences[:, :length] = self.sequence[:, :length]
+
+
+def _streams_weights(engine: CudaEngine, batch: int) -> bool:
+    """Whether the weight-streaming kernels take the batch: few rows, widths that vectors divide, room for the norm."""
+    if batch > FEW or engine.width % _VECTOR:
+        return False
+    needed = engine.kernels.linear_shared_bytes(engine.dtype, batch, engine.width)
+    return needed <= engine.kernels.shared_limit(engine.device.index or 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """A small number where there is none, so that splits occur."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _check_range(name: str, value: int, least: int, most: int | None) -> None:
+    if value < least or (most is not None and value > most):
+        expected = f"{least} to {most}" if most is not None else f"{least} or more"
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    if not 0 < temperature <= torch.finfo(torch.float32).max:
+        raise ValueError(f"temperature: got {temperature}, expected a positive number")
+    if top_k is not None:
+        _check_range("top_k", top_k, 0, (1 << 63) - 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p}, expected above 0 and at most 1")
+    _check_range("seed", seed, 0, (1 << 64) - 1)

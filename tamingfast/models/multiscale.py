@@ -1,0 +1,56 @@
+"""The second stage over the scales of an image, coarse to fine (second source, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamingfast.errors import UserError
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.multiscale import Pyramid
+from tamingfast.orderings import Identity
+
+
+class MultiscaleTransformer(Net2NetTransformer):
+    """A `Net2NetTransformer` whose sequence is a `tamingfast.multiscale.Pyramid` of the first stage's tokens.
+
+    ``scales`` are the factors of the pooling, coarse to fine, ``grid`` (height, width) is the finest scale in tokens;
+    the rest is the base's, whose ordering must be row major. All scales share the codebook. Where tokens are sampled
+    the pyramid is a grid of one row, (1, n): a token's noise is keyed by row 0 and its place in the sequence, which no
+    two tokens share.
+    """
+
+    def __init__(self, scales: Sequence[int], grid: Sequence[int], *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.permuter, Identity):
+            raise UserError("a multiscale prior unrolls each scale row by row; leave the ordering out")
+        self.pyramid = Pyramid.of(scales, *grid)
+
+    @torch.no_grad()
+    def to_sequence(self, grid: Tensor) -> Tensor:
+        """Row-major image tokens (B, h, w) or (B, h*w) -> the tokens of all scales (B, n)."""
+        stage, pyramid = self.first_stage_model, self.pyramid
+        grid = grid.unflatten(1, (pyramid.height, pyramid.width)) if grid.ndim == 2 else grid
+        codes = torch.arange(stage.n_embed, device=grid.device)
+        return pyramid.build(grid, stage.quantize.get_codebook_entry(codes, None))
+
+    def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:
+        """The tokens of all scales (B, n) -> those of the finest (B, h, w)."""
+        return self.pyramid.split(sequence)[-1]
+
+    def canvas_size(self, height: int, width: int) -> tuple[int, int]:
+        """(1, n), all scales in a row; UserError for another size than the trained one."""
+        trained = (self.pyramid.height, self.pyramid.width)
+        if (height, width) != trained:
+            raise UserError(
+                f"got a size of {height} x {width} tokens, but a multiscale prior draws whole images of "
+                f"{trained[0]} x {trained[1]}: leave the size out"
+            )
+        return 1, self.pyramid.tokens
+
+    def image_tokens(self, canvas: Tensor) -> Tensor:
+        """The finest scale (B, h, w) of a canvas (B, 1, n) of tokens, or of anything else kept for each token."""
+        return self.pyramid.split(canvas[:, 0])[-1]

@@ -1,0 +1,143 @@
+// Enough of CUDA to compile csrc/cuda/*.cu with an ordinary C++ compiler and to run the kernels on the CPU, for tests.
+//
+// This folder stands in for CUDA's include directory. Blocks run one after another, a block's threads as fibers of one
+// thread of the system: each runs until it waits at a barrier or a shuffle, then the next one goes on. So data races
+// between blocks do not happen here; a missing barrier shows when the order of the threads is reversed, which
+// `set_reversed` does, and shared memory is filled with NaN before each block. What a kernel must not do is found out:
+// barriers that only a part of a block reaches, shuffles that a part of a warp misses, writes past the shared memory
+// that the launch asked for. What only a GPU can show is not: order between blocks, coalescing, speed.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_host {
+
+constexpr std::size_t kSharedLimit = 227 * 1024;  // of compute capability 9.0
+
+// Runs `thread` in every thread of every block; the error as CUDA would tell it, null when there is none.
+const char* run(dim3 grid, dim3 block, std::size_t shared, std::size_t allowed, const std::function<void()>& thread);
+void barrier();
+// Lane `source` of the warp gives its `bytes` at `value`, at most 8, to this one.
+void exchange(void* value, std::size_t bytes, unsigned source, unsigned mask);
+void set_reversed(bool reversed);
+
+template <class Value>
+Value exchanged(Value value, unsigned source, unsigned mask) {
+  exchange(&value, sizeof value, source, mask);
+  return value;
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::barrier(); }
+inline void __threadfence() {}
+
+template <class Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
+  return cuda_on_host::exchanged(value, (threadIdx.x % 32) ^ lanes, mask);
+}
+template <class Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned lanes) {
+  const unsigned lane = threadIdx.x % 32;
+  return cuda_on_host::exchanged(value, lane >= lanes ? lane - lanes : lane, mask);
+}
+
+template <class Value>
+Value atomicAdd(Value* at, Value value) {
+  const Value before = *at;
+  *at += value;
+  return before;
+}
+inline int atomicOr(int* at, int value) {
+  const int before = *at;
+  *at |= value;
+  return before;
+}
+
+template <class Value>
+Value __ldcs(const Value* from) {
+  return *from;
+}
+template <class Value>
+Value __ldcg(const Value* from) {
+  return *from;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// --- the runtime's functions -----------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+using cudaError_t = const char*;
+constexpr cudaError_t cudaSuccess = nullptr;
+inline const char* cudaGetErrorString(cudaError_t error) { return error; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_host::kSharedLimit;
+  return cudaSuccess;
+}
+
+namespace cuda_on_host {
+template <class Kernel>
+std::size_t& allowed_shared(Kernel*) {
+  static std::size_t bytes = 48 * 1024;
+  return bytes;
+}
+}  // namespace cuda_on_host
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  if (static_cast<std::size_t>(bytes) > cuda_on_host::kSharedLimit) return "invalid argument";
+  cuda_on_host::allowed_shared(kernel) = bytes;
+  return cudaSuccess;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+template <class Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
+  return cuda_on_host::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                           cuda_on_host::allowed_shared(kernel), [&] { kernel(params); });
+}

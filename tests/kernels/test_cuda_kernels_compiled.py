@@ -1,0 +1,94 @@
+"""What nvcc made of the CUDA engine's kernels, read from the extension: they are there, they fit, and spill nothing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+
+import pytest
+from ahead_of_time import CUOBJDUMP
+
+from tamingfast import backends
+
+if backends.interpreted():
+    pytest.skip("nothing here is interpreted", allow_module_level=True)
+
+native, reason = backends.native()
+built = native is not None and native.build_info()["cuda"] is not None
+needs_kernels = pytest.mark.skipif(not built, reason=backends.cuda().reason)
+TYPES = ("float", "Bf16", "Half")
+#: Of 64 k registers of a multiprocessor, so that enough blocks of 128 threads share it to fill its memory's pipeline.
+MOST_REGISTERS = {"attention_kernel": 80, "linear_kernel": 216, "choose_kernel": 64}
+
+
+@functools.cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """By target and kernel with its template's arguments: registers, and bytes of stack and local memory a thread."""
+    found: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", native.__file__], text=True)
+    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    target = name = None
+    for line in text.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            target = match.group(1)
+        elif match := re.search(r"Function .*?(\w+_kernel<.*?>)\(", line):
+            name = match.group(1).replace("tamingfast::cuda::", "").replace("(anonymous namespace)::", "")
+        elif name is not None and "REG:" in line:
+            found[target, name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+            name = None
+    return found
+
+
+def test_the_kernels_are_built_wherever_nvcc_is_found():
+    """A source that nvcc refuses would else only be missed."""
+    if native is None or os.environ.get("TAMINGFAST_CUDA") == "0":
+        pytest.skip("they were not asked for")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda") if home]
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))):
+        assert native.build_info()["no_cuda"] == "nvcc was not found"
+        pytest.skip("there is no nvcc")
+    assert native.build_info()["cuda"] is not None, native.build_info()["no_cuda"]
+
+
+@needs_kernels
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt reads the kernels' names")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_kernel_fits_and_does_not_spill(target):
+    kernels = {name: values for (where, name), values in resources().items() if where == target}
+    expected = {f"linear_kernel<{t}, {r}, {n}>" for t in TYPES for r in (1, 2, 4, 8) for n in ("true", "false")}
+    expected |= {f"attention_kernel<{t}, {lanes}>" for t in TYPES for lanes in (8, 16, 32)}
+    expected |= {f"{name}_kernel<{t}>" for t in TYPES for name in ("append", "add_norm", "gelu", "choose")}
+    assert set(kernels) == expected
+    for name, used in sorted(kernels.items()):
+        print(f"{target} {name}: {used['REG']} registers")
+        assert used["STACK"] == used["LOCAL"] == 0, name
+        assert 0 < used["REG"] <= MOST_REGISTERS.get(name.partition("<")[0], 64), name
+
+
+@needs_kernels
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
+def test_later_devices_find_code_to_compile():
+    listed = subprocess.check_output([CUOBJDUMP, "--list-ptx", native.__file__], text=True)
+    assert "sm_90" in listed
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm lists symbols")
+def test_the_runtime_is_the_extensions_own():
+    """torch may have another one loaded; neither must find the other's functions by name."""
+    symbols = subprocess.check_output(["nm", "-D", native.__file__], text=True)
+    assert not re.findall(r"\bcuda[A-Z]\w+|\bcu[A-Z]\w+|__cuda\w+", symbols)
+
+
+@needs_kernels
+def test_without_a_device_the_extension_says_so():
+    count, why = native.cuda.devices()
+    assert (count == 0) == bool(why)
+    if count == 0:
+        assert f"no CUDA device ({why})" in backends.describe()

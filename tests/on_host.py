@@ -1,0 +1,69 @@
+"""Builds csrc/cuda for the CPU (tests/cuda_on_host) as a Python module, so that kernels run where there is no GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIM = ROOT / "tests" / "cuda_on_host"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+# Fibers have stacks that the address sanitizer does not know, so it looks at the heap and at globals only.
+SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+
+
+def _sources() -> list[Path]:
+    return [*KERNELS, ROOT / "csrc" / "cuda" / "bindings.cpp", *sorted(SHIM.glob("*.cpp"))]
+
+
+def _identity(command: list[str]) -> str:
+    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), *SHIM.glob("*.h")]
+    digest = hashlib.sha256(repr((command, sys.version)).encode())
+    for path in sorted([*headers, *_sources()]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(extra: list[str]) -> Path:
+    """The module's file, built once for each state of the sources; skips the test where there is no compiler."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler to build the kernels with")
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), SHIM, ROOT / "csrc"]
+    command = [*compiler.split(), *FLAGS, *extra, *(f"-I{path}" for path in includes)]
+    folder = ROOT / "build" / f"cuda_on_host-{_identity(command)}"
+    target = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        objects = [Path(work, f"{path.name}.o") for path in _sources()]
+        for source, made in zip(_sources(), objects, strict=True):
+            subprocess.run([*command, "-x", "c++", "-c", source, "-o", made], check=True)
+        linked = Path(work, "linked.so")
+        subprocess.run([*command, "-shared", *objects, "-o", linked], check=True)
+        linked.replace(target)
+    return target
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The kernels' functions, on the CPU; as `tamingfast._C.cuda` has them."""
+    built = os.environ.get("TAMINGFAST_SANITIZED") or build([])  # that of the sanitizers' pass
+    spec = importlib.util.spec_from_file_location("cuda_on_host", built)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made

@@ -1,0 +1,495 @@
+"""The CUDA engine against the torch reference and the CPU engine: on a GPU, and with its kernels run on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+
+import numpy as np
+import on_host
+import pytest
+import torch
+from golden import arrays, checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_engine import STEPS, all_logits, random_gpt
+from torch import Tensor
+
+import tamingfast
+from tamingfast import backends, cuda_engine, engine
+from tamingfast.cuda_engine import CudaEngine
+from tamingfast.engine import GPTEngine
+from tamingfast.errors import UserError
+from tamingfast.models.gpt import GPT
+from tamingfast.sampling import choose, gumbel_noise, sample_grid, sampler
+
+needs_native = pytest.mark.skipif(backends.native()[0] is None, reason=backends.native()[1])
+#: Of logits, by the engine's type, relative to their norm.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.004}
+BATCHES = [1, 3, 10]  # one, few: their kernels stream the weights; many: torch's products
+
+
+class Place:
+    """Where the engine runs."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def engine(self, gpt: GPT, dtype: str = "float32", slots: int = 3) -> CudaEngine:
+        kernels = None if self.device == "cuda" else on_host.module()
+        made = CudaEngine(copy.deepcopy(gpt).to(self.device), dtype, kernels)
+        made.reserve(slots, gpt.block_size)
+        return made
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request) -> Place:
+    return Place("cpu" if request.param == "host" else "cuda")
+
+
+def decoded(made: CudaEngine | GPTEngine, sequences: Tensor, steps, **options) -> Tensor:
+    """The sequences after a decoding in the first slots, on the CPU; those given stay."""
+    sequences = sequences.to(getattr(made, "device", "cpu"), copy=True)
+    made.decode(range(len(sequences)), sequences, steps, **options)
+    return sequences.cpu()
+
+
+# --- logits ---------------------------------------------------------------------------------------
+
+SHAPES = {
+    "tiny": dict(),
+    "one head of 48, prefix": dict(vocab=50, heads=1, width=48, n_unmasked=7),
+    "heads of 88": dict(vocab=40, heads=2, width=176, n_unmasked=40, std=0.1),
+    "odd everything": dict(vocab=37, block=35, heads=3, width=33, n_unmasked=1),
+    "one of each": dict(vocab=1, block=1, layers=1, heads=1, width=1),
+    "no layers": dict(layers=0),
+}
+
+
+@pytest.mark.parametrize("dtype", cuda_engine.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_of_any_geometry(place, shape, dtype):
+    gpt = random_gpt(**shape)
+    tokens = torch.randint(gpt.config.vocab_size, (gpt.block_size,)).tolist()
+    expected = all_logits(gpt, tokens)
+    logits = place.engine(gpt, dtype).step([(1, 0, tokens)], "all").cpu()
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    if dtype == "float32":
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["class", "unmasked"])
+def test_logits_of_the_reference(place, name):
+    data, model = arrays(f"net2net_{name}"), tamingfast.load_model(checkpoint(f"net2net_{name}"))
+    prefix = data["c_indices"].shape[1]
+    sequences = np.concatenate([data["c_indices"], data["z_indices"][:, :-1]], 1).tolist()
+    logits = place.engine(model.transformer).step([(i, 0, sequence) for i, sequence in enumerate(sequences)], "all")
+    logits = logits.cpu().view(2, len(sequences[0]), -1)[:, prefix - 1 :]
+    np.testing.assert_allclose(logits.numpy(), data["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["class", "unmasked"])
+def test_greedy_tokens_of_the_reference(place, name):
+    data, model = arrays(f"net2net_{name}"), tamingfast.load_model(checkpoint(f"net2net_{name}"))
+    known = torch.from_numpy(np.concatenate([data["c_indices"], data["greedy_indices"]], 1))
+    count = known.shape[1] - 1 if place.device == "cuda" else data["c_indices"].shape[1] + 12
+    sequences = known.clone()
+    sequences[:, data["c_indices"].shape[1] :] = 0
+    steps = range(data["c_indices"].shape[1], count)
+    assert torch.equal(
+        decoded(place.engine(model.transformer), sequences, steps, greedy=True)[:, :count], known[:, :count]
+    )
+
+
+def test_a_ragged_step(place):
+    """Prompts alone and together, continuations by one token and by many, of slots in any order."""
+    gpt = random_gpt(n_unmasked=4, block=150)
+    tokens = torch.randint(24, (6, 150)).tolist()
+    made = place.engine(gpt, slots=6)
+    made.step([(i, 0, tokens[i][:held]) for i, held in ((4, 130), (1, 5), (3, 9))], "none")
+    spans = [(5, 0, 7), (0, 0, 7), (2, 0, 1), (4, 130, 1), (1, 5, 60), (3, 4, 100)]
+    made.truncate(3, 4)
+    spans[2] = (2, 0, 6)
+    logits = made.step(
+        [(slot, start, tokens[slot][start : start + count]) for slot, start, count in spans], "all"
+    ).cpu()
+    for (slot, start, count), part in zip(spans, logits.split([span[2] for span in spans]), strict=True):
+        expected = all_logits(gpt, tokens[slot][: start + count])[start:]
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-4)
+    assert [made.length(slot) for slot in range(6)] == [7, 65, 6, 104, 131, 7]
+    flat = torch.tensor(tokens[0][7:9] + tokens[5][7:10], device=place.device)
+    last = made.feed(flat, [(0, 7, 2), (5, 7, 3)]).cpu()
+    for row, tokens_so_far in zip(last, (tokens[0][:9], tokens[5][:10]), strict=True):
+        torch.testing.assert_close(row, all_logits(gpt, tokens_so_far)[-1], rtol=1e-5, atol=1e-4)
+
+
+def test_more_tokens_than_one_pass_takes(place, monkeypatch):
+    monkeypatch.setattr(cuda_engine, "_TOKENS_PER_PASS", 50)
+    gpt = random_gpt(n_unmasked=3)
+    tokens = torch.randint(24, (3, 40))
+    made = place.engine(gpt)
+    logits = made.step([(i, 0, row) for i, row in enumerate(tokens.tolist())]).cpu()
+    for row, sequence in zip(logits, tokens.tolist(), strict=True):
+        torch.testing.assert_close(row, all_logits(gpt, sequence)[-1], rtol=1e-5, atol=1e-4)
+    sequences = decoded(made, torch.nn.functional.pad(tokens, (0, 1)), [40], greedy=True)
+    assert sequences[:, 40].tolist() == logits.argmax(-1).tolist()
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+OPTIONS = dict(temperature=1.1, top_k=20, top_p=0.97, seed=3)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [dict(), dict(n_unmasked=5), dict(heads=3, width=33)], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_seeded_tokens_are_those_of_the_cpu_engine(place, shape, batch, record_property):
+    gpt = random_gpt(**shape)
+    sequences, steps = torch.randint(24, (batch, 30)), [*range(6, 14), 16, 17, 27]
+    on_cpu = GPTEngine(gpt)
+    on_cpu.reserve(batch, gpt.block_size)
+    expected = decoded(on_cpu, sequences, steps, **OPTIONS)
+    tokens = decoded(place.engine(gpt, slots=batch), sequences, steps, **OPTIONS)
+    mismatches = (tokens != expected).float().mean().item()
+    record_property("mismatch_rate", mismatches)
+    # A near-tie of two sums may fall either way; none does in these few tokens.
+    assert mismatches == 0.0
+    assert expected[:, steps].unique().numel() > 3
+
+
+@pytest.mark.parametrize("dtype", cuda_engine.DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_tokens_are_the_choice_of_the_engines_logits(place, batch, dtype):
+    """What the step of a batch computes, by whichever kernels, is what a pass over the tokens computes."""
+    gpt = random_gpt(std=0.3)
+    made = place.engine(gpt, dtype, slots=batch)
+    sequences = decoded(made, torch.full((batch, 12), 3), range(1, 12), images=range(5, 5 + batch), top_k=10, seed=9)
+    logits = made.step([(i, 0, row[:-1]) for i, row in enumerate(sequences.tolist())], "all").cpu()
+    noise = gumbel_noise(9, torch.arange(5, 5 + batch)[:, None], torch.tensor(0), torch.arange(1, 12), 24)
+    expected = choose(logits.view(batch, 11, -1), noise, top_k=10)
+    # Sums of half-width numbers in another order may tip a near-tie.
+    assert (sequences[:, 1:] == expected).float().mean() >= (1.0 if dtype == "float32" else 0.9)
+
+
+def test_unwanted_steps_keep_their_tokens(place):
+    gpt = random_gpt()
+    given, wanted = torch.randint(24, (3, 12)), torch.rand(3, 11) < 0.5
+    sequences = decoded(place.engine(gpt), given, range(1, 12), wanted=wanted, seed=5)
+    assert torch.equal(sequences[:, 1:][~wanted], given[:, 1:][~wanted])
+    for i in range(3):
+        for step in (wanted[i].nonzero()[:, 0] + 1).tolist():
+            noise = gumbel_noise(5, torch.tensor(i), torch.tensor(0), torch.tensor(step), 24)
+            assert sequences[i, step] == choose(all_logits(gpt, sequences[i, :step].tolist())[-1], noise)
+
+
+def test_an_engine_is_used_again_and_again(place):
+    """Batches in turn, other options, a kept prefix, a new cache: nothing of an earlier call is left."""
+    gpt = random_gpt(n_unmasked=2)
+    made = place.engine(gpt, slots=10)
+    given = torch.randint(24, (10, 16))
+    fresh = {
+        (batch, seed): decoded(place.engine(gpt, slots=batch), given[:batch], range(4, 16), seed=seed)
+        for batch, seed in ((3, 1), (10, 2), (3, 4))
+    }
+    for (batch, seed), expected in fresh.items():
+        assert torch.equal(decoded(made, given[:batch], range(4, 16), seed=seed), expected)
+    kept = decoded(made, given[:3], range(4, 16), seed=1, fed=0)
+    assert torch.equal(decoded(made, kept, range(9, 16), seed=1, fed=8), fresh[3, 1])
+    made.copy(0, 7)
+    assert made.length(7) == made.length(0) == 15
+    made.reserve(4, 20)
+    assert made.info()["slots"] == 4 and made.length(0) == 0
+    assert torch.equal(decoded(made, given[:3], range(4, 16), seed=4), fresh[3, 4])
+
+
+def test_image_tokens_that_see_each_other(place):
+    """Steps inside the unmasked prefix take a whole pass each."""
+    gpt = random_gpt(n_unmasked=9)
+    sequences = decoded(place.engine(gpt), torch.full((3, 14), 5), range(2, 14), greedy=True)
+    for row in sequences.tolist():
+        for step in range(2, 14):
+            assert row[step] == all_logits(gpt, row[:step])[-1].argmax()
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_cache_holds_what_its_history_says(place, data):
+    """Random feeding, cutting, copying and reuse of slots; logits must be those of a fresh pass over the tokens."""
+    n_unmasked = data.draw(st.sampled_from([0, 3]))
+    gpt = random_gpt(n_unmasked=n_unmasked)
+    made = place.engine(gpt)
+    held: list[list[int]] = [[], [], []]
+    for _ in range(data.draw(st.integers(1, 8))):
+        slot, other = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+        action = data.draw(st.sampled_from(["feed", "feed", "feed", "truncate", "copy"]))
+        if action == "truncate":
+            length = data.draw(st.integers(0, len(held[slot])))
+            made.truncate(slot, length)
+            del held[slot][length:]
+        elif action == "copy":
+            length = data.draw(st.integers(0, len(held[slot])))
+            made.copy(slot, other, length)
+            held[other] = held[slot][:length]
+        else:
+            items = []
+            for target in {slot, other}:
+                start = data.draw(st.integers(0, len(held[target])))
+                start = 0 if start < n_unmasked else start
+                # A cut inside the unmasked prefix leaves keys that saw the whole prefix; it is fed again from 0.
+                least = n_unmasked if start == 0 and n_unmasked else 1
+                tokens = data.draw(st.lists(st.integers(0, 23), min_size=least, max_size=5))
+                held[target][start:] = tokens
+                items.append((target, start, tokens))
+            logits = made.step(items, "last").cpu()
+            for (target, _, _), row in zip(items, logits, strict=True):
+                torch.testing.assert_close(row, all_logits(gpt, held[target])[-1], rtol=1e-5, atol=1e-4)
+        assert [made.length(i) for i in range(3)] == [len(tokens) for tokens in held]
+
+
+def test_memory_that_is_not_there_is_refused_with_its_size(place):
+    gpt = random_gpt(block=2**20, layers=1)
+    made = CudaEngine(gpt.to(place.device), kernels=None if place.device == "cuda" else on_host.module())
+    made.reserve(1, 16)
+    before = made.info()
+    with pytest.raises(MemoryError, match=rf"^cache: {2 * 2**24 * 2 * 2**20 * 8 * 4} bytes are needed"):
+        made.reserve(2**24, 2**20)
+    assert made.info() == before
+    made.step([(0, 0, [1])])
+
+
+# --- working beside others ------------------------------------------------------------------------
+
+
+def test_progress_and_interruption(place):
+    gpt = random_gpt()
+    made = place.engine(gpt, slots=2)
+    whole = decoded(made, torch.full((2, 13), 7), range(1, 13), seed=2)
+    sequences, told = torch.full((2, 13), 7, device=place.device), []
+
+    def progress(done: int) -> None:
+        told.append((done, sequences.clone().cpu()))
+        with pytest.raises(RuntimeError, match="the engine is working"):
+            made.step([(0, 0, [1])])
+        if done == 108:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.decode([0, 1], sequences, range(1, 13), seed=2, progress=progress, every=4, before=100)
+    assert [done for done, _ in told] == [104, 108]
+    for done, seen in told:
+        assert torch.equal(seen[:, : done - 99], whole[:, : done - 99]), "what is told is there"
+    assert [made.length(slot) for slot in (0, 1)] == [8, 8]
+    assert torch.equal(decoded(made, sequences.cpu(), range(9, 13), seed=2, fed=8), whole)
+
+
+def test_threads_take_turns(place):
+    gpt = random_gpt()
+    made = place.engine(gpt, slots=3)
+    expected = [made.step([(i, 0, [i, i + 1, 5])]).cpu() for i in range(3)]
+    results = {}
+
+    def use(i: int) -> None:
+        results[i] = [made.step([(i, 0, [i, i + 1, 5])]).cpu() for _ in range(5)]
+
+    workers = [threading.Thread(target=use, args=(i,)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(row, expected[i]) for i in range(3) for row in results[i])
+
+
+@pytest.mark.gpu
+def test_another_stream_and_the_last_device():
+    gpt, device = random_gpt(), torch.device("cuda", torch.cuda.device_count() - 1)
+    made = CudaEngine(copy.deepcopy(gpt).to(device))
+    made.reserve(10, 40)
+    given = torch.randint(24, (10, 30))
+    expected = decoded(made, given, range(5, 30), seed=1)
+    assert torch.equal(decoded(made, given, range(5, 30), seed=1), expected), "from the graph"
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for batch in (10, 3):
+            assert torch.equal(decoded(made, given[:batch], range(5, 30), seed=1), expected[:batch])
+    cond = torch.tensor([[3], [4]])
+    grid = sample_grid(copy.deepcopy(gpt).to(device), cond, 5, 6, seed=1)
+    assert grid.device == device
+    assert torch.equal(grid.cpu(), sample_grid(gpt, cond, 5, 6, seed=1))
+
+
+@pytest.mark.gpu
+@needs_native
+def test_seeded_tokens_of_gpt2_small_geometry(record_property):
+    """In float32 against the CPU engine; a token that differs is a near-tie, and what follows it then differs too."""
+    torch.manual_seed(0)
+    gpt = GPT(1024, 256, n_layer=12, n_head=16, n_embd=768).eval()
+    on_cpu, on_gpu = GPTEngine(gpt), CudaEngine(copy.deepcopy(gpt).cuda())
+    for batch in (2, 16):
+        for made in (on_cpu, on_gpu):
+            made.reserve(batch, 256)
+        sequences, steps = torch.zeros(batch, 64, dtype=torch.int64), range(1, 64)
+        expected = decoded(on_cpu, sequences, steps, top_k=100, seed=1)
+        tokens = decoded(on_gpu, sequences, steps, top_k=100, seed=1)
+        differs = (tokens != expected).any(1)
+        record_property(f"sequences_that_differ_of_{batch}", int(differs.sum()))
+        assert differs.float().mean() <= 0.25
+        for b in differs.nonzero()[:, 0].tolist():
+            step = int((tokens[b] != expected[b]).nonzero()[0])
+            logits = on_cpu.step([(0, 0, expected[b, :step].tolist())])[0]
+            noise = gumbel_noise(1, torch.tensor(b), torch.tensor(0), torch.tensor(step), 1024)
+            scores = torch.stack([logits + noise])[0]
+            assert (scores[tokens[b, step]] - scores[expected[b, step]]).abs() < 1e-3
+
+
+# --- sample_grid ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled_here(monkeypatch) -> None:
+    """`sample_grid` takes the CUDA engine for a GPT on the CPU."""
+    monkeypatch.setattr(engine, "refusal", lambda gpt: None)
+    monkeypatch.setattr(engine, "dtypes", lambda gpt: cuda_engine.DTYPES)
+    monkeypatch.setattr(engine, "GPTEngine", lambda gpt, dtype: CudaEngine(gpt, dtype, on_host.module()))
+
+
+@pytest.mark.usefixtures("sampled_here")
+@pytest.mark.parametrize("kind", ["prefix", "grid", "bidirectional"])
+@pytest.mark.parametrize(
+    ("height", "width", "rule"), [(3, 4, "paper"), (5, 6, "paper"), (5, 6, "strided"), (4, 6, "block")]
+)
+def test_grids_are_those_of_the_torch_backend(kind, height, width, rule):
+    gpt = random_gpt(block=40, n_unmasked=3 if kind == "bidirectional" else 0)
+    cond = torch.randint(24, (2, height, width) if kind == "grid" else (2, 3))
+    start, mask = torch.randint(24, (2, height, width)), torch.rand(height, width) < 0.7
+    options = dict(window=4, schedule=rule, stride=2, seed=8, top_k=20, start=start, mask=mask)
+    seen = []
+    grid = sample_grid(gpt, cond, height, width, backend="native", callback=lambda *a: seen.append(a), **options)
+    assert torch.equal(grid, sample_grid(gpt, cond, height, width, backend="torch", **options))
+    assert len(seen) > 1
+
+
+@pytest.mark.usefixtures("sampled_here")
+def test_half_width_engines_are_kept_with_the_model():
+    gpt, cond = random_gpt(std=0.3), torch.tensor([[3], [4]])
+    first = sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16")
+    assert torch.equal(sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16"), first)
+    assert list(engine._engines[gpt]) == ["float16"]
+
+
+class OnAGpu(GPT):
+    """Says so, as far as the choice of a backend asks."""
+
+    def parameters(self, recurse: bool = True):
+        real = super().parameters(recurse)
+        return iter([type("P", (), dict(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32))(), *real])
+
+
+def test_a_gpu_without_the_engine_falls_back_and_says_why_once(monkeypatch, caplog):
+    monkeypatch.setattr(cuda_engine, "refusal", lambda gpt: "built without CUDA (nvcc was not found)")
+    monkeypatch.setattr(engine.backends, "native", lambda: (object(), "here"))
+    gpt = OnAGpu(24, 40, n_layer=1, n_head=2, n_embd=16)
+    sampler._log_once.cache_clear()
+    with caplog.at_level("WARNING", logger="tamingfast.sampling.sampler"):
+        for _ in range(2):
+            assert sampler.choose_backend("auto", gpt, None) == ("torch", "float32")
+    assert [record.message for record in caplog.records] == [
+        "the torch backend samples, not the CUDA engine: built without CUDA (nvcc was not found)"
+    ]
+    with pytest.raises(UserError, match="backend 'native' cannot run here: built without CUDA"):
+        sampler.choose_backend("native", gpt, None)
+    monkeypatch.setattr(cuda_engine, "refusal", lambda gpt: None)
+    assert sampler.choose_backend("auto", gpt, "float16") == ("native", "float16")
+    with pytest.raises(UserError, match="dtype 'int8' needs the native engine .it has no int8 weights"):
+        sampler.choose_backend("auto", gpt, "int8")
+    with backends.use("reference"):
+        assert sampler.choose_backend("auto", gpt, None) == ("torch", "float32")
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("items", "message"), STEPS.values(), ids=STEPS)
+def test_bad_steps_are_named_and_change_nothing(place, items, message):
+    made = place.engine(random_gpt(n_unmasked=5))
+    made.step([(2, 0, [1] * 9)])
+    with pytest.raises(ValueError, match=message):
+        made.step(items)
+    assert [made.length(i) for i in range(3)] == [0, 0, 9]
+
+
+DECODINGS = {
+    "slot": (dict(slots=[3]), "^slot: got 3, expected 0 to 2"),
+    "slot twice": (dict(slots=[1, 1], sequences=torch.zeros(2, 9, dtype=torch.int64)), "^slot: .* at most once"),
+    "slots": (dict(slots=[0, 1]), "^slots: got 2, expected one for each of 1 sequences"),
+    "sequences": (dict(sequences=torch.zeros(1, 9)), "^sequences: got torch.float32"),
+    "step below": (dict(steps=[0, 1]), "^steps: got 0, expected 1 to 8"),
+    "step above": (dict(steps=[9]), "^steps: got 9"),
+    "falling": (dict(steps=[3, 3]), "^steps: got 3, expected 4 to 8"),
+    "past the cache": (dict(steps=[42], sequences=torch.zeros(1, 50, dtype=torch.int64)), "^steps: got 42, .* most 40"),
+    "wanted": (dict(wanted=torch.ones(1, 3)), "^wanted: got 3 values, expected 2"),
+    "rows": (dict(rows=[1]), "^rows: got 1 values, expected 2"),
+    "column": (dict(columns=[1, -1]), "^columns: got -1"),
+    "image": (dict(images=[2**32]), "^images: got 4294967296"),
+    "fed": (dict(fed=4), "^fed: got 4, expected at most the length"),
+    "fed below": (dict(fed=-1), "^fed: got -1"),
+    "choices": (dict(choices=25), "^choices: got 25, expected 1 to 24"),
+    "temperature": (dict(temperature=0.0), "^temperature: got 0.0"),
+    "top_k": (dict(top_k=-1), "^top_k: got -1"),
+    "top_p": (dict(top_p=1.5), "^top_p: got 1.5"),
+    "seed": (dict(seed=-1), "^seed: got -1"),
+    "every": (dict(every=0), "^every: got 0"),
+    "token": (dict(sequences=torch.full((1, 9), 24)), "^token: got 24, expected 0 to 23"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), DECODINGS.values(), ids=DECODINGS)
+def test_bad_decodings_are_named(place, change, message):
+    made = place.engine(random_gpt())
+    good = dict(slots=[0], sequences=torch.zeros(1, 9, dtype=torch.int64), steps=[3, 4])
+    arguments = good | change
+    arguments["sequences"] = arguments["sequences"].to(place.device)
+    with pytest.raises(ValueError, match=message):
+        made.decode(**arguments)
+    assert made.length(0) == 0
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("where", ["head.weight", "blocks.0.mlp.0.weight", "blocks.1.attn.key.bias", "tok_emb.weight"])
+def test_broken_weights_are_named(place, batch, where):
+    gpt = random_gpt()
+    with torch.no_grad():
+        gpt.get_parameter(where).view(-1)[0] = float("nan")
+    made = place.engine(gpt, slots=batch)
+    sequences = torch.zeros(batch, 5, dtype=torch.int64, device=place.device)
+    with pytest.raises(ValueError, match="logits hold NaN in some row"):
+        made.decode(range(batch), sequences, range(1, 5))
+
+
+def test_a_closed_engine_and_wrong_types(place):
+    made = place.engine(random_gpt())
+    with pytest.raises(ValueError, match="^logits: got 'some'"):
+        made.step([(0, 0, [1])], "some")
+    made.close()
+    for use in (lambda: made.step([(0, 0, [1])]), lambda: made.length(0), lambda: made.reserve(1, 1), made.info):
+        with pytest.raises(ValueError, match="the engine is closed"):
+            use()
+    with pytest.raises(ValueError, match="^dtype: got 'int8', expected one of float32, bfloat16, float16"):
+        place.engine(random_gpt(), "int8")
+
+
+def test_an_engine_that_cannot_run_says_why(monkeypatch):
+    for reason in ("built without CUDA (TAMINGFAST_CUDA=0 was set)", "no CUDA device (no driver)"):
+        monkeypatch.setattr(backends, "cuda", lambda reason=reason: backends.Availability(False, reason))
+        with pytest.raises(RuntimeError, match=f"cannot run this transformer: {re.escape(reason)}"):
+            CudaEngine(random_gpt())
+    monkeypatch.setattr(backends, "cuda", lambda: backends.Availability(True, "pretended"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda_engine.refusal(random_gpt()) == "its kernels need compute capability 8.0, and 7.5 is here"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert cuda_engine.refusal(random_gpt()) is None
+    assert "heads up to 256 wide, and these are 300 wide" in cuda_engine.refusal(random_gpt(heads=1, width=300))
