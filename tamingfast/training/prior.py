@@ -342,7 +342,7 @@ def tokens_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
     UserError when the batch lacks what the prior is conditioned on.
     """
     encoded = f"{model.cond_stage_key}_indices"
-    if not (model.be_unconditional or model.cond_stage_key in batch or encoded in batch):
+    if not model.be_unconditional and model.cond_stage_key not in batch and encoded not in batch:
         raise UserError(
             f"the data hold {', '.join(batch)} and no '{model.cond_stage_key}', on which the prior is conditioned; use "
             "data of the kind that it was trained on"
