@@ -217,6 +217,20 @@ def test_image_tokens_that_see_each_other(place):
             assert row[step] == all_logits(gpt, row[:step])[-1].argmax()
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_an_engine_made_in_inference_mode_works_outside(place, batch):
+    """And within again: what lasts from call to call is no inference tensor."""
+    gpt, given = random_gpt(), torch.randint(24, (batch, 9))
+    with torch.inference_mode():
+        made = place.engine(gpt, slots=batch + 1)
+        expected = decoded(made, given, range(2, 9), seed=1)
+    assert torch.equal(decoded(made, given, range(2, 9), seed=1), expected)
+    made.copy(0, batch)
+    made.step([(batch, 8, [3])])
+    with torch.inference_mode():
+        assert torch.equal(decoded(made, given, range(2, 9), seed=1), expected)
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 

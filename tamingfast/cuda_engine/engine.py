@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, ops
 from tamingfast.cuda_engine.checks import check_options, check_range
-from tamingfast.cuda_engine.loop import VECTOR, Loop, Plan
+from tamingfast.cuda_engine.loop import VECTOR, Loop, Plan, lasting_tensors
 from tamingfast.cuda_engine.rows import Rows, Span, passes
 from tamingfast.cuda_engine.weights import Norm, Weights
 
@@ -79,7 +79,7 @@ class CudaEngine:
         # A prefix of one position is the plain causal mask.
         self.n_unmasked = config.n_unmasked if getattr(config, "n_unmasked", 0) > 1 else 0
         size = sum(value.numel() for value in gpt.parameters()) * self.number.itemsize
-        with self._memory_for("weights", size), torch.no_grad():
+        with self._memory_for("weights", size), lasting_tensors():
             self.weights = Weights(gpt, self.number)
         self._lock, self._owner, self._closed = threading.Lock(), None, False
         self._done: torch.cuda.Event | None = None  # of all that was queued so far
@@ -100,7 +100,7 @@ class CudaEngine:
         check_range("length", length, 1, self.block_size)
         with self._turn():
             shape = (len(self.weights.layers), 2, slots, self.heads, length, self.stride)
-            with self._memory_for("cache", math.prod(shape) * self.number.itemsize):
+            with self._memory_for("cache", math.prod(shape) * self.number.itemsize), lasting_tensors():
                 # Zeros behind the width of a head, where it is padded.
                 cache = torch.zeros(shape, dtype=self.number, device=self.device)
             self.cache, self.capacity, self._lengths = cache, length, [0] * slots
@@ -316,7 +316,7 @@ class CudaEngine:
                 return
             loop = self._loops.get(len(slots))
             if loop is None:
-                with self._memory_for("activations", Loop.bytes(self, len(slots))):
+                with self._memory_for("activations", Loop.bytes(self, len(slots))), lasting_tensors():
                     loop = self._loops[len(slots)] = Loop(self, len(slots))
             options = self.kernels.options_bytes(
                 greedy, temperature, top_k or 0, 1.0 if top_p is None else top_p, seed, choices

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,7 +116,8 @@ class Loop:
         graph = torch.cuda.CUDAGraph()
         # A stream of this device, which torch's default need not be; other threads may allocate meanwhile.
         stream = torch.cuda.Stream(self.engine.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # torch fills tensors of its own whenever it replays a graph, in whatever mode that is.
+        with lasting_tensors(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._queue()
         self.graph = graph
 
@@ -193,6 +196,13 @@ class Loop:
             found = "NaN" if errors & 1 else "only -inf"
             raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
         sequences[:, :length] = self.sequence[:, :length]
+
+
+@contextlib.contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """Tensors made inside may be written later whether or not `torch.inference_mode` is on by then."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _streams_weights(engine: CudaEngine, batch: int) -> bool:
