@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import numpy as np
 import on_host
@@ -280,6 +282,18 @@ def test_memory_that_is_not_there_is_refused_with_its_size(place):
     made.step([(0, 0, [1])])
 
 
+def test_an_engine_is_freed_with_its_last_name(place):
+    made = place.engine(random_gpt())
+    decoded(made, torch.zeros(3, 5, dtype=torch.int64), range(1, 5))
+    watched = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
 # --- working beside others ------------------------------------------------------------------------
 
 
@@ -420,6 +434,24 @@ def test_half_width_engines_are_kept_with_the_model():
     first = sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16")
     assert torch.equal(sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16"), first)
     assert list(engine._engines[gpt]) == ["float16"]
+
+
+@pytest.mark.usefixtures("sampled_here")
+def test_changed_weights_take_the_place_of_the_old_ones():
+    """Two copies are never there at once."""
+    gpt, cond = random_gpt(), torch.tensor([[3], [4]])
+    sample_grid(gpt, cond, 3, 3, seed=1)
+    before = engine._engines[gpt]["float32"][1]
+    with torch.no_grad():
+        gpt.head.weight.mul_(-1)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine, "GPTEngine", lambda *a: made.append(before.weights is None) or CudaEngine(*a, on_host.module())
+        )
+        grid = sample_grid(gpt, cond, 3, 3, seed=1)
+    assert made == [True]
+    assert torch.equal(grid, sample_grid(gpt, cond, 3, 3, seed=1, backend="torch"))
 
 
 class OnAGpu(GPT):

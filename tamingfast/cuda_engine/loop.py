@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ class Loop:
     """One step of a batch in memory that stays where it is, so that a graph of it can be replayed."""
 
     def __init__(self, engine: CudaEngine, batch: int) -> None:
-        self.engine = engine
+        self.engine = weakref.proxy(engine)  # which holds this loop: a cycle would keep its memory for long
         self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
         self.splits = engine._splits(batch, engine.capacity)
         width, number, device = engine.width, engine.number, engine.device
