@@ -179,6 +179,22 @@ def test_tokens_are_the_choice_of_the_engines_logits(place, batch, dtype):
     assert (sequences[:, 1:] == expected).float().mean() >= (1.0 if dtype == "float32" else 0.9)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_of_few_sequences_do_not_depend_on_how_many_there_are(place, dtype):
+    gpt = random_gpt(block=200)
+    made = place.engine(gpt, dtype, slots=8)
+    tokens = torch.randint(24, (1, 152))
+    made.step([(0, 0, tokens[0, :150].tolist())], "none")
+    for slot in range(1, 8):
+        made.copy(0, slot)
+    seen = []
+    for batch in (1, 2, 3, 8):
+        decoded(made, tokens.expand(batch, -1).contiguous(), [151], fed=150)
+        seen.append(made._loops[batch].logits.cpu())
+        assert made._loops[batch].splits == 4
+    assert all(torch.equal(row, seen[0][0]) for logits in seen for row in logits)
+
+
 def test_unwanted_steps_keep_their_tokens(place):
     gpt = random_gpt()
     given, wanted = torch.randint(24, (3, 12)), torch.rand(3, 11) < 0.5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast import backends, ops
 from tamingfast.cuda_engine.checks import check_options, check_range
-from tamingfast.cuda_engine.loop import VECTOR, Loop, Plan, lasting_tensors
+from tamingfast.cuda_engine.loop import FEW, VECTOR, Loop, Plan, lasting_tensors
 from tamingfast.cuda_engine.rows import Rows, Span, passes
 from tamingfast.cuda_engine.weights import Norm, Weights
 
@@ -25,7 +25,7 @@ WIDEST_HEAD = 256
 _TOKENS_PER_PASS = 8192  # enough to fill any machine
 _STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
 _SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
-_POSITIONS_PER_BLOCK = 64  # of the attention, at least
+_POSITIONS_PER_BLOCK = 64  # of the attention, at least; kLeast in csrc/cuda/attention.cu
 
 
 def refusal(gpt: nn.Module) -> str | None:
@@ -260,9 +260,15 @@ class CudaEngine:
         return dict(heads=self.heads, stride=self.stride, capacity=self.capacity, keys=keys, values=values)
 
     def _splits(self, rows: int, longest: int) -> int:
-        """Blocks that share the positions of a row and head: as many as fill the device twice."""
-        blocks = 2 * multiprocessors(self.device)
-        return max(1, min(blocks // (rows * self.heads), math.ceil(longest / _POSITIONS_PER_BLOCK)))
+        """Blocks that share the positions of a row and head.
+
+        One for each `_POSITIONS_PER_BLOCK` where rows are few, so that their sums depend neither on how many they are
+        nor on the device; else as many as fill the device twice.
+        """
+        most = math.ceil(longest / _POSITIONS_PER_BLOCK)
+        if rows <= FEW:
+            return most
+        return max(1, min(2 * multiprocessors(self.device) // (rows * self.heads), most))
 
     def _split_room(self, rows: int, splits: int) -> tuple[Tensor | None, Tensor | None]:
         """What splits leave for each other: parts of the result, and how many have arrived."""
