@@ -16,6 +16,7 @@ import numpy as np
 import on_host
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import arrays, checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -191,7 +192,7 @@ def test_logits_of_few_sequences_do_not_depend_on_how_many_there_are(place, dtyp
     for batch in (1, 2, 3, 8):
         decoded(made, tokens.expand(batch, -1).contiguous(), [151], fed=150)
         seen.append(made._loops[batch].logits.cpu())
-        assert made._loops[batch].splits == 4
+        assert made._loops[batch].room["splits"] == 4
     assert all(torch.equal(row, seen[0][0]) for logits in seen for row in logits)
 
 
@@ -308,6 +309,29 @@ def test_an_engine_is_freed_with_its_last_name(place):
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_memory_that_runs_out_while_it_works_is_told_alike(place, monkeypatch):
+    made = place.engine(random_gpt(), slots=1)
+
+    def refuse(*args, **kwargs):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(F, "linear", refuse)  # of every pass
+    for use in (
+        lambda: made.step([(0, 0, [1, 2])]),
+        lambda: decoded(made, torch.zeros(1, 9, dtype=torch.int64), [8]),
+    ):
+        with pytest.raises(MemoryError, match=r"^activations: \d+ bytes are needed"):
+            use()
+        assert made.length(0) == 0
+    monkeypatch.undo()
+    with pytest.raises(torch.OutOfMemoryError, match="the caller's own"):
+        made.decode([0], torch.zeros(1, 9, dtype=torch.int64, device=place.device), [8], progress=own_failure)
+
+
+def own_failure(done: int) -> None:
+    raise torch.OutOfMemoryError("the caller's own")
 
 
 # --- working beside others ------------------------------------------------------------------------
@@ -557,6 +581,7 @@ def test_broken_weights_are_named(place, batch, where):
     sequences = torch.zeros(batch, 5, dtype=torch.int64, device=place.device)
     with pytest.raises(ValueError, match="logits hold NaN in some row"):
         made.decode(range(batch), sequences, range(1, 5))
+    assert made.length(0) == 0, "what was fed after the error is not what `sequences` holds"
 
 
 def test_a_closed_engine_and_wrong_types(place):

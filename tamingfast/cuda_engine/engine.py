@@ -181,11 +181,12 @@ class CudaEngine:
         with self._turn():
             self._check_spans(spans)
             tokens, found, at = tokens.to(self.device), [], 0
-            for part in passes(spans, _TOKENS_PER_PASS):
-                count = sum(span.count for span in part)
-                found.append(self._pass(tokens[at : at + count], part, logits))
-                at += count
-            return torch.cat(found) if found else self._pass(tokens, [], "none")
+            with self._memory_for("activations", Loop.bytes(self, min(len(tokens), _TOKENS_PER_PASS))):
+                for part in passes(spans, _TOKENS_PER_PASS):
+                    count = sum(span.count for span in part)
+                    found.append(self._pass(tokens[at : at + count], part, logits))
+                    at += count
+                return torch.cat(found) if found else self._pass(tokens, [], "none")
 
     def _check_spans(self, spans: list[Span]) -> None:
         seen: set[int] = set()
@@ -215,10 +216,12 @@ class CudaEngine:
         rows = Rows(spans, self.n_unmasked, self.device)
         for span in spans:  # what is written over is no longer valid, even if this is interrupted
             self._lengths[span.slot] = min(self._lengths[span.slot], span.start)
+        # Of all layers: a launch leaves its room as it found it.
+        rooms = [{} if prompts else self._split_room(end - at, rows.longest) for at, end, prompts in rows.groups]
         x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position]
         for layer, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
             qkv = F.linear(self._normed(x, layer.ln1), layer.qkv.weight, layer.qkv.own_bias)
-            y = F.linear(self._attended(qkv, rows, keys, values), layer.proj.weight)
+            y = F.linear(self._attended(qkv, rows, rooms, keys, values), layer.proj.weight)
             inner = F.linear(self._normed(x, layer.ln2, y, layer.proj.bias), layer.up.weight)
             self._launch("bias_gelu", inner, bias=layer.up.bias, x=inner, ldx=inner.stride(0))
             x += F.linear(inner, layer.down.weight, layer.down.own_bias)
@@ -236,23 +239,21 @@ class CudaEngine:
         )  # fmt: skip
         return out
 
-    def _attended(self, qkv: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+    def _attended(self, qkv: Tensor, rows: Rows, rooms: list[dict[str, Any]], keys: Tensor, values: Tensor) -> Tensor:
         out = torch.empty(len(qkv), self.width, dtype=self.number, device=self.device)
         cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position32)
         self._launch("append", qkv, width=self.head, qkv=qkv, ldq=qkv.stride(0), **cached)
-        for first, last, prompts in rows.groups:
+        for (first, last, prompts), room in zip(rows.groups, rooms, strict=True):
             own, to = qkv[first:last], out[first:last]
             if prompts:  # whole prompts of one length
                 q, k, v = own.view(prompts, -1, 3, self.heads, self.head).permute(2, 0, 3, 1, 4).unbind(0)
                 seen = ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked)
                 to.copy_(seen.transpose(1, 2).reshape(to.shape))
                 continue
-            splits = self._splits(len(own), rows.longest)
-            partial, arrived = self._split_room(len(own), splits)
             part = cached | {name: cached[name][first:last] for name in ("slot", "position")}
             self._launch(
                 "attention", own, width=self.head, qkv=own, ldq=own.stride(0), last=rows.last[first:last], append=False,
-                splits=splits, partial=partial, arrived=arrived, out=to, ldo=to.stride(0), **part,
+                out=to, ldo=to.stride(0), **part, **room,
             )  # fmt: skip
         return out
 
@@ -270,12 +271,13 @@ class CudaEngine:
             return most
         return max(1, min(2 * multiprocessors(self.device) // (rows * self.heads), most))
 
-    def _split_room(self, rows: int, splits: int) -> tuple[Tensor | None, Tensor | None]:
-        """What splits leave for each other: parts of the result, and how many have arrived."""
-        if splits == 1:
-            return None, None
-        partial = torch.empty(rows, self.heads, splits, self.stride + 2, device=self.device)
-        return partial, torch.zeros(rows, self.heads, dtype=torch.int32, device=self.device)
+    def _split_room(self, rows: int, longest: int) -> dict[str, Any]:
+        """The arguments of split attention: the splits, their parts of the result, and how many have arrived."""
+        splits, partial, arrived = self._splits(rows, longest), None, None
+        if splits > 1:
+            partial = torch.empty(rows, self.heads, splits, self.stride + 2, device=self.device)
+            arrived = torch.zeros(rows, self.heads, dtype=torch.int32, device=self.device)
+        return dict(splits=splits, partial=partial, arrived=arrived)
 
     # --- decoding -------------------------------------------------------------------------------------
 
@@ -320,49 +322,62 @@ class CudaEngine:
             self._check_plan(plan, sequences, fed)
             if not slots or not steps:
                 return
-            loop = self._loops.get(len(slots))
-            if loop is None:
-                with self._memory_for("activations", Loop.bytes(self, len(slots))), lasting_tensors():
-                    loop = self._loops[len(slots)] = Loop(self, len(slots))
             options = self.kernels.options_bytes(
                 greedy, temperature, top_k or 0, 1.0 if top_p is None else top_p, seed, choices
             )
             self._hold(plan, fed)  # what follows is written over, even if this is interrupted
-            loop.begin(plan, sequences, options)
+            with self._memory_for("activations", Loop.bytes(self, len(slots))):
+                loop = self._loop(len(slots))
+                loop.begin(plan, sequences, options)
             done = 0  # steps whose tokens the caller has
             try:
                 for i, _ in enumerate(self._steps(loop, plan, fed), 1):
                     tell = progress is not None and (before + i) % every == 0
                     if tell or i - done >= _STEPS_AHEAD or i == len(steps):
-                        loop.collect(sequences, steps[i - 1] + 1)
+                        try:
+                            loop.collect(sequences, steps[i - 1] + 1)
+                        except ValueError:
+                            self._hold(plan, fed)  # a stand-in for the token that could not be chosen was fed
+                            raise
                         done = i
                     if tell:
                         progress(before + i)
             finally:
                 self._wait()  # what is queued reads and writes the slots
 
+    def _loop(self, batch: int) -> Loop:
+        if batch not in self._loops:
+            with lasting_tensors():
+                self._loops[batch] = Loop(self, batch)
+        return self._loops[batch]
+
     def _steps(self, loop: Loop, plan: Plan, fed: int) -> Iterator[None]:
         """Queues one step after the other; the slots hold `fed` positions of the sequences."""
         for length in plan.steps:
-            start = min(fed, length - 1)  # a kept prefix may hold all that is needed but the logits
-            if start < self.n_unmasked:
-                start = 0
-            if length <= self.n_unmasked:  # the last token, too, is seen by those before it
-                loop.place(length - 1)
-                loop.choose(self._feed_columns(loop, plan, 0, length, "last"))
-            else:
-                if loop.position is not None and length - 1 - start <= _SHORT_GAP and loop.position == start:
-                    for position in range(start, length - 1):
-                        loop.advance()
-                        self._hold(plan, position + 1)
-                elif start < length - 1:
-                    self._feed_columns(loop, plan, start, length - 1, "none")
-                if loop.position != length - 1:
-                    loop.place(length - 1)
-                loop.advance()
+            with self._memory_for("activations", Loop.bytes(self, len(plan.slots))):
+                self._step(loop, plan, fed, length)
             self._hold(plan, length)
             fed = length
             yield
+
+    def _step(self, loop: Loop, plan: Plan, fed: int, length: int) -> None:
+        """Chooses the token after the first `length` of each sequence."""
+        start = min(fed, length - 1)  # a kept prefix may hold all that is needed but the logits
+        if start < self.n_unmasked:
+            start = 0
+        if length <= self.n_unmasked:  # the last token, too, is seen by those before it
+            loop.place(length - 1)
+            loop.choose(self._feed_columns(loop, plan, 0, length, "last"))
+        else:
+            if loop.position is not None and length - 1 - start <= _SHORT_GAP and loop.position == start:
+                for position in range(start, length - 1):
+                    loop.advance()
+                    self._hold(plan, position + 1)
+            elif start < length - 1:
+                self._feed_columns(loop, plan, start, length - 1, "none")
+            if loop.position != length - 1:
+                loop.place(length - 1)
+            loop.advance()
 
     def _hold(self, plan: Plan, length: int) -> None:
         for slot in plan.slots:
@@ -450,7 +465,7 @@ class CudaEngine:
         yield self.cache
         yield from self.weights.tensors()
         for loop in self._loops.values():
-            yield from (value for value in vars(loop).values() if isinstance(value, Tensor))
+            yield from (value for value in (vars(loop) | loop.room).values() if isinstance(value, Tensor))
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)

@@ -52,7 +52,6 @@ class Loop:
     def __init__(self, engine: CudaEngine, batch: int) -> None:
         self.engine = weakref.proxy(engine)  # which holds this loop: a cycle would keep its memory for long
         self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
-        self.splits = engine._splits(batch, engine.capacity)
         width, number, device = engine.width, engine.number, engine.device
         empty = functools.partial(torch.empty, device=device)
         self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=device)
@@ -68,7 +67,7 @@ class Loop:
         self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
         self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
         self.logits = empty(batch, engine.vocab_size, dtype=torch.float32 if self.streaming else number)
-        self.partial, self.arrived = engine._split_room(batch, self.splits)
+        self.room = engine._split_room(batch, engine.capacity)
         self.position: int | None = None  # of the token whose embedding is in x, in all sequences
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
@@ -149,8 +148,8 @@ class Loop:
         engine = self.engine
         engine._launch(
             "attention", self.qkv, width=engine.head, qkv=self.qkv, ldq=self.qkv.stride(0), slot=self.slot,
-            position=self.at, last=self.at, append=True, splits=self.splits, out=self.joined, ldo=engine.width,
-            partial=self.partial, arrived=self.arrived, **engine._cached(keys, values),
+            position=self.at, last=self.at, append=True, out=self.joined, ldo=engine.width,
+            **self.room, **engine._cached(keys, values),
         )  # fmt: skip
 
     def _multiplied(self) -> Tensor:
