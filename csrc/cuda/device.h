@@ -142,21 +142,25 @@ template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, std::size_t shared, const Queue& queue,
             const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) + " x " +
-                      std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
-                      std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
+  const auto checked = [&](cudaError_t status) {
+    if (status == cudaSuccess) return;
+    const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) +
+                        " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
+                        std::to_string(threads) + " threads with " + std::to_string(shared) +
+                        " bytes of shared memory";
+    check(failed.c_str(), status);
+  };
   int device = -1;
-  check(failed.c_str(), cudaGetDevice(&device));
-  if (device != queue.device) check(failed.c_str(), cudaSetDevice(queue.device));
+  checked(cudaGetDevice(&device));
+  if (device != queue.device) checked(cudaSetDevice(queue.device));
   if (shared > kSharedWithoutAsking)
-    check(failed.c_str(),
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  check(failed.c_str(), cudaLaunchKernelEx(&config, kernel, params));
+  checked(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // Calls `work` with a value of the type that `number` stands for.

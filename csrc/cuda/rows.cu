@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) gelu_kernel(GeluParams p) {
-  T* x = static_cast<T*>(p.x) + blockIdx.y * p.ldx;
-  const int first = (blockIdx.x * kThreads + threadIdx.x) * kVector;
+  T* x = static_cast<T*>(p.x) + blockIdx.x * p.ldx;
+  const int first = (blockIdx.y * kThreads + threadIdx.x) * kVector;
   const int last = first + kVector < p.width ? first + kVector : p.width;
   if (first + kVector <= p.width && p.ldx % kVector == 0) {
     float value[kVector];
@@ -64,7 +64,7 @@ void add_norm(Number number, const AddNormParams& params, const Queue& queue) {
 void bias_gelu(Number number, const GeluParams& params, const Queue& queue) {
   for_number(number, [&](auto sample) {
     using T = decltype(sample);
-    launch("bias and GELU", &gelu_kernel<T>, dim3(pieces(params.width, kThreads * kVector), params.rows), kThreads, 0,
+    launch("bias and GELU", &gelu_kernel<T>, dim3(params.rows, pieces(params.width, kThreads * kVector)), kThreads, 0,
            queue, params);
   });
 }

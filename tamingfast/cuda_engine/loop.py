@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,22 +102,35 @@ class Loop:
 
     def advance(self) -> None:
         """Feeds the token where it stands, chooses the next one and goes to it."""
-        engine = self.engine
-        if engine.device.type != "cuda" or not self.warm:
-            # Eagerly the first time: libraries set themselves up, kernels are loaded, none of which can be captured.
+        if self.engine.device.type != "cuda":
             self._queue()
-            self.warm = True
-        else:
-            if self.graph is None:
-                self._capture()
+        elif self.graph is not None:
             self.graph.replay()
+        else:
+            self._first_times()
         self.position += 1
 
-    def _capture(self) -> None:
+    def _first_times(self) -> None:
+        """The first step as it is, since libraries set themselves up in it; the second is captured and replayed.
+
+        Both on one stream, as torch keeps the workspace of its matrix products by stream: what the capture uses is
+        there by then, and does not go into the graph's own memory.
+        """
+        current, stream = torch.cuda.current_stream(self.engine.device), _capture_stream(self.engine.device)
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                self._queue() if not self.warm else self._capture(stream)
+            self.warm = True
+        finally:
+            current.wait_stream(stream)
+        if self.graph is not None:
+            self.graph.replay()
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
-        # A stream of this device, which torch's default need not be; other threads may allocate meanwhile.
-        stream = torch.cuda.Stream(self.engine.device)
-        # torch fills tensors of its own whenever it replays a graph, in whatever mode that is.
+        # torch fills tensors of its own whenever it replays a graph, in whatever mode that is; and other threads may
+        # allocate meanwhile.
         with lasting_tensors(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._queue()
         self.graph = graph
@@ -196,6 +210,17 @@ class Loop:
             found = "NaN" if errors & 1 else "only -inf"
             raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
         sequences[:, :length] = self.sequence[:, :length]
+
+
+_streams = threading.local()
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The calling thread's, always the same: a stream in capture is nobody else's, and each has a workspace for good."""
+    kept = vars(_streams)
+    if device not in kept:
+        kept[device] = torch.cuda.Stream(device, priority=-1)  # from a pool of torch's that few others draw from
+    return kept[device]
 
 
 @contextlib.contextmanager
