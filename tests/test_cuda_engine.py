@@ -26,6 +26,7 @@ from torch import Tensor
 import tamingfast
 from tamingfast import backends, cuda_engine, engine
 from tamingfast.cuda_engine import CudaEngine
+from tamingfast.cuda_engine.engine import steps_ahead
 from tamingfast.engine import GPTEngine
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
@@ -194,6 +195,20 @@ def test_logits_of_few_sequences_do_not_depend_on_how_many_there_are(place, dtyp
         seen.append(made._loops[batch].logits.cpu())
         assert made._loops[batch].room["splits"] == 4
     assert all(torch.equal(row, seen[0][0]) for logits in seen for row in logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_logits_are_not_rounded_to_the_engines_type(place, batch, dtype):
+    made = place.engine(random_gpt(), dtype, slots=batch)
+    decoded(made, torch.zeros(batch, 3, dtype=torch.int64), [1])
+    for logits in (made._loops[batch].logits, made.step([(0, 1, [5])])):
+        assert logits.dtype == torch.float32
+        assert (logits.to(made.number).float() != logits).float().mean() > 0.5
+
+
+def test_the_host_looks_often_enough_and_not_more():
+    assert [steps_ahead(seconds) for seconds in (0.0, 1e-6, 0.001, 0.02, 0.4)] == [64, 64, 50, 2, 1]
 
 
 def test_unwanted_steps_keep_their_tokens(place):
@@ -426,6 +441,7 @@ def test_compute_sanitizer_reports_nothing(tool):
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.cuda_engine import CudaEngine
+from tamingfast.cuda_engine.engine import steps_ahead
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
             for batch in (1, 3, 10):

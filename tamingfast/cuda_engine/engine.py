@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,8 @@ from tamingfast.cuda_engine.weights import Norm, Weights
 DTYPES = ("float32", "bfloat16", "float16")
 WIDEST_HEAD = 256
 _TOKENS_PER_PASS = 8192  # enough to fill any machine
-_STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
+_MOST_STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
+_SECONDS_AHEAD = 0.05  # that these may take
 _SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
 _POSITIONS_PER_BLOCK = 64  # of the attention, at least; kLeast in csrc/cuda/attention.cu
 
@@ -228,7 +230,7 @@ class CudaEngine:
         for span in spans:
             self._lengths[span.slot] = span.start + span.count
         asked = {"none": x[:0], "last": x[rows.ends], "all": x}[logits]
-        return F.linear(self._normed(asked, self.weights.ln_f), self.weights.head.weight).float()
+        return F.linear(self._normed(asked, self.weights.ln_f).float(), self.weights.wide_head)
 
     def _normed(self, x: Tensor, norm: Norm, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The norm of x, to which y + bias is added before."""
@@ -305,8 +307,8 @@ class CudaEngine:
         """Decodes tokens of several sequences side by side and writes them into `sequences`.
 
         Arguments and errors are those of `tamingfast.engine.GPTEngine.decode`; `sequences` is on the engine's device.
-        The host waits only when progress is to be told, every 64 steps, and at the end. All slots are fed alike, also
-        where a token is not wanted.
+        The host waits only when progress is to be told, every 50 ms or 64 steps, and at the end. All slots are fed
+        alike, also where a token is not wanted.
         """
         steps, slots = list(map(int, steps)), list(slots)
         wanted = torch.ones(len(slots), len(steps)) if wanted is None else wanted
@@ -329,19 +331,22 @@ class CudaEngine:
             with self._memory_for("activations", Loop.bytes(self, len(slots))):
                 loop = self._loop(len(slots))
                 loop.begin(plan, sequences, options)
-            done = 0  # steps whose tokens the caller has
+            done, ahead, since = 0, 1, time.perf_counter()  # steps whose tokens the caller has; until the next look
             try:
                 for i, _ in enumerate(self._steps(loop, plan, fed), 1):
                     tell = progress is not None and (before + i) % every == 0
-                    if tell or i - done >= _STEPS_AHEAD or i == len(steps):
+                    if tell or i - done >= ahead or i == len(steps):
                         try:
                             loop.collect(sequences, steps[i - 1] + 1)
                         except ValueError:
                             self._hold(plan, fed)  # a stand-in for the token that could not be chosen was fed
                             raise
-                        done = i
+                        now = time.perf_counter()
+                        ahead = steps_ahead((now - since) / (i - done))
+                        done, since = i, now
                     if tell:
                         progress(before + i)
+                        since = time.perf_counter()
             finally:
                 self._wait()  # what is queued reads and writes the slots
 
@@ -498,6 +503,11 @@ class CudaEngine:
             if self.device.type == "cuda":
                 message += f", but only {torch.cuda.mem_get_info(self.device)[0]} bytes are free on {self.device}"
             raise MemoryError(message) from error
+
+
+def steps_ahead(seconds: float) -> int:
+    """How many steps of so many seconds are queued before the host looks again."""
+    return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(seconds, 1e-9))))
 
 
 @functools.cache

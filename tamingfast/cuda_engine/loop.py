@@ -67,7 +67,7 @@ class Loop:
         self.x = empty(batch, width)
         self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
         self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
-        self.logits = empty(batch, engine.vocab_size, dtype=torch.float32 if self.streaming else number)
+        self.logits, self.widened = empty(batch, engine.vocab_size), empty(batch, width)
         self.room = engine._split_room(batch, engine.capacity)
         self.position: int | None = None  # of the token whose embedding is in x, in all sequences
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -76,7 +76,7 @@ class Loop:
     @staticmethod
     def bytes(engine: CudaEngine, batch: int) -> int:
         """About what it takes."""
-        activations = (4 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
+        activations = (8 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
         return batch * (activations + 9 * (engine.capacity + 1))
 
     def begin(self, plan: Plan, sequences: Tensor, options: bytes) -> None:
@@ -180,7 +180,8 @@ class Loop:
             engine._launch("bias_gelu", self.inner, bias=layer.up.bias, x=self.inner, ldx=self.inner.stride(0))
             y, bias = torch.mm(self.inner, layer.down.weight.t(), out=self.y), layer.down.bias
         self._norm(engine.weights.ln_f, y, bias)
-        return torch.mm(self.normed, engine.weights.head.weight.t(), out=self.logits)
+        self.widened.copy_(self.normed)
+        return torch.mm(self.widened, engine.weights.wide_head.t(), out=self.logits)
 
     def _norm(self, norm: Norm, y: Tensor | None, bias: Tensor | None) -> None:
         self.engine._launch(
@@ -216,7 +217,7 @@ _streams = threading.local()
 
 
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The calling thread's, always the same: a stream in capture is nobody else's, and each has a workspace for good."""
+    """The calling thread's, always the same: torch keeps a workspace for each for good."""
     kept = vars(_streams)
     if device not in kept:
         kept[device] = torch.cuda.Stream(device, priority=-1)  # from a pool of torch's that few others draw from
