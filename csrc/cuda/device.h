@@ -130,6 +130,16 @@ __device__ inline unsigned char* shared_memory() {
   return shared_bytes;
 }
 
+// Lets the next kernel of the stream start, and waits for the results of the one before. Every thread of every kernel
+// comes here first; what it reads before can only be weights. Source: CUDA C++ Programming Guide, "Programmatic
+// Dependent Launch and Synchronization".
+__device__ inline void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 inline void check(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the next call is not to find it
@@ -160,6 +170,17 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(queue.stream);
+#if CUDART_VERSION >= 12030  // from when on graphs take it over
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  int major = 0;
+  checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, queue.device));
+  if (major >= 9) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
+#endif
   checked(cudaLaunchKernelEx(&config, kernel, params));
 }
 

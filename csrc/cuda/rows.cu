@@ -9,6 +9,7 @@ constexpr int kThreads = 256;
 // One block per row; a thread reads and writes the same elements in every pass.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
+  follow();
   float* scratch = reinterpret_cast<float*>(shared_memory());  // one for each warp
   const std::int64_t row = blockIdx.x;
   float* x = p.x + row * p.ldx;
@@ -33,6 +34,7 @@ __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) gelu_kernel(GeluParams p) {
+  follow();
   T* x = static_cast<T*>(p.x) + blockIdx.x * p.ldx;
   const int first = (blockIdx.y * kThreads + threadIdx.x) * kVector;
   const int last = first + kVector < p.width ? first + kVector : p.width;
