@@ -156,8 +156,7 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
     if (status == cudaSuccess) return;
     const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) +
                         " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
-                        std::to_string(threads) + " threads with " + std::to_string(shared) +
-                        " bytes of shared memory";
+                        std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
     check(failed.c_str(), status);
   };
   int device = -1;
