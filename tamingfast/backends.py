@@ -161,6 +161,10 @@ def cuda() -> Availability:
     if info["cuda"] is None:
         return Availability(False, f"built without CUDA ({info['no_cuda']})")
     count, reason = module.cuda.devices()
+    if count == 0 and gpu().available:
+        reason = f"torch runs on the GPU, but what {info['cuda']} built does not ({reason})"
+        advice = "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
+        return Availability(False, f"{reason}: {advice}")
     if count == 0:
         return Availability(False, f"no CUDA device ({reason}); built by {info['cuda']}")
     device = gpu()

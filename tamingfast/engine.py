@@ -218,6 +218,8 @@ def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iter
     kept = _engines.setdefault(gpt, {})
     known, engine = kept.pop(dtype, (None, None))
     if known != state:
+        if engine is not None:
+            engine.close()  # its memory is for its successor
         engine = CudaEngine(gpt, dtype) if next(gpt.parameters()).is_cuda else GPTEngine(gpt, dtype)
     room = engine.info()
     if room["slots"] < slots or room["capacity"] < length:

@@ -24,3 +24,18 @@ def test_facts_for_reports():
     assert facts["cpu"]
     text = backends.describe()
     assert all(name in text for name in backends.KERNELS)
+
+
+def test_a_driver_too_old_for_the_extension_alone_is_named(monkeypatch):
+    kernels = type("Kernels", (), dict(devices=lambda: (0, "CUDA driver version is insufficient")))
+    module = type("Module", (), dict(build_info=lambda: dict(cuda="nvcc 13.0 for sm_90", no_cuda=""), cuda=kernels))
+    monkeypatch.setattr(backends, "native", lambda: (module, "here"))
+    monkeypatch.setattr(backends, "gpu", lambda: backends.Availability(False, "no GPU"))
+    assert backends.cuda.__wrapped__().reason.startswith("no CUDA device (CUDA driver version is insufficient)")
+    monkeypatch.setattr(backends, "gpu", lambda: backends.Availability(True, "a GPU"))
+    state = backends.cuda.__wrapped__()
+    assert not state.available
+    assert state.reason == (
+        "torch runs on the GPU, but what nvcc 13.0 for sm_90 built does not (CUDA driver version is insufficient): "
+        "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
+    )

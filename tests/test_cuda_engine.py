@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import numpy as np
 import on_host
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import arrays, checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from torch import Tensor
 import tamingfast
 from tamingfast import backends, cuda_engine, engine
 from tamingfast.cuda_engine import CudaEngine
+from tamingfast.cuda_engine.engine import steps_ahead
 from tamingfast.engine import GPTEngine
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
@@ -177,6 +181,36 @@ def test_tokens_are_the_choice_of_the_engines_logits(place, batch, dtype):
     assert (sequences[:, 1:] == expected).float().mean() >= (1.0 if dtype == "float32" else 0.9)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_of_few_sequences_do_not_depend_on_how_many_there_are(place, dtype):
+    gpt = random_gpt(block=200)
+    made = place.engine(gpt, dtype, slots=8)
+    tokens = torch.randint(24, (1, 152))
+    made.step([(0, 0, tokens[0, :150].tolist())], "none")
+    for slot in range(1, 8):
+        made.copy(0, slot)
+    seen = []
+    for batch in (1, 2, 3, 8):
+        decoded(made, tokens.expand(batch, -1).contiguous(), [151], fed=150)
+        seen.append(made._loops[batch].logits.cpu())
+        assert made._loops[batch].room["splits"] == 4
+    assert all(torch.equal(row, seen[0][0]) for logits in seen for row in logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_logits_are_not_rounded_to_the_engines_type(place, batch, dtype):
+    made = place.engine(random_gpt(), dtype, slots=batch)
+    decoded(made, torch.zeros(batch, 3, dtype=torch.int64), [1])
+    for logits in (made._loops[batch].logits, made.step([(0, 1, [5])])):
+        assert logits.dtype == torch.float32
+        assert (logits.to(made.number).float() != logits).float().mean() > 0.5
+
+
+def test_the_host_looks_often_enough_and_not_more():
+    assert [steps_ahead(seconds) for seconds in (0.0, 1e-6, 0.001, 0.02, 0.4)] == [64, 64, 50, 2, 1]
+
+
 def test_unwanted_steps_keep_their_tokens(place):
     gpt = random_gpt()
     given, wanted = torch.randint(24, (3, 12)), torch.rand(3, 11) < 0.5
@@ -215,6 +249,20 @@ def test_image_tokens_that_see_each_other(place):
     for row in sequences.tolist():
         for step in range(2, 14):
             assert row[step] == all_logits(gpt, row[:step])[-1].argmax()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_an_engine_made_in_inference_mode_works_outside(place, batch):
+    """And within again: what lasts from call to call is no inference tensor."""
+    gpt, given = random_gpt(), torch.randint(24, (batch, 9))
+    with torch.inference_mode():
+        made = place.engine(gpt, slots=batch + 1)
+        expected = decoded(made, given, range(2, 9), seed=1)
+    assert torch.equal(decoded(made, given, range(2, 9), seed=1), expected)
+    made.copy(0, batch)
+    made.step([(batch, 8, [3])])
+    with torch.inference_mode():
+        assert torch.equal(decoded(made, given, range(2, 9), seed=1), expected)
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -264,6 +312,41 @@ def test_memory_that_is_not_there_is_refused_with_its_size(place):
         made.reserve(2**24, 2**20)
     assert made.info() == before
     made.step([(0, 0, [1])])
+
+
+def test_an_engine_is_freed_with_its_last_name(place):
+    made = place.engine(random_gpt())
+    decoded(made, torch.zeros(3, 5, dtype=torch.int64), range(1, 5))
+    watched = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_that_runs_out_while_it_works_is_told_alike(place, monkeypatch):
+    made = place.engine(random_gpt(), slots=1)
+
+    def refuse(*args, **kwargs):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(F, "linear", refuse)  # of every pass
+    for use in (
+        lambda: made.step([(0, 0, [1, 2])]),
+        lambda: decoded(made, torch.zeros(1, 9, dtype=torch.int64), [8]),
+    ):
+        with pytest.raises(MemoryError, match=r"^activations: \d+ bytes are needed"):
+            use()
+        assert made.length(0) == 0
+    monkeypatch.undo()
+    with pytest.raises(torch.OutOfMemoryError, match="the caller's own"):
+        made.decode([0], torch.zeros(1, 9, dtype=torch.int64, device=place.device), [8], progress=own_failure)
+
+
+def own_failure(done: int) -> None:
+    raise torch.OutOfMemoryError("the caller's own")
 
 
 # --- working beside others ------------------------------------------------------------------------
@@ -358,6 +441,7 @@ def test_compute_sanitizer_reports_nothing(tool):
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.cuda_engine import CudaEngine
+from tamingfast.cuda_engine.engine import steps_ahead
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
             for batch in (1, 3, 10):
@@ -406,6 +490,24 @@ def test_half_width_engines_are_kept_with_the_model():
     first = sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16")
     assert torch.equal(sample_grid(gpt, cond, 3, 3, seed=1, dtype="float16"), first)
     assert list(engine._engines[gpt]) == ["float16"]
+
+
+@pytest.mark.usefixtures("sampled_here")
+def test_changed_weights_take_the_place_of_the_old_ones():
+    """Two copies are never there at once."""
+    gpt, cond = random_gpt(), torch.tensor([[3], [4]])
+    sample_grid(gpt, cond, 3, 3, seed=1)
+    before = engine._engines[gpt]["float32"][1]
+    with torch.no_grad():
+        gpt.head.weight.mul_(-1)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine, "GPTEngine", lambda *a: made.append(before.weights is None) or CudaEngine(*a, on_host.module())
+        )
+        grid = sample_grid(gpt, cond, 3, 3, seed=1)
+    assert made == [True]
+    assert torch.equal(grid, sample_grid(gpt, cond, 3, 3, seed=1, backend="torch"))
 
 
 class OnAGpu(GPT):
@@ -495,6 +597,7 @@ def test_broken_weights_are_named(place, batch, where):
     sequences = torch.zeros(batch, 5, dtype=torch.int64, device=place.device)
     with pytest.raises(ValueError, match="logits hold NaN in some row"):
         made.decode(range(batch), sequences, range(1, 5))
+    assert made.length(0) == 0, "what was fed after the error is not what `sequences` holds"
 
 
 def test_a_closed_engine_and_wrong_types(place):

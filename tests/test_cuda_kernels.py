@@ -273,6 +273,14 @@ def test_bias_and_gelu(kernels, dtype, width, stride, rng):
     assert torch.equal(out[:, width:], x[:, width:])
 
 
+@pytest.mark.gpu
+def test_more_rows_than_a_grid_is_high():
+    x, bias = torch.randn(70000, 8, device="cuda"), torch.randn(8, device="cuda")
+    out = x.clone()
+    Kernels(backends.native()[0].cuda, "cuda").bias_gelu(dtype="float32", rows=70000, width=8, x=out, ldx=8, bias=bias)
+    close(out, F.gelu(x.double() + bias), "float32")
+
+
 # --- the choice of tokens -------------------------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ __device__ void join(const AttentionParams& p, int row, int head, int active) {
 
 template <class T, int Lanes>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) {
+  follow();
   constexpr int kGroups = Shared<Lanes>::kGroups;
   Shared<Lanes>& shared = *reinterpret_cast<Shared<Lanes>*>(shared_memory());
   const int row = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
@@ -148,6 +149,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) append_kernel(AttentionParams p) {
+  follow();
   const int row = blockIdx.x;
   for (int head = 0; head < p.heads; ++head)
     store_position<T>(p, row, head, p.slot[row], p.position[row], threadIdx.x, kThreads);

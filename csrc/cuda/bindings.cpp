@@ -158,7 +158,7 @@ void bound_add_norm(const py::kwargs& kwargs) {
 void bound_bias_gelu(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
   GeluParams p{};
-  p.rows = a.size("rows", 0, 65535);
+  p.rows = a.size("rows", 0);
   p.width = a.size("width");
   p.x = a.pointer("x");
   p.ldx = a.size("ldx");

@@ -240,6 +240,7 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
+  follow();
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const std::int64_t row = blockIdx.x;
   const std::int64_t next = p.position[row] + 1, at = row * p.length + next;

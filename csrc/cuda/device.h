@@ -130,6 +130,16 @@ __device__ inline unsigned char* shared_memory() {
   return shared_bytes;
 }
 
+// Lets the next kernel of the stream start, and waits for the results of the one before. Every thread of every kernel
+// comes here first; what it reads before can only be weights. Source: CUDA C++ Programming Guide, "Programmatic
+// Dependent Launch and Synchronization".
+__device__ inline void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 inline void check(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the next call is not to find it
@@ -142,21 +152,35 @@ template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, std::size_t shared, const Queue& queue,
             const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) + " x " +
-                      std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
-                      std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
+  const auto checked = [&](cudaError_t status) {
+    if (status == cudaSuccess) return;
+    const auto failed = "kernel '" + std::string(name) + "' could not be launched in " + std::to_string(grid.x) +
+                        " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
+                        std::to_string(threads) + " threads with " + std::to_string(shared) + " bytes of shared memory";
+    check(failed.c_str(), status);
+  };
   int device = -1;
-  check(failed.c_str(), cudaGetDevice(&device));
-  if (device != queue.device) check(failed.c_str(), cudaSetDevice(queue.device));
+  checked(cudaGetDevice(&device));
+  if (device != queue.device) checked(cudaSetDevice(queue.device));
   if (shared > kSharedWithoutAsking)
-    check(failed.c_str(),
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  check(failed.c_str(), cudaLaunchKernelEx(&config, kernel, params));
+#if CUDART_VERSION >= 12030  // from when on graphs take it over
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  int major = 0;
+  checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, queue.device));
+  if (major >= 9) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
+#endif
+  checked(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // Calls `work` with a value of the type that `number` stands for.

@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
       for (int c = 0; c < Columns; ++c) weights[a][c] = i < p.inner ? load_streaming(weight[c] + i) : zeros<T>();
     }
   };
-  ask(0);  // before the norm, which then costs no time of the memory
+  ask(0);  // before the norm and the end of the kernel before, which then cost no time of the memory
+  follow();
   if constexpr (Norm) {
     normalise(p, normalised);
     __syncthreads();

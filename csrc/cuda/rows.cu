@@ -9,6 +9,7 @@ constexpr int kThreads = 256;
 // One block per row; a thread reads and writes the same elements in every pass.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
+  follow();
   float* scratch = reinterpret_cast<float*>(shared_memory());  // one for each warp
   const std::int64_t row = blockIdx.x;
   float* x = p.x + row * p.ldx;
@@ -33,8 +34,9 @@ __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) gelu_kernel(GeluParams p) {
-  T* x = static_cast<T*>(p.x) + blockIdx.y * p.ldx;
-  const int first = (blockIdx.x * kThreads + threadIdx.x) * kVector;
+  follow();
+  T* x = static_cast<T*>(p.x) + blockIdx.x * p.ldx;
+  const int first = (blockIdx.y * kThreads + threadIdx.x) * kVector;
   const int last = first + kVector < p.width ? first + kVector : p.width;
   if (first + kVector <= p.width && p.ldx % kVector == 0) {
     float value[kVector];
@@ -64,7 +66,7 @@ void add_norm(Number number, const AddNormParams& params, const Queue& queue) {
 void bias_gelu(Number number, const GeluParams& params, const Queue& queue) {
   for_number(number, [&](auto sample) {
     using T = decltype(sample);
-    launch("bias and GELU", &gelu_kernel<T>, dim3(pieces(params.width, kThreads * kVector), params.rows), kThreads, 0,
+    launch("bias and GELU", &gelu_kernel<T>, dim3(params.rows, pieces(params.width, kThreads * kVector)), kThreads, 0,
            queue, params);
   });
 }

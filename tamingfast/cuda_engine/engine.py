@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 
 from tamingfast import backends, ops
 from tamingfast.cuda_engine.checks import check_options, check_range
-from tamingfast.cuda_engine.loop import VECTOR, Loop, Plan
+from tamingfast.cuda_engine.loop import FEW, VECTOR, Loop, Plan, lasting_tensors
 from tamingfast.cuda_engine.rows import Rows, Span, passes
 from tamingfast.cuda_engine.weights import Norm, Weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDEST_HEAD = 256
 _TOKENS_PER_PASS = 8192  # enough to fill any machine
-_STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
+_MOST_STEPS_AHEAD = 64  # that are queued before the host looks for errors and for Ctrl-C
+_SECONDS_AHEAD = 0.05  # that these may take
 _SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
-_POSITIONS_PER_BLOCK = 64  # of the attention, at least
+_POSITIONS_PER_BLOCK = 64  # of the attention, at least; kLeast in csrc/cuda/attention.cu
 
 
 def refusal(gpt: nn.Module) -> str | None:
@@ -79,7 +81,7 @@ class CudaEngine:
         # A prefix of one position is the plain causal mask.
         self.n_unmasked = config.n_unmasked if getattr(config, "n_unmasked", 0) > 1 else 0
         size = sum(value.numel() for value in gpt.parameters()) * self.number.itemsize
-        with self._memory_for("weights", size), torch.no_grad():
+        with self._memory_for("weights", size), lasting_tensors():
             self.weights = Weights(gpt, self.number)
         self._lock, self._owner, self._closed = threading.Lock(), None, False
         self._done: torch.cuda.Event | None = None  # of all that was queued so far
@@ -100,7 +102,7 @@ class CudaEngine:
         check_range("length", length, 1, self.block_size)
         with self._turn():
             shape = (len(self.weights.layers), 2, slots, self.heads, length, self.stride)
-            with self._memory_for("cache", math.prod(shape) * self.number.itemsize):
+            with self._memory_for("cache", math.prod(shape) * self.number.itemsize), lasting_tensors():
                 # Zeros behind the width of a head, where it is padded.
                 cache = torch.zeros(shape, dtype=self.number, device=self.device)
             self.cache, self.capacity, self._lengths = cache, length, [0] * slots
@@ -181,11 +183,12 @@ class CudaEngine:
         with self._turn():
             self._check_spans(spans)
             tokens, found, at = tokens.to(self.device), [], 0
-            for part in passes(spans, _TOKENS_PER_PASS):
-                count = sum(span.count for span in part)
-                found.append(self._pass(tokens[at : at + count], part, logits))
-                at += count
-            return torch.cat(found) if found else self._pass(tokens, [], "none")
+            with self._memory_for("activations", Loop.bytes(self, min(len(tokens), _TOKENS_PER_PASS))):
+                for part in passes(spans, _TOKENS_PER_PASS):
+                    count = sum(span.count for span in part)
+                    found.append(self._pass(tokens[at : at + count], part, logits))
+                    at += count
+                return torch.cat(found) if found else self._pass(tokens, [], "none")
 
     def _check_spans(self, spans: list[Span]) -> None:
         seen: set[int] = set()
@@ -215,17 +218,19 @@ class CudaEngine:
         rows = Rows(spans, self.n_unmasked, self.device)
         for span in spans:  # what is written over is no longer valid, even if this is interrupted
             self._lengths[span.slot] = min(self._lengths[span.slot], span.start)
+        # Of all layers: a launch leaves its room as it found it.
+        rooms = [{} if prompts else self._split_room(end - at, rows.longest) for at, end, prompts in rows.groups]
         x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position]
         for layer, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
             qkv = F.linear(self._normed(x, layer.ln1), layer.qkv.weight, layer.qkv.own_bias)
-            y = F.linear(self._attended(qkv, rows, keys, values), layer.proj.weight)
+            y = F.linear(self._attended(qkv, rows, rooms, keys, values), layer.proj.weight)
             inner = F.linear(self._normed(x, layer.ln2, y, layer.proj.bias), layer.up.weight)
             self._launch("bias_gelu", inner, bias=layer.up.bias, x=inner, ldx=inner.stride(0))
             x += F.linear(inner, layer.down.weight, layer.down.own_bias)
         for span in spans:
             self._lengths[span.slot] = span.start + span.count
         asked = {"none": x[:0], "last": x[rows.ends], "all": x}[logits]
-        return F.linear(self._normed(asked, self.weights.ln_f), self.weights.head.weight).float()
+        return F.linear(self._normed(asked, self.weights.ln_f).float(), self.weights.wide_head)
 
     def _normed(self, x: Tensor, norm: Norm, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The norm of x, to which y + bias is added before."""
@@ -236,23 +241,21 @@ class CudaEngine:
         )  # fmt: skip
         return out
 
-    def _attended(self, qkv: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+    def _attended(self, qkv: Tensor, rows: Rows, rooms: list[dict[str, Any]], keys: Tensor, values: Tensor) -> Tensor:
         out = torch.empty(len(qkv), self.width, dtype=self.number, device=self.device)
         cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position32)
         self._launch("append", qkv, width=self.head, qkv=qkv, ldq=qkv.stride(0), **cached)
-        for first, last, prompts in rows.groups:
+        for (first, last, prompts), room in zip(rows.groups, rooms, strict=True):
             own, to = qkv[first:last], out[first:last]
             if prompts:  # whole prompts of one length
                 q, k, v = own.view(prompts, -1, 3, self.heads, self.head).permute(2, 0, 3, 1, 4).unbind(0)
                 seen = ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked)
                 to.copy_(seen.transpose(1, 2).reshape(to.shape))
                 continue
-            splits = self._splits(len(own), rows.longest)
-            partial, arrived = self._split_room(len(own), splits)
             part = cached | {name: cached[name][first:last] for name in ("slot", "position")}
             self._launch(
                 "attention", own, width=self.head, qkv=own, ldq=own.stride(0), last=rows.last[first:last], append=False,
-                splits=splits, partial=partial, arrived=arrived, out=to, ldo=to.stride(0), **part,
+                out=to, ldo=to.stride(0), **part, **room,
             )  # fmt: skip
         return out
 
@@ -260,16 +263,23 @@ class CudaEngine:
         return dict(heads=self.heads, stride=self.stride, capacity=self.capacity, keys=keys, values=values)
 
     def _splits(self, rows: int, longest: int) -> int:
-        """Blocks that share the positions of a row and head: as many as fill the device twice."""
-        blocks = 2 * multiprocessors(self.device)
-        return max(1, min(blocks // (rows * self.heads), math.ceil(longest / _POSITIONS_PER_BLOCK)))
+        """Blocks that share the positions of a row and head.
 
-    def _split_room(self, rows: int, splits: int) -> tuple[Tensor | None, Tensor | None]:
-        """What splits leave for each other: parts of the result, and how many have arrived."""
-        if splits == 1:
-            return None, None
-        partial = torch.empty(rows, self.heads, splits, self.stride + 2, device=self.device)
-        return partial, torch.zeros(rows, self.heads, dtype=torch.int32, device=self.device)
+        One for each `_POSITIONS_PER_BLOCK` where rows are few, so that their sums depend neither on how many they are
+        nor on the device; else as many as fill the device twice.
+        """
+        most = math.ceil(longest / _POSITIONS_PER_BLOCK)
+        if rows <= FEW:
+            return most
+        return max(1, min(2 * multiprocessors(self.device) // (rows * self.heads), most))
+
+    def _split_room(self, rows: int, longest: int) -> dict[str, Any]:
+        """The arguments of split attention: the splits, their parts of the result, and how many have arrived."""
+        splits, partial, arrived = self._splits(rows, longest), None, None
+        if splits > 1:
+            partial = torch.empty(rows, self.heads, splits, self.stride + 2, device=self.device)
+            arrived = torch.zeros(rows, self.heads, dtype=torch.int32, device=self.device)
+        return dict(splits=splits, partial=partial, arrived=arrived)
 
     # --- decoding -------------------------------------------------------------------------------------
 
@@ -297,8 +307,8 @@ class CudaEngine:
         """Decodes tokens of several sequences side by side and writes them into `sequences`.
 
         Arguments and errors are those of `tamingfast.engine.GPTEngine.decode`; `sequences` is on the engine's device.
-        The host waits only when progress is to be told, every 64 steps, and at the end. All slots are fed alike, also
-        where a token is not wanted.
+        The host waits only when progress is to be told, every 50 ms or 64 steps, and at the end. All slots are fed
+        alike, also where a token is not wanted.
         """
         steps, slots = list(map(int, steps)), list(slots)
         wanted = torch.ones(len(slots), len(steps)) if wanted is None else wanted
@@ -314,49 +324,65 @@ class CudaEngine:
             self._check_plan(plan, sequences, fed)
             if not slots or not steps:
                 return
-            loop = self._loops.get(len(slots))
-            if loop is None:
-                with self._memory_for("activations", Loop.bytes(self, len(slots))):
-                    loop = self._loops[len(slots)] = Loop(self, len(slots))
             options = self.kernels.options_bytes(
                 greedy, temperature, top_k or 0, 1.0 if top_p is None else top_p, seed, choices
             )
             self._hold(plan, fed)  # what follows is written over, even if this is interrupted
-            loop.begin(plan, sequences, options)
-            done = 0  # steps whose tokens the caller has
+            with self._memory_for("activations", Loop.bytes(self, len(slots))):
+                loop = self._loop(len(slots))
+                loop.begin(plan, sequences, options)
+            done, ahead, since = 0, 1, time.perf_counter()  # steps whose tokens the caller has; until the next look
             try:
                 for i, _ in enumerate(self._steps(loop, plan, fed), 1):
                     tell = progress is not None and (before + i) % every == 0
-                    if tell or i - done >= _STEPS_AHEAD or i == len(steps):
-                        loop.collect(sequences, steps[i - 1] + 1)
-                        done = i
+                    if tell or i - done >= ahead or i == len(steps):
+                        try:
+                            loop.collect(sequences, steps[i - 1] + 1)
+                        except ValueError:
+                            self._hold(plan, fed)  # a stand-in for the token that could not be chosen was fed
+                            raise
+                        now = time.perf_counter()
+                        ahead = steps_ahead((now - since) / (i - done))
+                        done, since = i, now
                     if tell:
                         progress(before + i)
+                        since = time.perf_counter()
             finally:
                 self._wait()  # what is queued reads and writes the slots
+
+    def _loop(self, batch: int) -> Loop:
+        if batch not in self._loops:
+            with lasting_tensors():
+                self._loops[batch] = Loop(self, batch)
+        return self._loops[batch]
 
     def _steps(self, loop: Loop, plan: Plan, fed: int) -> Iterator[None]:
         """Queues one step after the other; the slots hold `fed` positions of the sequences."""
         for length in plan.steps:
-            start = min(fed, length - 1)  # a kept prefix may hold all that is needed but the logits
-            if start < self.n_unmasked:
-                start = 0
-            if length <= self.n_unmasked:  # the last token, too, is seen by those before it
-                loop.place(length - 1)
-                loop.choose(self._feed_columns(loop, plan, 0, length, "last"))
-            else:
-                if loop.position is not None and length - 1 - start <= _SHORT_GAP and loop.position == start:
-                    for position in range(start, length - 1):
-                        loop.advance()
-                        self._hold(plan, position + 1)
-                elif start < length - 1:
-                    self._feed_columns(loop, plan, start, length - 1, "none")
-                if loop.position != length - 1:
-                    loop.place(length - 1)
-                loop.advance()
+            with self._memory_for("activations", Loop.bytes(self, len(plan.slots))):
+                self._step(loop, plan, fed, length)
             self._hold(plan, length)
             fed = length
             yield
+
+    def _step(self, loop: Loop, plan: Plan, fed: int, length: int) -> None:
+        """Chooses the token after the first `length` of each sequence."""
+        start = min(fed, length - 1)  # a kept prefix may hold all that is needed but the logits
+        if start < self.n_unmasked:
+            start = 0
+        if length <= self.n_unmasked:  # the last token, too, is seen by those before it
+            loop.place(length - 1)
+            loop.choose(self._feed_columns(loop, plan, 0, length, "last"))
+        else:
+            if loop.position is not None and length - 1 - start <= _SHORT_GAP and loop.position == start:
+                for position in range(start, length - 1):
+                    loop.advance()
+                    self._hold(plan, position + 1)
+            elif start < length - 1:
+                self._feed_columns(loop, plan, start, length - 1, "none")
+            if loop.position != length - 1:
+                loop.place(length - 1)
+            loop.advance()
 
     def _hold(self, plan: Plan, length: int) -> None:
         for slot in plan.slots:
@@ -444,7 +470,7 @@ class CudaEngine:
         yield self.cache
         yield from self.weights.tensors()
         for loop in self._loops.values():
-            yield from (value for value in vars(loop).values() if isinstance(value, Tensor))
+            yield from (value for value in (vars(loop) | loop.room).values() if isinstance(value, Tensor))
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -477,6 +503,11 @@ class CudaEngine:
             if self.device.type == "cuda":
                 message += f", but only {torch.cuda.mem_get_info(self.device)[0]} bytes are free on {self.device}"
             raise MemoryError(message) from error
+
+
+def steps_ahead(seconds: float) -> int:
+    """How many steps of so many seconds are queued before the host looks again."""
+    return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(seconds, 1e-9))))
 
 
 @functools.cache

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,9 +51,8 @@ class Loop:
     """One step of a batch in memory that stays where it is, so that a graph of it can be replayed."""
 
     def __init__(self, engine: CudaEngine, batch: int) -> None:
-        self.engine = engine
+        self.engine = weakref.proxy(engine)  # which holds this loop: a cycle would keep its memory for long
         self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
-        self.splits = engine._splits(batch, engine.capacity)
         width, number, device = engine.width, engine.number, engine.device
         empty = functools.partial(torch.empty, device=device)
         self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=device)
@@ -64,8 +67,8 @@ class Loop:
         self.x = empty(batch, width)
         self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
         self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
-        self.logits = empty(batch, engine.vocab_size, dtype=torch.float32 if self.streaming else number)
-        self.partial, self.arrived = engine._split_room(batch, self.splits)
+        self.logits, self.widened = empty(batch, engine.vocab_size), empty(batch, width)
+        self.room = engine._split_room(batch, engine.capacity)
         self.position: int | None = None  # of the token whose embedding is in x, in all sequences
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
@@ -73,7 +76,7 @@ class Loop:
     @staticmethod
     def bytes(engine: CudaEngine, batch: int) -> int:
         """About what it takes."""
-        activations = (4 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
+        activations = (8 + 10 * engine.number.itemsize) * engine.width + 4 * engine.vocab_size
         return batch * (activations + 9 * (engine.capacity + 1))
 
     def begin(self, plan: Plan, sequences: Tensor, options: bytes) -> None:
@@ -99,22 +102,36 @@ class Loop:
 
     def advance(self) -> None:
         """Feeds the token where it stands, chooses the next one and goes to it."""
-        engine = self.engine
-        if engine.device.type != "cuda" or not self.warm:
-            # Eagerly the first time: libraries set themselves up, kernels are loaded, none of which can be captured.
+        if self.engine.device.type != "cuda":
             self._queue()
-            self.warm = True
-        else:
-            if self.graph is None:
-                self._capture()
+        elif self.graph is not None:
             self.graph.replay()
+        else:
+            self._first_times()
         self.position += 1
 
-    def _capture(self) -> None:
+    def _first_times(self) -> None:
+        """The first step as it is, since libraries set themselves up in it; the second is captured and replayed.
+
+        Both on one stream, as torch keeps the workspace of its matrix products by stream: what the capture uses is
+        there by then, and does not go into the graph's own memory.
+        """
+        current, stream = torch.cuda.current_stream(self.engine.device), _capture_stream(self.engine.device)
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                self._queue() if not self.warm else self._capture(stream)
+            self.warm = True
+        finally:
+            current.wait_stream(stream)
+        if self.graph is not None:
+            self.graph.replay()
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
-        # A stream of this device, which torch's default need not be; other threads may allocate meanwhile.
-        stream = torch.cuda.Stream(self.engine.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # torch fills tensors of its own whenever it replays a graph, in whatever mode that is; and other threads may
+        # allocate meanwhile.
+        with lasting_tensors(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._queue()
         self.graph = graph
 
@@ -145,8 +162,8 @@ class Loop:
         engine = self.engine
         engine._launch(
             "attention", self.qkv, width=engine.head, qkv=self.qkv, ldq=self.qkv.stride(0), slot=self.slot,
-            position=self.at, last=self.at, append=True, splits=self.splits, out=self.joined, ldo=engine.width,
-            partial=self.partial, arrived=self.arrived, **engine._cached(keys, values),
+            position=self.at, last=self.at, append=True, out=self.joined, ldo=engine.width,
+            **self.room, **engine._cached(keys, values),
         )  # fmt: skip
 
     def _multiplied(self) -> Tensor:
@@ -163,7 +180,8 @@ class Loop:
             engine._launch("bias_gelu", self.inner, bias=layer.up.bias, x=self.inner, ldx=self.inner.stride(0))
             y, bias = torch.mm(self.inner, layer.down.weight.t(), out=self.y), layer.down.bias
         self._norm(engine.weights.ln_f, y, bias)
-        return torch.mm(self.normed, engine.weights.head.weight.t(), out=self.logits)
+        self.widened.copy_(self.normed)
+        return torch.mm(self.widened, engine.weights.wide_head.t(), out=self.logits)
 
     def _norm(self, norm: Norm, y: Tensor | None, bias: Tensor | None) -> None:
         self.engine._launch(
@@ -193,6 +211,24 @@ class Loop:
             found = "NaN" if errors & 1 else "only -inf"
             raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
         sequences[:, :length] = self.sequence[:, :length]
+
+
+_streams = threading.local()
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The calling thread's, always the same: torch keeps a workspace for each for good."""
+    kept = vars(_streams)
+    if device not in kept:
+        kept[device] = torch.cuda.Stream(device, priority=-1)  # from a pool of torch's that few others draw from
+    return kept[device]
+
+
+@contextlib.contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """Tensors made inside may be written later whether or not `torch.inference_mode` is on by then."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _streams_weights(engine: CudaEngine, batch: int) -> bool:

@@ -60,6 +60,8 @@ class Weights:
             for block in gpt.blocks
         ]  # fmt: skip
         self.ln_f, self.head = norm(gpt.ln_f), linear(gpt.head)
+        # For torch's product, which rounds to the type of its inputs: tokens are chosen from float32 logits.
+        self.wide_head = self.head.weight.float()
 
     def matrix_bytes(self) -> int:
         """Read for every token."""
@@ -67,7 +69,7 @@ class Weights:
         return sum(matrix.weight.nbytes for matrix in matrices)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.tok_emb, self.pos_emb, self.head.weight, self.ln_f.gain, self.ln_f.shift)
+        yield from (self.tok_emb, self.pos_emb, self.head.weight, self.wide_head, self.ln_f.gain, self.ln_f.shift)
         for layer in self.layers:
             for part in vars(layer).values():
                 yield from (value for value in vars(part).values() if isinstance(value, Tensor))

@@ -50,12 +50,15 @@ class NativeEngine:
         self.engine, self.batch = engine, batch
 
     def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+        # The images' like spans lie side by side, so that an engine may attend to them together.
+        counts = [feed.stop - feed.start for feed in feeds]
         spans = [
-            (feed.slot * self.batch + i, feed.start, feed.stop - feed.start)
-            for i in range(len(tokens))
-            for feed in feeds
+            (feed.slot * self.batch + i, feed.start, count)
+            for feed, count in zip(feeds, counts, strict=True)
+            for i in range(self.batch)
         ]
-        return self.engine.feed(tokens.flatten(), spans).view(self.batch, len(feeds), -1)
+        flat = torch.cat([part.flatten() for part in tokens.split(counts, 1)])
+        return self.engine.feed(flat, spans).view(len(feeds), self.batch, -1).transpose(0, 1)
 
 
 def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:

@@ -73,6 +73,22 @@ def test_every_kernel_fits_and_does_not_spill(target):
 
 @needs_kernels
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
+def test_kernels_wait_for_the_one_before_and_read_only_weights_until_then():
+    """The compiler may move loads: none but the eight vectors of weights may come before the wait, and all of these."""
+    text = subprocess.check_output([CUOBJDUMP, "-sass", "-arch", "sm_90", native.__file__], text=True)
+    kernels = re.split(r"Function : (\S+)", text)[1:]
+    assert len(kernels) == 2 * (24 + 9 + 12)  # names and their code
+    for name, code in zip(kernels[::2], kernels[1::2], strict=True):
+        before, wait, _ = code.partition("ACQBULK")
+        assert wait and "PREEXIT" in before, name
+        # A vector of eight float32 is two words of 16 bytes.
+        loads = (16 if "linear_kernelIf" in name else 8) if "linear_kernel" in name else 0
+        assert len(re.findall(r"\bLDG?\.", before)) == loads, name
+        assert not re.search(r"\bSTG?\.", before), name
+
+
+@needs_kernels
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
 def test_later_devices_find_code_to_compile():
     listed = subprocess.check_output([CUOBJDUMP, "--list-ptx", native.__file__], text=True)
     assert "sm_90" in listed
