@@ -46,11 +46,15 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. NaN and infinities are refused with ValueError."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinities are refused with ValueError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:

@@ -52,13 +52,18 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
     return sheet
 
 
-def save_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Write uint8 pixels (H, W, 3) as PNG, atomically; UserError for a name that says another format."""
+def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
+    """Write uint8 pixels (H, W, 3) as PNG, atomically; UserError for a name that says another format.
+
+    ``scale`` magnifies without smoothing, as images of 32 pixels are too small to look at.
+    """
     from PIL import Image
 
     if Path(path).suffix.lower() not in ("", ".png"):
         raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
 
+    if scale > 1:
+        pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
 

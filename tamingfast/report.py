@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast.evaluation import distance_table
-from tamingfast.files import atomic_write, write_json
+from tamingfast.files import atomic_write, write_json, write_text
 from tamingfast.training.checkpoint import read_metrics
 
 PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
@@ -36,8 +36,7 @@ def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
     write_json(out / "report.json", results)
     plot_training(results["runs"], out)
     plot_speed(results["speed"], out / "speed.png")
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(markdown(results), encoding="utf-8")
+    write_text(out / "report.md", markdown(results))
     return out / "report.md"
 
 

@@ -32,7 +32,7 @@ from tamingfast.reproduce.budget import scaled, training_flops
 from tamingfast.reproduce.timing import Timer
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import progress
+from tamingfast.training.checkpoint import begun, progress
 from tamingfast.training.color_clusters import fit_color_clusters
 from tamingfast.training.settings import build_datasets
 
@@ -135,16 +135,15 @@ def _train(
 ) -> float:
     """Train what is not there yet; returns the floating-point operations of each prior's training."""
 
-    def again(where: Path) -> bool:
-        return resume and (where / "config.yaml").exists()
-
     data, seed = settings["data"], settings["data"].get("seed", 0)
     small = crops.cut(datasets, settings["stages"]["crop"], seed)
     for row in rows:
         where, seen = out / row.name, {**data, "crop": settings["stages"]["crop"]}
         if row.factor > 1:
-            vqgan_training.train(_first_stage(row, settings) | {"data": seen}, where, again(where), device, small)
-        elif not again(where):
+            vqgan_training.train(
+                _first_stage(row, settings) | {"data": seen}, where, resume and begun(where), device, small
+            )
+        elif not (resume and begun(where)):
             fit_color_clusters(small[0], settings["colors"]["count"], settings["colors"]["seed"], where, seen)
     training = settings["prior"]["training"]
     params = settings["vqgan"]["model"]["params"]
@@ -154,7 +153,7 @@ def _train(
         share = reference / _cost(settings, math.prod(stage.grid(row.crop, row.crop)), stage.n_embed)
         config = {**settings["prior"], "data": {**data, "crop": row.crop}, "training": scaled(training, share)}
         seen = crops.cut(datasets, row.crop, seed)
-        prior_training.train(config, out / row.name, where, again(where), device, seen)
+        prior_training.train(config, out / row.name, where, resume and begun(where), device, seen)
     return training["steps"] * training["batch_size"] * reference
 
 
@@ -283,7 +282,7 @@ def _pictures(rows: Sequence[Row], settings: Mapping[str, Any], validation: Any,
         drawn = apply.draw(model, apply.conditions(model, number), *grid, batch=batch, **options)
         pixels = images.grid(torch.cat([model.decode_grid(part).cpu() for part in drawn]), count)
         scale = max(1, size // side)
-        images.save_png(out / f"samples_{row.name}.png", pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+        images.save_png(out / f"samples_{row.name}.png", pixels, scale)
         pictures[f"samples_{row.name}.png"] = f"Samples, {row.label}, {side} x {side} pixels"
     images.save_grid(out / "reconstructions.png", torch.cat(sheet), count)
     text = f"Validation images, and what is left of them with {', '.join(row.label for row in rows)}"

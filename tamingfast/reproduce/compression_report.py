@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast import report
-from tamingfast.files import atomic_write, write_json
+from tamingfast.files import write_json, write_text
 from tamingfast.perceptual import RANDOM
 
 _SPEEDS = {
@@ -27,8 +27,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     name = perceptual_name(results["settings"]["evaluation"]["perceptual"])
     plot_reconstruction(results["rows"], name, out / "reconstruction.png")
     plot_speed(results["rows"], out / "speed.png")
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(markdown(results), encoding="utf-8")
+    write_text(out / "report.md", markdown(results))
     return out / "report.md"
 
 

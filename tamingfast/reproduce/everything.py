@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tamingfast import backends, reproduce
 from tamingfast.errors import UserError, nearest
-from tamingfast.files import atomic_write
+from tamingfast.files import write_text
 
 REPORT = "report.md"
 
@@ -68,6 +68,5 @@ def _write_index(preset: str, names: Sequence[str], out: Path) -> Path:
             lines.append(f"| [{name}]({name}/{REPORT}) | {reproduce.EXPERIMENTS[name]} | {seconds / 60:.1f} |")
         else:
             lines.append(f"| {name} | {reproduce.EXPERIMENTS[name]} | not run yet |")
-    with atomic_write(out / REPORT) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / REPORT, "\n".join(lines) + "\n")
     return out / REPORT

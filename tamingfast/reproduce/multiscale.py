@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 from tamingfast import apply, backends, images, report
 from tamingfast.checkpoints import load_model
 from tamingfast.errors import UserError
-from tamingfast.files import atomic_write, write_json
+from tamingfast.files import write_json, write_text
 from tamingfast.perceptual import LPIPS, RANDOM
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import progress, read_metrics
+from tamingfast.training.checkpoint import begun, progress, read_metrics
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT, VQGAN, PRIOR = "multiscale", "vqgan", "prior"
@@ -60,9 +60,9 @@ def run(
     distance = LPIPS(settings["measure"]["perceptual_weights"]).to(device)
     held_out = _held_out(datasets[1], settings["measure"]["images"]).to(device)
     config = {**settings["vqgan"], "data": settings["data"]}
-    vqgan_training.train(config, out / VQGAN, _again(resume, out / VQGAN), device, datasets)
+    vqgan_training.train(config, out / VQGAN, resume and begun(out / VQGAN), device, datasets)
     config = {**settings["prior"], "data": settings["data"], "prior": {"scales": settings["scales"]}}
-    prior_training.train(config, out / VQGAN, out / PRIOR, _again(resume, out / PRIOR), device, datasets)
+    prior_training.train(config, out / VQGAN, out / PRIOR, resume and begun(out / PRIOR), device, datasets)
     model = load_model(out / PRIOR, device=device)
     drawn = draw_given(model, held_out, settings["measure"]["samples"], settings["sampling"])
     results = {
@@ -79,10 +79,6 @@ def run(
     }
     _pictures(model, held_out, drawn, settings["sampling"], out)
     return write(results, out)
-
-
-def _again(resume: bool, where: Path) -> bool:
-    return resume and (where / "config.yaml").exists()
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -174,12 +170,11 @@ def _pictures(model: nn.Module, x: Tensor, drawn: Sequence[Tensor], sampling: Ma
 
 
 def _sheet(path: Path, columns: Sequence[Tensor]) -> None:
-    """A column for each batch, magnified without smoothing: 32-pixel images are too small to look at."""
+    """A column for each batch, magnified."""
     rows = max(map(len, columns))
     padded = [F.pad(batch.cpu(), (0,) * 7 + (rows - len(batch),), value=1.0) for batch in columns]
     sheet = images.grid(torch.stack(padded, 1).flatten(0, 1), columns=len(columns))
-    times = max(1, 96 // columns[0].shape[-1])
-    images.save_png(path, sheet.repeat(times, axis=0).repeat(times, axis=1))
+    images.save_png(path, sheet, max(1, 96 // columns[0].shape[-1]))
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -250,6 +245,5 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
         "## Pictures",
         *(f"{text}:\n\n![{name.removesuffix('.png')}]({name})" for name, text in PICTURES.items()),
     ]) + "\n"  # fmt: skip
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     return out / "report.md"

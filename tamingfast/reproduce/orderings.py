@@ -18,11 +18,11 @@ from tamingfast import apply, backends, images, report
 from tamingfast.checkpoints import load_model
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.errors import UserError, nearest
-from tamingfast.files import atomic_write, write_json
+from tamingfast.files import write_json, write_text
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import progress, read_metrics
+from tamingfast.training.checkpoint import begun, progress, read_metrics
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT, VQGAN = "orderings", "vqgan"
@@ -49,14 +49,14 @@ def run(
     device = str(backends.pick_device(device))
     datasets = build_datasets({"data": settings["data"]})
     config = {**settings["vqgan"], "data": settings["data"]}
-    vqgan_training.train(config, out / VQGAN, _again(resume, out / VQGAN), device, datasets)
+    vqgan_training.train(config, out / VQGAN, resume and begun(out / VQGAN), device, datasets)
     tokens = _encoded(out, datasets, resume, device)
     for seed in seeds:
         for name in names:
             config = {**settings["prior"], "prior": {"ordering": name}}
             config["training"] = {**config["training"], "seed": seed}
             where = out / directory(name, seed)
-            prior_training.train(config, out / VQGAN, where, _again(resume, where), device, tokens)
+            prior_training.train(config, out / VQGAN, where, resume and begun(where), device, tokens)
     runs = [VQGAN, *(directory(name, seed) for seed in seeds for name in names)]
     results = {
         "preset": preset,
@@ -85,10 +85,6 @@ def _orderings(names: Sequence[str]) -> list[str]:
             raise UserError(f"orderings.names has '{name}', which is unknown{hint} (orderings: {', '.join(known)})")
     # What the others are compared with comes first, and is always there.
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
-
-
-def _again(resume: bool, where: Path) -> bool:
-    return resume and (where / "config.yaml").exists()
 
 
 def _encoded(out: Path, datasets: tuple, resume: bool, device: str) -> tuple[TokenDataset, TokenDataset]:
@@ -174,7 +170,7 @@ def _samples(
         options = {key: sampling[key] for key in ("temperature", "top_k", "seed")}
         rows += [model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)]
     sheet = images.grid(torch.cat(rows), columns=sampling["images"])
-    images.save_png(out / "samples.png", sheet.repeat(3, axis=0).repeat(3, axis=1))
+    images.save_png(out / "samples.png", sheet, scale=3)
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
@@ -197,6 +193,5 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
         "![validation NLL over steps; bands reach from the best to the worst seed](nll.png)",
         f"Samples of seed {seeds[0]}, one row each for {names}:\n\n![samples](samples.png)",
     ]) + "\n"  # fmt: skip
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     return out / "report.md"

@@ -22,7 +22,7 @@ from tamingfast.reproduce.timing import Timer
 from tamingfast.sampling.sampler import choose_backend
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import progress, read_metrics
+from tamingfast.training.checkpoint import begun, progress, read_metrics
 from tamingfast.training.color_clusters import fit_color_clusters
 from tamingfast.training.settings import build_datasets
 
@@ -83,7 +83,7 @@ def run(
 
 def _train_all(settings: Mapping[str, Any], datasets: tuple, out: Path, resume: bool, device: str) -> tuple[list, dict]:
     def again(stage: str) -> bool:
-        return resume and (out / stage / "config.yaml").exists()
+        return resume and begun(out / stage)
 
     data = settings["data"]
     vqgan = {**settings["vqgan"], "data": data}
@@ -183,9 +183,9 @@ def _sampling_options(model: nn.Module, size: int, sampling: Mapping[str, Any]) 
 
 
 def _sheet(path: Path, batches: Sequence[Tensor], columns: int, scale: int = 3) -> None:
-    """A grid of images, magnified without smoothing: 32-pixel images are too small to look at."""
+    """A grid of images, magnified."""
     sheet = images.grid(torch.cat([batch.cpu() for batch in batches]), columns)
-    images.save_png(path, sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+    images.save_png(path, sheet, scale)
 
 
 # --- quality --------------------------------------------------------------------------------------------------------

@@ -51,6 +51,11 @@ def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 
+def begun(out: Path) -> bool:
+    """Whether ``out`` holds a run, be it one without a state yet, or colours, which have none."""
+    return (out / CONFIG).exists()
+
+
 def exists(out: Path) -> bool:
     """Whether ``out`` holds a state to continue from."""
     return (out / STATE).is_file()
