@@ -83,7 +83,8 @@ def quantize(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor | No
     latents = z.movedim(1, -1)
     if indices is None:
         indices = nearest_code(latents.reshape(-1, z.shape[1]), codebook)
-    codes = codebook[indices].view(latents.shape)
+    # Not codebook[indices], whose gradient CPU threads add up in an order that varies from run to run.
+    codes = F.embedding(indices, codebook).view(latents.shape)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     to_codes = (codes.detach().to(dtype) - latents.to(dtype)).square().mean()
     to_latents = (codes.to(dtype) - latents.detach().to(dtype)).square().mean()

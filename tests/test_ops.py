@@ -406,3 +406,16 @@ def test_ops_on_a_gpu_equal_those_on_the_cpu(rng):
     x = normal(rng, 2, 8, 4, 4)
     out = ops.group_norm_silu(x.cuda(), torch.ones(8).cuda(), torch.zeros(8).cuda(), groups=4).cpu()
     torch.testing.assert_close(out, F.silu(F.group_norm(x, 4, eps=1e-6)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_of_codes_is_the_same_every_time():
+    """With several threads, too: training is to be repeatable."""
+    z = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    codebook = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad(ops.quantize(z, codebook)[3], codebook)[0] for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
