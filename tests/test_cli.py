@@ -127,9 +127,12 @@ class TestSample:
             out = tmp_path / f"{name}.png"
             assert run("sample", prior, "-n", 3, "--batch", batch, "--out", out, "--seed", 5, "--separate") == 0
         for number in range(3):
-            first, second = (np.asarray(Image.open(tmp_path / f"{name}-{number:04d}.png")) for name in "ab")
+            first, second = (np.asarray(Image.open(tmp_path / f"{name}-{number:04d}.png")).astype(int) for name in "ab")
             assert first.shape == (32, 32, 3)
-            assert (first == second).all()
+            # The same tokens, whose decoding sums in an order that depends on the batch: a pixel may be rounded up
+            # in one and down in the other, while one other token shows in every pixel around it.
+            assert abs(first - second).max() <= 1
+            assert (first != second).mean() < 0.01
 
     def test_larger_than_trained(self, reproduced, tmp_path):
         out = tmp_path / "wide.png"
