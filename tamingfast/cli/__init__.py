@@ -1,0 +1,74 @@
+"""The ``tamingfast`` command.
+
+The modules in `COMMANDS` hold the commands, each with an ``add_to(commands)`` that declares them and their options; the
+others hold what commands share. Heavy imports wait until a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from tamingfast import __version__
+from tamingfast.cli import about, edit, encode, evaluate, photos, reproduce, sample, train
+from tamingfast.errors import UserError
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=os.environ.get("TAMINGFAST_LOG", "WARNING").upper())
+    arguments = _parse(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; nothing is left to say and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        message = _for_people(error)
+        if message is None:
+            raise
+        print(f"tamingfast: error: {message}", file=sys.stderr)
+        return INTERRUPTED if type(error).__name__ == "Stopped" else USAGE_ERROR
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # argparse gives up on positional arguments that follow an option after others came before it, which is how
+    # anybody writes overrides: train vqgan CONFIG --out DIR training.steps=100.
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _for_people(error: Exception) -> str | None:
+    """One sentence for mistakes that a person can mend, None for our own."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith(("TAMINGFAST_", "CUDA out of memory")):
+        return str(error).splitlines()[0]
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
+    top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_to(commands)
+    return top

@@ -1,0 +1,39 @@
+"""`tamingfast inspect`, `convert` and `info`: what a checkpoint holds, and what this machine can run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tamingfast import __version__
+from tamingfast.cli.options import command
+from tamingfast.cli.progress import say_written
+
+
+def add_to(commands: Any) -> None:
+    added = command(commands, "inspect", inspect, "what a checkpoint holds")
+    added.add_argument("checkpoint")
+    added = command(commands, "convert", convert, "any checkpoint to one .safetensors file with its config inside")
+    added.add_argument("checkpoint")
+    added.add_argument("out", help="file to write (.safetensors)")
+    added.add_argument("--config", help="YAML of the checkpoint, where it does not lie beside it")
+    command(commands, "info", info, "what this machine can run, and why not more")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from tamingfast.checkpoints import describe
+
+    print(json.dumps(describe(arguments.checkpoint), indent=2))
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from tamingfast import checkpoints
+
+    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config))
+
+
+def info(arguments: argparse.Namespace) -> None:
+    from tamingfast import backends
+
+    print(f"tamingfast {__version__}\n{backends.describe()}")

@@ -1,0 +1,34 @@
+"""`tamingfast reproduce`: the experiments of the papers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from tamingfast.cli.options import DEVICE, RESUME, command
+
+
+def add_to(commands: Any) -> None:
+    from tamingfast.reproduce import EXPERIMENTS
+
+    added = command(commands, "reproduce", reproduce, "an experiment of the papers, with a report", (DEVICE, RESUME))
+    added.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
+    added.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
+    text = (
+        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
+        "settings EXPERIMENT.key=value"
+    )
+    added.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    from tamingfast import reproduce as experiments
+
+    # One positional list, as argparse would take the first setting for an experiment that was left out.
+    words = list(arguments.overrides)
+    experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT
+    out = arguments.out or ("runs/reproduce" if experiment == experiments.DEFAULT else f"runs/{experiment}")
+    path = experiments.run(experiment, arguments.preset, out, words, arguments.resume, arguments.device)
+    print(path.read_text(encoding="utf-8"))
+    print(f"written: {path} and the pictures beside it", file=sys.stderr)

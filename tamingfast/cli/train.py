@@ -1,0 +1,62 @@
+"""`tamingfast train`: first stages and priors."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from tamingfast.cli.options import DEVICE, RESUME, command
+from tamingfast.cli.progress import say_written
+from tamingfast.errors import UserError
+
+
+def add_to(commands: Any) -> None:
+    text = "train a first stage or a prior"
+    stages = commands.add_parser("train", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
+    _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
+    added = _command(stages, "prior", train_prior, "the second stage: a transformer over the tokens")
+    added.add_argument("--first-stage", help="run or checkpoint of the first stage")
+    added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, where it has one")
+
+
+def _command(stages: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    added = command(stages, name, run, text, (DEVICE, RESUME))
+    added.add_argument("config", help="a preset's name or a YAML file, the original's included")
+    added.add_argument("--out", required=True, help="run directory to write")
+    added.add_argument("--seed", type=int, help="the same as training.seed=N")
+    added.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
+    return added
+
+
+def train_vqgan(arguments: argparse.Namespace) -> None:
+    from tamingfast.training import vqgan
+
+    say_written(vqgan.train(_config(arguments), arguments.out, arguments.resume, arguments.device))
+
+
+def train_prior(arguments: argparse.Namespace) -> None:
+    from tamingfast.training import prior
+
+    _need_first_stage(arguments)
+    where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
+    say_written(prior.train(_config(arguments), *where, cond_stage=arguments.cond_stage))
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from tamingfast.training import load_config
+
+    seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
+    return load_config(arguments.config, [*arguments.overrides, *seed])
+
+
+def _need_first_stage(arguments: argparse.Namespace) -> None:
+    # Only a config in the original's layout names its first stage itself.
+    if arguments.first_stage is None:
+        if arguments.cond_stage is not None:
+            raise UserError("--cond-stage is given without --first-stage RUN, the one of the images; give both")
+        params = (_config(arguments).get("model") or {}).get("params") or {}
+        if "first_stage_config" not in params:
+            raise UserError(
+                "the config names no first stage; give --first-stage RUN, a run of `tamingfast train vqgan`"
+            )
