@@ -27,6 +27,11 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
 
+def distance_name(weights: str | os.PathLike | None) -> str:
+    """What to call the distance of `LPIPS(weights)`, as that of an untrained network is none."""
+    return "distance in random features" if weights == RANDOM else "LPIPS (VGG16)"
+
+
 class LPIPS(nn.Module):
     """Perceptual distance of version 0.1 with VGG16 features: (B, 3, H, W) twice, in [-1, 1], -> (B, 1, 1, 1).
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import tamingfast
-from tamingfast import cli, report, sampling
+from tamingfast import cli, sampling
 from tamingfast.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
-from tamingfast.reproduce import budget, orderings, settings
+from tamingfast.reproduce import budget, orderings, pixels_report, settings
 from tamingfast.reproduce import pixels as comparison
 from tamingfast.training import prior
 
@@ -116,8 +116,8 @@ class TestReproduce:
         row = {"seconds_per_image": 2.0, "tokens_per_second": 1.0}
         faster = {"seconds_per_image": 0.5, "tokens_per_second": 1.0}
         speed = {key: {"pixels": row, "latents": faster} for key in ("paper", "cached", "fastest")}
-        assert report.speed_table(speed).count("**4.00**") == 3
-        assert "14.08" in report.speed_table(speed)
+        assert pixels_report.speed_table(speed).count("**4.00**") == 3
+        assert "14.08" in pixels_report.speed_table(speed)
 
 
 class TestSample:

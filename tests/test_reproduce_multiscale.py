@@ -33,7 +33,7 @@ def test_report_holds_what_was_measured(reproduced):
         assert f"| {row['to_input']:.4f} ± {row['to_input_error']:.4f} | {row['between']:.4f} |" in text
     assert [row["tokens"] for row in results["nll"]] == [1, 4, 16, 64]
     assert results["given"][-1]["between"] == 0 < results["given"][0]["between"]
-    assert "no LPIPS" in text and "chelsea, coffee" in text
+    assert "distance in random features" in text and "chelsea, coffee" in text
     for picture in (*multiscale.PICTURES, "distance.png"):
         with Image.open(reproduced / picture) as image:
             assert len(np.unique(np.asarray(image))) > 10

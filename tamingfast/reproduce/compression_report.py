@@ -8,7 +8,7 @@ from typing import Any
 
 from tamingfast import report
 from tamingfast.files import write_json, write_text
-from tamingfast.perceptual import RANDOM
+from tamingfast.perceptual import distance_name
 
 _SPEEDS = {
     "paper": "full forward pass per token (paper)",
@@ -24,7 +24,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     that ``results["pictures"]`` names lie in ``out`` already.
     """
     write_json(out / "report.json", results)
-    name = perceptual_name(results["settings"]["evaluation"]["perceptual"])
+    name = distance_name(results["settings"]["evaluation"]["perceptual"])
     plot_reconstruction(results["rows"], name, out / "reconstruction.png")
     plot_speed(results["rows"], out / "speed.png")
     write_text(out / "report.md", markdown(results))
@@ -45,7 +45,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"each, with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is "
         f"{window} f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
         "## What is lost, and what the rest costs",
-        quality_table(rows, perceptual_name(settings["evaluation"]["perceptual"])),
+        quality_table(rows, distance_name(settings["evaluation"]["perceptual"])),
         _quality_notes(rows),
         "![reconstruction against pixels per token](reconstruction.png)",
         "## Sampling speed",
@@ -59,11 +59,6 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def perceptual_name(perceptual: str | None) -> str:
-    """What to call the perceptual distance: an untrained network's is no LPIPS."""
-    return "distance in random features" if perceptual == RANDOM else "LPIPS"
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], perceptual: str) -> str:

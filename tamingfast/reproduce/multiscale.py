@@ -21,7 +21,7 @@ from tamingfast import apply, backends, images, report
 from tamingfast.checkpoints import load_model
 from tamingfast.errors import UserError
 from tamingfast.files import write_json, write_text
-from tamingfast.perceptual import LPIPS, RANDOM
+from tamingfast.perceptual import LPIPS, distance_name
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
@@ -82,11 +82,6 @@ def run(
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
-
-
-def distance_name(weights: str | None) -> str:
-    """What the report calls the distance: features of an untrained network are no LPIPS."""
-    return "distance in untrained features, no LPIPS" if weights == RANDOM else "LPIPS (VGG16)"
 
 
 def _held_out(dataset: Dataset | None, count: int) -> Tensor:

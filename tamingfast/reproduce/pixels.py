@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast import apply, backends, evaluation, images, report
+from tamingfast import apply, backends, evaluation, images
 from tamingfast.checkpoints import load_model
 from tamingfast.errors import UserError
+from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.reproduce.budget import scaled, training_flops
 from tamingfast.reproduce.timing import Timer
@@ -75,7 +76,7 @@ def run(
         "seconds": sum(run["seconds"] for run in runs) + speed["seconds"] + quality["seconds"],
         "seconds_this_call": time.perf_counter() - began,
     }
-    return report.write(results, out)
+    return pixels_report.write(results, out)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

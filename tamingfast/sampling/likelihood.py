@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.files import atomic_write
+from tamingfast import report
 from tamingfast.sampling.sampler import plan_grid
 from tamingfast.sampling.schedule import make_schedule, make_waves
 
@@ -79,16 +79,13 @@ def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> 
 
     Each row has `name`, `tokens_per_token` (or `seconds`, when all have it) and `nats`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
 
     timed = all("seconds" in row for row in rows)
     points: dict[tuple[float, float], list[str]] = {}  # schedules may coincide
     for row in rows:
         points.setdefault((row["seconds" if timed else "tokens_per_token"], row["nats"]), []).append(str(row["name"]))
-    figure, axes = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    figure, (axes,) = report.figure(1, width=6)
     axes.set_xscale("log")
     # Round numbers and a legend: schedules may lie so close that ticks and names at the points would overlap.
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -100,6 +97,4 @@ def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> 
     axes.set_xlabel("seconds per grid" if timed else "tokens computed per token sampled")
     axes.set_ylabel("nats per token of real images")
     axes.margins(x=0.2, y=0.15)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    report.save_figure(figure, path)

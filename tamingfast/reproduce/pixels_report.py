@@ -1,0 +1,179 @@
+"""The report of `tamingfast.reproduce.pixels`: tables as Markdown and JSON, plots and sample sheets as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamingfast import report
+from tamingfast.evaluation import distance_table
+from tamingfast.files import write_json, write_text
+from tamingfast.training.checkpoint import read_metrics
+
+PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
+PAPER_QUALITY = 0.1863  # by how much the FID of latents is lower at the same budget; the same place
+
+TOLERATED = 0.1  # difference between an integrated time and a whole run, beyond which the report warns
+
+_PROTOCOLS = {
+    "paper": "(a) the paper's: full forward pass per token",
+    "cached": "(b) key/value cache",
+    "fastest": "(c) our fastest path",
+}
+
+
+def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
+    """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the report's path.
+
+    ``results`` is what `tamingfast.reproduce.pixels.run` measured; nothing else enters the report. Sample sheets that
+    ``results["pictures"]`` names lie in ``out`` already.
+    """
+    out = Path(out)
+    write_json(out / "report.json", results)
+    plot_training(results["runs"], out)
+    plot_speed(results["speed"], out / "speed.png")
+    write_text(out / "report.md", markdown(results))
+    return out / "report.md"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    return "\n\n".join([
+        f"# Pixels against latents: preset `{results['preset']}`",
+        report.provenance(results),
+        "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
+        "## Quality at the same budget\n\n" + _quality(results["quality"]),
+        "## Training\n\n" + _training_table(results),
+        "## Pictures\n\n" + "\n\n".join(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
+    ]) + "\n"  # fmt: skip
+
+
+def speed_table(speed: Mapping[str, Any]) -> str:
+    """The paper's comparison as a Markdown table: seconds per image from pixels and from latents, and their ratio."""
+    heads = ["protocol", "pixels, s/image", "latents, s/image", "pixels / latents", "paper"]
+    heads += ["pixels, tokens/s", "latents, tokens/s"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, label in _PROTOCOLS.items():
+        pixels, latents = speed[key]["pixels"], speed[key]["latents"]
+        ratio = pixels["seconds_per_image"] / latents["seconds_per_image"]
+        rows.append(
+            f"| {label} | {pixels['seconds_per_image']:.4g} | {latents['seconds_per_image']:.4g} | **{ratio:.2f}** | "
+            f"{PAPER_RATIO if key == 'paper' else '-'} | {pixels['tokens_per_second']:,.0f} | "
+            f"{latents['tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def _speed_notes(speed: Mapping[str, Any]) -> str:
+    paper, fastest = speed["paper"], speed["fastest"]
+    latents, pixels = paper["latents"], paper["pixels"]
+    whole = pixels["seconds_per_image"] / fastest["latents"]["seconds_per_image"]
+    lines = [
+        f"- From pixels by the paper's protocol to latents on our fastest path: **{whole:.0f} times** faster.",
+        f"- (a) and (b) draw batches of {speed['batch']}; times include the decoding of tokens to images.",
+    ]
+    for name in ("pixels", "latents"):
+        row = fastest[name]
+        lines.append(
+            f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, "
+            f"weights {row['dtype'] or 'as trained'}, the best of {len(row['candidates'])} settings tried."
+        )
+    if pixels["integrated"]:
+        estimate, measured = latents["seconds_per_image"], latents["whole_run_seconds_per_image"]
+        off = estimate / measured - 1
+        lines.append(
+            f"- (a) is timed at {len(pixels['prefixes'])} prefix lengths and integrated over all steps, "
+            f"{pixels['tokens']} for pixels and {latents['tokens']} for latents. A whole run for latents took "
+            f"{measured:.4g} s/image; the integral is {abs(off):.1%} {'above' if off > 0 else 'below'} it."
+        )
+        if abs(off) > TOLERATED:
+            lines.append(
+                f"- **That is more than {TOLERATED:.0%}: the machine was busy, or the steps are too short to be timed "
+                "alone. Repeat the run on an idle machine before you use the figures of (a).**"
+            )
+    return "\n".join(lines)
+
+
+def _quality(quality: Mapping[str, Any]) -> str:
+    if "missing" in quality:
+        return f"Not measured: {quality['missing']}."
+    distances = quality["distances"]
+    samples = [distances[f"samples of the prior on {name}"] for name in ("latents", "pixels")]
+    name = "fid" if "fid" in samples[0] else "frechet_distance"
+    latents, pixels = (row[name] for row in samples)
+    what = "FID" if name == "fid" else f"Frechet distance in features of {samples[0]['network']}"
+    lines = [
+        f"- The {what} of samples from latents is {abs(1 - latents / pixels):.1%} "
+        f"{'lower (better)' if latents < pixels else 'higher (worse)'} than from pixels. The paper found the FID of "
+        f"latents {PAPER_QUALITY:.2%} lower, on CIFAR10.",
+        "- Frechet distances grow as sets get smaller, so these compare with one another only; the kernel distance is "
+        "unbiased, and may be below 0.",
+    ]
+    if name != "fid":
+        lines.append("- These are not FIDs, whose features are those of the Inception network.")
+    return distance_table(distances) + "\n\n" + "\n".join(lines)
+
+
+def _training_table(results: Mapping[str, Any]) -> str:
+    prior = results["prior"]
+    lines = [
+        f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
+        f"head ({prior['n_layer']} layers, {prior['n_head']} heads, width {prior['n_embd']}), trained with the same "
+        f"budget of {prior['budget_flops']:.3g} floating-point operations.",
+        "",
+        "| stage | tokens per image | vocabulary | steps | minutes | validation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
+        lines.append(
+            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | {run['seconds'] / 60:.1f} "
+            f"| {figures} |"
+        )
+    lines += [
+        "",
+        "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
+        "they do not compare the two priors with each other.",
+        "",
+        "![training curves](training.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], split: str, name: str) -> tuple[list[float], list[float]]:
+    points = [(line["step"], line[name]) for line in lines if line.get("split") == split and name in line]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """One panel per run: its curve while training and on validation data, over steps."""
+    plotted, axes = report.figure(len(runs))
+    for axis, run in zip(axes, runs, strict=True):
+        lines = read_metrics(out / run["directory"])
+        for split, style in (("train", "-"), ("validation", "o-")):
+            x, y = _curve(lines, split, run["curve"][split])
+            axis.plot(x, y, style, label=split, alpha=0.8, markersize=3)
+        axis.set(title=run["label"], xlabel="step", ylabel=run["curve"]["validation"])
+        axis.legend()
+    report.save_figure(plotted, out / "training.png")
+
+
+def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
+    """Bars of seconds per image, logarithmic, with the ratio of each pair above it."""
+    plotted, (axis,) = report.figure(1)
+    for offset, name in ((-0.2, "pixels"), (0.2, "latents")):
+        seconds = [speed[key][name]["seconds_per_image"] for key in _PROTOCOLS]
+        axis.bar([i + offset for i in range(len(seconds))], seconds, width=0.38, label=name)
+    for i, key in enumerate(_PROTOCOLS):
+        pixels, latents = (speed[key][name]["seconds_per_image"] for name in ("pixels", "latents"))
+        axis.annotate(f"{pixels / latents:.1f}x", (i, pixels), ha="center", va="bottom", fontweight="bold")
+    axis.set_yscale("log")
+    axis.set_xticks(
+        range(len(_PROTOCOLS)), ["full forward\nper token (paper)", "key/value\ncache", "our fastest\npath"]
+    )
+    axis.set(ylabel="seconds per image", title="Sampling from pixels and from latents")
+    axis.margins(y=0.15)
+    axis.legend()
+    report.save_figure(plotted, path)
