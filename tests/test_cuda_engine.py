@@ -441,7 +441,6 @@ def test_compute_sanitizer_reports_nothing(tool):
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.cuda_engine import CudaEngine
-from tamingfast.cuda_engine.engine import steps_ahead
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
             for batch in (1, 3, 10):

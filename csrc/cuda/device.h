@@ -72,6 +72,23 @@ __device__ inline Packed<T> load_streaming(const T* from) {
 }
 
 template <class T>
+__device__ inline void store(T* to, const Packed<T>& packed) {
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) reinterpret_cast<uint4*>(to)[i] = packed.words[i];
+}
+
+// From any address, zeros from the `count`-th element on.
+template <class T>
+__device__ inline Packed<T> gather(const T* from, int count) {
+  T values[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i] : T{};
+  Packed<T> packed;
+  memcpy(packed.words, values, sizeof values);
+  return packed;
+}
+
+template <class T>
 __device__ inline Packed<T> zeros() {
   Packed<T> packed;
 #pragma unroll
@@ -111,6 +128,12 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+__device__ inline float warp_max(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
 // Every thread gets the total. `scratch` has a place for each warp, and is free again after the next barrier.
 template <class Value>
 __device__ Value block_sum(Value value, Value* scratch) {
@@ -122,6 +145,18 @@ __device__ Value block_sum(Value value, Value* scratch) {
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += scratch[warp];
   __syncthreads();
   return total;
+}
+
+// Adds to what is at `at`, which it gives. Releases to the device what happened before, in PTX's sense, and acquires
+// what those have released that added before. Source: PTX ISA, "Memory Consistency Model".
+__device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t value) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  return before;
+#else
+  return atomicAdd(at, value);
+#endif
 }
 
 // A block's shared memory, of the size that it was launched with; it holds anything.

@@ -53,6 +53,7 @@ struct AttentionParams {
   bool append;      // write the row's own key and value first; needs its position <= last, and each slot but once
   const void* qkv;  // (rows, 3 heads width): queries, keys, values
   std::int64_t ldq;
+  bool whole_vectors;            // set by the launcher: heads of qkv begin and end at 16 bytes
   const std::int32_t* slot;      // (rows,)
   const std::int32_t* position;  // (rows,)
   const std::int32_t* last;      // (rows,)

@@ -53,11 +53,14 @@ Value exchanged(Value value, unsigned source, unsigned mask) {
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::barrier(); }
-inline void __threadfence() {}
 
 template <class Value>
 Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
   return cuda_on_host::exchanged(value, (threadIdx.x % 32) ^ lanes, mask);
+}
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int lane) {
+  return cuda_on_host::exchanged(value, lane, mask);
 }
 template <class Value>
 Value __shfl_up_sync(unsigned mask, Value value, unsigned lanes) {
