@@ -415,9 +415,10 @@ def test_wrong_arguments_are_named(kernels, rng):
 
 
 def test_a_refused_launch_names_the_kernel(kernels):
-    x, weight, out = torch.zeros(8, 8000), torch.zeros(1, 8000), torch.zeros(8, 1)
-    with pytest.raises(RuntimeError, match="kernel 'norm and linear layer' could not be launched.*: invalid argument"):
-        run_linear(kernels, "float32", x, weight, None, "store_float", out, (x[0], x[0]))
+    x, bias = torch.zeros(2, 8), torch.zeros(8)
+    with pytest.raises(RuntimeError, match="kernel .bias and GELU. could not be launched in 2 x 1 x 1 .*: invalid dev"):
+        kernels.bias_gelu(dtype="float32", rows=2, width=8, x=x, ldx=8, bias=bias, device=99)
+    kernels.bias_gelu(dtype="float32", rows=2, width=8, x=x, ldx=8, bias=bias)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's library")

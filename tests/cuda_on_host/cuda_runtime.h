@@ -106,19 +106,13 @@ using cudaError_t = const char*;
 constexpr cudaError_t cudaSuccess = nullptr;
 inline const char* cudaGetErrorString(cudaError_t error) { return error; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : "invalid device ordinal"; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
-  return cudaSuccess;
-}
-
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_host::kSharedLimit;
   return cudaSuccess;
 }
 
