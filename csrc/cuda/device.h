@@ -183,6 +183,20 @@ inline void check(const char* what, cudaError_t status) {
 
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 
+// Whether kernels start while the one before still runs: where the device can, and graphs take it over.
+#define TAMINGFAST_EARLY_VERSION 12030
+#if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
+inline bool starts_early(int device) {
+  static const int driver = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  }();
+  int major = 0;
+  check("the compute capability", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return driver >= TAMINGFAST_EARLY_VERSION && major >= 9;
+}
+#endif
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, std::size_t shared, const Queue& queue,
             const Params& params) {
@@ -204,13 +218,11 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-#if CUDART_VERSION >= 12030  // from when on graphs take it over
+#if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  int major = 0;
-  checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, queue.device));
-  if (major >= 9) {
+  if (starts_early(queue.device)) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

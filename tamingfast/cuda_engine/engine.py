@@ -28,6 +28,7 @@ _MOST_STEPS_AHEAD = 64  # that are queued before the host looks for errors and f
 _SECONDS_AHEAD = 0.05  # that these may take
 _SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
 _POSITIONS_PER_BLOCK = 64  # of the attention, at least; kLeast in csrc/cuda/attention.cu
+_BLOCKS_AT_ONCE = 4  # of the attention, that a multiprocessor holds; kResident there is the most
 
 
 def refusal(gpt: nn.Module) -> str | None:
@@ -277,12 +278,12 @@ class CudaEngine:
         """Blocks that share the positions of a row and head.
 
         One for each `_POSITIONS_PER_BLOCK` where rows are few, so that their sums depend neither on how many they are
-        nor on the device; else as many as fill the device twice.
+        nor on the device; else as many as fill the device.
         """
         most = math.ceil(longest / _POSITIONS_PER_BLOCK)
         if rows <= FEW:
             return most
-        return max(1, min(2 * multiprocessors(self.device) // (rows * self.heads), most))
+        return max(1, min(_BLOCKS_AT_ONCE * multiprocessors(self.device) // (rows * self.heads), most))
 
     def _split_room(self, rows: int, longest: int) -> dict[str, Any]:
         """The arguments of split attention: the splits, their parts of the result, and how many have arrived."""
