@@ -223,7 +223,7 @@ class CudaEngine:
         rooms = [
             {} if group.alike else self._split_room(group.stop - group.first, rows.longest) for group in rows.groups
         ]
-        x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position]
+        x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position.long()]
         for layer, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
             qkv = F.linear(self._normed(x, layer.ln1), layer.qkv.weight, layer.qkv.own_bias)
             y = F.linear(self._attended(qkv, rows, rooms, keys, values), layer.proj.weight)
@@ -246,7 +246,7 @@ class CudaEngine:
 
     def _attended(self, qkv: Tensor, rows: Rows, rooms: list[dict[str, Any]], keys: Tensor, values: Tensor) -> Tensor:
         out = torch.empty(len(qkv), self.width, dtype=self.number, device=self.device)
-        cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position32)
+        cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position)
         self._launch("append", qkv, width=self.head, qkv=qkv, ldq=qkv.stride(0), **cached)
         for group, room in zip(rows.groups, rooms, strict=True):
             some = slice(group.first, group.stop)

@@ -60,9 +60,16 @@ class Rows:
                 self.groups.append(Group(first, len(slot)))
         ends = list(itertools.accumulate(span.count for span in spans))
         self.longest = max(last, default=0) + 1
-        self.position = torch.tensor(position, dtype=torch.int64).to(device)
-        self.slot, self.position32, self.last = torch.tensor([slot, position, last], dtype=torch.int32).to(device)
-        self.ends = torch.tensor(ends, dtype=torch.int64).to(device) - 1
+        self.slot, self.position, self.last = _sent([slot, position, last], torch.int32, device)
+        self.ends = _sent(ends, torch.int64, device) - 1
+
+
+def _sent(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The values on the device, without waiting until it comes to them."""
+    sent = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda" and sent.numel():
+        sent = sent.pin_memory()
+    return sent.to(device, non_blocking=True)
 
 
 def passes(spans: list[Span], most: int) -> Iterator[list[Span]]:
