@@ -196,16 +196,36 @@ class GPTEngine:
         self._native.close()
 
 
-_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, GPTEngine | CudaEngine]]] = (
+_SAMPLED = 512  # elements of a parameter that are compared, at least, where it has so many
+
+
+class _Snapshot:
+    """What a GPT's parameters were when an engine was made of them; equal to another one when they are the same still.
+
+    A write by torch to a parameter, or to what `detach` makes of it, changes its version, and another tensor in its
+    place has another address. Writes through `.data`, NumPy, DLPack or an extension change neither. They are seen where
+    they change one of the elements that are compared, bit by bit: all of a parameter with fewer than 1024, and 512 to
+    1023, evenly apart, of a larger one.
+    """
+
+    def __init__(self, gpt: nn.Module) -> None:
+        values = list(gpt.parameters())
+        # Inference tensors count no versions.
+        versions = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
+        self.identity = (backends.isa(), values[0].device, values[0].dtype, *versions)
+        with torch.no_grad():  # one launch for some dozens of parameters
+            parts = [value.flatten()[:: max(1, value.numel() // _SAMPLED)] for value in values]
+            self.sample = torch.cat(parts).view(torch.uint8)  # NaN is equal to itself then
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Snapshot):
+            return NotImplemented
+        return self.identity == other.identity and torch.equal(self.sample, other.sample)
+
+
+_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[_Snapshot, GPTEngine | CudaEngine]]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-def _fingerprint(gpt: nn.Module) -> tuple:
-    """Changes when the parameters do; the sums are there for writes through `.data`, which leave the version."""
-    values = [value.detach() for value in gpt.parameters()]
-    sums = torch.stack([value.flatten()[::997].float().sum() for value in values]).tolist()
-    return backends.isa(), values[0].device, *((value.data_ptr(), value._version) for value in values), repr(sums)
 
 
 @contextlib.contextmanager
@@ -214,7 +234,7 @@ def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iter
 
     It is kept with the GPT afterwards, so that weights are packed again only after they have changed.
     """
-    state = _fingerprint(gpt)
+    state = _Snapshot(gpt)
     kept = _engines.setdefault(gpt, {})
     known, engine = kept.pop(dtype, (None, None))
     if known != state:

@@ -27,6 +27,7 @@ import tamingfast
 from tamingfast import backends, cuda_engine, engine
 from tamingfast.cuda_engine import CudaEngine
 from tamingfast.cuda_engine.engine import steps_ahead
+from tamingfast.cuda_engine.rows import Group, Rows, Span
 from tamingfast.engine import GPTEngine
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
@@ -49,6 +50,12 @@ class Place:
         made = CudaEngine(copy.deepcopy(gpt).to(self.device), dtype, kernels)
         made.reserve(slots, gpt.block_size)
         return made
+
+
+@pytest.fixture
+def tiles(monkeypatch) -> None:
+    """Attention of like spans takes tiles, however few they are."""
+    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", 0)
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -88,6 +95,7 @@ def test_logits_of_any_geometry(place, shape, dtype):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", ["class", "unmasked"])
 def test_logits_of_the_reference(place, name):
     data, model = arrays(f"net2net_{name}"), tamingfast.load_model(checkpoint(f"net2net_{name}"))
@@ -98,6 +106,7 @@ def test_logits_of_the_reference(place, name):
     np.testing.assert_allclose(logits.numpy(), data["logits"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", ["class", "unmasked"])
 def test_greedy_tokens_of_the_reference(place, name):
     data, model = arrays(f"net2net_{name}"), tamingfast.load_model(checkpoint(f"net2net_{name}"))
@@ -111,8 +120,10 @@ def test_greedy_tokens_of_the_reference(place, name):
     )
 
 
-def test_a_ragged_step(place):
+@pytest.mark.parametrize("worth", [0, 20000, 10**9], ids=["tiles", "both", "rows"])
+def test_a_ragged_step(place, worth, monkeypatch):
     """Prompts alone and together, continuations by one token and by many, of slots in any order."""
+    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", worth)
     gpt = random_gpt(n_unmasked=4, block=150)
     tokens = torch.randint(24, (6, 150)).tolist()
     made = place.engine(gpt, slots=6)
@@ -131,6 +142,34 @@ def test_a_ragged_step(place):
     last = made.feed(flat, [(0, 7, 2), (5, 7, 3)]).cpu()
     for row, tokens_so_far in zip(last, (tokens[0][:9], tokens[5][:10]), strict=True):
         torch.testing.assert_close(row, all_logits(gpt, tokens_so_far)[-1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_unmasked", [0, 3])
+@pytest.mark.parametrize("dtype", cuda_engine.DTYPES)
+def test_like_spans_behind_a_kept_prefix(place, dtype, n_unmasked, monkeypatch):
+    """Tiles and rows see the same; the window's conditioning is fed once, what it is moved over again and again."""
+    gpt = random_gpt(n_unmasked=n_unmasked, heads=3, width=33)
+    tokens = torch.randint(24, (3, 30))
+    expected = torch.stack([all_logits(gpt, row)[-1] for row in tokens.tolist()])
+    for worth in (0, 1 << 40):
+        monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", worth)
+        made = place.engine(gpt, dtype)
+        made.step([(i, 0, [7, 7, *row[2:4]]) for i, row in enumerate(tokens.tolist())], "none")
+        for start in (0, 4):
+            made.step([(2 - i, start, row[start:]) for i, row in enumerate(tokens.tolist())], "none")
+        logits = made.step([(2 - i, 3, row[3:]) for i, row in enumerate(tokens.tolist())]).cpu()
+        assert (logits - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def test_how_rows_are_grouped(monkeypatch):
+    """Like spans that are many go in tiles, all others next to one another in one launch."""
+    spans = [Span(0, 0, 10), Span(1, 0, 10), Span(2, 5, 20), Span(3, 0, 1), Span(4, 90, 10), Span(5, 0, 30)]
+    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", 100 * 100)
+    rows = Rows(spans, 0, 100, torch.device("cpu"))
+    assert rows.groups == [Group(0, 20, 2, 0, 10), Group(20, 40, 1, 5, 20), Group(40, 51), Group(51, 81, 1, 0, 30)]
+    assert rows.ends.tolist() == [9, 19, 39, 40, 50, 80] and rows.longest == 100
+    assert Rows(spans, 0, 10, torch.device("cpu")).groups == [Group(0, 81)]
+    assert Rows(spans[:1], 10, 200, torch.device("cpu")).groups == [Group(0, 10, 1, 0, 10)], "10 rows see 10 positions"
 
 
 def test_more_tokens_than_one_pass_takes(place, monkeypatch):
@@ -441,7 +480,6 @@ def test_compute_sanitizer_reports_nothing(tool):
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.cuda_engine import CudaEngine
-from tamingfast.cuda_engine.engine import steps_ahead
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
             for batch in (1, 3, 10):

@@ -195,12 +195,13 @@ HEADS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "width"), HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("splits", [1, 5])
-def test_attention_appends_and_attends(kernels, dtype, heads, width, splits, rng):
+@pytest.mark.parametrize("beside", [5, 8], ids=["unaligned", "aligned"])
+def test_attention_appends_and_attends(kernels, dtype, heads, width, splits, beside, rng):
     """Ragged positions: the first, one around each border between splits, and the last."""
     positions = ints(0, 1, 63, 64, 65, 127, 200, 299)
     rows = len(positions)
     cache = Cache(dtype, rows + 1, heads, width, 300, rng)
-    qkv = torch.randn(rows, 3 * heads * width + 5, generator=rng).to(DTYPES[dtype])[:, : 3 * heads * width]
+    qkv = torch.randn(rows, 3 * heads * width + beside, generator=rng).to(DTYPES[dtype])[:, : 3 * heads * width]
     slots = ints(*reversed(range(1, rows + 1)))
     before = cache.cache.clone()
     out = cache.run(kernels, qkv, slots, positions, positions, splits, True)
@@ -231,6 +232,14 @@ def test_attention_does_not_hide_what_is_not_a_number(kernels, rng):
     qkv, at = torch.randn(1, 48, generator=rng), ints(255)
     cache.cache[0, 0, 0, 130, 3] = float("nan")
     assert cache.run(kernels, qkv, ints(0), at, at, 4, False).isnan().all()
+
+
+def test_more_splits_than_are_joined_at_once(kernels, rng):
+    cache = Cache("float32", 1, 2, 136, 40 * 64, rng)
+    cache.cache[0] *= torch.linspace(0, 3, 40 * 64)[:, None]  # the largest scores come last
+    qkv = torch.randn(1, 3 * 272, generator=rng)
+    for at in (ints(40 * 64 - 1), ints(17 * 64)):
+        close(cache.run(kernels, qkv, ints(0), at, at, 40, False), cache.expected(qkv, ints(0), at), "float32")
 
 
 def test_large_scores_do_not_overflow(kernels, rng):
@@ -406,9 +415,10 @@ def test_wrong_arguments_are_named(kernels, rng):
 
 
 def test_a_refused_launch_names_the_kernel(kernels):
-    x, weight, out = torch.zeros(8, 8000), torch.zeros(1, 8000), torch.zeros(8, 1)
-    with pytest.raises(RuntimeError, match="kernel 'norm and linear layer' could not be launched.*: invalid argument"):
-        run_linear(kernels, "float32", x, weight, None, "store_float", out, (x[0], x[0]))
+    x, bias = torch.zeros(2, 8), torch.zeros(8)
+    with pytest.raises(RuntimeError, match="kernel .bias and GELU. could not be launched in 2 x 1 x 1 .*: invalid dev"):
+        kernels.bias_gelu(dtype="float32", rows=2, width=8, x=x, ldx=8, bias=bias, device=99)
+    kernels.bias_gelu(dtype="float32", rows=2, width=8, x=x, ldx=8, bias=bias)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's library")

@@ -489,12 +489,35 @@ def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
         lambda: gpt.head.weight.data.mul_(-1),
         lambda: gpt.load_state_dict(random_gpt().state_dict()),
         lambda: setattr(gpt.head, "weight", nn.Parameter(gpt.head.weight.detach() + 1)),
+        lambda: setattr(gpt.head.weight, "data", gpt.head.weight.data * 2),
+        lambda: stepped(gpt, torch.optim.AdamW(gpt.parameters(), lr=0.1, foreach=True)),
+        lambda: gpt.blocks[0].mlp[0].bias.data[1:2].add_(5),
     ):
         before = len(packed)
         change()
         sampled = sample_grid(gpt, cond, 4, 4, seed=1)
         assert len(packed) == before + 1
         assert torch.equal(sampled, sample_grid(gpt, cond, 4, 4, seed=1, backend="torch"))
+
+
+def stepped(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
+    for value in gpt.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+
+
+def test_unchanged_weights_are_those_they_were():
+    """Also where they hold NaN, and where they count no versions."""
+    with torch.inference_mode():
+        gpt = random_gpt(vocab=500, width=48)
+        gpt.head.weight[3, 3] = float("nan")
+    snapshot = engine._Snapshot(gpt)
+    assert len(snapshot.sample) < 4 * sum(value.numel() for value in gpt.parameters())
+    assert snapshot == engine._Snapshot(gpt)
+    with torch.inference_mode():
+        gpt.pos_emb.mul_(2)
+    assert snapshot != engine._Snapshot(gpt)
+    assert engine._Snapshot(random_gpt()) != engine._Snapshot(random_gpt().double())
 
 
 def test_packed_weights_go_with_the_model():

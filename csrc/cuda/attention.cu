@@ -9,6 +9,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kAtOnce = 4;  // positions whose keys and values a group of lanes asks for together
 constexpr int kLeast = 64;  // positions that are worth a block
+constexpr int kWidest = 256;
+constexpr int kResident = 5;  // blocks of a multiprocessor: few enough for all that is asked for together
 
 // Runs of a split's shared memory, for groups of `Lanes` lanes, each of which looks at one position at a time.
 template <int Lanes>
@@ -20,37 +22,75 @@ struct Shared {
   int last;  // whether this block finishes the row
 };
 
-template <class T>
-__device__ inline void store_position(const AttentionParams& p, int row, int head, int slot, int position, int lane,
-                                      int lanes) {
-  const int whole = p.heads * p.width;
-  const T* from = static_cast<const T*>(p.qkv) + row * p.ldq + head * p.width;
-  const std::int64_t to = ((static_cast<std::int64_t>(slot) * p.heads + head) * p.capacity + position) * p.stride;
-  for (int d = lane; d < p.width; d += lanes) {
-    static_cast<T*>(p.keys)[to + d] = from[whole + d];
-    static_cast<T*>(p.values)[to + d] = from[2 * whole + d];
-  }
+// Counts a block that has written its part, behind a barrier, and tells whether it is the last of `active`; all threads
+// may then read all parts. The barriers order the block's other threads before and after its first one, whose addition
+// releases what they wrote and acquires what the blocks counted before have released: the order of PTX's memory model
+// ("Causality Order") is transitive over both, so that no other thread needs a fence.
+__device__ inline bool last_of(unsigned active, std::uint32_t* arrived, int* answer) {
+  __syncthreads();
+  if (threadIdx.x == 0) *answer = add_acq_rel(arrived, 1u) + 1 == active;
+  __syncthreads();
+  return *answer;
+}
+
+// How the parts of a softmax are joined, one of which each lane of a warp has: -infinity and 0 where there is none.
+struct Joint {
+  float most;    // of all parts and what was there before
+  float weight;  // of the lane's part
+  float sum;     // of all parts
+};
+
+__device__ inline Joint join_parts(float most, float sum, float before) {
+  Joint joint;
+  joint.most = fmaxf(warp_max(most), before);
+  joint.weight = rescale(most, joint.most);
+  joint.sum = warp_sum(sum * joint.weight);
+  return joint;
 }
 
 // Joins the splits of a row and head, in their order, whichever block came last.
 template <class T>
-__device__ void join(const AttentionParams& p, int row, int head, int active) {
+__device__ void join_splits(const AttentionParams& p, int row, int head, int active) {
+  constexpr int kTogether = 16;              // splits that are asked for at once
+  constexpr int kEach = kWidest / kThreads;  // elements of a thread
   const std::int64_t pair = static_cast<std::int64_t>(row) * p.heads + head;
-  const float* parts = p.partial + pair * p.splits * (p.stride + 2);
-  float most = -INFINITY, sum = 0.0f;
-  for (int s = 0; s < active; ++s) most = fmaxf(most, __ldcg(parts + s * (p.stride + 2)));
-  for (int s = 0; s < active; ++s)
-    sum += __ldcg(parts + s * (p.stride + 2) + 1) * rescale(__ldcg(parts + s * (p.stride + 2)), most);
-  for (int d = threadIdx.x; d < p.width; d += kThreads) {
-    float out = 0.0f;
-    for (int s = 0; s < active; ++s)
-      out += __ldcg(parts + s * (p.stride + 2) + 2 + d) * rescale(__ldcg(parts + s * (p.stride + 2)), most);
-    static_cast<T*>(p.out)[row * p.ldo + head * p.width + d] = from_float<T>(out / sum);
+  const int size = p.stride + 2, lane = threadIdx.x % kWarp;
+  float most = -INFINITY, sum = 0.0f, out[kEach] = {};
+  for (int first = 0; first < active; first += kTogether) {
+    const float* parts = p.partial + (pair * p.splits + first) * size;
+    const int count = active - first < kTogether ? active - first : kTogether;
+    const float own_most = lane < count ? __ldcg(parts + lane * size) : -INFINITY;
+    const float own_sum = lane < count ? __ldcg(parts + lane * size + 1) : 0.0f;
+    float piece[kEach][kTogether];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+#pragma unroll
+      for (int s = 0; s < kTogether; ++s) {
+        const int d = i * kThreads + threadIdx.x;
+        piece[i][s] = s < count && d < p.width ? __ldcg(parts + s * size + 2 + d) : 0.0f;
+      }
+    const Joint joint = join_parts(own_most, own_sum, most);
+    const float factor = rescale(most, joint.most);
+    most = joint.most;
+    sum = sum * factor + joint.sum;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) out[i] *= factor;
+#pragma unroll
+    for (int s = 0; s < kTogether; ++s) {
+      const float weight = __shfl_sync(kAllLanes, joint.weight, s);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) out[i] += piece[i][s] * weight;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int d = i * kThreads + threadIdx.x;
+    if (d < p.width) static_cast<T*>(p.out)[row * p.ldo + head * p.width + d] = from_float<T>(out[i] / sum);
   }
 }
 
 template <class T, int Lanes>
-__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kResident) attention_kernel(AttentionParams p) {
   follow();
   constexpr int kGroups = Shared<Lanes>::kGroups;
   Shared<Lanes>& shared = *reinterpret_cast<Shared<Lanes>*>(shared_memory());
@@ -58,31 +98,37 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) 
   const int slot = p.slot[row], position = p.position[row], count = p.last[row] + 1;
   const int share = (count + p.splits - 1) / p.splits, each = share > kLeast ? share : kLeast;
   const int active = (count + each - 1) / each;
-  if (split >= active) return;
+  // None is negative; but so all three have been asked for together, and none only behind the branch.
+  if (split >= active || (slot | position) < 0) return;
   const int begin = split * each, end = begin + each < count ? begin + each : count;
-  if (p.append && begin <= position && position < end) {
-    store_position<T>(p, row, head, slot, position, threadIdx.x, kThreads);
-    __syncthreads();
-  }
 
-  const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes, first = lane * kVector;
+  const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes, first = lane * kVector, whole = p.heads * p.width;
   const float scale = 1.0f / sqrtf(static_cast<float>(p.width));
-  const T* query = static_cast<const T*>(p.qkv) + row * p.ldq + head * p.width;
+  const T* own = static_cast<const T*>(p.qkv) + row * p.ldq + head * p.width + first;
   const std::int64_t start = (static_cast<std::int64_t>(slot) * p.heads + head) * p.capacity * p.stride + first;
-  const T* keys = static_cast<const T*>(p.keys) + start;
-  const T* values = static_cast<const T*>(p.values) + start;
+  T* keys = static_cast<T*>(p.keys) + start;
+  T* values = static_cast<T*>(p.values) + start;
   float q[kVector], out[kVector] = {}, most = -INFINITY, sum = 0.0f;
+  const int behind = first < p.width ? p.width - first : 0;  // elements of the head from `first` on
+  const auto of_row = [&](const T* from) {
+    return !p.whole_vectors ? gather(from, behind) : behind > 0 ? load(from) : zeros<T>();
+  };
+  unpack(of_row(own), q);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) q[j] = first + j < p.width ? to_float(query[first + j]) * scale : 0.0f;
+  for (int j = 0; j < kVector; ++j) q[j] *= scale;
+  // Who looks at the new position takes it from the row, so that nobody waits until it is in the cache.
+  const bool appends = p.append && begin <= position && position < end && (position - begin) % kGroups == group;
+  Packed<T> new_key = zeros<T>(), new_value = zeros<T>();
+  if (appends) new_key = of_row(own + whole), new_value = of_row(own + 2 * whole);
 
   for (int base = begin; base < end; base += kAtOnce * kGroups) {
     Packed<T> k[kAtOnce], v[kAtOnce];
 #pragma unroll
     for (int a = 0; a < kAtOnce; ++a) {
       const int at = base + a * kGroups + group;
-      const bool there = at < end && first < p.stride;
-      k[a] = there ? load(keys + static_cast<std::int64_t>(at) * p.stride) : zeros<T>();
-      v[a] = there ? load(values + static_cast<std::int64_t>(at) * p.stride) : zeros<T>();
+      const bool is_new = appends && at == position, there = at < end && first < p.stride && !is_new;
+      k[a] = there ? load(keys + static_cast<std::int64_t>(at) * p.stride) : is_new ? new_key : zeros<T>();
+      v[a] = there ? load(values + static_cast<std::int64_t>(at) * p.stride) : is_new ? new_value : zeros<T>();
     }
     float score[kAtOnce], common = most, piece[kVector];
 #pragma unroll
@@ -110,6 +156,10 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) 
     }
   }
 
+  if (appends && first < p.stride) {
+    store(keys + static_cast<std::int64_t>(position) * p.stride, new_key);
+    store(values + static_cast<std::int64_t>(position) * p.stride, new_value);
+  }
   if (lane == 0) {
     shared.most[group] = most;
     shared.sum[group] = sum;
@@ -117,48 +167,56 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionParams p) 
 #pragma unroll
   for (int j = 0; j < kVector; ++j) shared.out[group][first + j] = out[j];
   __syncthreads();
-  most = -INFINITY;
-  for (int g = 0; g < kGroups; ++g) most = fmaxf(most, shared.most[g]);
-  sum = 0.0f;
-  for (int g = 0; g < kGroups; ++g) sum += shared.sum[g] * rescale(shared.most[g], most);
+  const int part_of_lane = threadIdx.x % kWarp;
+  const bool there = part_of_lane < kGroups;
+  const Joint joint =
+      join_parts(there ? shared.most[part_of_lane] : -INFINITY, there ? shared.sum[part_of_lane] : 0.0f, -INFINITY);
+  float weight[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) weight[g] = __shfl_sync(kAllLanes, joint.weight, g);
   const std::int64_t pair = static_cast<std::int64_t>(row) * p.heads + head;
   float* part = active > 1 ? p.partial + (pair * p.splits + split) * (p.stride + 2) : nullptr;
   for (int d = threadIdx.x; d < p.width; d += kThreads) {
     float total = 0.0f;
-    for (int g = 0; g < kGroups; ++g) total += shared.out[g][d] * rescale(shared.most[g], most);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) total += shared.out[g][d] * weight[g];
     if (active > 1)
       part[2 + d] = total;
     else
-      static_cast<T*>(p.out)[row * p.ldo + head * p.width + d] = from_float<T>(total / sum);
+      static_cast<T*>(p.out)[row * p.ldo + head * p.width + d] = from_float<T>(total / joint.sum);
   }
   if (active == 1) return;
   if (threadIdx.x == 0) {
-    part[0] = most;
-    part[1] = sum;
+    part[0] = joint.most;
+    part[1] = joint.sum;
   }
-  // Each thread's writes reach the device before the block is counted; the block that counts last reads all of them.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(p.arrived + pair, 1u) + 1 == static_cast<unsigned>(active);
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
+  if (!last_of(active, p.arrived + pair, &shared.last)) return;
   if (threadIdx.x == 0) p.arrived[pair] = 0;  // for the next launch
-  join<T>(p, row, head, active);
+  join_splits<T>(p, row, head, active);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) append_kernel(AttentionParams p) {
   follow();
-  const int row = blockIdx.x;
-  for (int head = 0; head < p.heads; ++head)
-    store_position<T>(p, row, head, p.slot[row], p.position[row], threadIdx.x, kThreads);
+  const int row = blockIdx.x, whole = p.heads * p.width;
+  const T* from = static_cast<const T*>(p.qkv) + row * p.ldq + whole;
+  const std::int64_t start = static_cast<std::int64_t>(p.slot[row]) * p.heads * p.capacity + p.position[row];
+  for (int i = threadIdx.x; i < whole; i += kThreads) {
+    const int head = i / p.width, d = i % p.width;
+    const std::int64_t to = (start + static_cast<std::int64_t>(head) * p.capacity) * p.stride + d;
+    const T key = from[i], value = from[whole + i];
+    static_cast<T*>(p.keys)[to] = key;
+    static_cast<T*>(p.values)[to] = value;
+  }
 }
 
 template <class T, int Lanes>
 void launch_lanes(const AttentionParams& p, const Queue& queue) {
+  AttentionParams params = p;
+  params.whole_vectors =
+      p.width % kVector == 0 && p.ldq % kVector == 0 && reinterpret_cast<std::uintptr_t>(p.qkv) % sizeof(uint4) == 0;
   launch("decode attention", &attention_kernel<T, Lanes>, dim3(p.rows, p.heads, p.splits), kThreads,
-         sizeof(Shared<Lanes>), queue, p);
+         sizeof(Shared<Lanes>), queue, params);
 }
 
 }  // namespace

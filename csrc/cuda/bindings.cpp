@@ -218,21 +218,12 @@ void bind(py::module_& module) {
              py::arg("top_p"), py::arg("seed"), py::arg("choices"),
              "The options of `choose` as they lie on the device. top_k 0 and top_p 1 keep all.");
   module.def(
-      "linear_shared_bytes",
-      [](const std::string& dtype, int rows, int inner) {
-        const auto number = kNumbers.find(dtype);
-        if (number == kNumbers.end()) refuse("dtype", "'" + dtype + "'", "float32, bfloat16 or float16");
-        return linear_shared_bytes(number->second, rows, inner);
-      },
-      py::arg("dtype"), py::arg("rows"), py::arg("inner"), "Shared memory of a block of `linear` with a norm.");
-  module.def(
       "devices",
       [] {
         const Devices found = devices();
         return py::make_tuple(found.count, found.reason);
       },
       "(number of CUDA devices, why there are none).");
-  module.def("shared_limit", &shared_limit, py::arg("device"), "Bytes of shared memory that a block may have.");
 }
 
 }  // namespace tamingfast::cuda

@@ -72,6 +72,23 @@ __device__ inline Packed<T> load_streaming(const T* from) {
 }
 
 template <class T>
+__device__ inline void store(T* to, const Packed<T>& packed) {
+#pragma unroll
+  for (int i = 0; i < Packed<T>::kWords; ++i) reinterpret_cast<uint4*>(to)[i] = packed.words[i];
+}
+
+// From any address, zeros from the `count`-th element on.
+template <class T>
+__device__ inline Packed<T> gather(const T* from, int count) {
+  T values[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i] : T{};
+  Packed<T> packed;
+  memcpy(packed.words, values, sizeof values);
+  return packed;
+}
+
+template <class T>
 __device__ inline Packed<T> zeros() {
   Packed<T> packed;
 #pragma unroll
@@ -111,6 +128,12 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+__device__ inline float warp_max(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
 // Every thread gets the total. `scratch` has a place for each warp, and is free again after the next barrier.
 template <class Value>
 __device__ Value block_sum(Value value, Value* scratch) {
@@ -122,6 +145,18 @@ __device__ Value block_sum(Value value, Value* scratch) {
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += scratch[warp];
   __syncthreads();
   return total;
+}
+
+// Adds to what is at `at`, which it gives. Releases to the device what happened before, in PTX's sense, and acquires
+// what those have released that added before. Source: PTX ISA, "Memory Consistency Model".
+__device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t value) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  return before;
+#else
+  return atomicAdd(at, value);
+#endif
 }
 
 // A block's shared memory, of the size that it was launched with; it holds anything.
@@ -148,6 +183,20 @@ inline void check(const char* what, cudaError_t status) {
 
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 
+// Whether kernels start while the one before still runs: where the device can, and graphs take it over.
+#define TAMINGFAST_EARLY_VERSION 12030
+#if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
+inline bool starts_early(int device) {
+  static const int driver = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  }();
+  int major = 0;
+  check("the compute capability", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return driver >= TAMINGFAST_EARLY_VERSION && major >= 9;
+}
+#endif
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, std::size_t shared, const Queue& queue,
             const Params& params) {
@@ -169,13 +218,11 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-#if CUDART_VERSION >= 12030  // from when on graphs take it over
+#if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  int major = 0;
-  checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, queue.device));
-  if (major >= 9) {
+  if (starts_early(queue.device)) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

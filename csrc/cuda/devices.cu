@@ -13,10 +13,4 @@ Devices devices() {
   return {count, count > 0 ? "" : "the driver knows none"};
 }
 
-std::size_t shared_limit(int device) {
-  int bytes = 0;
-  check("the limit of shared memory", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return static_cast<std::size_t>(bytes);
-}
-
 }  // namespace tamingfast::cuda

@@ -53,6 +53,7 @@ struct AttentionParams {
   bool append;      // write the row's own key and value first; needs its position <= last, and each slot but once
   const void* qkv;  // (rows, 3 heads width): queries, keys, values
   std::int64_t ldq;
+  bool whole_vectors;            // set by the launcher: heads of qkv begin and end at 16 bytes
   const std::int32_t* slot;      // (rows,)
   const std::int32_t* position;  // (rows,)
   const std::int32_t* last;      // (rows,)
@@ -129,15 +130,10 @@ void add_norm(Number number, const AddNormParams& params, const Queue& queue);
 void bias_gelu(Number number, const GeluParams& params, const Queue& queue);
 void choose(Number logits, const ChooseParams& params, const Queue& queue);
 
-// Bytes of shared memory that a block of `linear` takes with a norm in front.
-std::size_t linear_shared_bytes(Number number, int rows, int inner);
-
 struct Devices {
   int count;
   std::string reason;  // why there are none
 };
 Devices devices();
-// Bytes of shared memory that a block may have.
-std::size_t shared_limit(int device);
 
 }  // namespace tamingfast::cuda

@@ -1,4 +1,6 @@
 // Linear layers of one to eight rows, bound by the reading of the weights.
+#include <type_traits>
+
 #include "device.h"
 
 namespace tamingfast::cuda {
@@ -17,13 +19,14 @@ constexpr int kColumns = Norm || Rows == 8 ? 8
 // Blocks that a multiprocessor shall hold at least, which bounds the registers: few enough for what is asked for ahead
 // to stay in them.
 template <class T, int Rows>
-constexpr int kResident = Rows < 8         ? 4
-                          : sizeof(T) == 4 ? 3
-                                           : 2;
+constexpr int kResident = Rows == 8                    ? 2
+                          : Rows > 1 && sizeof(T) == 4 ? 3
+                                                       : 4;
 
-template <class T>
-std::size_t normalised_bytes(int rows, int inner) {
-  return sizeof(T) * rows * inner;
+// Of the input; what is beyond the last row is not stored.
+template <class Input>
+__device__ inline const Input* row_of(const LinearParams& p, int row) {
+  return static_cast<const Input*>(p.x) + (row < p.rows ? row : p.rows - 1) * p.ldx;
 }
 
 // Adds up each of the N values over the lanes of a warp. Lanes halve their values as they exchange them, so that lane i
@@ -56,38 +59,63 @@ __device__ inline int folded_index(int lane) {
   return index;
 }
 
-// One warp normalises each row into shared memory: (Rows, inner).
-template <class T>
-__device__ void normalise(const LinearParams& p, T* to) {
-  const int lane = threadIdx.x % kWarp;
-  for (int row = threadIdx.x / kWarp; row < p.rows; row += kWarps) {
-    const float* x = static_cast<const float*>(p.x) + row * p.ldx;
-    float sum = 0.0f, squares = 0.0f, piece[kVector];
-    for (int i = lane * kVector; i < p.inner; i += kWarp * kVector) {
-      unpack(load(x + i), piece);
+// Adds up each of the N values over the block: `total` of `of_warps`, which is (kWarps, N), then gives them.
+template <int N>
+__device__ inline void add_up(float (&values)[N], float* of_warps) {
+  fold<kWarp / 2, N>(values);
+  const int index = folded_index<N>(threadIdx.x % kWarp);
+  constexpr int kAlike = N < kWarp ? kWarp / N : 1;  // lanes that hold the same total
+  if (threadIdx.x % kAlike == 0)
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) sum += piece[j];
-    }
-    const float mean = warp_sum(sum) / p.inner;
-    for (int i = lane * kVector; i < p.inner; i += kWarp * kVector) {
-      unpack(load(x + i), piece);
+    for (int i = 0; i < (N > kWarp ? N / kWarp : 1); ++i) of_warps[threadIdx.x / kWarp * N + index + i] = values[i];
+  __syncthreads();
+}
+
+template <int N>
+__device__ inline float total(const float* of_warps, int index) {
+  float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) squares += (piece[j] - mean) * (piece[j] - mean);
-    }
-    const float over = 1.0f / sqrtf(warp_sum(squares) / p.inner + p.epsilon);
-    for (int i = lane * kVector; i < p.inner; i += kWarp * kVector) {
-      unpack(load(x + i), piece);
+  for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp * N + index];
+  return sum;
+}
+
+// Of each row; the additions have the same order however many rows there are.
+template <int Rows>
+struct Moments {
+  float mean[Rows], over[Rows];  // the mean, and one over the deviation
+};
+
+// `held` is what each thread has of the rows' first step. `scratch` is two times (kWarps, Rows).
+template <int Rows>
+__device__ Moments<Rows> moments(const LinearParams& p, const Packed<float> (&held)[Rows], float* scratch) {
+  const int first = threadIdx.x * kVector;
+  const auto sums = [&](const auto& term, float* of_warps) {
+    float parts[Rows];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        to[row * p.inner + i + j] = from_float<T>((piece[j] - mean) * over * p.gain[i + j] + p.shift[i + j]);
+    for (int row = 0; row < Rows; ++row) {
+      parts[row] = 0.0f;
+      for (int i = first; i < p.inner; i += kStep) {
+        float piece[kVector];
+        unpack(i == first ? held[row] : load(row_of<float>(p, row) + i), piece);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) parts[row] += term(piece[j], row);
+      }
     }
-  }
+    add_up(parts, of_warps);
+  };
+  Moments<Rows> of;
+  sums([](float x, int) { return x; }, scratch);
+#pragma unroll
+  for (int row = 0; row < Rows; ++row) of.mean[row] = total<Rows>(scratch, row) / p.inner;
+  scratch += kWarps * Rows;
+  sums([&](float x, int row) { return (x - of.mean[row]) * (x - of.mean[row]); }, scratch);
+#pragma unroll
+  for (int row = 0; row < Rows; ++row) of.over[row] = 1.0f / sqrtf(total<Rows>(scratch, row) / p.inner + p.epsilon);
+  return of;
 }
 
 template <class T>
-__device__ inline void finish(const LinearParams& p, int row, int column, float value) {
-  if (p.bias) value += p.bias[column];
-  const std::int64_t at = row * p.ldo + column;
+__device__ inline void put(const LinearParams& p, std::int64_t at, float value) {
   switch (p.epilogue) {
     case Epilogue::store:
       static_cast<T*>(p.out)[at] = from_float<T>(value);
@@ -96,8 +124,6 @@ __device__ inline void finish(const LinearParams& p, int row, int column, float 
       static_cast<T*>(p.out)[at] = from_float<T>(gelu(value));
       break;
     case Epilogue::add:
-      static_cast<float*>(p.out)[at] += value;
-      break;
     case Epilogue::store_float:
       static_cast<float*>(p.out)[at] = value;
       break;
@@ -107,46 +133,76 @@ __device__ inline void finish(const LinearParams& p, int row, int column, float 
 // A block computes `Columns` outputs of all rows; its threads share the inner dimension.
 template <class T, int Rows, bool Norm>
 __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(LinearParams p) {
+  using Input = std::conditional_t<Norm, float, T>;
   constexpr int Columns = kColumns<Rows, Norm>, Sums = Rows * Columns;
-  constexpr int Ahead = 8 / Columns;  // steps whose weights are asked for together
-  T* normalised = reinterpret_cast<T*>(shared_memory());
+  constexpr int Ahead = 8 / Columns;  // steps that are asked for together
+  // Whether the inputs stay in registers until they are multiplied; else they are read again, from the nearest cache.
+  constexpr bool kHolds = !Norm || Rows <= 2;
+  float* of_warps = reinterpret_cast<float*>(shared_memory());  // (kWarps, Sums)
   const int first = blockIdx.x * Columns;
-  const T* weight[Columns];
-#pragma unroll
-  for (int c = 0; c < Columns; ++c) {
+  const auto weight = [&](int c) {
     const int column = first + c < p.columns ? first + c : p.columns - 1;  // what is beyond is not stored
-    weight[c] = static_cast<const T*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
-  }
+    return static_cast<const T*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
+  };
   Packed<T> weights[Ahead][Columns];
-  const auto ask = [&](int base) {
+  Packed<float> gain, shift;
+  Packed<Input> inputs[Ahead][Rows];
+  const auto ask_weights = [&](int base) {
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
 #pragma unroll
-      for (int c = 0; c < Columns; ++c) weights[a][c] = i < p.inner ? load_streaming(weight[c] + i) : zeros<T>();
+      for (int c = 0; c < Columns; ++c) weights[a][c] = i < p.inner ? load_streaming(weight(c) + i) : zeros<T>();
+      if constexpr (Norm) {
+        static_assert(Ahead == 1);
+        gain = i < p.inner ? load(p.gain + i) : zeros<float>();
+        shift = i < p.inner ? load(p.shift + i) : zeros<float>();
+      }
     }
   };
-  ask(0);  // before the norm and the end of the kernel before, which then cost no time of the memory
-  follow();
-  if constexpr (Norm) {
-    normalise(p, normalised);
-    __syncthreads();
-  }
-  float sums[Sums] = {};
-  for (int base = 0; base < p.inner; base += Ahead * kStep) {
-    if (base > 0) ask(base);
+  const auto ask_inputs = [&](int base) {
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
-      if (i >= p.inner) continue;
+#pragma unroll
+      for (int row = 0; row < Rows; ++row)
+        inputs[a][row] = i < p.inner ? load(row_of<Input>(p, row) + i) : zeros<Input>();
+    }
+  };
+  const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of the output that this thread stores
+  const bool stores = threadIdx.x < Sums && row < p.rows && column < p.columns;
+  const std::int64_t at = row * p.ldo + column;
+  ask_weights(0);  // before the norm and the end of the kernel before, which then cost no time of the memory
+  const float bias = stores && p.bias ? p.bias[column] : 0.0f;
+  follow();
+  ask_inputs(0);
+  const float there = stores && p.epilogue == Epilogue::add ? static_cast<const float*>(p.out)[at] : 0.0f;
+  Moments<Rows> of;
+  if constexpr (Norm) of = moments(p, inputs[0], of_warps + kWarps * Sums);
+  float sums[Sums] = {};
+  for (int base = 0; base < p.inner; base += Ahead * kStep) {
+    if (base > 0) {
+      ask_weights(base);
+      if constexpr (kHolds) ask_inputs(base);
+    }
+#pragma unroll
+    for (int a = 0; a < Ahead; ++a) {
+      if (base + a * kStep >= p.inner) break;  // for the whole block
+      if constexpr (!kHolds) ask_inputs(base);
       float x[Rows][kVector];
 #pragma unroll
       for (int row = 0; row < Rows; ++row) {
-        const int there = row < p.rows ? row : p.rows - 1;
-        if constexpr (Norm)
-          unpack(load(normalised + there * p.inner + i), x[row]);
-        else
-          unpack(load(static_cast<const T*>(p.x) + there * p.ldx + i), x[row]);
+        unpack(inputs[a][row], x[row]);
+        if constexpr (Norm) {
+          float by[kVector], plus[kVector];
+          unpack(gain, by);
+          unpack(shift, plus);
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) {
+            const float value = (x[row][j] - of.mean[row]) * of.over[row] * by[j] + plus[j];
+            x[row][j] = to_float(from_float<T>(value));  // as other batches round it
+          }
+        }
       }
 #pragma unroll
       for (int c = 0; c < Columns; ++c) {
@@ -159,32 +215,16 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
       }
     }
   }
-  fold<kWarp / 2, Sums>(sums);
-  if constexpr (Norm) __syncthreads();                          // the normalised rows make room for the warps' sums
-  float* of_warps = reinterpret_cast<float*>(shared_memory());  // (kWarps, Sums)
-  const int index = folded_index<Sums>(threadIdx.x % kWarp);
-  constexpr int kAlike = Sums < kWarp ? kWarp / Sums : 1;  // lanes that hold the same total
-  if (threadIdx.x % kAlike == 0)
-#pragma unroll
-    for (int i = 0; i < (Sums > kWarp ? Sums / kWarp : 1); ++i)
-      of_warps[threadIdx.x / kWarp * Sums + index + i] = sums[i];
-  __syncthreads();
-  if (threadIdx.x < Sums) {
-    const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;
-    float total = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += of_warps[warp * Sums + threadIdx.x];
-    if (row < p.rows && column < p.columns) finish<T>(p, row, column, total);
-  }
+  add_up(sums, of_warps);
+  if (stores) put<T>(p, at, there + (total<Sums>(of_warps, threadIdx.x) + bias));
 }
 
 template <class T, int Rows, bool Norm>
 void launch_rows(const LinearParams& p, const Queue& queue) {
   constexpr int columns = kColumns<Rows, Norm>;
-  const std::size_t sums = sizeof(float) * kWarps * Rows * columns;
-  const std::size_t staged = Norm ? normalised_bytes<T>(p.rows, p.inner) : 0;
+  constexpr std::size_t values = kWarps * Rows * (columns + (Norm ? 2 : 0));
   launch(Norm ? "norm and linear layer" : "linear layer", &linear_kernel<T, Rows, Norm>,
-         dim3(pieces(p.columns, columns)), kThreads, staged > sums ? staged : sums, queue, p);
+         dim3(pieces(p.columns, columns)), kThreads, values * sizeof(float), queue, p);
 }
 
 template <class T, bool Norm>
@@ -202,10 +242,6 @@ void linear(Number number, const LinearParams& params, const Queue& queue) {
     using T = decltype(sample);
     params.gain ? launch_norm<T, true>(params, queue) : launch_norm<T, false>(params, queue);
   });
-}
-
-std::size_t linear_shared_bytes(Number number, int rows, int inner) {
-  return (number == Number::float32 ? 4 : 2) * static_cast<std::size_t>(rows) * inner;
 }
 
 }  // namespace tamingfast::cuda

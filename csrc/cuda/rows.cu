@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kThreads) gelu_kernel(GeluParams p) {
     for (int j = 0; j < kVector; ++j) to[j] = from_float<T>(gelu(value[j] + p.bias[first + j]));
     Packed<T> packed;
     memcpy(packed.words, to, sizeof to);
-#pragma unroll
-    for (int i = 0; i < Packed<T>::kWords; ++i) reinterpret_cast<uint4*>(x + first)[i] = packed.words[i];
+    store(x + first, packed);
     return;
   }
   for (int i = first; i < last; ++i) x[i] = from_float<T>(gelu(to_float(x[i]) + p.bias[i]));

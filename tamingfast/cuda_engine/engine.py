@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tamingfast import backends, ops
 from tamingfast.cuda_engine.checks import check_options, check_range
 from tamingfast.cuda_engine.loop import FEW, VECTOR, Loop, Plan, lasting_tensors
-from tamingfast.cuda_engine.rows import Rows, Span, passes
+from tamingfast.cuda_engine.rows import Group, Rows, Span, passes
 from tamingfast.cuda_engine.weights import Norm, Weights
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +28,7 @@ _MOST_STEPS_AHEAD = 64  # that are queued before the host looks for errors and f
 _SECONDS_AHEAD = 0.05  # that these may take
 _SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
 _POSITIONS_PER_BLOCK = 64  # of the attention, at least; kLeast in csrc/cuda/attention.cu
+_BLOCKS_AT_ONCE = 4  # of the attention, that a multiprocessor holds; kResident there is the most
 
 
 def refusal(gpt: nn.Module) -> str | None:
@@ -215,12 +216,14 @@ class CudaEngine:
 
     def _pass(self, tokens: Tensor, spans: list[Span], logits: str) -> Tensor:
         """Feeds tokens (T,) of the spans; float32 logits of the rows that are asked for."""
-        rows = Rows(spans, self.n_unmasked, self.device)
+        rows = Rows(spans, self.n_unmasked, 2 * self.heads * self.stride * self.number.itemsize, self.device)
         for span in spans:  # what is written over is no longer valid, even if this is interrupted
             self._lengths[span.slot] = min(self._lengths[span.slot], span.start)
         # Of all layers: a launch leaves its room as it found it.
-        rooms = [{} if prompts else self._split_room(end - at, rows.longest) for at, end, prompts in rows.groups]
-        x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position]
+        rooms = [
+            {} if group.alike else self._split_room(group.stop - group.first, rows.longest) for group in rows.groups
+        ]
+        x = self.weights.tok_emb[tokens] + self.weights.pos_emb[rows.position.long()]
         for layer, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
             qkv = F.linear(self._normed(x, layer.ln1), layer.qkv.weight, layer.qkv.own_bias)
             y = F.linear(self._attended(qkv, rows, rooms, keys, values), layer.proj.weight)
@@ -243,21 +246,30 @@ class CudaEngine:
 
     def _attended(self, qkv: Tensor, rows: Rows, rooms: list[dict[str, Any]], keys: Tensor, values: Tensor) -> Tensor:
         out = torch.empty(len(qkv), self.width, dtype=self.number, device=self.device)
-        cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position32)
+        cached = self._cached(keys, values) | dict(slot=rows.slot, position=rows.position)
         self._launch("append", qkv, width=self.head, qkv=qkv, ldq=qkv.stride(0), **cached)
-        for (first, last, prompts), room in zip(rows.groups, rooms, strict=True):
-            own, to = qkv[first:last], out[first:last]
-            if prompts:  # whole prompts of one length
-                q, k, v = own.view(prompts, -1, 3, self.heads, self.head).permute(2, 0, 3, 1, 4).unbind(0)
-                seen = ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked)
-                to.copy_(seen.transpose(1, 2).reshape(to.shape))
+        for group, room in zip(rows.groups, rooms, strict=True):
+            some = slice(group.first, group.stop)
+            if group.alike:
+                out[some] = self._in_tiles(qkv[some], group, rows.slot[some], keys, values)
                 continue
-            part = cached | {name: cached[name][first:last] for name in ("slot", "position")}
+            part = cached | {name: cached[name][some] for name in ("slot", "position")}
             self._launch(
-                "attention", own, width=self.head, qkv=own, ldq=own.stride(0), last=rows.last[first:last], append=False,
-                out=to, ldo=to.stride(0), **part, **room,
+                "attention", qkv[some], width=self.head, qkv=qkv[some], ldq=qkv.stride(0), last=rows.last[some],
+                append=False, out=out[some], ldo=out.stride(0), **part, **room,
             )  # fmt: skip
         return out
+
+    def _in_tiles(self, qkv: Tensor, group: Group, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention (R, W) of the group's rows, whose keys and values the cache holds already."""
+        q, k, v = qkv.view(group.alike, -1, 3, self.heads, self.head).permute(2, 0, 3, 1, 4).unbind(0)
+        if group.start:
+            held = (slot[:: group.count].long(), slice(None), slice(group.start + group.count), slice(self.head))
+            k, v = keys[held], values[held]
+            q = F.pad(q, (0, 0, group.start, 0))  # as many queries as keys
+        n_unmasked = 0 if group.start else self.n_unmasked  # what comes behind sees no later position
+        seen = ops.causal_attention(q, k, v, n_unmasked=n_unmasked)[:, :, group.start :]
+        return seen.transpose(1, 2).reshape(len(qkv), -1)
 
     def _cached(self, keys: Tensor, values: Tensor) -> dict[str, Any]:
         return dict(heads=self.heads, stride=self.stride, capacity=self.capacity, keys=keys, values=values)
@@ -266,12 +278,12 @@ class CudaEngine:
         """Blocks that share the positions of a row and head.
 
         One for each `_POSITIONS_PER_BLOCK` where rows are few, so that their sums depend neither on how many they are
-        nor on the device; else as many as fill the device twice.
+        nor on the device; else as many as fill the device.
         """
         most = math.ceil(longest / _POSITIONS_PER_BLOCK)
         if rows <= FEW:
             return most
-        return max(1, min(2 * multiprocessors(self.device) // (rows * self.heads), most))
+        return max(1, min(_BLOCKS_AT_ONCE * multiprocessors(self.device) // (rows * self.heads), most))
 
     def _split_room(self, rows: int, longest: int) -> dict[str, Any]:
         """The arguments of split attention: the splits, their parts of the result, and how many have arrived."""

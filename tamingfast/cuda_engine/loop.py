@@ -52,7 +52,8 @@ class Loop:
 
     def __init__(self, engine: CudaEngine, batch: int) -> None:
         self.engine = weakref.proxy(engine)  # which holds this loop: a cycle would keep its memory for long
-        self.batch, self.length, self.streaming = batch, engine.capacity + 1, _streams_weights(engine, batch)
+        self.batch, self.length = batch, engine.capacity + 1
+        self.streaming = batch <= FEW and engine.width % VECTOR == 0  # by kernels that read vectors
         width, number, device = engine.width, engine.number, engine.device
         empty = functools.partial(torch.empty, device=device)
         self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=device)
@@ -229,11 +230,3 @@ def lasting_tensors() -> Iterator[None]:
     """Tensors made inside may be written later whether or not `torch.inference_mode` is on by then."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _streams_weights(engine: CudaEngine, batch: int) -> bool:
-    """Whether the weight-streaming kernels take the batch: few rows, widths that vectors divide, room for the norm."""
-    if batch > FEW or engine.width % VECTOR:
-        return False
-    needed = engine.kernels.linear_shared_bytes(engine.dtype, batch, engine.width)
-    return needed <= engine.kernels.shared_limit(engine.device.index or 0)

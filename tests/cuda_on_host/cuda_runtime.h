@@ -53,11 +53,14 @@ Value exchanged(Value value, unsigned source, unsigned mask) {
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::barrier(); }
-inline void __threadfence() {}
 
 template <class Value>
 Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
   return cuda_on_host::exchanged(value, (threadIdx.x % 32) ^ lanes, mask);
+}
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int lane) {
+  return cuda_on_host::exchanged(value, lane, mask);
 }
 template <class Value>
 Value __shfl_up_sync(unsigned mask, Value value, unsigned lanes) {
@@ -103,19 +106,13 @@ using cudaError_t = const char*;
 constexpr cudaError_t cudaSuccess = nullptr;
 inline const char* cudaGetErrorString(cudaError_t error) { return error; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : "invalid device ordinal"; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
-  return cudaSuccess;
-}
-
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_host::kSharedLimit;
   return cudaSuccess;
 }
 
