@@ -24,9 +24,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a directory; give the name of a file to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept last because writers such as Pillow choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".partial{target.suffix}", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix is kept last because writers such as Pillow choose the format by it.
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".partial{target.suffix}", dir=target.parent)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); give another place") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -52,6 +52,14 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
     return sheet
 
 
+def check_png(path: str | os.PathLike) -> None:
+    """UserError unless a PNG may be written under this name: it says no other format and is no directory."""
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file to write")
+
+
 def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
     """Write uint8 pixels (H, W, 3) as PNG, atomically; UserError for a name that says another format.
 
@@ -59,9 +67,7 @@ def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> Non
     """
     from PIL import Image
 
-    if Path(path).suffix.lower() not in ("", ".png"):
-        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
-
+    check_png(path)
     if scale > 1:
         pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     with atomic_write(path) as temporary:

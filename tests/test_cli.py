@@ -140,7 +140,7 @@ class TestSample:
             run("sample", reproduced / "prior_latents", "-n", 1, "--size", "32x40", "--out", out, "--schedule", "block")
             == 0
         )
-        assert Image.open(out).size == (40 + 4, 32 + 4)
+        assert Image.open(out).size == (40, 32)
 
     def test_pixels(self, reproduced, tmp_path):
         assert run("sample", reproduced / "prior_pixels", "-n", 1, "--size", "8x8", "--out", tmp_path / "p.png") == 0
@@ -215,12 +215,27 @@ class TestCanvas:
         assert after.shape == (36, 40, 3)
         assert (after[:30, :30] == before[:30, :30]).all()
         assert len(np.unique(after[:, 32:])) > 3
-        assert run("outpaint", prior, kept, "--left", 4, "--out", out) == 0
-        assert Image.open(out).size == (44, 36)
-        assert run("outpaint", prior, square, "--top", 2, "-n", 2, "--out", out, "--reconstruct") == 0
-        assert Image.open(out).size == (2 * 34 + 2, 34 + 4)
+        wider, canvas = tmp_path / "w.png", kept.read_bytes()
+        assert run("outpaint", prior, kept, "--left", 4, "--out", wider) == 0
+        assert Image.open(wider).size == (44, 36)
+        assert kept.read_bytes() == canvas and not (tmp_path / "w.canvas").exists()
+        assert run("outpaint", prior, square, "--top", 2, "-n", 2, "--out", wider, "--reconstruct") == 0
+        assert Image.open(wider).size == (2 * 34 + 2, 34 + 4)
+        assert run("outpaint", prior, square, "--top", 2, "-n", 2, "--out", wider, "--separate") == 0
+        assert Image.open(tmp_path / "w-0001.png").size == (32, 34)
 
-    def test_a_canvas_is_resumed_to_the_same_image(self, reproduced, tmp_path, monkeypatch):
+    def test_no_canvas_and_no_photo_is_lost(self, reproduced, square, mask, tmp_path, capsys):
+        prior, kept, out = reproduced / "prior_latents", tmp_path / "k.canvas", tmp_path / "k.png"
+        assert run("sample", prior, "-n", 1, "--size", "32x40", "--canvas", kept, "--out", out) == 0
+        canvas, photo = kept.read_bytes(), square.read_bytes()
+        edited = ["edit", prior, square, "--mask", mask, "--out"]
+        assert run(*edited, out) == cli.USAGE_ERROR  # its own canvas would stand in that place
+        assert "holds a drawing already; go on with it by --resume" in capsys.readouterr().err
+        assert run(*edited, tmp_path / "n.png", "--canvas", square) == cli.USAGE_ERROR
+        assert "is no canvas" in capsys.readouterr().err
+        assert (kept.read_bytes(), square.read_bytes()) == (canvas, photo)
+
+    def test_a_canvas_is_resumed_to_the_same_image(self, reproduced, tmp_path, monkeypatch, capsys):
         prior, out = reproduced / "prior_latents", tmp_path / "s.png"
         words = ["sample", prior, "-n", 1, "--size", "32x40", "--out", out]
         assert run(*words) == 0
@@ -238,7 +253,13 @@ class TestCanvas:
             patch.setattr(sampling.canvas, "_Regularly", Stopped)
             assert run(*words) == cli.INTERRUPTED
         assert not out.exists() and (tmp_path / "s.canvas").exists()
-        assert run(*words, "--resume") == 0
+        assert run(*words) == run(*words, "--canvas", tmp_path / "s.canvas") == cli.USAGE_ERROR
+        changes = (["--seed", 9], ["--top-k", 3], ["--greedy"], ["-n", 2], ["--schedule", "block"], ["--size", "32x32"])
+        for change in changes:
+            capsys.readouterr()
+            assert run(*words, "--resume", *change) == cli.USAGE_ERROR, change
+            assert "go on" in capsys.readouterr().err
+        assert run(*words, "--resume", "--seed", 0) == 0
         assert out.read_bytes() == expected
         assert run(*words, "--resume") == cli.USAGE_ERROR
 
@@ -261,6 +282,10 @@ class TestCanvas:
             (["outpaint", "square.png"], "nothing to draw"),
             (["outpaint", "square.png", "--right", 8, "--schedule", "block", "--stride", 99], "stride is 99"),
             (["outpaint", "square.png", "--right", 8, "--resume"], "no canvas at"),
+            (["outpaint", "square.png", "--right", 8, "--out", "o.jpg"], "o.jpg is no name for a PNG"),
+            (["outpaint", "square.png", "--right", 8, "--preview", "p.jpg"], "p.jpg is no name for a PNG"),
+            (["complete", "square.png", "--out", "c.jpg"], "c.jpg is no name for a PNG"),
+            (["sample", "-n", 1, "--size", "80000x80000"], "GiB to be planned and held"),
         ],
     )
     def test_mistakes_are_one_sentence(self, reproduced, square, photo, capsys, words, message, monkeypatch):

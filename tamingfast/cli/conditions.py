@@ -15,7 +15,10 @@ def condition_options(**several: str) -> argparse.ArgumentParser:
     """Options of one condition, or with ``nargs="+"`` of one for each image."""
     text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return options(
-        ("--class", {"dest": "label", "type": int, "help": "class index of a class-conditional prior"}),
+        (
+            "--class",
+            {"dest": "label", "type": int, "help": "class index of a class-conditional prior; default: all in turn"},
+        ),
         ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
         (
             "--condition-of",
@@ -76,11 +79,3 @@ def condition_pictures(model: Any, canvas: Any, condition: Any) -> list[Any]:
     if condition is not None:
         return [apply.condition_picture(model, condition)]
     return [apply.decoded_condition(model, canvas.cond[:1])] if canvas.cond.ndim > 2 else []
-
-
-def save_beside(out: Path, pictures: list[Any]) -> None:
-    """Write the picture of a condition, where there is one, beside the image ``out``."""
-    from tamingfast import images
-
-    for picture in pictures:
-        images.save_png(out.with_name(f"{out.stem}-condition.png"), images.to_uint8(picture[0]))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tamingfast.cli.conditions import condition_options, condition_pictures, named_conditions, save_beside, tokens_under
-from tamingfast.cli.options import DEVICE, DRAWING, at_least_one, command, load
-from tamingfast.cli.painting import PAINTING, SUFFIX, decode, finish, paint
+from tamingfast.cli.conditions import condition_options, condition_pictures, named_conditions, tokens_under
+from tamingfast.cli.options import DEVICE, DRAWING, command, load
+from tamingfast.cli.painting import PAINTING, SUFFIX, count_of, finish, paint
 from tamingfast.cli.progress import progress_bar
 from tamingfast.errors import UserError
 
@@ -29,7 +29,7 @@ def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.Arg
     added = command(commands, name, run, text, parents)
     added.add_argument("model", help="run directory or checkpoint of a prior")
     added.add_argument("photo", help="image file, or a canvas kept by --canvas")
-    added.add_argument("-n", "--count", type=int, default=1, help="how many versions (default: %(default)s)")
+    added.add_argument("-n", "--count", type=int, help="how many versions; default: 1")
     added.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
     added.add_argument(
         "--reconstruct", action="store_true", help="show the first stage's version of the photo where it is kept"
@@ -82,7 +82,7 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
     from tamingfast import apply
 
     left, right, top, bottom = (sides.get(side, 0) for side in SIDES)
-    count = at_least_one(arguments.count, "--count")
+    count = count_of(arguments, 1)
     saved = _saved(arguments.photo, count) if Path(arguments.photo).suffix == SUFFIX else None
     photo = apply.read_photo(arguments.photo) if saved is None else None
     rows, columns = apply.grid_size(model, *photo.shape[2:]) if saved is None else saved.tokens.shape[1:]
@@ -135,18 +135,9 @@ def _condition_at(arguments: argparse.Namespace, model: Any, size: tuple[int, in
 def _write_edited(
     arguments: argparse.Namespace, model: Any, finished: Any, photo: Any, drawn: Any, condition: Any
 ) -> None:
-    import torch
-
-    from tamingfast import images
     from tamingfast.sampling.canvas import keep_pixels
 
-    batch = decode(arguments, model, finished)
-    if photo is not None and not arguments.reconstruct:
-        batch = keep_pixels(batch, photo, drawn.cpu())
-    shown = condition_pictures(model, finished, condition)
-    if len(batch) == 1:
-        images.save_png(arguments.out, images.to_uint8(batch[0]))
-        save_beside(Path(arguments.out), shown)
-    else:
-        images.save_grid(arguments.out, torch.cat([*shown, batch]))
-    finish(arguments)
+    def keep(batch: Any) -> Any:
+        return batch if photo is None or arguments.reconstruct else keep_pixels(batch, photo, drawn.cpu())
+
+    finish(arguments, model, finished, condition_pictures(model, finished, condition), keep)

@@ -27,33 +27,47 @@ def options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
+# Without argparse's defaults, so that what was given can be told from what was not; `DEFAULTS` has them.
 DRAWING = options(
-    ("--temperature", {"type": float, "default": 1.0}),
-    ("--top-k", {"type": int, "default": 100, "help": "0: all tokens (default: %(default)s)"}),
+    ("--temperature", {"type": float, "help": "default: 1"}),
+    ("--top-k", {"type": int, "help": "0: all tokens; default: 100"}),
     ("--top-p", {"type": float, "help": "nucleus: the likeliest tokens that hold this probability"}),
-    ("--greedy", {"action": "store_true", "help": "always the likeliest token"}),
-    ("--seed", {"type": int, "default": 0}),
-    (
-        "--batch",
-        {"type": int, "default": 16, "help": "images at a time; does not change them (default: %(default)s)"},
-    ),
-    ("--schedule", {"default": "paper", "help": "paper, scene, strided or block, for images beyond the window"}),
-    ("--stride", {"type": int, "default": 8, "help": "tokens between windows, for strided and block"}),
-    ("--backend", {"default": "auto", "help": "auto, native, torch or naive"}),
+    ("--greedy", {"action": "store_true", "default": None, "help": "always the likeliest token"}),
+    ("--seed", {"type": int, "help": "default: 0"}),
+    ("--batch", {"type": int, "help": "images at a time; does not change them; default: 16"}),
+    ("--schedule", {"help": "paper (default), scene, strided or block, for images beyond the window"}),
+    ("--stride", {"type": int, "help": "tokens between windows, for strided and block; default: 8"}),
+    ("--backend", {"help": "auto (default), native, torch or naive"}),
     ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
 )
+DEFAULTS = {
+    "temperature": 1.0,
+    "top_k": 100,
+    "top_p": None,
+    "greedy": False,
+    "seed": 0,
+    "batch": 16,
+    "schedule": "paper",
+    "stride": 8,
+    "backend": "auto",
+    "dtype": None,
+}
 
 
 def drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings of `DRAWING`, by the names of `tamingfast.apply.draw`."""
-    if arguments.top_k < 0:
+    return DEFAULTS | given_settings(arguments)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of `drawing_settings` that the command line names."""
+    given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    at_least_one(given.get("batch", 1), "--batch")
+    if given.get("top_k", 0) < 0:
         raise UserError(f"got --top-k {arguments.top_k}; expected a number of tokens, or 0 to keep all")
-    names = ("temperature", "top_p", "greedy", "seed", "schedule", "stride", "backend", "dtype")
-    at_least_one(arguments.batch, "--batch")
-    return {name: getattr(arguments, name) for name in names} | {
-        "top_k": arguments.top_k or None,
-        "batch": arguments.batch,
-    }
+    if "top_k" in given:
+        given["top_k"] = given["top_k"] or None
+    return given
 
 
 def wanted_size(size: str | None, model: Any) -> tuple[int, int]:

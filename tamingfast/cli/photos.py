@@ -39,6 +39,7 @@ def _command(commands: Any, name: str, run: Callable, text: str, parents: Sequen
 def reconstruct(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
+    images.check_png(arguments.out)
     model = load(arguments)
     x, _ = named_images(arguments, model)
     out, figures = apply.reconstruct(model, x)
@@ -52,6 +53,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply, images
 
+    images.check_png(arguments.out)
     model = apply.check_windowed(load(arguments))
     x, files = named_images(arguments, model)
     conditions = conditions_of_each(arguments, model, files, x.shape[2:])

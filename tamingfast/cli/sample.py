@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from tamingfast.cli.conditions import condition_options, condition_pictures, named_conditions, save_beside, tokens_under
-from tamingfast.cli.options import DEVICE, DRAWING, at_least_one, command, load, wanted_size
-from tamingfast.cli.painting import PAINTING, decode, finish, paint
+from tamingfast.cli.conditions import condition_options, condition_pictures, named_conditions, tokens_under
+from tamingfast.cli.options import DEVICE, DRAWING, command, load, wanted_size
+from tamingfast.cli.painting import PAINTING, count_of, finish, paint
 from tamingfast.errors import UserError
 
 
@@ -16,10 +15,9 @@ def add_to(commands: Any) -> None:
     parents = (DEVICE, DRAWING, condition_options(), PAINTING)
     added = command(commands, "sample", sample, "draw new images", parents)
     added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("-n", "--count", type=int, default=16, help="how many (default: %(default)s)")
+    added.add_argument("-n", "--count", type=int, help="how many images; default: 16")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     added.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
-    added.add_argument("--separate", action="store_true", help="write one PNG per image, numbered, beside --out")
     added.add_argument(
         "--from", dest="photo", metavar="PHOTO", help="begin with coarse scales of this photo, for multiscale priors"
     )
@@ -27,31 +25,21 @@ def add_to(commands: Any) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from tamingfast import apply, images
+    from tamingfast import apply
 
     model = apply.check_prior(load(arguments))
     condition, photo = _condition(arguments, model), _photo(arguments, model)
-    told = any(value is not None for value in (condition, photo, arguments.label))
+    told = any(value is not None for value in (condition, photo, arguments.label, arguments.size))
     begun = _blank(arguments, model, condition, photo) if told or not arguments.resume else None
     canvas = paint(arguments, model, begun)
-    batch, out = decode(arguments, model, canvas), Path(arguments.out)
-    shown = condition_pictures(model, canvas, condition) if photo is None else [photo]
-    if arguments.separate:
-        for number, pixels in enumerate(images.to_uint8(batch)):
-            images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), pixels)
-        save_beside(out, shown)
-    else:
-        images.save_grid(out, torch.cat([*shown, batch]))
-    finish(arguments)
+    finish(arguments, model, canvas, condition_pictures(model, canvas, condition) if photo is None else [photo])
 
 
 def _blank(arguments: argparse.Namespace, model: Any, condition: Any, photo: Any) -> Any:
     from tamingfast import apply
     from tamingfast.sampling.canvas import Canvas
 
-    cond = tokens_under(arguments, model, condition, at_least_one(arguments.count, "--count"))
+    cond = tokens_under(arguments, model, condition, count_of(arguments, 16))
     if photo is not None:
         return apply.begun(model, photo.to(model.device), arguments.scales, cond)
     size = cond.shape[1:3] if condition is not None else apply.grid_size(model, *wanted_size(arguments.size, model))

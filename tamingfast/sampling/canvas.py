@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 from tamingfast.sampling.sampler import sample_grid
+from tamingfast.sampling.waves import check_room
 
 FORMAT = "tamingfast canvas 1"
 #: Seconds between saves and previews; each takes at most a tenth of the time however slow it is.
@@ -79,7 +80,11 @@ class Canvas:
 
     @classmethod
     def blank(cls, cond: Tensor, height: int, width: int, **settings: Any) -> Canvas:
-        """A canvas of height x width tokens, all to be sampled, for each row of `cond`."""
+        """A canvas of height x width tokens, all to be sampled, for each row of `cond`.
+
+        Raises UserError for one that memory does not hold, as `outpaint` does.
+        """
+        check_room(len(cond), height, width)
         shape = (len(cond), height, width)
         return cls(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool), cond, settings)
 
@@ -132,6 +137,8 @@ class Canvas:
         for name, count in sides.items():
             if count < 0:
                 raise UserError(f"{name} is {count} tokens, but a canvas can only grow: give 0 or more")
+        batch, height, width = self.tokens.shape
+        check_room(batch, height + top + bottom, width + left + right)
         around = (left, right, top, bottom)
         if cond is None and self.cond.ndim > 2 and any(around):
             raise UserError("the canvas is conditioned on a grid: give the condition of the larger canvas")
@@ -237,7 +244,7 @@ class Canvas:
                 metadata = stream.metadata() or {}
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{path} is no canvas or a damaged one ({error}); start it anew") from error
+            raise UserError(f"{path} is no canvas or a damaged one ({error}); give another file") from error
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path} is no canvas: its format is {metadata.get('format')!r}, expected {FORMAT!r}")
         return cls(**tensors, settings=json.loads(metadata["settings"]), model=metadata["model"])

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tamingfast.cuda_engine import CudaEngine
 from tamingfast.engine import GPTEngine
+from tamingfast.errors import UserError
+from tamingfast.models.bands import available_memory
 from tamingfast.models.gpt import Feed
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
@@ -23,6 +25,8 @@ from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 MEMORY = 2 << 30
 #: Tokens per call: enough to fill any machine, few enough for activations to stay small beside the cache.
 TOKENS_PER_CALL = 8192
+#: Bytes for each place of a grid while its waves are made, at their most, and for each token of each image.
+PLANNING, HOLDING = 300, 50
 
 
 class Engine(Protocol):
@@ -66,8 +70,22 @@ def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:
     return 2 * len(gpt.blocks) * batch * length * gpt.config.n_embd * gpt.pos_emb.element_size()
 
 
+def check_room(batch: int, height: int, width: int) -> None:
+    """UserError unless the host's memory holds the tokens of so large grids and the plan to draw them."""
+    needed, free = height * width * (PLANNING + HOLDING * batch), available_memory(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{batch} x {height} x {width} tokens need {needed / 2**30:.1f} GiB to be planned and held, but "
+            f"{free / 2**30:.1f} are free: draw fewer or smaller images"
+        )
+
+
 def plan_waves(gpt: nn.Module, plan: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
-    """The waves of `plan` with as many cache slots as `memory` bytes hold, at least one."""
+    """The waves of `plan` with as many cache slots as `memory` bytes hold, at least one.
+
+    Raises UserError as `check_room`.
+    """
+    check_room(batch, plan.height, plan.width)
     return make_waves(plan, max(1, memory // slot_bytes(gpt, batch, prefix + plan.window_tokens - 1)))
 
 
