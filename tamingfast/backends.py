@@ -33,7 +33,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "reference": ("causal_attention", "group_norm_silu", "nearest_code", "quantize"),
 }
 
-_OLDEST_TRITON = (8, 0)  # compute capability: bfloat16 on the matrix units
+_OLDEST_CAPABILITY = (8, 0)  # bfloat16 on the matrix units
+_OLDEST_TRITON = (3, 4)  # 3.3 fails to compile the attention, 3.2 to interpret the quantizer
 OLDEST_CUDA = (8, 0)  # that the CUDA engine's kernels are compiled for
 
 _requested = os.environ.get("TAMINGFAST_BACKEND") or None
@@ -116,11 +117,14 @@ def _triton() -> Availability:
         return Availability(False, f"triton cannot be imported ({error})")
     if interpreted():
         return Availability(True, f"triton {version}, interpreted on the CPU because TRITON_INTERPRET is set")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return Availability(False, f"triton {version}, but its kernels need {oldest} (torch 2.8) or newer")
     device = gpu()
     if device.available and torch.version.hip is not None:
         return Availability(False, f"triton {version}, but its kernels are written for CUDA devices, and this is ROCm")
-    if device.available and torch.cuda.get_device_capability() < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
+    if device.available and torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, _OLDEST_CAPABILITY))
         return Availability(
             False, f"triton {version}, but its kernels need compute capability {oldest}: {device.reason}"
         )

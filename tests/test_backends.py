@@ -39,3 +39,11 @@ def test_a_driver_too_old_for_the_extension_alone_is_named(monkeypatch):
         "torch runs on the GPU, but what nvcc 13.0 for sm_90 built does not (CUDA driver version is insufficient): "
         "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
     )
+
+
+def test_a_triton_too_old_for_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: type("Triton", (), {"__version__": "3.3.1"}))
+    state = backends._triton.__wrapped__()
+    assert not state.available
+    assert state.reason == "triton 3.3.1, but its kernels need 3.4 (torch 2.8) or newer"

@@ -235,7 +235,7 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     expected = load_model(alone).state_dict()
     for name, value in load_model(both).state_dict().items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(value, expected[name], atol=5e-5, rtol=1e-4)
 
 
 def test_the_original_s_unconditional_layout_is_accepted(tmp_path):

@@ -24,8 +24,8 @@ MULTIPROCESSORS = 132  # of an H200; decides into how many pieces a large map is
 FRAME = {80: 32, 90: 16, 100: 16}
 NO_FRAME = ("_forward_kernel", "_scan_kernel", "_elementwise_kernel", "_moments_kernel", "_gradient_sums_kernel")
 NO_FRAME += ("_key_gradient_kernel", "_query_gradient_kernel")
-#: The compiler of constraints.txt keeps all that in registers; another version may allot them a little differently.
-SLACK = 0 if triton.__version__.startswith("3.7.") else 32
+#: Registers are allotted anew by every version of the compiler; bounds are those of the one in constraints.txt.
+BOUNDED = triton.__version__.startswith("3.7.")
 
 
 def attention(width: int, dtype: torch.dtype, dropout: float = 0.0, length: int = 1024) -> None:
@@ -122,7 +122,7 @@ def test_every_configuration_fits_and_does_not_spill(name, capability):
             if binary.name == "_forward_kernel" or (capability == 90 and binary.name in NO_FRAME)
             else FRAME[capability]
         )
-        assert binary.local <= allowed + SLACK, binary
+        assert binary.local <= allowed or not BOUNDED, binary
     # Without tuning, as in a captured graph, the first configuration runs.
     first = next((b for b in compiled if b.name == "_forward_kernel"), compiled[0])
     assert first.shared <= min(SHARED_LIMIT.values())
