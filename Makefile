@@ -1,4 +1,5 @@
-# Every target makes .venv when it is missing or out of date, with the versions of constraints.txt.
+# Every target makes .venv when it is missing or out of date, with the versions of constraints.txt. `make TARGET READY=
+# BIN=DIR` takes the environment whose python is in DIR instead, as on a machine without a network.
 PYTHON ?= python3
 PRESET ?= cpu
 OUT ?= runs/reproduce
@@ -29,7 +30,8 @@ test: $(READY)
 bench: $(READY)
 	$(BENCHMARK)
 
-# Writes benchmarks/results/<device>.json and prints its table. `pip install '.[peers]'` adds published rivals.
+# Writes benchmarks/results/<device>.json and prints its table; BENCH_ARGS='-k attention' measures a part, whose rows join
+# those that are there. `pip install '.[peers]'` adds published rivals.
 bench-gpu: $(READY)
 	$(BENCHMARK) -m gpu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import statistics
 import time
@@ -102,6 +103,7 @@ def record(
         "tflop_per_s": flop / ours / 1e9, "gb_per_s": size / ours / 1e6, "share_of_ceiling": floor / ours,
     }  # fmt: skip
     rows.append(row)
+    write()  # at once: a run that is cut short keeps what it measured
 
 
 def table() -> list[str]:
@@ -121,7 +123,10 @@ def table() -> list[str]:
 
 
 def write() -> Path | None:
-    """Write the rows to benchmarks/results/<device>.json; None if there are none."""
+    """Write the rows to benchmarks/results/<device>.json; None if there are none.
+
+    Rows of earlier runs stay where this one has no such case, if the machine and the software are the same.
+    """
     if not rows:
         return None
     import triton
@@ -130,5 +135,9 @@ def write() -> Path | None:
     facts = backends.machine() | {"triton": triton.__version__, "cuda": torch.version.cuda}
     path = RESULTS / f"{device}.json"
     path.parent.mkdir(exist_ok=True)
-    files.write_json(path, {"machine": facts, "ceilings": ceilings(), "rows": rows})
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    mine = {(row["benchmark"], row["case"]) for row in rows}
+    kept = [row for row in before.get("rows", []) if (row["benchmark"], row["case"]) not in mine]
+    kept = kept if before.get("machine") == facts else []
+    files.write_json(path, {"machine": facts, "ceilings": ceilings(), "rows": kept + rows})
     return path
