@@ -79,7 +79,7 @@ class TestStudy:
 
     def test_a_prior_draws_on_at_the_size_that_its_window_saw(self, compressed, tmp_path):
         assert run("sample", compressed / "f16_f8_prior", "-n", 1, "--out", tmp_path / "s.png") == 0
-        assert Image.open(tmp_path / "s.png").size == (16 + 4, 16 + 4)
+        assert Image.open(tmp_path / "s.png").size == (16, 16)
 
     def test_a_resumed_run_measures_again_and_trains_nothing(self, compressed):
         names = [f"{name}/weights.safetensors" for name in ("f1", "f2", "f16_f8", "f16_prior")]
