@@ -57,6 +57,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_png(path: str | os.PathLike) -> None:
+    """UserError for a file name that says another format than PNG."""
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
+
+
 def digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes; ``algorithm`` is any name that hashlib knows."""
     state = hashlib.new(algorithm)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tamingfast.files import atomic_write
+from tamingfast.files import atomic_write, check_png
 
 
 def provenance(results: Mapping[str, Any]) -> str:
@@ -31,6 +31,7 @@ def figure(columns: int, width: float = 5) -> Any:
 
 
 def save_figure(plotted: Any, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG, atomically; UserError for a name that says another format."""
+    check_png(path)
     with atomic_write(path) as temporary:
         plotted.savefig(temporary, dpi=110, format="png")

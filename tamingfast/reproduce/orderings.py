@@ -163,14 +163,13 @@ def plot(orderings: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _samples(
     out: Path, names: Sequence[str], seed: int, sampling: Mapping[str, Any], grid: Sequence[int], device: str
 ) -> None:
-    rows = []
+    rows = {}
     for name in names:
         model = load_model(out / directory(name, seed), device=device)
         cond = apply.conditions(model, sampling["images"])
         options = {key: sampling[key] for key in ("temperature", "top_k", "seed")}
-        rows += [model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)]
-    sheet = images.grid(torch.cat(rows), columns=sampling["images"])
-    images.save_png(out / "samples.png", sheet, scale=3)
+        rows[name] = torch.cat([model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)])
+    images.save_rows(out / "samples.png", list(rows.values()), [name.replace("_", " ") for name in rows], scale=3)
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
