@@ -224,7 +224,7 @@ def describe() -> str:
     facts = machine()
     lines = [
         f"python     {facts['python']} on {facts['platform']}",
-        f"torch      {facts['torch']}, {facts['threads']} threads of {facts['cpu_count']} processors",
+        f"torch      {facts['torch']}, threads: {facts['threads']}, processors: {facts['cpu_count']}",
         f"cpu        {facts['cpu']} ({' '.join(facts['cpu_features']) or 'no known vector instructions'})",
         f"gpu        {facts['gpu']}",
     ]

@@ -223,13 +223,13 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     text = "\n\n".join([
         f"# Multiscale prior: preset `{results['preset']}`",
         report.provenance(results),
-        f"A transformer ({geometry['n_layer']} layers, {geometry['n_head']} heads, width {geometry['n_embd']}) "
-        f"predicts the scales {', '.join(results['scales'])} of the tokens one after the other: {training['steps']} "
-        f"steps of {training['batch_size']} images.",
+        f"A transformer ({report.geometry(geometry)}) predicts the scales {', '.join(results['scales'])} of the tokens "
+        f"one after the other: {training['steps']} steps of {report.counted(training['batch_size'], 'image')}.",
         "## Samples from given scales\n\n"
-        f"{measured['images']} held-out images ({results['held_out']}), {measured['samples']} samples each for every "
-        "number of given scales; ± is the standard error over images. With all scales given nothing is sampled, and "
-        "what is left is the first stage's error.",
+        f"{report.counted(measured['images'], 'held-out image')} ({results['held_out']}), "
+        f"{report.counted(measured['samples'], 'sample')} each for every number of given scales; ± is "
+        "the standard error over images. With all scales given nothing is sampled, and what is left is "
+        "the first stage's error.",
         table(results),
         "![distance over the number of given scales](distance.png)",
         "## Likelihood of each scale\n\nOn validation images, each token given all before it. The sum bounds the "

@@ -183,11 +183,11 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     text = "\n\n".join([
         f"# Orderings: preset `{results['preset']}`",
         report.provenance(results),
-        f"The same transformer ({geometry['n_layer']} layers, {geometry['n_head']} heads, width {geometry['n_embd']}) "
-        f"for each ordering of {rows} x {columns} tokens out of {results['vocabulary']}: {training['steps']} steps of "
-        f"{training['batch_size']} images, for each of {len(seeds)} seeds, which decide the first weights and the "
-        "batches of all orderings alike. NLL is on validation images, at the end of the budget; ± is the standard "
-        "deviation over seeds, of the differences in the column of differences.",
+        f"The same transformer ({report.geometry(geometry)}) for each ordering of {rows} x {columns} tokens out of "
+        f"{results['vocabulary']}: {training['steps']} steps of {report.counted(training['batch_size'], 'image')}. "
+        f"Seeds: {', '.join(map(str, seeds))}; each decides the first weights and the batches of all orderings alike. "
+        "NLL is on validation images, at the end of the budget; ± is the standard deviation over seeds, of "
+        "the differences in the column of differences.",
         table(results["orderings"]),
         "![validation NLL over steps; bands reach from the best to the worst seed](nll.png)",
         f"Samples of seed {seeds[0]}, one row each for {names}:\n\n![samples](samples.png)",
