@@ -83,8 +83,8 @@ def _quality_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"PSNR, SSIM and the codes in use are of {report.counted(kept['images'], 'whole validation image')}, the NLL "
         f"of up to {report.counted(nll['images'], 'validation crop')} of the size that the window sees. Tokens of "
-        "different first stages are different alphabets, so their NLL per token does not compare; bits per pixel and channel is what storing the "
-        "tokens would cost, without what the first stage has lost."
+        "different first stages are different alphabets, so their NLL per token does not compare; bits per pixel and "
+        "channel is what storing the tokens would cost, without what the first stage has lost."
     )
 
 
