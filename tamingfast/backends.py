@@ -228,7 +228,7 @@ def describe() -> str:
     facts = machine()
     lines = [
         f"python     {facts['python']} on {facts['platform']}",
-        f"torch      {facts['torch']}, {facts['threads']} threads of {facts['cpu_count']} processors",
+        f"torch      {facts['torch']}, threads: {facts['threads']}, processors: {facts['cpu_count']}",
         f"cpu        {facts['cpu']} ({' '.join(facts['cpu_features']) or 'no known vector instructions'})",
         f"gpu        {facts['gpu']}",
     ]
@@ -250,8 +250,11 @@ def pick_device(name: str | None = None) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError as error:  # which names all devices of torch
+        raise UserError(f"got device '{name}'; expected cpu, cuda or cuda:N") from error
+    try:
+        torch.zeros(1, device=device).cpu()  # meta, for one, makes tensors but holds nothing
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(f"device '{name}' cannot be used here ({reason}); see `tamingfast info`") from error
     return device

@@ -17,7 +17,7 @@ from tamingfast.backends import pick_device
 from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
-from tamingfast.weights import load_into, read_checkpoint, read_state_dict, state_dict_of
+from tamingfast.weights import load_into, read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def load_model(
     unsafe, not finite or of another architecture.
     """
     dtype, device = _dtype(dtype), pick_device("cpu" if device is None else device)
-    path = _weights_path(Path(checkpoint))
+    path = weights_path(Path(checkpoint))
     state = read_state_dict(path)
     settings = _config_for(path, config, state)
     model = _build(settings)
@@ -109,7 +109,8 @@ def _build(settings: Mapping[str, Any]) -> nn.Module:
     return instantiate_from_config(settings["model"])
 
 
-def _weights_path(path: Path) -> Path:
+def weights_path(path: Path) -> Path:
+    """The file of weights that a run directory of either project means, UserError without one; other paths as given."""
     if not path.is_dir():
         return path
     candidates = [path / WEIGHTS_FILE, *(path / folder / "last.ckpt" for folder in _CHECKPOINT_FOLDERS)]
@@ -125,7 +126,7 @@ def _weights_path(path: Path) -> Path:
 def _config_for(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
     by_hand = isinstance(config, Mapping)
     if config is None:
-        config = _embedded_config(path) or _neighbouring_config(path)
+        config = embedded_config(path) or neighbouring_config(path)
     elif isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     if config is None:
@@ -161,20 +162,27 @@ def _check_targets(config: Any, by_hand: bool) -> None:
         _check_targets(value, by_hand)
 
 
-def _embedded_config(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as stream:
-            text = (stream.metadata() or {}).get("config")
-        try:
-            return None if text is None else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"the config inside {path} is not JSON ({error}); give the config with config=") from error
-    return None
+def embedded_config(path: Path) -> Any:
+    """The config that `convert` has put into a safetensors file, None without; UserError where it is not JSON."""
+    text = metadata_of(path).get("config")
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"the config inside {path} is not JSON ({error}); give the config with config=") from error
 
 
-def _neighbouring_config(path: Path) -> Any:
+def metadata_of(path: Path) -> dict[str, str]:
+    """The strings that a safetensors file carries; none in other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stream:
+        return stream.metadata() or {}
+
+
+def neighbouring_config(path: Path) -> Any:
+    """The config that lies where either project puts that of the weights at ``path``, None without."""
     from omegaconf import OmegaConf
 
     run = path.parent.parent if path.parent.name in _CHECKPOINT_FOLDERS else path.parent
@@ -238,23 +246,3 @@ def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the c
     elif "colorize" in state:
         kind, params["n_labels"] = "VQSegmentationModel", state["colorize"].shape[1]
     return {"target": f"taming.models.vqgan.{kind}", "params": params}
-
-
-def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What ``tamingfast inspect`` shows: size, training step, tensors, parameters and dtypes of a checkpoint file."""
-    path = _weights_path(Path(checkpoint))
-    content = read_checkpoint(path)
-    tensors = state_dict_of(content, path)
-    dtypes: dict[str, int] = {}
-    for value in tensors.values():
-        name = str(value.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + value.numel()
-    groups: dict[str, int] = {}
-    for key, value in tensors.items():
-        group = key.split(".")[0]
-        groups[group] = groups.get(group, 0) + value.numel()
-    return {
-        "file": str(path), "bytes": path.stat().st_size, "tensors": len(tensors),
-        "global_step": content.get("global_step"), "epoch": content.get("epoch"),
-        "values_by_dtype": dtypes, "values_by_part": groups,
-    }  # fmt: skip

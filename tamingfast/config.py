@@ -35,6 +35,19 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
+def trained_side(config: Any) -> int | None:
+    """Side in pixels of the squares that a run was trained on, where the ``data`` section of its config says so."""
+    side = at(config, "data", "crop") or at(config, "data", "size")
+    return None if side is None else int(side)
+
+
+def at(config: Any, *keys: str) -> Any:
+    """What stands in a config below these keys, one after the other; None where one is missing."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
 def get_obj_from_str(target: str) -> Any:
     """The class or function that a dotted name means; the original's names give our classes (`compat.NAMES`)."""
     try:

@@ -60,6 +60,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_png(path: str | os.PathLike) -> None:
+    """UserError unless a PNG may be written under this name: it says no other format and is no directory."""
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file to write")
+
+
 def digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes; ``algorithm`` is any name that hashlib knows."""
     state = hashlib.new(algorithm)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tamingfast.errors import UserError
-from tamingfast.files import atomic_write
+from tamingfast.files import atomic_write, check_png
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -52,26 +50,18 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
     return sheet
 
 
-def check_png(path: str | os.PathLike) -> None:
-    """UserError unless a PNG may be written under this name: it says no other format and is no directory."""
-    if Path(path).suffix.lower() not in ("", ".png"):
-        raise UserError(f"{path} is no name for a PNG; give one that ends in .png")
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a directory; give the name of a file to write")
+def magnified(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Pixels (H, W, 3), each as a square of ``scale`` x ``scale``: images of 32 pixels are too small to look at."""
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else pixels
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
-    """Write uint8 pixels (H, W, 3) as PNG, atomically; UserError for a name that says another format.
-
-    ``scale`` magnifies without smoothing, as images of 32 pixels are too small to look at.
-    """
+    """Write uint8 pixels (H, W, 3) as PNG, `magnified`, atomically; UserError for a name that says another format."""
     from PIL import Image
 
     check_png(path)
-    if scale > 1:
-        pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     with atomic_write(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG")
+        Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG")
 
 
 def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int | None = None) -> None:
@@ -79,9 +69,28 @@ def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int
     save_png(path, grid(images, columns))
 
 
-def save_rows(path: str | os.PathLike, rows: Sequence[Tensor]) -> None:
-    """Write equally long batches (B, C, H, W) as PNG, one under the other: inputs above their reconstructions."""
+def save_rows(path: str | os.PathLike, rows: Sequence[Tensor], names: Sequence[str] = (), scale: int = 1) -> None:
+    """Write equally long batches (B, C, H, W) as PNG, one under the other: inputs above their reconstructions.
+
+    ``names`` stand left of their rows; ``scale`` magnifies as in `save_png`.
+    """
     lengths = {len(row) for row in rows}
     if len(lengths) != 1:
         raise ValueError(f"rows: got batches of {sorted(lengths)} images; expected the same number in each row")
-    save_grid(path, torch.cat([row.detach().float().cpu() for row in rows]), columns=lengths.pop())
+    sheet = magnified(grid(torch.cat([row.detach().float().cpu() for row in rows]), columns=lengths.pop()), scale)
+    save_png(path, labelled(sheet, names) if names else sheet)
+
+
+def labelled(sheet: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """A sheet of pixels (H, W, 3) with a white margin at its left, where each of its equally high rows has its name."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height = len(sheet) // len(names)
+    font = ImageFont.load_default(size=max(12, height // 6))
+    gap = height // 16 + 2
+    margin = np.full((len(sheet), int(max(map(font.getlength, names))) + 2 * gap, 3), 255, np.uint8)
+    drawn = Image.fromarray(margin)
+    for row, name in enumerate(names):
+        middle = (margin.shape[1] - gap, row * height + height // 2)
+        ImageDraw.Draw(drawn).text(middle, name, fill="black", font=font, anchor="rm")
+    return np.concatenate((np.asarray(drawn), sheet), axis=1)

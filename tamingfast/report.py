@@ -6,17 +6,39 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tamingfast.files import atomic_write
+from tamingfast.files import atomic_write, check_png
 
 
 def provenance(results: Mapping[str, Any]) -> str:
-    """A sentence on the data, the machine and the time."""
-    machine = results["machine"]
+    """Sentences on the data, the machine and the time."""
     return (
-        f"Data: {results['data']}. Measured on {machine['cpu']}, {machine['threads']} threads; {machine['gpu']}; "
-        f"torch {machine['torch']}, Python {machine['python']}. Everything below comes from this one run, which took "
-        f"{results['seconds'] / 60:.1f} minutes of training and measuring."
+        f"Data: {results['data']}. Measured on {on(results['machine'])}. Everything below comes from this one run, "
+        f"which took {duration(results['seconds'])} of training and measuring."
     )
+
+
+def on(machine: Mapping[str, Any]) -> str:
+    """What `tamingfast.backends.machine` says, in words."""
+    return (
+        f"{machine['cpu']}, {counted(machine['threads'], 'thread')}; {machine['gpu']}; torch {machine['torch']}, "
+        f"Python {machine['python']}"
+    )
+
+
+def geometry(transformer: Mapping[str, int]) -> str:
+    """How large a transformer is, by the names of its config."""
+    layers, heads = counted(transformer["n_layer"], "layer"), counted(transformer["n_head"], "head")
+    return f"{layers}, {heads}, width {transformer['n_embd']}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, as words: 1 image, 2 images."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds below a minute, with two digits, else minutes."""
+    return f"{seconds:.2g} s" if seconds < 59.5 else f"{seconds / 60:.1f} min"
 
 
 def figure(columns: int, width: float = 5) -> Any:
@@ -31,6 +53,7 @@ def figure(columns: int, width: float = 5) -> Any:
 
 
 def save_figure(plotted: Any, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG, atomically; UserError for a name that says another format."""
+    check_png(path)
     with atomic_write(path) as temporary:
         plotted.savefig(temporary, dpi=110, format="png")

@@ -180,10 +180,10 @@ def load_into(
         logger.warning("%s: %d keys missing, %d left over", source, len(missing), len(unexpected))
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
     """A short digest of a model's weights, losses aside: equal for equal models, whatever file they come from."""
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
         # Colours for drawing label maps are random and change nothing.
         if not key.startswith(("loss.", "colorize")):
             digest.update(f"{key}{tuple(value.shape)}".encode())

@@ -12,9 +12,13 @@ from tamingfast.errors import UserError
 def test_devices_by_name():
     assert backends.pick_device("cpu") == torch.device("cpu")
     assert backends.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for wrong in ("warp", "cuda:77"):
-        with pytest.raises(UserError, match=wrong):
+    for wrong in ("warp", "cuda:x", ""):
+        with pytest.raises(UserError, match=f"^got device '{wrong}'; expected cpu, cuda or cuda:N$"):
             backends.pick_device(wrong)
+    for wrong in ("cuda:77", "meta", "ipu"):
+        with pytest.raises(UserError, match=rf"^device '{wrong}' cannot be used here \(.+\); see") as caught:
+            backends.pick_device(wrong)
+        assert len(str(caught.value)) < 200
 
 
 def test_facts_for_reports():

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import tamingfast
-from tamingfast import checkpoints
+from tamingfast import checkpoints, inspection
 from tamingfast.errors import UserError
-from tamingfast.weights import read_state_dict
+from tamingfast.weights import fingerprint, read_state_dict
 
 
 @pytest.fixture
@@ -270,6 +270,18 @@ def test_ignore_keys(copied):
 
 
 def test_description():
-    facts = checkpoints.describe(golden.checkpoint("net2net_class"))
+    checkpoint = golden.checkpoint("net2net_class")
+    facts = inspection.describe(checkpoint)
     assert facts["values_by_part"].keys() == {"first_stage_model", "transformer"}
-    assert facts["tensors"] == len(read_state_dict(golden.checkpoint("net2net_class")))
+    assert facts["tensors"] == len(read_state_dict(checkpoint))
+    assert facts["config"] == "beside the file" and facts["model"].endswith("Net2NetTransformer")
+    assert facts["condition"] == "class_label" and facts["size"] is None
+    assert facts["first_stage"] == fingerprint(tamingfast.load_model(checkpoint).first_stage_model)
+
+
+def test_description_of_a_file_that_says_nothing(tmp_path):
+    path = tmp_path / "alone.safetensors"
+    checkpoints.save_weights(path, {"transformer.head.weight": torch.zeros(2, 3)}, {"step": "many"})
+    facts = inspection.describe(path)
+    assert [facts[name] for name in ("global_step", "epoch", "config", "model", "data", "first_stage")] == [None] * 6
+    assert facts["values_by_dtype"] == {"float32": 6}

@@ -420,7 +420,35 @@ class TestEncodeAndTrain:
 class TestFiles:
     def test_inspect(self, capsys):
         assert run("inspect", golden.checkpoint("net2net_seg")) == 0
-        assert json.loads(capsys.readouterr().out)["values_by_part"]["cond_stage_model"] > 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["values_by_part"]["cond_stage_model"] > 0 and facts["condition"] == "segmentation"
+
+    def test_inspect_a_run_its_converted_file_and_the_tokens_it_learned(self, everything, tmp_path, capsys):
+        def inspected(path):
+            assert run("inspect", path) == 0
+            return json.loads(capsys.readouterr().out)
+
+        prior, stage, converted = (
+            everything / "orderings/z_curve_0",
+            everything / "orderings/vqgan",
+            tmp_path / "c.safetensors",
+        )
+        facts, tokens = inspected(prior), inspected(everything / "orderings/train.safetensors")
+        steps = settings.load_preset("orderings", "smoke")["prior"]["training"]["steps"]
+        assert facts["global_step"] == steps == inspected(prior / "state.pt")["global_step"]
+        assert facts["epoch"] is not None and facts["config"] == "beside the file"
+        assert facts["size"] == tokens["size"] == "32x32"
+        assert facts["model"].endswith("Net2NetTransformer") and facts["ordering"].endswith("ZCurve")
+        assert facts["condition"] is None and facts["transformer"]["n_layer"] == 1 and facts["data"]["name"] == "photos"
+        assert tokens["images"] == 48 and tokens["grid"] == [8, 8]
+        assert "photographs" in tokens["data"]
+        assert tokens["first_stage"] == facts["first_stage"] == inspected(stage)["first_stage"]
+        assert run("convert", prior, converted) == 0
+        capsys.readouterr()
+        again = inspected(converted)
+        assert again["config"] == "in the file" and again["global_step"] is None
+        same = ("model", "size", "data", "transformer", "first_stage", "ordering", "values_by_part")
+        assert {name: again[name] for name in same} == {name: facts[name] for name in same}
 
     def test_convert(self, reproduced, tmp_path, capsys):
         out = tmp_path / "m.safetensors"

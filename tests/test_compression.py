@@ -75,7 +75,7 @@ class TestStudy:
 
     def test_samples_are_of_the_whole_size(self, compressed):
         with Image.open(compressed / "samples_f1.png") as image:
-            assert image.size == (2 * 66 + 2, 66 + 2)
+            assert image.height == 66 + 2 and image.width > 2 * 66 + 2  # a margin with the row's name
 
     def test_a_prior_draws_on_at_the_size_that_its_window_saw(self, compressed, tmp_path):
         assert run("sample", compressed / "f16_f8_prior", "-n", 1, "--out", tmp_path / "s.png") == 0

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tamingfast import images
+from tamingfast.errors import UserError
 
 
 def test_the_ends_and_the_middle_of_the_range():
@@ -65,3 +66,22 @@ def test_rows_stand_one_above_the_other(tmp_path):
     assert pixels.shape == (14, 14, 3) and pixels[3, 3, 0] == 0 and pixels[9, 9, 0] == 255
     with pytest.raises(ValueError, match="same number in each row"):
         images.save_rows(tmp_path / "rows.png", [top, bottom[:1]])
+
+
+def test_names_stand_left_of_their_rows_and_change_no_pixel(tmp_path):
+    rows = [torch.rand(2, 3, 20, 10) * 2 - 1 for _ in range(3)]
+    images.save_rows(tmp_path / "plain.png", rows, scale=2)
+    images.save_rows(tmp_path / "named.png", rows, ["one", "", "the third"], scale=2)
+    plain, named = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "named"))
+    margin = named.shape[1] - plain.shape[1]
+    assert plain.shape == (2 * 68, 2 * 26, 3) and margin > 0 and np.array_equal(named[:, margin:], plain)
+    ink = [(part < 128).any(-1) for part in np.array_split(named[:, :margin], 3)]
+    assert not ink[1].any() and 0 < ink[0].sum() < ink[2].sum()
+    for part in ink:  # no name is cut off
+        assert not part[0].any() and not part[-1].any() and not part[:, 0].any() and not part[:, -1].any()
+
+
+def test_other_formats_than_png_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"sheet.jpg is no name for a PNG; give one that ends in .png"):
+        images.save_grid(tmp_path / "sheet.jpg", torch.zeros(1, 3, 4, 4))
+    assert not list(tmp_path.iterdir())

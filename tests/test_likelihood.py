@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from test_sampler import SHAPES, VOCAB, prior, tiny_gpt, tokens
 
+from tamingfast.errors import UserError
 from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token
 from tamingfast.sampling.schedule import RULES, make_schedule
 
@@ -55,3 +56,6 @@ def test_work_and_plot(tmp_path):
     plot(tmp_path / "b.png", [row | {"seconds": 1.0 + i} for i, row in enumerate(rows)])
     first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab")
     assert len(np.unique(first)) > 10 and (first != second).any()
+    with pytest.raises(UserError, match=r"c.xyz is no name for a PNG"):
+        plot(tmp_path / "c.xyz", rows)
+    assert not (tmp_path / "c.xyz").exists()

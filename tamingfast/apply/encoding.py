@@ -38,7 +38,9 @@ def encode(
     classes = getattr(dataset, "classes", None)
     labels: list[int] = []
     conditions: list[np.ndarray] = []
+    height, width = dataset[0]["image"].shape[:2]
     metadata = {
+        "size": f"{height}x{width}",
         "source": getattr(dataset, "description", type(dataset).__name__),
         "first_stage": fingerprint(stage),
     }

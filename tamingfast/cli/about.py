@@ -12,8 +12,8 @@ from tamingfast.cli.progress import say_written
 
 
 def add_to(commands: Any) -> None:
-    added = command(commands, "inspect", inspect, "what a checkpoint holds")
-    added.add_argument("checkpoint")
+    added = command(commands, "inspect", inspect, "what a checkpoint or token file holds")
+    added.add_argument("checkpoint", help="run directory, checkpoint or token file")
     added = command(commands, "convert", convert, "any checkpoint to one .safetensors file with its config inside")
     added.add_argument("checkpoint")
     added.add_argument("out", help="file to write (.safetensors)")
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from tamingfast.checkpoints import describe
+    from tamingfast.inspection import describe
 
     print(json.dumps(describe(arguments.checkpoint), indent=2))
 

@@ -10,6 +10,7 @@ from typing import Any
 from tamingfast.cli.options import at_least_one, drawing_settings, given_settings, options
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.errors import UserError
+from tamingfast.files import check_png
 
 SUFFIX = ".canvas"  # of files that hold a `tamingfast.sampling.canvas.Canvas`
 
@@ -49,10 +50,8 @@ def paint(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
 
 def canvas_file(arguments: argparse.Namespace) -> Path:
     """Where the canvas is kept while it is drawn; UserError where --out or --preview cannot be written."""
-    from tamingfast import images
-
     for path in filter(None, (arguments.out, arguments.preview)):  # said before anything is drawn
-        images.check_png(path)
+        check_png(path)
     return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tamingfast.cli.conditions import condition_options, conditions_of_each, tokens_of_each
 from tamingfast.cli.options import DEVICE, DRAWING, at_least_one, command, drawing_settings, load, named_images
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.files import check_png
 
 
 def add_to(commands: Any) -> None:
@@ -39,7 +40,7 @@ def _command(commands: Any, name: str, run: Callable, text: str, parents: Sequen
 def reconstruct(arguments: argparse.Namespace) -> None:
     from tamingfast import apply, images
 
-    images.check_png(arguments.out)
+    check_png(arguments.out)
     model = load(arguments)
     x, _ = named_images(arguments, model)
     out, figures = apply.reconstruct(model, x)
@@ -53,7 +54,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
     from tamingfast import apply, images
 
-    images.check_png(arguments.out)
+    check_png(arguments.out)
     model = apply.check_windowed(load(arguments))
     x, files = named_images(arguments, model)
     conditions = conditions_of_each(arguments, model, files, x.shape[2:])
@@ -76,6 +77,8 @@ def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast import apply
     from tamingfast.sampling.likelihood import plot
 
+    if arguments.plot:
+        check_png(arguments.plot)
     model = apply.check_windowed(load(arguments))
     x, files = named_images(arguments, model)
     cond = tokens_of_each(arguments, model, conditions_of_each(arguments, model, files, x.shape[2:]), len(x))

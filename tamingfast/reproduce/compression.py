@@ -270,20 +270,19 @@ def _pictures(rows: Sequence[Row], settings: Mapping[str, Any], validation: Any,
     """Draw the sheets; returns their file names with what they show."""
     count, size = settings["sampling"]["images"], settings["data"]["size"]
     shown = torch.stack([torch.as_tensor(validation[i]["image"]) for i in range(count)]).permute(0, 3, 1, 2)
-    sheet, pictures = [shown], {}
+    sheet, pictures = {"image": shown}, {}
     for row in _shown(rows, "drawn"):
         model = load_model(out / f"{row.name}_prior", device=device)
-        sheet += [apply.reconstruct(model, x[None].to(model.device))[0].cpu() for x in shown]
+        sheet[row.label] = torch.cat([apply.reconstruct(model, x[None].to(model.device))[0].cpu() for x in shown])
         side, number = (size, count) if row.levels == 1 else (row.crop, SMALL_PER_LARGE * count)
         grid = model.first_stage_model.grid(side, side)
         stride = {"schedule": "strided", "stride": settings["sampling"]["stride"]}
         options = _drawing(row, model, grid, settings) | stride
         batch = settings["sampling"]["batch"]
         drawn = apply.draw(model, apply.conditions(model, number), *grid, batch=batch, **options)
-        pixels = images.grid(torch.cat([model.decode_grid(part).cpu() for part in drawn]), count)
-        scale = max(1, size // side)
-        images.save_png(out / f"samples_{row.name}.png", pixels, scale)
+        parts = torch.cat([model.decode_grid(part).cpu() for part in drawn]).split(count)
+        images.save_rows(out / f"samples_{row.name}.png", parts, [row.label] * len(parts), max(1, size // side))
         pictures[f"samples_{row.name}.png"] = f"Samples, {row.label}, {side} x {side} pixels"
-    images.save_grid(out / "reconstructions.png", torch.cat(sheet), count)
+    images.save_rows(out / "reconstructions.png", list(sheet.values()), list(sheet))
     text = f"Validation images, and what is left of them with {', '.join(row.label for row in rows)}"
     return {"reconstructions.png": text} | pictures

@@ -39,11 +39,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join([
         f"# How far to compress: preset `{results['preset']}`",
         report.provenance(results),
-        f"All first stages but the colours (f = 1) saw the same {first['steps']} batches of {first['batch_size']} "
-        f"crops of {settings['stages']['crop']} pixels. Then the same transformer ({geometry['n_layer']} layers, "
-        f"{geometry['n_head']} heads, width {geometry['n_embd']}) learned sequences of at most {window}² tokens of "
-        f"each, with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is "
-        f"{window} f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
+        f"All first stages but the colours (f = 1) saw the same {first['steps']} batches of "
+        f"{report.counted(first['batch_size'], 'crop')} of {settings['stages']['crop']} pixels. Then the same "
+        f"transformer ({report.geometry(geometry)}) learned sequences of at most {window}² tokens of each, with "
+        f"{results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} f "
+        f"pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
         "## What is lost, and what the rest costs",
         quality_table(rows, distance_name(settings["evaluation"]["perceptual"])),
         _quality_notes(rows),
@@ -81,10 +81,10 @@ def quality_table(rows: Sequence[Mapping[str, Any]], perceptual: str) -> str:
 def _quality_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     kept, nll = rows[0]["reconstruction"], rows[0]["likelihood"]
     return (
-        f"PSNR, SSIM and the codes in use are of {kept['images']} whole validation images, the NLL of up to "
-        f"{nll['images']} validation crops of the size that the window sees. Tokens of different first stages are "
-        "different alphabets, so their NLL per token does not compare; bits per pixel and channel is what storing the "
-        "tokens would cost, without what the first stage has lost."
+        f"PSNR, SSIM and the codes in use are of {report.counted(kept['images'], 'whole validation image')}, the NLL "
+        f"of up to {report.counted(nll['images'], 'validation crop')} of the size that the window sees. Tokens of "
+        "different first stages are different alphabets, so their NLL per token does not compare; bits per pixel and "
+        "channel is what storing the tokens would cost, without what the first stage has lost."
     )
 
 
@@ -142,22 +142,27 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Seconds per image over the pixels per token, both logarithmic, a curve for each way of sampling."""
     figure, (axis,) = report.figure(1, width=7)
     axis.set_yscale("log")
-    for key, label in _SPEEDS.items():
-        _curve(axis, rows, lambda row, key=key: row["speed"][key]["seconds_per_image"], label)
+    # Where the window does not move, two ways take the same time: the smaller mark leaves the one below to be seen.
+    for (key, label), size in zip(_SPEEDS.items(), (9, 8, 4), strict=True):
+        _curve(axis, rows, lambda row, key=key: row["speed"][key]["seconds_per_image"], label, size)
     axis.set(ylabel="seconds per image")
     axis.legend()
     report.save_figure(figure, path)
 
 
-def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], value: Any, label: str | None = None) -> None:
-    """One level as a line over f, two levels as a star."""
+def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], value: Any, label: str | None = None, size: float = 6) -> None:
+    """One level as a line over f, two levels as a star with its name, once where stars coincide."""
     points = [(_across(row), value(row), row) for row in rows if value(row) is not None]
     single = [point[:2] for point in points if point[2]["levels"] == 1]
-    (line,) = axis.plot(*zip(*single, strict=True), "o-", label=label) if single else axis.plot([], label=label)
+    (line,) = axis.plot(*zip(*single, strict=True) if single else [[]], "o-", markersize=size, label=label)
+    named = [note.xy for note in axis.texts]
     for x, y, row in points:
         if row["levels"] > 1:
-            axis.plot([x], [y], "*", markersize=12, color=line.get_color())
-            axis.annotate(row["label"], (x, y), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
+            axis.plot([x], [y], "*", markersize=2 * size, color=line.get_color())
+            if (x, y) not in named:
+                above = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center", "fontsize": 8}
+                on_lines = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+                axis.annotate(row["label"], (x, y), bbox=on_lines, **above)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(y=0.15)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tamingfast import backends, reproduce
+from tamingfast import backends, report, reproduce
 from tamingfast.errors import UserError, nearest
 from tamingfast.files import write_text
 
@@ -53,19 +53,18 @@ def _by_experiment(overrides: Sequence[str], names: Sequence[str]) -> dict[str, 
 
 
 def _write_index(preset: str, names: Sequence[str], out: Path) -> Path:
-    machine = backends.machine()
     lines = [
         f"# All experiments: preset `{preset}`",
         "",
-        f"{machine['cpu']}, {machine['threads']} threads; {machine['gpu']}; torch {machine['torch']}.",
+        f"{report.on(backends.machine())}.",
         "",
-        "| experiment | about | minutes |",
+        "| experiment | about | time |",
         "|---|---|---|",
     ]
     for name in names:
         if (out / name / REPORT).exists():
             seconds = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["seconds"]
-            lines.append(f"| [{name}]({name}/{REPORT}) | {reproduce.EXPERIMENTS[name]} | {seconds / 60:.1f} |")
+            lines.append(f"| [{name}]({name}/{REPORT}) | {reproduce.EXPERIMENTS[name]} | {report.duration(seconds)} |")
         else:
             lines.append(f"| {name} | {reproduce.EXPERIMENTS[name]} | not run yet |")
     write_text(out / REPORT, "\n".join(lines) + "\n")

@@ -33,7 +33,7 @@ EXPERIMENT, VQGAN, PRIOR = "multiscale", "vqgan", "prior"
 PAIRS = 256
 PICTURES = {
     "given.png": "Held-out images, and a sample of each that begins with its first 1, 2, ... scales; with all scales "
-    "given, in the last column, the first stage's reconstruction is all there is",
+    "given, in the last row, the first stage's reconstruction is all there is",
     "scales.png": "The same images, and what each of their scales decodes to when its tokens are repeated",
     "samples.png": "Samples from scratch",
 }
@@ -150,26 +150,24 @@ def nll_of_scales(run: Path, pyramid: Any) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _pictures(model: nn.Module, x: Tensor, drawn: Sequence[Tensor], sampling: Mapping[str, Any], out: Path) -> None:
     shown = x[: sampling["shown"]]
-    given = [samples[: len(shown), 0] for samples in drawn[1:]]
-    _sheet(out / "given.png", [shown, *given])
+    given, names = [samples[: len(shown), 0] for samples in drawn[1:]], model.pyramid.names
+    scale = max(1, 96 // x.shape[-1])
+    images.save_rows(out / "given.png", [shown, *given], ["image", *_given(names)[1:]], scale)
     scales = model.pyramid.split(model.encode_to_z(shown)[1])
     # Tokens are enlarged, not pixels: the decoder knows feature maps of the finest scale's size only.
     enlarged = [F.interpolate(grid[:, None].float(), scales[-1].shape[1:])[:, 0].long() for grid in scales]
     decoded = [model.decode_grid(grid) for grid in enlarged]
-    _sheet(out / "scales.png", [shown, *decoded])
+    images.save_rows(out / "scales.png", [shown, *decoded], ["image", *names], scale)
     canvas = model.canvas_size(model.pyramid.height, model.pyramid.width)
     options = {key: sampling[key] for key in ("temperature", "top_k", "seed", "batch")}
     canvases = apply.draw(model, apply.conditions(model, sampling["images"]), *canvas, **options)
     pixels = torch.cat([model.decode_grid(model.image_tokens(canvas)) for canvas in canvases])
-    _sheet(out / "samples.png", list(pixels.split(-(-len(pixels) // 8))))
+    images.save_png(out / "samples.png", images.grid(pixels, columns=min(8, len(pixels))), scale)
 
 
-def _sheet(path: Path, columns: Sequence[Tensor]) -> None:
-    """A column for each batch, magnified."""
-    rows = max(map(len, columns))
-    padded = [F.pad(batch.cpu(), (0,) * 7 + (rows - len(batch),), value=1.0) for batch in columns]
-    sheet = images.grid(torch.stack(padded, 1).flatten(0, 1), columns=len(columns))
-    images.save_png(path, sheet, max(1, 96 // columns[0].shape[-1]))
+def _given(names: Sequence[str]) -> list[str]:
+    """What each number of given scales is called in pictures."""
+    return ["none", *(f"to {name}" for name in names[:-1]), "all"]
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axis.errorbar(at, means, errors, marker="o", capsize=3, label="sample to input")
     if results["settings"]["measure"]["samples"] > 1:
         axis.plot(at, [row["between"] for row in given], marker="s", label="between samples of one input")
-    axis.set_xticks(at, ["none", *(f"to {name}" for name in results["scales"][:-1]), "all"])
+    axis.set_xticks(at, _given(results["scales"]))
     axis.set(xlabel="scales given", ylabel=results["distance"], title="What each scale settles", ylim=(0, None))
     axis.legend()
     report.save_figure(figure, path)
@@ -225,13 +223,13 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     text = "\n\n".join([
         f"# Multiscale prior: preset `{results['preset']}`",
         report.provenance(results),
-        f"A transformer ({geometry['n_layer']} layers, {geometry['n_head']} heads, width {geometry['n_embd']}) "
-        f"predicts the scales {', '.join(results['scales'])} of the tokens one after the other: {training['steps']} "
-        f"steps of {training['batch_size']} images.",
+        f"A transformer ({report.geometry(geometry)}) predicts the scales {', '.join(results['scales'])} of the tokens "
+        f"one after the other: {training['steps']} steps of {report.counted(training['batch_size'], 'image')}.",
         "## Samples from given scales\n\n"
-        f"{measured['images']} held-out images ({results['held_out']}), {measured['samples']} samples each for every "
-        "number of given scales; ± is the standard error over images. With all scales given nothing is sampled, and "
-        "what is left is the first stage's error.",
+        f"{report.counted(measured['images'], 'held-out image')} ({results['held_out']}), "
+        f"{report.counted(measured['samples'], 'sample')} each for every number of given scales; ± is "
+        "the standard error over images. With all scales given nothing is sampled, and what is left is "
+        "the first stage's error.",
         table(results),
         "![distance over the number of given scales](distance.png)",
         "## Likelihood of each scale\n\nOn validation images, each token given all before it. The sum bounds the "

@@ -163,14 +163,13 @@ def plot(orderings: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _samples(
     out: Path, names: Sequence[str], seed: int, sampling: Mapping[str, Any], grid: Sequence[int], device: str
 ) -> None:
-    rows = []
+    rows = {}
     for name in names:
         model = load_model(out / directory(name, seed), device=device)
         cond = apply.conditions(model, sampling["images"])
         options = {key: sampling[key] for key in ("temperature", "top_k", "seed")}
-        rows += [model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)]
-    sheet = images.grid(torch.cat(rows), columns=sampling["images"])
-    images.save_png(out / "samples.png", sheet, scale=3)
+        rows[name] = torch.cat([model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)])
+    images.save_rows(out / "samples.png", list(rows.values()), [name.replace("_", " ") for name in rows], scale=3)
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
@@ -184,11 +183,11 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     text = "\n\n".join([
         f"# Orderings: preset `{results['preset']}`",
         report.provenance(results),
-        f"The same transformer ({geometry['n_layer']} layers, {geometry['n_head']} heads, width {geometry['n_embd']}) "
-        f"for each ordering of {rows} x {columns} tokens out of {results['vocabulary']}: {training['steps']} steps of "
-        f"{training['batch_size']} images, for each of {len(seeds)} seeds, which decide the first weights and the "
-        "batches of all orderings alike. NLL is on validation images, at the end of the budget; ± is the standard "
-        "deviation over seeds, of the differences in the column of differences.",
+        f"The same transformer ({report.geometry(geometry)}) for each ordering of {rows} x {columns} tokens out of "
+        f"{results['vocabulary']}: {training['steps']} steps of {report.counted(training['batch_size'], 'image')}. "
+        f"Seeds: {', '.join(map(str, seeds))}; each decides the first weights and the batches of all orderings alike. "
+        "NLL is on validation images, at the end of the budget; ± is the standard deviation over seeds, of "
+        "the differences in the column of differences.",
         table(results["orderings"]),
         "![validation NLL over steps; bands reach from the best to the worst seed](nll.png)",
         f"Samples of seed {seeds[0]}, one row each for {names}:\n\n![samples](samples.png)",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tamingfast import apply, backends, evaluation, images
 from tamingfast.checkpoints import load_model
@@ -33,6 +33,8 @@ EXPERIMENT = "pixels"
 
 #: Run directories below the output, in the order in which they are made.
 VQGAN, COLORS, LATENT_PRIOR, PIXEL_PRIOR = "vqgan", "colors", "prior_latents", "prior_pixels"
+#: By which sheets of images are magnified.
+SCALE = 3
 
 
 def presets() -> list[str]:
@@ -156,19 +158,21 @@ def _pictures(
     rows = []
     for part in shown.to(model.device).split(columns):
         rows += [part, apply.reconstruct(model, part)[0]]
-    _sheet(out / "reconstructions.png", rows, columns)
+    images.save_rows(out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), SCALE)
     for name, prior in models.items():
         options = _sampling_options(prior, size, sampling)
         side = size // prior.first_stage_model.factor
         grids = apply.draw(prior, apply.conditions(prior, count), side, side, batch=sampling["batch"], **options)
-        _sheet(out / f"samples_{name}.png", [prior.decode_grid(grid) for grid in grids], columns)
+        sheet = images.grid(torch.cat([prior.decode_grid(grid) for grid in grids]), columns)
+        images.save_png(out / f"samples_{name}.png", sheet, SCALE)
         pictures[f"samples_{name}.png"] = f"Samples of the prior on {name}, drawn token by token"
     x = shown[:columns].to(model.device)
     halves = x.clone()
     halves[:, :, size // 2 :] = 1.0
     options, cond = _sampling_options(model, size, sampling), apply.conditions(model, columns)
     completed = [apply.complete(model, x, cond, first_image=again * columns, **options) for again in range(3)]
-    _sheet(out / "completions.png", [x, halves, *completed], columns)
+    names = ["image", "kept", *(f"completed, {again + 1}" for again in range(len(completed)))]
+    images.save_rows(out / "completions.png", [x, halves, *completed], names, SCALE)
     text = "Validation crops, their upper halves, and three completions of each by the prior on latents"
     return pictures | {"completions.png": text}
 
@@ -181,12 +185,6 @@ def _sampling_options(model: nn.Module, size: int, sampling: Mapping[str, Any]) 
         "top_k": min(sampling["top_k"], model.transformer.config.vocab_size),
         "seed": sampling["seed"],
     }
-
-
-def _sheet(path: Path, batches: Sequence[Tensor], columns: int, scale: int = 3) -> None:
-    """A grid of images, magnified."""
-    sheet = images.grid(torch.cat([batch.cpu() for batch in batches]), columns)
-    images.save_png(path, sheet, scale)
 
 
 # --- quality --------------------------------------------------------------------------------------------------------

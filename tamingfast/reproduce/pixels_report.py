@@ -70,30 +70,33 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
     paper, fastest = speed["paper"], speed["fastest"]
     latents, pixels = paper["latents"], paper["pixels"]
     whole = pixels["seconds_per_image"] / fastest["latents"]["seconds_per_image"]
+    first = f"- From pixels by the paper's protocol to latents on our fastest path: **{whole:.0f} times** faster."
     lines = [
-        f"- From pixels by the paper's protocol to latents on our fastest path: **{whole:.0f} times** faster.",
         f"- (a) and (b) draw batches of {speed['batch']}; times include the decoding of tokens to images.",
     ]
     for name in ("pixels", "latents"):
         row = fastest[name]
         lines.append(
             f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, "
-            f"weights {row['dtype'] or 'as trained'}, the best of {len(row['candidates'])} settings tried."
+            f"weights {row['dtype'] or 'as trained'}, the best of {report.counted(len(row['candidates']), 'setting')} "
+            "tried."
         )
     if pixels["integrated"]:
         estimate, measured = latents["seconds_per_image"], latents["whole_run_seconds_per_image"]
         off = estimate / measured - 1
         lines.append(
-            f"- (a) is timed at {len(pixels['prefixes'])} prefix lengths and integrated over all steps, "
-            f"{pixels['tokens']} for pixels and {latents['tokens']} for latents. A whole run for latents took "
+            f"- (a) is timed at {report.counted(len(pixels['prefixes']), 'prefix length')} and integrated over all "
+            f"steps, {pixels['tokens']} for pixels and {latents['tokens']} for latents. A whole run for latents took "
             f"{measured:.4g} s/image; the integral is {abs(off):.1%} {'above' if off > 0 else 'below'} it."
         )
         if abs(off) > TOLERATED:
-            lines.append(
-                f"- **That is more than {TOLERATED:.0%}: the machine was busy, or the steps are too short to be timed "
-                "alone. Repeat the run on an idle machine before you use the figures of (a).**"
+            # What follows from (a) is not told either.
+            first = (
+                f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} from what a "
+                "whole run took. The machine was busy, or the steps are too short to be timed alone; repeat the run on "
+                "an idle machine.**"
             )
-    return "\n".join(lines)
+    return "\n".join([first, *lines])
 
 
 def _quality(quality: Mapping[str, Any]) -> str:
@@ -120,17 +123,17 @@ def _training_table(results: Mapping[str, Any]) -> str:
     prior = results["prior"]
     lines = [
         f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
-        f"head ({prior['n_layer']} layers, {prior['n_head']} heads, width {prior['n_embd']}), trained with the same "
+        f"head ({report.geometry(prior)}), trained with the same "
         f"budget of {prior['budget_flops']:.3g} floating-point operations.",
         "",
-        "| stage | tokens per image | vocabulary | steps | minutes | validation |",
+        "| stage | tokens per image | vocabulary | steps | training time | validation |",
         "|---|---|---|---|---|---|",
     ]
     for run in results["runs"]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
         lines.append(
-            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | {run['seconds'] / 60:.1f} "
-            f"| {figures} |"
+            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | "
+            f"{report.duration(run['seconds'])} | {figures} |"
         )
     lines += [
         "",

@@ -75,7 +75,7 @@ def tokens_per_token(
 
 
 def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Write a plot of likelihood against work as PNG.
+    """Write a plot of likelihood against work as PNG; UserError for a name that says another format.
 
     Each row has `name`, `tokens_per_token` (or `seconds`, when all have it) and `nats`.
     """

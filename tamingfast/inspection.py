@@ -1,0 +1,95 @@
+"""What a file of weights or tokens says of itself: ``tamingfast inspect``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tamingfast.checkpoints import embedded_config, metadata_of, neighbouring_config, weights_path
+from tamingfast.config import at, plain, trained_side
+from tamingfast.data.tokens import FORMAT, TokenDataset
+from tamingfast.weights import fingerprint, read_checkpoint, state_dict_of
+
+
+def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint or token file holds, and what the config in it or beside it says; no model is built.
+
+    ``first_stage`` is the fingerprint of the first stage's weights, in a token file of those that made the tokens.
+    Raises UserError for a file that is missing, damaged or neither.
+    """
+    path = weights_path(Path(checkpoint))
+    content, metadata = read_checkpoint(path), metadata_of(path)
+    facts = {"file": str(path), "bytes": path.stat().st_size}
+    if metadata.get("format") == FORMAT:
+        return facts | _of_tokens(path)
+    state = state_dict_of(content, path)
+    # Lightning's checkpoints, our state.pt and our weights.safetensors say in three ways how far the training was.
+    progress = metadata | content.get("progress", {}) | content
+    return facts | {
+        "global_step": _number(progress.get("global_step", progress.get("step"))),
+        "epoch": _number(progress.get("epoch")),
+        **_of_config(path),
+        "first_stage": _fingerprint(state),
+        "tensors": len(state),
+        "values_by_dtype": _counted(state, lambda key: str(state[key].dtype).removeprefix("torch.")),
+        "values_by_part": _counted(state, lambda key: key.split(".")[0]),
+    }
+
+
+def _number(value: Any) -> int | None:
+    return int(value) if str(value).isdecimal() else None
+
+
+def _of_tokens(path: Path) -> dict[str, Any]:
+    dataset = TokenDataset(path)
+    said = dataset.metadata
+    return {
+        "images": len(dataset),
+        "grid": list(dataset.grid),
+        "vocab_size": dataset.vocab_size,
+        "size": said.get("size"),
+        "data": said.get("source"),
+        "first_stage": said.get("first_stage"),
+        "classes": dataset.classes,
+        "condition": dataset.condition,
+    }
+
+
+def _of_config(path: Path) -> dict[str, Any]:
+    inside = embedded_config(path)
+    config = plain(neighbouring_config(path) if inside is None else inside)
+    params = at(config, "model", "params")
+    found = {
+        "config": None if config is None else "beside the file" if inside is None else "in the file",
+        "model": at(config, "model", "target"),
+    }
+    transformer = at(params, "transformer_config", "params")
+    if transformer is not None:
+        unconditional = at(params, "unconditional") or at(params, "cond_stage_config") == "__is_unconditional__"
+        found |= {
+            "transformer": transformer,
+            "condition": None if unconditional else at(params, "cond_stage_key"),
+            "ordering": at(params, "permuter_config", "target"),
+            "scales": at(params, "scales"),
+        }
+    side = trained_side(config)
+    return found | {"size": None if side is None else f"{side}x{side}", "data": at(config, "data")}
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str | None:
+    """That of the first stage that the weights are or hold, None for a transformer alone."""
+    prefix = "first_stage_model."
+    if any(key.startswith("transformer.") for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return fingerprint(state) if state else None
+
+
+def _counted(state: Mapping[str, Tensor], group: Callable[[str], str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for key, value in state.items():
+        counts[group(key)] = counts.get(group(key), 0) + value.numel()
+    return counts
