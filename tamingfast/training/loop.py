@@ -163,11 +163,8 @@ def prepare(
     """
     epoch_steps(dataset, settings, among.size)  # fails for too few images
     config["training"] = asdict(settings)
-    known = out / checkpoint.CONFIG
     if resume:
-        if not known.is_file():
-            raise UserError(f"{out} holds no run to resume; start it without --resume")
-        _same_run(plain(load_yaml(known)), config, out)
+        _same_run(plain(load_yaml(checkpoint.config_file(out))), config, out)
     elif checkpoint.exists(out):
         raise UserError(f"{out} already holds a training run; continue it with --resume, or give another directory")
     among.any(False)  # nobody writes before everybody has looked
@@ -175,7 +172,7 @@ def prepare(
         from omegaconf import OmegaConf
 
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(known) as temporary:
+        with atomic_write(out / checkpoint.CONFIG) as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
 
 

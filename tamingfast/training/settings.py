@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
 from tamingfast.errors import UserError, nearest
+from tamingfast.training import checkpoint
+
+logger = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parents[1] / "configs"
 PRECISIONS = ("float32", "bfloat16")
@@ -115,6 +119,28 @@ def load_config(name_or_path: str | os.PathLike, overrides: Sequence[str] = ()) 
         except Exception as error:
             raise UserError(f"the override '{override}' cannot be applied ({str(error).splitlines()[0]})") from error
     check_config(plain(config))
+    return config
+
+
+def resumed_config(out: str | os.PathLike, name: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The config to continue the run in ``out`` with: the one it began with, but for the ``overrides``.
+
+    Where a config is named (see `load_config`) it is taken, so that a setting of it that the run cannot change is
+    found, but those of `FREE_TO_CHANGE` stay as they are in the run, which is logged. Raises UserError when there is no
+    run, and as `load_config`.
+    """
+    own = load_config(checkpoint.config_file(out), overrides)
+    if name is None:
+        if "prior" in own:
+            raise UserError("settings of prior.* are for a new run, which this one no longer is; leave them out")
+        return own
+    config = load_config(name, overrides)
+    before, named = (asdict(training_settings(each)) for each in (own, config))
+    kept = {key: before[key] for key in before if key in FREE_TO_CHANGE and before[key] != named[key]}
+    if kept:
+        theirs, others = (", ".join(f"training.{key}={of[key]}" for key in kept) for of in (before, named))
+        logger.warning("%s goes on with its %s, not %s of %s: give key=value to change it", out, theirs, others, name)
+        config["training"] = {**(config.get("training") or {}), **kept}
     return config
 
 
