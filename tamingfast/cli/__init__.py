@@ -20,9 +20,19 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
 
 
+class _AboveBars(logging.Handler):
+    """Writes each message as a line of standard error, above the progress bars that stand there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=os.environ.get("TAMINGFAST_LOG", "WARNING").upper())
+    level = os.environ.get("TAMINGFAST_LOG", "WARNING").upper()
+    logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level)
     arguments = _parse(argv)
     try:
         arguments.run(arguments)

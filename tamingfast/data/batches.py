@@ -49,6 +49,12 @@ class Loader:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._batches()
+        finally:  # whoever wants no more batches closes this generator
+            getattr(self._epoch.dataset, "warn_broken", lambda: None)()
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
         if self._workers and self._numbers:
             # A generator of its own, because DataLoader would else draw from torch's global one.
             batches = DataLoader(
@@ -68,9 +74,6 @@ class Loader:
         else:
             for number in self._numbers:
                 yield self._epoch[number]
-        warn = getattr(self._epoch.dataset, "warn_broken", None)
-        if warn is not None:
-            warn()
 
 
 class _Epoch(Dataset):
