@@ -219,7 +219,7 @@ class _Run:
         self.rates = [group["lr"] for group in _groups(stage.optimizers)]
 
     def train(self, resume: bool) -> Path:
-        from tqdm import tqdm
+        from tamingfast.progress import bar
 
         kept = self.restore() if resume and checkpoint.exists(self.out) else 0
         with contextlib.ExitStack() as stack:
@@ -228,14 +228,7 @@ class _Run:
                 self.metrics = checkpoint.Metrics(self.out, kept)
                 stack.callback(self.metrics.close)
             self.bar = stack.enter_context(
-                tqdm(
-                    total=self.settings.steps,
-                    initial=self.step,
-                    unit="step",
-                    desc=self.out.name,
-                    # None hides the bar where standard error is not a terminal.
-                    disable=None if self.among.rank == 0 else True,
-                )
+                bar("step", self.settings.steps, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
             batches = step_batches(self.training, self.settings, self.among, self.step)
             while not self.spent():
