@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tamingfast.apply.models import first_stage_of, is_spatial
+from tamingfast.apply.sizes import grid_size
 from tamingfast.errors import UserError
 from tamingfast.weights import fingerprint
 
@@ -28,7 +29,8 @@ def encode(
 
     Images are taken as the dataset's epoch 0 gives them, and where it holds spatial conditions their tokens are written
     too: those of ``cond_stage``, by default of the prior ``model``, or coordinates. ``progress(n)`` runs after every n
-    images. Raises UserError for conditions without a stage, and for a stage whose conditions the dataset lacks.
+    images. Raises UserError for conditions without a stage, for a stage whose conditions the dataset lacks, and for
+    images whose sides are no multiples of the first stage's factor.
     """
     from tamingfast.data import loader
     from tamingfast.data.tokens import smallest, write_tokens
@@ -48,6 +50,7 @@ def encode(
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
             x = items["image"].permute(0, 3, 1, 2).to(stage.device)
+            grid_size(model, *x.shape[2:])  # fails for images of which a part would be lost
             quant, _, (_, _, indices) = stage.encode(x)
             grid = quant.shape[2:]
             if classes is not None:

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from tamingfast.apply.models import first_stage_of, is_multiscale
+from tamingfast.data import shown_side
 from tamingfast.errors import UserError
 
 
@@ -15,10 +16,8 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
     factor = first_stage_of(model).factor
     if is_multiscale(model):
         return model.pyramid.height * factor, model.pyramid.width * factor
-    config = getattr(model, "config", None) or {}
-    data = config.get("data") or {}
-    if "size" in data:
-        side = int(data.get("crop") or data["size"])
+    side = shown_side((getattr(model, "config", None) or {}).get("data") or {})
+    if side is not None:
         return side, side
     return (16 * factor, 16 * factor) if hasattr(first_stage_of(model), "encoder") else None
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tamingfast import __version__
 from tamingfast.cli import about, edit, encode, evaluate, photos, reproduce, sample, train
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, first_line, lacks_memory
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
@@ -69,8 +69,13 @@ def _for_people(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, RuntimeError) and str(error).startswith(("TAMINGFAST_", "CUDA out of memory")):
-        return str(error).splitlines()[0]
+    if lacks_memory(error):
+        return (
+            f"the memory does not suffice ({first_line(error)}); take fewer or smaller images at a time, or a smaller "
+            "model"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("TAMINGFAST_"):
+        return first_line(error)
     return None
 
 

@@ -13,7 +13,7 @@ from tamingfast.data.batches import Loader, loader
 from tamingfast.data.crops import cut
 from tamingfast.errors import UserError, nearest
 
-__all__ = ["Loader", "build", "loader"]
+__all__ = ["Loader", "build", "loader", "shown_side"]
 
 _MODULES = {"cifar10": "cifar10", "conditions": "conditions", "folder": "folders", "photos": "photos"}
 
@@ -50,6 +50,12 @@ def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
     if name == "conditions":
         raise UserError("crop would cut images and leave their conditions whole: give short_side and size instead")
     return cut(factory(**options), crop, options.get("seed", 0))
+
+
+def shown_side(config: Mapping[str, Any]) -> int | None:
+    """Side in pixels of the images that a ``data`` section makes, where it says so."""
+    side = config.get("crop") or config.get("size")
+    return None if side is None else int(side)
 
 
 def _unknown(what: str, got: object, valid: Iterable[str]) -> str:

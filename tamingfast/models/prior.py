@@ -54,6 +54,8 @@ class Net2NetTransformer(Module):
         unconditional: bool = False,
     ):
         super().__init__()
+        if not 0.0 <= pkeep <= 1.0:
+            raise ValueError(f"got pkeep={pkeep}; expected a probability from 0 to 1")
         self.be_unconditional = unconditional
         self.sos_token = sos_token
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key

@@ -90,7 +90,7 @@ def _check_number(name: str, value: Any, whole: bool) -> None:
 
 def training_settings(config: Mapping[str, Any]) -> Training:
     """The ``training:`` section as `Training`; UserError for unknown keys and values of the wrong kind."""
-    section = dict(plain(config.get("training")) or {})
+    section = plain(config.get("training")) or {}
     _check_keys(section, [field.name for field in fields(Training)], "training")
     return Training(**section)
 
@@ -166,6 +166,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_keys(model, _MODEL_KEYS, "model")
     _check_keys(config.get("prior") or {}, _PRIOR_KEYS, "prior")
     _check_keys(config.get("training") or {}, [field.name for field in fields(Training)], "training")
+    _check_mapping(config.get("data") or {}, "data", "name")
     if "target" in model:
         _check_params(model, "model")
 
@@ -207,11 +208,17 @@ def _check_keys(section: Mapping[str, Any], known: Iterable[str] | None, where: 
     if known is None:
         return
     known = list(known)
+    _check_mapping(section, where, known[0])
     for key in section:
         if key not in known:
             prefix = f"{where}." if where else ""
             hint = nearest(str(key), known) or f"; valid keys are {', '.join(known)}"
             raise UserError(f"unknown key '{prefix}{key}' in the config{hint}")
+
+
+def _check_mapping(section: Any, where: str, key: str) -> None:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} is {section!r}, but keys below it are expected; write for example {where}.{key}=...")
 
 
 def _translated(loaded: Any) -> Any:
