@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from tamingfast import apply
 from tamingfast.data import build, folders, loader
 from tamingfast.data.folders import CustomTest, CustomTrain, ImageFiles, ImageList, read_rgb
 from tamingfast.errors import UserError
@@ -309,6 +310,25 @@ def test_every_orientation_agrees_with_pillow(tmp_path, suffix, orientation):
     path = save(tmp_path / f"turned{suffix}", (12, 8), exif=exif)
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(read_rgb(path)), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".bmp", ".gif"])
+def test_directories_give_what_single_files_do(tmp_path, suffix):
+    paths = [str(save(tmp_path / f"{number}{suffix}")) for number in range(2)]
+    train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
+    assert sorted(train.paths + validation.paths) == paths
+
+
+def test_floating_point_pixels_are_refused(tmp_path, caplog):
+    for number in range(2):
+        save(tmp_path / f"{number}.png")
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
+    with pytest.raises(UserError, match=r"float\.tif cannot be read .*floating-point numbers"):
+        apply.read_photo(path)
+    train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
+    assert len(train) + len(validation) == 2
+    assert "float.tif (its pixels are floating-point numbers" in "".join(told(caplog))
 
 
 def test_faulty_exif_does_not_lose_the_picture(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,20 +75,28 @@ def encode(
     )
 
 
-def _stage_of_conditions(
-    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
-) -> tuple[str | None, nn.Module | None]:
-    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.kinds import Coordinates, Objects
-    from tamingfast.models.conditioning import CoordStage
+def check_encodable(data: Mapping[str, Any]) -> None:
+    """UserError for a ``data`` section with conditions that token files do not hold; reads none of them."""
+    from tamingfast.data.kinds import KINDS, Objects
 
-    kind = getattr(dataset, "kind", None)
-    key = getattr(kind, "key", None)
-    if isinstance(kind, Objects):
+    if issubclass(KINDS.get(str(data.get("kind")), object), Objects):
         raise UserError(
             "token files hold no objects, whose order changes from epoch to epoch; train on data.name=conditions "
             "instead, or give name=folder to write the images alone"
         )
+
+
+def _stage_of_conditions(
+    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
+) -> tuple[str | None, nn.Module | None]:
+    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
+    from tamingfast.data.kinds import Coordinates, settings_of
+    from tamingfast.models.conditioning import CoordStage
+
+    kind = getattr(dataset, "kind", None)
+    key = getattr(kind, "key", None)
+    if kind is not None:
+        check_encodable(settings_of(kind))
     if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
         wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
     else:

@@ -22,7 +22,7 @@ from tamingfast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 #: Bytes of decoded pictures that a data set keeps, in each worker process.
 KEPT_BYTES = 128 * 2**20
 
@@ -289,9 +289,9 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None) -> Image.Im
     """The image as 8-bit RGB, upright, its shorter side resized to ``short_side`` when that is given.
 
     Honours the EXIF orientation. Transparency is laid over white, 16-bit gray scaled to 8, other modes are
-    converted. Raises what Pillow raises for files that it cannot read.
+    converted. Raises what Pillow raises for files that it cannot read, and ValueError for floating-point pixels.
     """
-    with Image.open(path, formats=_FORMATS) as image:
+    with _open(path) as image:
         if short_side:
             # JPEG alone: decodes at a fraction of the full size that still leaves twice what is needed.
             image.draft(None, (2 * short_side, 2 * short_side))
@@ -301,6 +301,14 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None) -> Image.Im
         scale = short_side / min(image.size)
         size = tuple(max(short_side, round(side * scale)) for side in image.size)
         image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+    image = Image.open(path, formats=_FORMATS)
+    if image.mode == "F":
+        image.close()
+        raise ValueError("its pixels are floating-point numbers, of which none is known to be white: save it in 8 bits")
     return image
 
 
@@ -391,7 +399,7 @@ def _check_headers(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str
     good, broken = [], []
     for path in tqdm(paths, desc="reading image headers", unit="file", delay=1, leave=False):
         try:
-            with Image.open(path, formats=_FORMATS):
+            with _open(path):
                 good.append(path)
         except _BROKEN as error:
             broken.append((path, _reason(error)))
