@@ -108,9 +108,10 @@ def test_too_little_memory_is_one_sentence(configs, capsys, monkeypatch, error):
 def test_the_trial_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     from tamingfast.training import loop
 
-    tried = tiny.train("vqgan", tmp_path / "tried", steps=2)
+    settings = {"steps": 2, "codebook_from_data": True}  # which draws in training mode, before the first step
+    tried = tiny.train("vqgan", tmp_path / "tried", **settings)
     monkeypatch.setattr(loop, "_try", lambda *args: None)
-    plain = tiny.train("vqgan", tmp_path / "plain", steps=2)
+    plain = tiny.train("vqgan", tmp_path / "plain", **settings)
     states = [load_model(run).state_dict() for run in (tried, plain)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

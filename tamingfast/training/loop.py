@@ -196,6 +196,8 @@ def _try(stage: Stage, dataset: Dataset, among: World) -> None:
             f"the model of the config cannot take the training images ({first_line(error)}); correct model.params or "
             "the data settings"
         ) from error
+    finally:
+        stage.model.train()
 
 
 def _same_run(began: dict[str, Any], now: dict[str, Any], out: Path) -> None:
