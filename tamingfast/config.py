@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast import compat
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UserError, first_line, lacks_memory, nearest
 
 
 def load_yaml(path: str | os.PathLike) -> Any:
@@ -22,7 +22,7 @@ def load_yaml(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise UserError(f"no config file at {path}; give the path of an existing YAML file") from None
     except Exception as error:
-        raise UserError(f"{path} is not readable YAML ({_first_line(error)}); correct the file") from error
+        raise UserError(f"{path} is not readable YAML ({first_line(error)}); correct the file") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no mapping; expected the sections of a config such as 'model:'")
     return config
@@ -57,13 +57,13 @@ def get_obj_from_str(target: str) -> Any:
         hint = nearest(target, names)
         raise UserError(f"'{target}' of the original has no counterpart here{hint}") from None
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the config names '{target}', which cannot be imported ({_first_line(error)})") from error
+        raise UserError(f"the config names '{target}', which cannot be imported ({first_line(error)})") from error
 
 
 def instantiate_from_config(config: Any, **overrides: Any) -> Any:
     """Build ``config["target"](**config["params"])``; keyword ``overrides`` win over ``params``.
 
-    Raises UserError when ``target`` is missing or unknown, or when ``params`` does not fit its signature.
+    Raises UserError when ``target`` is missing or unknown, and when it does not take the ``params``.
     """
     config = plain(config)
     if not isinstance(config, Mapping) or "target" not in config:
@@ -81,9 +81,7 @@ def instantiate_from_config(config: Any, **overrides: Any) -> Any:
         return target(**params)
     except UserError:
         raise
-    except (TypeError, ValueError, OSError) as error:
-        raise UserError(f"the params of '{config['target']}' do not fit: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # what a network makes of numbers that it was not made for is of any kind
+        if lacks_memory(error):
+            raise
+        raise UserError(f"the params of '{config['target']}' do not fit: {first_line(error)}") from error

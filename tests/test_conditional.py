@@ -401,6 +401,8 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
     objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
     with pytest.raises(UserError, match="token files hold no objects"):
         apply.encode(load_model(first_stage), objects, file)
+    boxes = ["name=conditions", "kind=boxes", f"path={data / 'boxes'}", "classes=[a]", f"size={SIZE}"]
+    assert "token files hold no objects" in said("encode", first_stage, "--out", file, *boxes)
     edges = tmp_path / "edges"
     words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
     assert run(*words, *(f"data.{setting}" for setting in where)) == 0

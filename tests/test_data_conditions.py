@@ -246,6 +246,10 @@ class TestMistakes:
                 '{"width": 9, "height": 9, "people": [[[1, 2]]], "skeleton": [[0, 1]]}',
                 "no list of pairs of points 0 to 0",
             ),
+            (
+                '{"width": 9, "height": 9, "people": [[[10, 2], [-3, 4], [5, 5, 0]]], "skeleton": [[0, 1]]}',
+                "all its points outside the image of 9x9 pixels",
+            ),
         ],
     )
     def test_keypoints(self, tmp_path, content, message):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from tamingfast import apply
 from tamingfast.data import build, folders, loader
 from tamingfast.data.folders import CustomTest, CustomTrain, ImageFiles, ImageList, read_rgb
 from tamingfast.errors import UserError
@@ -117,38 +118,65 @@ def test_a_validation_directory_takes_the_training_classes(classes_root, tmp_pat
         build({"name": "folder", "path": classes_root, "validation_path": held})
 
 
-@pytest.mark.filterwarnings("error")
-def test_files_that_do_not_open_are_skipped_counted_and_named(classes_root):
+def told(caplog) -> list[str]:
+    """What has been logged since the last call."""
+    messages = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return messages
+
+
+def test_files_that_do_not_open_are_skipped_counted_and_named_at_once(classes_root, caplog):
     for number in range(13):
         (classes_root / "apple" / f"bad{number:02d}.jpg").write_bytes(b"\xff\xd8 not a jpeg")
     train, validation = build({"name": "folder", "path": classes_root, "size": 8})
     assert len(train) + len(validation) == 12
-    report = train.report()
+    (report,) = told(caplog)
+    assert report == train.report()
     assert report.startswith("13 image files were skipped: ")
-    assert report.endswith(" and 3 more.")
+    assert report.endswith(" and 3 more")
     assert "bad09.jpg (it is not an image that can be read)" in report
     assert "bad10.jpg" not in report
     assert validation.report() == ""
-    with pytest.warns(UserWarning, match="13 image files were skipped"):
-        list(loader(train, 2, 0, 0))
-    list(loader(train, 2, 0, 0))  # a second warning would be an error
+    list(loader(train, 2, 0, 0))
+    assert not told(caplog)
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_truncated_pixels_are_replaced_by_the_next_image_and_reported(tmp_path, workers, suffix):
+def test_truncated_pixels_are_replaced_by_the_next_image_and_reported(tmp_path, workers, suffix, caplog):
     paths = [str(save(tmp_path / f"{number}{suffix}", (64, 64))) for number in range(6)]
     truncate(tmp_path / f"2{suffix}")
     truncate(tmp_path / f"3{suffix}")
     truncate(tmp_path / f"5{suffix}")
     dataset = ImageFiles(paths, 16)
-    with pytest.warns(UserWarning, match="3 image files were skipped"):
-        batches = list(loader(dataset, 1, 0, 0, workers=workers, shuffle=False))
+    batches = list(loader(dataset, 1, 0, 0, workers=workers, shuffle=False))
+    assert "3 image files were skipped" in "".join(told(caplog))
     read = [batch["file_path_"][0] for batch in batches]
     assert read == [paths[i] for i in (0, 1, 4, 4, 4, 0)]
     assert [path for path, _ in dataset.broken] == [paths[i] for i in (2, 3, 5)]
-    list(loader(dataset, 1, 0, 0))  # does not warn again
+    list(loader(dataset, 1, 0, 0))
+    assert not told(caplog)
+
+
+def test_unreadable_files_are_told_once_also_when_an_epoch_is_left(tmp_path, caplog):
+    paths = [str(save(tmp_path / f"{number}.png", (64, 64))) for number in range(6)]
+    for number in (0, 5):
+        truncate(tmp_path / f"{number}.png")
+    dataset = ImageFiles(paths, 16)
+    for number, _ in enumerate(loader(dataset, 1, 0, 0, shuffle=False)):
+        if number == 2:
+            break
+    assert [message.count(".png") for message in told(caplog)] == [1]
+    list(loader(dataset, 1, 0, 0, shuffle=False))
+    (second,) = told(caplog)
+    assert "5.png" in second and "0.png" not in second
+
+
+def test_one_directory_for_both_sides_is_told_of_once(tmp_path, caplog):
+    save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"nothing")
+    build({"name": "folder", "path": tmp_path, "validation_path": tmp_path, "size": 8})
+    assert len(told(caplog)) == 1
 
 
 def test_nothing_readable_is_an_error(tmp_path):
@@ -282,6 +310,25 @@ def test_every_orientation_agrees_with_pillow(tmp_path, suffix, orientation):
     path = save(tmp_path / f"turned{suffix}", (12, 8), exif=exif)
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(read_rgb(path)), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".bmp", ".gif"])
+def test_directories_give_what_single_files_do(tmp_path, suffix):
+    paths = [str(save(tmp_path / f"{number}{suffix}")) for number in range(2)]
+    train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
+    assert sorted(train.paths + validation.paths) == paths
+
+
+def test_floating_point_pixels_are_refused(tmp_path, caplog):
+    for number in range(2):
+        save(tmp_path / f"{number}.png")
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
+    with pytest.raises(UserError, match=r"float\.tif cannot be read .*floating-point numbers"):
+        apply.read_photo(path)
+    train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
+    assert len(train) + len(validation) == 2
+    assert "float.tif (its pixels are floating-point numbers" in "".join(told(caplog))
 
 
 def test_faulty_exif_does_not_lose_the_picture(tmp_path):

@@ -124,6 +124,7 @@ def test_a_file_is_read(tmp_path):
     # A pixel over the border is what COCO's own boxes do.
     scene = scenes.read(written(tmp_path / "b.json", changed(box=[-0.5, 0, 200.9, 100])), Rule(("cat", "dog"), 64))
     assert scene.things[0].box == (0, 0, 1, 1)
+    assert scenes.read(written(tmp_path / "n.json", changed(id=7)), Rule(("cat", "dog"), 64)).things  # a note
     centre = changed(box=None, center=[50, 25])
     scene = scenes.read(written(tmp_path / "c.json", centre), Rule(("cat", "dog"), 64, corners=False))
     assert scene.things[0].box == pytest.approx((0.2475, 0.245, 0.005, 0.01))
@@ -144,6 +145,8 @@ def test_a_file_is_read(tmp_path):
         (changed(box=None, center=[3, 4]), "in pixels is expected"),
         (changed(box=[150, 0, 60, 50]), "reaches outside the picture of 200x100 pixels"),
         (changed(box=[-5, 0, 60, 50]), "reaches outside"),
+        (changed(group="yes"), "has 'group': 'yes', but true or false is expected"),
+        (changed(groups=True), "the attribute 'groups', which is unknown; did you mean 'group'"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(tmp_path, content, message):

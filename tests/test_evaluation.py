@@ -11,13 +11,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 from skimage import metrics
-from torch import nn
 
 from tamingfast import UserError, cli, evaluation, images, load_model
 from tamingfast.data import build
 from tamingfast.evaluation import quality
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.likelihood import cell_bits
+from tamingfast.models.base import FirstStage
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.perceptual import LPIPS
 from tamingfast.training import prior, vqgan
@@ -38,11 +38,10 @@ class Photographs(torch.utils.data.Dataset):
         return {"image": torch.from_numpy(self.pixels[index]).float() / 127.5 - 1, "class_label": index % 3}
 
 
-class Blur(nn.Module):
+class Blur(FirstStage):
     """A first stage that averages squares of 2x2 pixels; its tokens are their brightness in 8 steps."""
 
     factor, n_embed, image_key = 2, 8, "image"
-    device = torch.device("cpu")
 
     def encode(self, x):
         small = F.avg_pool2d(x, 2)

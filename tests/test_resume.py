@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 import signal
@@ -14,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from tamingfast import UserError, checkpoints, load_model
+from tamingfast import UserError, checkpoints, cli, load_model
 from tamingfast.training import checkpoint, loop, vqgan
 
 STAGES = ("vqgan", "prior")
@@ -185,3 +187,63 @@ def test_a_schedule_of_rates_survives_an_interruption(tmp_path, monkeypatch):
     assert whole == pytest.approx([0.5 * cosine[0], *cosine[1:]])
     assert seen == whole
     same_run(whole_run, parts)
+
+
+class TestCommand:
+    """`--resume` takes the run's own settings; what is given beside it wins."""
+
+    def command(self, stage: str, *words: object) -> int:
+        return cli.main(["train", stage, *map(str, words), "--device", "cpu"])
+
+    @pytest.fixture
+    def begun(self, tmp_path) -> tuple[Path, Path]:
+        """A run of two steps, and its config, which says six."""
+        config, out = tmp_path / "config.yaml", tmp_path / "run"
+        config.write_text(json.dumps(tiny.VQGAN))
+        assert self.command("vqgan", config, "--out", out, "training.steps=2", "data.length=20") == 0
+        return out, config
+
+    def test_without_a_config(self, begun, tmp_path):
+        out, config = begun
+        assert self.command("vqgan", "--resume", "--out", out) == 0
+        assert checkpoint.progress(out)["step"] == 2
+        assert self.command("vqgan", "--resume", "--out", out, "training.steps=3") == 0
+        unbroken = tmp_path / "unbroken"
+        assert self.command("vqgan", config, "--out", unbroken, "training.steps=3", "data.length=20") == 0
+        states = [torch.load(run / checkpoint.STATE, weights_only=True)["model"] for run in (out, unbroken)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    def test_of_a_prior_needs_no_first_stage(self, begun, tmp_path, capsys):
+        config, out = tmp_path / "prior.yaml", tmp_path / "prior"
+        config.write_text(json.dumps(tiny.PRIOR))
+        words = ["training.steps=2", "prior.condition=none"]
+        assert self.command("prior", config, "--first-stage", begun[0], "--out", out, *words) == 0
+        assert self.command("prior", "--resume", "--out", out, "training.steps=3") == 0
+        assert checkpoint.progress(out)["step"] == 3
+        again = [config, "--first-stage", begun[0], "--resume", "--out", out, "prior.condition=none"]
+        assert self.command("prior", *again, "training.steps=4") == 0
+        assert checkpoint.progress(out)["step"] == 4
+        assert self.command("prior", "--resume", "--out", out, "prior.condition=class") == cli.USAGE_ERROR
+        assert "prior.* are for a new run" in capsys.readouterr().err
+
+    def test_a_named_config_leaves_the_length_of_the_run(self, begun, caplog):
+        out, config = begun
+        with caplog.at_level(logging.WARNING):
+            assert self.command("vqgan", config, "--resume", "--out", out, "data.length=20") == 0
+        assert checkpoint.progress(out)["step"] == 2
+        assert "its training.steps=2, not training.steps=6" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--resume", "--out", "RUN", "training.batch_size=3"], "batch_size is 3 but the run in"),
+            (["CONFIG", "--resume", "--out", "RUN"], "data.length is None but the run in"),
+            (["--resume", "--out", "nowhere"], "holds no run to resume"),
+            (["--out", "nowhere", "training.steps=3"], "no config is named"),
+        ],
+    )
+    def test_mistakes(self, begun, capsys, words, said):
+        given = {"RUN": begun[0], "CONFIG": begun[1]}
+        assert self.command("vqgan", *(given.get(word, word) for word in words)) == cli.USAGE_ERROR
+        error = capsys.readouterr().err.strip()
+        assert said in error and len(error.splitlines()) == 1

@@ -13,7 +13,7 @@ from tamingfast.apply.conditioning import (
     read_condition,
 )
 from tamingfast.apply.drawing import TOP_K, begun, complete, decoded, draw, painted, photo_canvas, photo_tokens
-from tamingfast.apply.encoding import encode
+from tamingfast.apply.encoding import check_encodable, encode
 from tamingfast.apply.measuring import likelihood, reconstruct
 from tamingfast.apply.models import check_prior, check_windowed, first_stage_of, is_multiscale, is_spatial
 from tamingfast.apply.photos import image_files, load_images, read_mask, read_photo
@@ -22,6 +22,7 @@ from tamingfast.apply.sizes import grid_size, trained_size, window_of
 __all__ = [
     "TOP_K",
     "begun",
+    "check_encodable",
     "check_prior",
     "check_windowed",
     "complete",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tamingfast.apply.models import first_stage_of, is_spatial
+from tamingfast.apply.sizes import grid_size
 from tamingfast.errors import UserError
 from tamingfast.weights import fingerprint
 
@@ -28,7 +29,8 @@ def encode(
 
     Images are taken as the dataset's epoch 0 gives them, and where it holds spatial conditions their tokens are written
     too: those of ``cond_stage``, by default of the prior ``model``, or coordinates. ``progress(n)`` runs after every n
-    images. Raises UserError for conditions without a stage, and for a stage whose conditions the dataset lacks.
+    images. Raises UserError for conditions without a stage, for a stage whose conditions the dataset lacks, and for
+    images whose sides are no multiples of the first stage's factor.
     """
     from tamingfast.data import loader
     from tamingfast.data.tokens import smallest, write_tokens
@@ -50,6 +52,7 @@ def encode(
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
             x = items["image"].permute(0, 3, 1, 2).to(stage.device)
+            grid_size(model, *x.shape[2:])  # fails for images of which a part would be lost
             quant, _, (_, _, indices) = stage.encode(x)
             grid = quant.shape[2:]
             if classes is not None:
@@ -74,20 +77,28 @@ def encode(
     )
 
 
-def _stage_of_conditions(
-    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
-) -> tuple[str | None, nn.Module | None]:
-    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.kinds import Coordinates, Objects
-    from tamingfast.models.conditioning import CoordStage
+def check_encodable(data: Mapping[str, Any]) -> None:
+    """UserError for a ``data`` section with conditions that token files do not hold; reads none of them."""
+    from tamingfast.data.kinds import KINDS, Objects
 
-    kind = getattr(dataset, "kind", None)
-    key = getattr(kind, "key", None)
-    if isinstance(kind, Objects):
+    if issubclass(KINDS.get(str(data.get("kind")), object), Objects):
         raise UserError(
             "token files hold no objects, whose order changes from epoch to epoch; train on data.name=conditions "
             "instead, or give name=folder to write the images alone"
         )
+
+
+def _stage_of_conditions(
+    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
+) -> tuple[str | None, nn.Module | None]:
+    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
+    from tamingfast.data.kinds import Coordinates, settings_of
+    from tamingfast.models.conditioning import CoordStage
+
+    kind = getattr(dataset, "kind", None)
+    key = getattr(kind, "key", None)
+    if kind is not None:
+        check_encodable(settings_of(kind))
     if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
         wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
     else:

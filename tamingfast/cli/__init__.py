@@ -14,15 +14,25 @@ from collections.abc import Sequence
 
 from tamingfast import __version__
 from tamingfast.cli import about, edit, encode, evaluate, photos, reproduce, sample, train
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, first_line, lacks_memory
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
 
 
+class _AboveBars(logging.Handler):
+    """Writes each message as a line of standard error, above the progress bars that stand there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=os.environ.get("TAMINGFAST_LOG", "WARNING").upper())
+    level = os.environ.get("TAMINGFAST_LOG", "WARNING").upper()
+    logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level)
     arguments = _parse(argv)
     try:
         arguments.run(arguments)
@@ -59,8 +69,13 @@ def _for_people(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, RuntimeError) and str(error).startswith(("TAMINGFAST_", "CUDA out of memory")):
-        return str(error).splitlines()[0]
+    if lacks_memory(error):
+        return (
+            f"the memory does not suffice ({first_line(error)}); take fewer or smaller images at a time, or a smaller "
+            "model"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("TAMINGFAST_"):
+        return first_line(error)
     return None
 
 

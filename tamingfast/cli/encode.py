@@ -29,7 +29,9 @@ def encode(arguments: argparse.Namespace) -> None:
     cond_stage = None
     if arguments.cond_stage is not None:
         cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
-    train, validation = build_datasets({"data": data_settings(arguments, cond_stage or model)})
+    data = data_settings(arguments, cond_stage or model)
+    apply.check_encodable(data)
+    train, validation = build_datasets({"data": data})
     dataset = train if arguments.split == "train" else validation
     with progress_bar("images", len(dataset)) as bar:
         count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)

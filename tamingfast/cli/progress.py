@@ -10,16 +10,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def progress_bar(unit: str, total: int | None = None, **options: Any) -> Iterator[Any]:
-    """A progress bar, on a terminal; ``moved(done, total)`` sets it where ``update(n)`` would add."""
-    from tqdm import tqdm
+    """A progress bar; ``moved(done, total)`` sets it where ``update(n)`` would add."""
+    from tamingfast.progress import bar
 
-    class Bar(tqdm):
-        def moved(self, done: int, total: int) -> None:
-            self.total = total
-            self.update(done - self.n)
-
-    with Bar(total=total, unit=f" {unit}", disable=None, **options) as bar:
-        yield bar
+    with bar(f" {unit}", total, **options) as shown:
+        yield shown
 
 
 def say_written(path: Path) -> None:

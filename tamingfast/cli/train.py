@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tamingfast.cli.options import DEVICE, RESUME, command
@@ -22,10 +23,13 @@ def add_to(commands: Any) -> None:
 
 def _command(stages: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
     added = command(stages, name, run, text, (DEVICE, RESUME))
-    added.add_argument("config", help="a preset's name or a YAML file, the original's included")
     added.add_argument("--out", required=True, help="run directory to write")
     added.add_argument("--seed", type=int, help="the same as training.seed=N")
-    added.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the config's")
+    text = (
+        "a preset's name or a YAML file, the original's included, then settings that win over its; --resume needs no "
+        "CONFIG, as it goes on with the run's"
+    )
+    added.add_argument("overrides", nargs="*", metavar="CONFIG | key=value", help=text)
     return added
 
 
@@ -38,24 +42,32 @@ def train_vqgan(arguments: argparse.Namespace) -> None:
 def train_prior(arguments: argparse.Namespace) -> None:
     from tamingfast.training import prior
 
-    _need_first_stage(arguments)
+    config = _config(arguments)
+    _need_first_stage(arguments, config)
     where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
-    say_written(prior.train(_config(arguments), *where, cond_stage=arguments.cond_stage))
+    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    from tamingfast.training import load_config
+    from tamingfast.training import load_config, resumed_config
 
-    seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
-    return load_config(arguments.config, [*arguments.overrides, *seed])
+    # One positional list, as argparse would take the first setting for a config that was left out.
+    words = list(arguments.overrides)
+    name = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    words += [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
+    if arguments.resume:
+        return resumed_config(arguments.out, name, words)
+    if name is None:
+        raise UserError("no config is named; give a preset or a YAML file, or --resume to continue the run in --out")
+    return load_config(name, words)
 
 
-def _need_first_stage(arguments: argparse.Namespace) -> None:
-    # Only a config in the original's layout names its first stage itself.
+def _need_first_stage(arguments: argparse.Namespace, config: Any) -> None:
+    # Only a run's config and one in the original's layout name their first stage themselves.
     if arguments.first_stage is None:
         if arguments.cond_stage is not None:
             raise UserError("--cond-stage is given without --first-stage RUN, the one of the images; give both")
-        params = (_config(arguments).get("model") or {}).get("params") or {}
+        params = (config.get("model") or {}).get("params") or {}
         if "first_stage_config" not in params:
             raise UserError(
                 "the config names no first stage; give --first-stage RUN, a run of `tamingfast train vqgan`"

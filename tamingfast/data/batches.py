@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,12 +44,20 @@ class Loader:
             raise ValueError(f"start_batch is {start_batch}, but the epoch has {len(epoch)} batches")
         if workers < 0:
             raise ValueError(f"workers is {workers}, but at least 0 is expected")
-        self._epoch, self._workers, self._numbers = epoch, workers, range(start_batch, len(epoch))
+        # More processes than processors would only wait for one another.
+        self._epoch, self._workers = epoch, min(workers, _processors())
+        self._numbers = range(start_batch, len(epoch))
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._batches()
+        finally:  # whoever wants no more batches closes this generator
+            getattr(self._epoch.dataset, "warn_broken", lambda: None)()
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
         if self._workers and self._numbers:
             # A generator of its own, because DataLoader would else draw from torch's global one.
             batches = DataLoader(
@@ -68,9 +77,11 @@ class Loader:
         else:
             for number in self._numbers:
                 yield self._epoch[number]
-        warn = getattr(self._epoch.dataset, "warn_broken", None)
-        if warn is not None:
-            warn()
+
+
+def _processors() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Epoch(Dataset):

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from tamingfast.data.base import positive
-from tamingfast.data.folders import ImageFiles, View, existing_directory, scan, validation_names, walk
+from tamingfast.data.folders import (
+    ImageFiles,
+    View,
+    existing_directory,
+    scan,
+    validation_names,
+    walk,
+    warn_skipped,
+)
 from tamingfast.data.kinds import Kind, make
 from tamingfast.errors import UserError
 
@@ -70,6 +78,7 @@ def build(
         pairs = [pair for pair in pairs if pair[0] not in held]
     else:
         validation, held_broken = _pairs(existing_directory("validation_path", validation_path), chosen)
+    warn_skipped(broken + held_broken)
 
     def dataset(found: list[tuple[str, str, str | None]], skipped: list[tuple[str, str]], **how: Any):
         _, paths, sources = zip(*found, strict=True)

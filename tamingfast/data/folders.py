@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import struct
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from tamingfast.data.base import EpochDataset, positive, random_bits, random_integers, to_unit_scale
 from tamingfast.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 #: Bytes of decoded pictures that a data set keeps, in each worker process.
 KEPT_BYTES = 128 * 2**20
 
@@ -85,6 +87,7 @@ def build(
         train, (validation, held_skipped) = files, scan(held_root)
         _check_classes(held_root, validation, classes)
     number = {label: place for place, label in enumerate(classes)}
+    warn_skipped(skipped + held_skipped)
 
     def dataset(
         base: Path, pairs: list[tuple[str, str | None]], broken: list[tuple[str, str]], **options: Any
@@ -125,9 +128,9 @@ class ImageFiles(EpochDataset):
     The shorter side is resized to ``short_side``, by default ``size`` (enlarged when it is smaller) and a square of
     ``size`` is cropped, at the centre or at random; without ``size`` images keep their shape. ``class_label`` is
     ``labels[index]``, else 0; ``classes`` are their names or None. A file whose pixels turn out to be unreadable is
-    replaced by the next one that can be read, and ``report`` counts and names such files, together with ``broken``:
-    pairs of path and reason that were found before. Pictures stay in memory as far as `KEPT_BYTES` reach, so files must
-    not change while they are in use.
+    replaced by the next one that can be read, which `warn_broken` logs; ``report`` counts and names such files, and the
+    pairs of path and reason in ``broken`` that were found, and logged, before. Pictures stay in memory as far as
+    `KEPT_BYTES` reach, so files must not change while they are in use.
 
     Indexing raises UserError when no file can be read at all.
     """
@@ -150,7 +153,7 @@ class ImageFiles(EpochDataset):
         self.labels = [0] * len(self.paths) if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self._skipped = list(broken)
-        self._warned = 0
+        self._told: set[str] = set()
         self._kept: dict[int, Image.Image] = {}
         self._room = KEPT_BYTES
         # Shared memory, so that what worker processes find broken is known in the process that reports it.
@@ -165,24 +168,21 @@ class ImageFiles(EpochDataset):
     @property
     def broken(self) -> list[tuple[str, str]]:
         """(path, reason) of every file that was left out or could not be read so far."""
-        found = torch.nonzero(self._unreadable).flatten().tolist()
-        return self._skipped + [(self.paths[index], "its pixels cannot be read") for index in found]
+        return self._skipped + self._found_broken()
 
     def report(self) -> str:
         """One sentence that counts the files of ``broken`` and names the first ten, or an empty string."""
-        broken = self.broken
-        if not broken:
-            return ""
-        named = ", ".join(f"{path} ({reason})" for path, reason in broken[:_NAMED])
-        rest = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        return f"{len(broken)} image file{'s were' if len(broken) > 1 else ' was'} skipped: {named}{rest}."
+        return _skipped(self.broken)
 
     def warn_broken(self) -> None:
-        """Give ``report`` as a warning when it names files that no earlier warning has named."""
-        count = len(self.broken)
-        if count > self._warned:
-            self._warned = count
-            warnings.warn(self.report(), stacklevel=2)
+        """Log the files whose pixels have turned out to be unreadable since the last call."""
+        new = [(path, reason) for path, reason in self._found_broken() if path not in self._told]
+        self._told |= {path for path, _ in new}
+        warn_skipped(new)
+
+    def _found_broken(self) -> list[tuple[str, str]]:
+        found = torch.nonzero(self._unreadable).flatten().tolist()
+        return [(self.paths[index], "its pixels cannot be read") for index in found]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -267,6 +267,7 @@ class ImageList(ImageFiles):
                 f" ({reason}) being the first:"
                 " correct the paths, relative ones begin at the working directory"
             )
+        warn_skipped(broken)
         super().__init__(good, size, random_crop, flip, seed, broken=broken)
 
 
@@ -288,9 +289,9 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None) -> Image.Im
     """The image as 8-bit RGB, upright, its shorter side resized to ``short_side`` when that is given.
 
     Honours the EXIF orientation. Transparency is laid over white, 16-bit gray scaled to 8, other modes are
-    converted. Raises what Pillow raises for files that it cannot read.
+    converted. Raises what Pillow raises for files that it cannot read, and ValueError for floating-point pixels.
     """
-    with Image.open(path, formats=_FORMATS) as image:
+    with _open(path) as image:
         if short_side:
             # JPEG alone: decodes at a fraction of the full size that still leaves twice what is needed.
             image.draft(None, (2 * short_side, 2 * short_side))
@@ -300,6 +301,14 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None) -> Image.Im
         scale = short_side / min(image.size)
         size = tuple(max(short_side, round(side * scale)) for side in image.size)
         image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+    image = Image.open(path, formats=_FORMATS)
+    if image.mode == "F":
+        image.close()
+        raise ValueError("its pixels are floating-point numbers, of which none is known to be white: save it in 8 bits")
     return image
 
 
@@ -320,6 +329,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def warn_skipped(broken: Iterable[tuple[str, str]]) -> None:
+    """Log files that are left out, pairs of path and reason, in one sentence; nothing without any."""
+    sentence = _skipped(list(dict.fromkeys(broken)))
+    if sentence:
+        logger.warning(sentence)
+
+
+def _skipped(broken: Sequence[tuple[str, str]]) -> str:
+    if not broken:
+        return ""
+    named = ", ".join(f"{path} ({reason})" for path, reason in broken[:_NAMED])
+    rest = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+    return f"{len(broken)} image file{'s were' if len(broken) > 1 else ' was'} skipped: {named}{rest}"
 
 
 def existing_directory(key: str, path: str | os.PathLike) -> Path:
@@ -375,7 +399,7 @@ def _check_headers(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str
     good, broken = [], []
     for path in tqdm(paths, desc="reading image headers", unit="file", delay=1, leave=False):
         try:
-            with Image.open(path, formats=_FORMATS):
+            with _open(path):
                 good.append(path)
         except _BROKEN as error:
             broken.append((path, _reason(error)))

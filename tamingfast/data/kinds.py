@@ -210,6 +210,7 @@ class Keypoints(FromFile):
         people, own = _people(path, content), _declared_size(path, content)
         width, height = size or own
         _check_shape(path, own, (width, height))
+        _check_inside(path, people, own)
         drawing = Image.new("RGB", (width, height))
         pen, thick = ImageDraw.Draw(drawing), max(1, round(min(width, height) / 64))
         for points in people:
@@ -569,6 +570,16 @@ def _people(path: str | os.PathLike, content: Mapping[str, Any]) -> list[np.ndar
             raise UserError(f"person {number} of {path} is no list of points [x, y] or [x, y, visibility]: correct it")
         people.append(points)
     return people
+
+
+def _check_inside(path: str | os.PathLike, people: Sequence[np.ndarray], size: Size) -> None:
+    """UserError when no point that is visible lies on the image: people may reach outside, but not stand there."""
+    visible = [points[points[:, 2] > 0, :2] for points in people]
+    if any(map(len, visible)) and not any(((seen >= 0) & (seen <= size)).all(1).any() for seen in visible):
+        raise UserError(
+            f"{path} has all its points outside the image of {size[0]}x{size[1]} pixels (width x height): correct "
+            "them, or the size"
+        )
 
 
 def _limbs(path: str | os.PathLike, content: Mapping[str, Any], points: np.ndarray) -> Sequence[tuple[int, int]]:

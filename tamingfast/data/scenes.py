@@ -217,7 +217,8 @@ def read(path: str | os.PathLike, rule: Rule) -> Scene:
 
     Boxes are in pixels of the picture, whose size the file tells. An object may have those of `ATTRIBUTES` that hold as
     ``true``, and a "center" [x, y] instead of a box where the ``rule`` asks for no more. Raises UserError naming the
-    file for anything else, for classes that the rule does not know and for boxes that reach outside.
+    file for anything else but notes under other keys, for classes that the rule does not know and for boxes that reach
+    outside.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -262,8 +263,18 @@ def _thing(path: str | os.PathLike, number: int, entry: Any, size: tuple[float, 
         )
     left, right = (min(max(x, 0), size[0]) / size[0] for x in (left, right))
     top, bottom = (min(max(y, 0), size[1]) / size[1] for y in (top, bottom))
-    held = tuple(attribute for attribute in ATTRIBUTES if entry.get(attribute) is True)
-    return Thing(rule.classes.index(name), (left, top, right - left, bottom - top), held)
+    return Thing(rule.classes.index(name), (left, top, right - left, bottom - top), _attributes(where, entry))
+
+
+def _attributes(where: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    for key in entry.keys() - {"class", "box", "center", *ATTRIBUTES}:
+        hint = nearest(str(key), ATTRIBUTES)
+        if hint:  # other keys may be notes of its maker's
+            raise UserError(f"{where} has the attribute {key!r}, which is unknown{hint}")
+    for name in ATTRIBUTES:
+        if not isinstance(entry.get(name, False), bool):
+            raise UserError(f"{where} has {name!r}: {entry[name]!r}, but true or false is expected: correct it")
+    return tuple(name for name in ATTRIBUTES if entry.get(name))
 
 
 def _is_number(value: Any) -> bool:

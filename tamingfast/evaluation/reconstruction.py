@@ -47,7 +47,8 @@ def reconstruction(
         ``lpips`` for sides below 16.
 
     Raises:
-        UserError: the model is no first stage and has none, or what it encodes are no images of 1 or 3 channels.
+        UserError: the model is no first stage and has none, or what it encodes are no images of 1 or 3 channels, or of
+            sides that are no multiples of its factor.
     """
     stage = apply.first_stage_of(model)
     if device is not None:
@@ -59,6 +60,7 @@ def reconstruction(
     total = 0
     for x in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
         x = _checked(x).to(stage.device)
+        apply.grid_size(model, *x.shape[2:])  # fails for images that would come back smaller
         quant, _, (_, _, indices) = stage.encode(x)
         out = stage.decode(quant).clamp(-1, 1)
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))

@@ -64,6 +64,13 @@ class FirstStage(Module):
         return tokens[:, None].repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
 
+def at_least(least: int, **numbers: int) -> None:
+    """ValueError naming the first of the ``numbers`` below ``least``: torch builds networks of nothing in silence."""
+    for name, value in numbers.items():
+        if value < least:
+            raise ValueError(f"got {name}={value}; expected at least {least}")
+
+
 def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:
     """``batch[key]`` from (B, H, W, C) or (B, H, W) to a contiguous (B, C, H, W); other ranks pass unchanged."""
     x = batch[key]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tamingfast.models.base import at_least
+
 
 class SOSProvider(nn.Module):
     """One constant token as the condition of an unconditional prior."""
@@ -25,6 +27,7 @@ class Labelator(nn.Module):
 
     def __init__(self, n_classes: int, quantize_interface: bool = True):
         super().__init__()
+        at_least(1, n_classes=n_classes)
         self.n_classes, self.quantize_interface = n_classes, quantize_interface
 
     def encode(self, c: Tensor):

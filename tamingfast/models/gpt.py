@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.errors import UserError
+from tamingfast.models.base import at_least
 
 
 class GPTConfig:
@@ -168,6 +169,8 @@ class GPT(nn.Module):
         n_unmasked: int = 0,
     ):
         super().__init__()
+        at_least(1, vocab_size=vocab_size, block_size=block_size, n_head=n_head, n_embd=n_embd)
+        at_least(0, n_layer=n_layer)
         self.config = GPTConfig(
             vocab_size, block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_unmasked=n_unmasked,
             embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop,

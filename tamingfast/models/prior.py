@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tamingfast.config import instantiate_from_config, plain
 from tamingfast.models import bands
-from tamingfast.models.base import Module, image_from_batch
+from tamingfast.models.base import Module, at_least, image_from_batch
 from tamingfast.models.conditioning import SOSProvider
 from tamingfast.models.gpt import pick, top_k_logits
 from tamingfast.orderings import Identity
@@ -54,6 +54,8 @@ class Net2NetTransformer(Module):
         unconditional: bool = False,
     ):
         super().__init__()
+        if not 0.0 <= pkeep <= 1.0:
+            raise ValueError(f"got pkeep={pkeep}; expected a probability from 0 to 1")
         self.be_unconditional = unconditional
         self.sos_token = sos_token
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
@@ -62,6 +64,7 @@ class Net2NetTransformer(Module):
         self.init_cond_stage_from_ckpt(cond_stage_config)
         self.permuter = Identity() if plain(permuter_config) is None else instantiate_from_config(permuter_config)
         self.transformer = instantiate_from_config(transformer_config)
+        at_least(1, n_layer=self.transformer.config.n_layer)  # without layers a token sees the last one alone
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 

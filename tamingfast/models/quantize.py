@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
+from tamingfast.models.base import at_least
 
 
 class _Remap:
@@ -65,6 +66,7 @@ class VectorQuantizer(_Remap, nn.Module):
         legacy: bool = True,
     ):
         super().__init__()
+        at_least(1, n_embed=n_e, embed_dim=e_dim)
         self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)

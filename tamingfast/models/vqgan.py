@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.config import instantiate_from_config, plain
-from tamingfast.models.base import FirstStage, image_from_batch
+from tamingfast.models.base import FirstStage, at_least, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, VectorQuantizer
 from tamingfast.weights import init_from_ckpt
 
@@ -173,6 +173,8 @@ class Encoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
+        at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
         attn_resolutions = set(attn_resolutions)
         self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
@@ -220,6 +222,8 @@ class Decoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
+        at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
         attn_resolutions = set(attn_resolutions)
         self.give_pre_end = give_pre_end

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tamingfast.training.settings import load_config, presets
+from tamingfast.training.settings import load_config, presets, resumed_config
 
-__all__ = ["load_config", "presets"]
+__all__ = ["load_config", "presets", "resumed_config"]

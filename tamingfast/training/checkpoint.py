@@ -51,6 +51,14 @@ def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 
+def config_file(out: str | os.PathLike) -> Path:
+    """The config that the run in ``out`` began with; UserError when there is no run."""
+    path = Path(out) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{out} holds no run to resume; start it without --resume")
+    return path
+
+
 def begun(out: Path) -> bool:
     """Whether ``out`` holds a run, be it one without a state yet, or colours, which have none."""
     return (out / CONFIG).exists()

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.config import load_yaml, plain
-from tamingfast.errors import UserError
+from tamingfast.data import loader
+from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training import checkpoint
 from tamingfast.training.distributed import World
-from tamingfast.training.feed import epoch_steps, images_per_step, key, step_batches, validation_batches
+from tamingfast.training.feed import epoch_steps, images_per_step, key, step_batches, to_device, validation_batches
 from tamingfast.training.health import Monitor, gradient_norm
 from tamingfast.training.settings import FREE_TO_CHANGE, Training
 
@@ -154,29 +155,49 @@ class _Interrupts:
 
 
 def prepare(
-    config: dict[str, Any], out: Path, resume: bool, settings: Training, dataset: Dataset, among: World
+    config: dict[str, Any], out: Path, resume: bool, settings: Training, dataset: Dataset, among: World, stage: Stage
 ) -> None:
     """Write ``config.yaml`` into a new run directory, or see that the one to resume began with the same config.
 
     Raises UserError when ``out`` already holds a run and ``resume`` is not given, when there is nothing to resume, when
-    a setting differs that would change the run, and when ``dataset`` is too small for a step.
+    a setting differs that would change the run, when ``dataset`` is too small for a step, and when ``stage`` cannot
+    take what it holds.
     """
     epoch_steps(dataset, settings, among.size)  # fails for too few images
     config["training"] = asdict(settings)
-    known = out / checkpoint.CONFIG
     if resume:
-        if not known.is_file():
-            raise UserError(f"{out} holds no run to resume; start it without --resume")
-        _same_run(plain(load_yaml(known)), config, out)
+        _same_run(plain(load_yaml(checkpoint.config_file(out))), config, out)
     elif checkpoint.exists(out):
         raise UserError(f"{out} already holds a training run; continue it with --resume, or give another directory")
+    _try(stage, dataset, among)
     among.any(False)  # nobody writes before everybody has looked
     if among.rank == 0:
         from omegaconf import OmegaConf
 
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(known) as temporary:
+        with atomic_write(out / checkpoint.CONFIG) as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
+
+
+def _try(stage: Stage, dataset: Dataset, among: World) -> None:
+    """UserError when the stage's networks, which stand but may not fit each other, cannot take an image."""
+    batch = next(iter(loader(dataset, 1, seed=0, epoch=0, shuffle=False)))
+    stage.model.eval()
+    devices = [among.device] if among.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            stage.validate([to_device(batch, among.device)])
+    except UserError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise UserError(
+            f"the model of the config cannot take the training images ({first_line(error)}); correct model.params or "
+            "the data settings"
+        ) from error
+    finally:
+        stage.model.train()
 
 
 def _same_run(began: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -222,7 +243,7 @@ class _Run:
         self.rates = [group["lr"] for group in _groups(stage.optimizers)]
 
     def train(self, resume: bool) -> Path:
-        from tqdm import tqdm
+        from tamingfast.progress import bar
 
         kept = self.restore() if resume and checkpoint.exists(self.out) else 0
         with contextlib.ExitStack() as stack:
@@ -231,14 +252,7 @@ class _Run:
                 self.metrics = checkpoint.Metrics(self.out, kept)
                 stack.callback(self.metrics.close)
             self.bar = stack.enter_context(
-                tqdm(
-                    total=self.settings.steps,
-                    initial=self.step,
-                    unit="step",
-                    desc=self.out.name,
-                    # None hides the bar where standard error is not a terminal.
-                    disable=None if self.among.rank == 0 else True,
-                )
+                bar("step", self.settings.steps, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
             batches = step_batches(self.training, self.settings, self.among, self.step)
             while not self.spent():

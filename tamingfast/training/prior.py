@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast.config import instantiate_from_config, plain
+from tamingfast.config import instantiate_from_config, plain, trained_side
 from tamingfast.data.kinds import Kind, label_colors
 from tamingfast.data.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
@@ -53,6 +53,8 @@ OBJECT_CONDITIONS = {"boxes": "objects_bbox", "centers": "objects_center_points"
 SPATIAL = ("coord", *IMAGE_CONDITIONS)
 CONDITIONS = ("none", "class", "coord", *IMAGE_CONDITIONS, *OBJECT_CONDITIONS)
 SAMPLE_TOP_K = 100
+#: Data sets that make images of any size.
+_ANY_SIZE = ("photos", "folder", "conditions")
 
 #: Weights of a first stage that a prior does without.
 _NO_PART = ("loss.", "colorize")
@@ -81,7 +83,7 @@ def train(
     with distributed.world(device) as among:
         frozen, condition = _first_stage(first_stage), _first_stage(cond_stage)
         data = [getattr(stage, "config", {}).get("data") for stage in (condition, frozen)]
-        config["data"] = _with_codes(config.get("data") or data[0] or data[1] or {}, frozen)
+        config["data"] = _completed(config.get("data") or data[0] or data[1] or {}, frozen)
         datasets = datasets or build_datasets(config)
         # What draws with the run has to know what its conditions are.
         config["data"] = dict(config["data"]) | ((getattr(datasets[0], "condition", None) or {}).get("data") or {})
@@ -95,12 +97,12 @@ def train(
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
         grid = feed.grid_of(datasets[0], model.first_stage_model)
         _check_condition(model.cond_stage_key, condition, datasets)
-        loop.prepare(config, out, resume, settings, datasets[0], among)
+        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, getattr(datasets[0], "kind", None))
+        loop.prepare(config, out, resume, settings, datasets[0], among, stage)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.state_dict(), first_stage, optional=_NO_PART)
         if condition is not None:
             load_into(model.cond_stage_model, condition.state_dict(), cond_stage, optional=_NO_PART)
-        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, getattr(datasets[0], "kind", None))
         return loop.run(stage, settings, datasets, out, among, resume)
 
 
@@ -237,12 +239,15 @@ def _condition(
     return {"cond_stage_config": described, "cond_stage_key": name}
 
 
-def _with_codes(data: Mapping[str, Any], first_stage: nn.Module | None) -> dict[str, Any]:
-    """The ``data`` section; for objects with their vocabulary, which is the first stage's, and the names of classes.
+def _completed(data: Mapping[str, Any], first_stage: nn.Module | None) -> dict[str, Any]:
+    """The ``data`` section with what it leaves to the first stage: the size of the images, and objects' vocabulary.
 
-    Names that stand in a file are copied, as the run is to be of use without it.
+    Names of classes that stand in a file are copied, as the run is to be of use without it.
     """
     data = dict(plain(data))
+    if first_stage is not None and data.get("name") in _ANY_SIZE and data.get("size") is None:
+        side = trained_side(first_stage.config)
+        data |= {} if side is None else {"size": side}
     if data.get("name") == "conditions" and data.get("kind") in OBJECT_CONDITIONS:
         if data.get("classes") is not None:
             data["classes"] = list(class_names(data["classes"]))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
 from tamingfast.errors import UserError, nearest
+from tamingfast.training import checkpoint
+
+logger = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parents[1] / "configs"
 PRECISIONS = ("float32", "bfloat16")
@@ -86,7 +90,7 @@ def _check_number(name: str, value: Any, whole: bool) -> None:
 
 def training_settings(config: Mapping[str, Any]) -> Training:
     """The ``training:`` section as `Training`; UserError for unknown keys and values of the wrong kind."""
-    section = dict(plain(config.get("training")) or {})
+    section = plain(config.get("training")) or {}
     _check_keys(section, [field.name for field in fields(Training)], "training")
     return Training(**section)
 
@@ -118,6 +122,28 @@ def load_config(name_or_path: str | os.PathLike, overrides: Sequence[str] = ()) 
     return config
 
 
+def resumed_config(out: str | os.PathLike, name: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The config to continue the run in ``out`` with: the one it began with, but for the ``overrides``.
+
+    Where a config is named (see `load_config`) it is taken, so that a setting of it that the run cannot change is
+    found, but those of `FREE_TO_CHANGE` stay as they are in the run, which is logged. Raises UserError when there is no
+    run, and as `load_config`.
+    """
+    own = load_config(checkpoint.config_file(out), overrides)
+    if name is None:
+        if "prior" in own:
+            raise UserError("settings of prior.* are for a new run, which this one no longer is; leave them out")
+        return own
+    config = load_config(name, overrides)
+    before, named = (asdict(training_settings(each)) for each in (own, config))
+    kept = {key: before[key] for key in before if key in FREE_TO_CHANGE and before[key] != named[key]}
+    if kept:
+        theirs, others = (", ".join(f"training.{key}={of[key]}" for key in kept) for of in (before, named))
+        logger.warning("%s goes on with its %s, not %s of %s: give key=value to change it", out, theirs, others, name)
+        config["training"] = {**(config.get("training") or {}), **kept}
+    return config
+
+
 def _locate(name_or_path: str | os.PathLike) -> Path:
     path = Path(name_or_path)
     preset = PRESETS / f"{path}.yaml"
@@ -140,6 +166,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_keys(model, _MODEL_KEYS, "model")
     _check_keys(config.get("prior") or {}, _PRIOR_KEYS, "prior")
     _check_keys(config.get("training") or {}, [field.name for field in fields(Training)], "training")
+    _check_mapping(config.get("data") or {}, "data", "name")
     if "target" in model:
         _check_params(model, "model")
 
@@ -181,11 +208,17 @@ def _check_keys(section: Mapping[str, Any], known: Iterable[str] | None, where: 
     if known is None:
         return
     known = list(known)
+    _check_mapping(section, where, known[0])
     for key in section:
         if key not in known:
             prefix = f"{where}." if where else ""
             hint = nearest(str(key), known) or f"; valid keys are {', '.join(known)}"
             raise UserError(f"unknown key '{prefix}{key}' in the config{hint}")
+
+
+def _check_mapping(section: Any, where: str, key: str) -> None:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} is {section!r}, but keys below it are expected; write for example {where}.{key}=...")
 
 
 def _translated(loaded: Any) -> Any:

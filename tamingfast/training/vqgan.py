@@ -47,8 +47,8 @@ def train(
         torch.manual_seed(feed.key(settings.seed, "weights"))
         model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
         feed.grid_of(datasets[0], model, model.image_key)  # fails for images that the model cannot give back
-        loop.prepare(config, out, resume, settings, datasets[0], among)
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
+        loop.prepare(config, out, resume, settings, datasets[0], among, stage)
         if settings.codebook_from_data:
             # Every process reads the same batches, as if alone, and so gets the same codebook.
             alone = distributed.World(0, 1, among.device)
