@@ -15,6 +15,8 @@ from tamingfast import backends
 
 if backends.interpreted():
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    pytest.skip(f"triton {triton.__version__} is older than these kernels allow", allow_module_level=True)
 
 from tamingfast.kernels import causal_attention, group_norm_silu, nearest_code
 
