@@ -207,7 +207,7 @@ class TestCanvas:
         assert changed[:8].max() == changed[22:].max() == changed[:, :10].max() == changed[:, 26:].max() == 0
         assert not list(tmp_path.glob("*.canvas"))
 
-    def test_outpaint_and_go_on(self, reproduced, square, tmp_path):
+    def test_outpaint_and_go_on(self, reproduced, square, tmp_path, capsys):
         prior, out, kept = reproduced / "prior_latents", tmp_path / "o.png", tmp_path / "o.canvas"
         words = ["--out", out, "--canvas", kept, "--schedule", "block", "--preview", tmp_path / "p.png"]
         assert run("outpaint", prior, square, "--right", 8, "--bottom", 4, *words) == 0
@@ -223,6 +223,7 @@ class TestCanvas:
         assert Image.open(wider).size == (2 * 34 + 2, 34 + 4)
         assert run("outpaint", prior, square, "--top", 2, "-n", 2, "--out", wider, "--separate") == 0
         assert Image.open(tmp_path / "w-0001.png").size == (32, 34)
+        assert capsys.readouterr().out.endswith("w-0000.png to w-0001.png\n")
 
     def test_no_canvas_and_no_photo_is_lost(self, reproduced, square, mask, tmp_path, capsys):
         prior, kept, out = reproduced / "prior_latents", tmp_path / "k.canvas", tmp_path / "k.png"

@@ -97,9 +97,11 @@ def finish(arguments: argparse.Namespace, model: Any, canvas: Any, shown: Sequen
     with progress_bar("multiply-adds of decoding", unit_scale=True, delay=1) as bar:
         batch = apply.decoded(model, canvas, drawing_settings(arguments)["batch"], bar.moved)
     batch, out = batch if keep is None else keep(batch), Path(arguments.out)
+    written = [out]
     if arguments.separate:
-        for number, image in enumerate(batch):
-            images.save_png(out.with_name(f"{out.stem}-{number:04d}.png"), images.to_uint8(image))
+        written = [out.with_name(f"{out.stem}-{number:04d}.png") for number in range(len(batch))]
+        for path, image in zip(written, batch, strict=True):
+            images.save_png(path, images.to_uint8(image))
     else:
         _save(out, batch if len(batch) == 1 else torch.cat([*shown, batch]))
     if arguments.separate or len(batch) == 1:
@@ -107,7 +109,7 @@ def finish(arguments: argparse.Namespace, model: Any, canvas: Any, shown: Sequen
             _save(out.with_name(f"{out.stem}-condition.png"), picture)
     if not arguments.canvas:  # it was there to be resumed, and there is nothing left to do
         canvas_file(arguments).unlink(missing_ok=True)
-    say_written(arguments.out)
+    say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")
 
 
 def _save(path: str | Path, batch: Any) -> None:

@@ -17,6 +17,6 @@ def progress_bar(unit: str, total: int | None = None, **options: Any) -> Iterato
         yield shown
 
 
-def say_written(path: Path) -> None:
+def say_written(path: str | Path) -> None:
     """Tell on standard output which file is there now."""
     print(f"written: {path}")
