@@ -52,7 +52,7 @@ def decode(side: int, memory: int, out) -> dict:
 def test_band_decode(benchmark, tmp_path):
     import torch
 
-    from tamingfast.models.bands import available_memory
+    from tamingfast.backends import available_memory
 
     memory = BYTES * SIDE**2 * CH // 128
     found = benchmark.pedantic(lambda: decode(SIDE, memory, tmp_path / "bands.pt"), rounds=1)

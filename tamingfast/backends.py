@@ -223,6 +223,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def available_memory(device: Any) -> int:
+    """Bytes that are free on a `torch.device` now."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Linux also counts what it would give back of its file cache.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def describe() -> str:
     """The text of ``tamingfast info``: the machine, each backend with its reason, and the overrides in force."""
     facts = machine()

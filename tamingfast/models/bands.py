@@ -10,7 +10,6 @@ lowest resolutions have, runs whole.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tamingfast.backends import available_memory
 from tamingfast.errors import UserError
 from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample, VQModel
 
@@ -36,16 +36,6 @@ BAND_MAPS = 8
 
 Shape = tuple[int, int, int]  # channels, height, width
 Progress = Callable[[int, int], Any]
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Linux also counts what it would give back of its file cache.
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.no_grad()

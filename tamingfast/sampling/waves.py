@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tamingfast.backends import available_memory
 from tamingfast.cuda_engine import CudaEngine
 from tamingfast.engine import GPTEngine
 from tamingfast.errors import UserError
-from tamingfast.models.bands import available_memory
 from tamingfast.models.gpt import Feed
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
@@ -25,7 +25,7 @@ from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 MEMORY = 2 << 30
 #: Tokens per call: enough to fill any machine, few enough for activations to stay small beside the cache.
 TOKENS_PER_CALL = 8192
-#: Bytes for each place of a grid while its waves are made, at their most, and for each token of each image.
+#: Bytes for each place of a grid while its waves are made, at their most, and, reckoned, for each token of each image.
 PLANNING, HOLDING = 300, 50
 
 
