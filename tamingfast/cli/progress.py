@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-@contextlib.contextmanager
-def progress_bar(unit: str, total: int | None = None, **options: Any) -> Iterator[Any]:
+def progress_bar(unit: str, total: int | None = None, **options: Any) -> Any:
     """A progress bar; ``moved(done, total)`` sets it where ``update(n)`` would add."""
     from tamingfast.progress import bar
 
-    with bar(f" {unit}", total, **options) as shown:
-        yield shown
+    return bar(f" {unit}", total, **options)
 
 
 def say_written(path: str | Path) -> None:

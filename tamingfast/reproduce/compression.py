@@ -11,7 +11,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
 from tamingfast.models.hierarchical import TOKENS_PER_TOP
 from tamingfast.perceptual import LPIPS
+from tamingfast.progress import bar
 from tamingfast.reproduce import compression_report
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.reproduce.budget import scaled, training_flops
@@ -121,10 +122,11 @@ def _rows(settings: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _shown(rows: Sequence[Row], doing: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(rows, desc=doing, unit="stage", disable=None)
+def _shown(rows: Sequence[Row], doing: str) -> Iterator[Row]:
+    with bar("stage", len(rows), desc=doing) as shown:
+        for row in rows:
+            yield row
+            shown.update()
 
 
 # --- training -------------------------------------------------------------------------------------------------------
