@@ -12,7 +12,7 @@ RECORD ?=
 BIN := .venv/bin
 DEPENDENCIES := .venv/dependencies.stamp
 READY := .venv/ready.stamp
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu tests/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu tests/*/*.cpp)
 BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
 # Triton decides at import whether it interprets or compiles, so the interpreter's tests have a process of their own.
@@ -38,7 +38,7 @@ bench-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/*/*.h)
 
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt

@@ -16,7 +16,7 @@ import gpu
 import pytest
 import torch
 
-from tamingfast import backends
+from tamingfast.ops import backends
 
 
 def pytest_report_header() -> list[str]:

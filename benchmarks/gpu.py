@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tamingfast import backends, files
+from tamingfast import files
+from tamingfast.ops import backends
 
 RESULTS = Path(__file__).parent / "results"
 # So few runs because the queue of launches holds about a thousand, and a call may be a dozen.

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tamingfast import ops, reference
+from tamingfast import ops
+from tamingfast.ops import reference
 
 pytestmark = pytest.mark.gpu
 GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width, as the paper has them

@@ -21,7 +21,7 @@ BYTES, WHOLE_BYTES = 192, 3072
 
 SCRIPT = """
 import json, resource, sys, time, torch
-from tamingfast.models import bands
+from tamingfast.engines import bands
 from tamingfast.models.vqgan import Decoder
 
 side, ch, memory, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -52,7 +52,7 @@ def decode(side: int, memory: int, out) -> dict:
 def test_band_decode(benchmark, tmp_path):
     import torch
 
-    from tamingfast.backends import available_memory
+    from tamingfast.ops.backends import available_memory
 
     memory = BYTES * SIDE**2 * CH // 128
     found = benchmark.pedantic(lambda: decode(SIDE, memory, tmp_path / "bands.pt"), rounds=1)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from conftest import limits
 from torch import Tensor, nn
 
-from tamingfast import backends
-from tamingfast.engine import DTYPES, GPTEngine
+from tamingfast.engines.cpu import DTYPES, GPTEngine
 from tamingfast.models.gpt import GPT
+from tamingfast.ops import backends
 from tamingfast.sampling import choose, gumbel_noise
 
 TOKENS, TOP_K, ROUNDS = 256, 100, 3

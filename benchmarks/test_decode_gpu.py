@@ -25,8 +25,8 @@ from conftest import seconds
 from test_decode import TOP_K, GrowingCache, StaticCache, sample
 from torch import Tensor, nn
 
-from tamingfast import engine
-from tamingfast.cuda_engine import CudaEngine
+from tamingfast.engines import cpu as engine
+from tamingfast.engines.cuda import CudaEngine
 from tamingfast.models.gpt import GPT
 from tamingfast.sampling import choose, gumbel_noise, sample_grid
 

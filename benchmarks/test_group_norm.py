@@ -8,7 +8,8 @@ import gpu
 import pytest
 import torch
 
-from tamingfast import ops, reference
+from tamingfast import ops
+from tamingfast.ops import reference
 
 pytestmark = pytest.mark.gpu
 MAPS = [(12, 128, 256, 256), (12, 128, 128, 128), (12, 256, 64, 64), (12, 512, 32, 32), (12, 512, 16, 16)]

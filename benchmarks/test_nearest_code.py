@@ -132,7 +132,7 @@ def test_nearest_code_on_a_gpu(n, k, d):
 @pytest.mark.parametrize("batch", [12, 64])
 def test_quantizer_step_on_a_gpu(batch):
     """Search, straight-through, both losses, counts, and the gradients of z and the codebook."""
-    from tamingfast import backends
+    from tamingfast.ops import backends
 
     shape = (batch, 256, 16, 16)
     codebook = torch.randn(1024, 256, device="cuda", requires_grad=True)

@@ -16,8 +16,8 @@ import time
 import pytest
 import torch
 
-from tamingfast import backends
 from tamingfast.models.gpt import GPT
+from tamingfast.ops import backends
 from tamingfast.sampling import make_schedule, sample_grid
 from tamingfast.sampling.schedule import Waves
 from tamingfast.sampling.waves import plan_waves

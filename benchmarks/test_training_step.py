@@ -8,9 +8,10 @@ import gpu
 import pytest
 import torch
 
-from tamingfast import backends, ops
+from tamingfast import ops
 from tamingfast.models.gpt import GPT
 from tamingfast.models.vqgan import VQModel
+from tamingfast.ops import backends
 
 pytestmark = pytest.mark.gpu
 

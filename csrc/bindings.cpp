@@ -1,5 +1,5 @@
 // Python bindings of tamingfast._C. Tensors come as addresses and sizes, so that one binary serves every torch version;
-// tamingfast/ops.py is the only caller and owns the checks of dtype, device and contiguity.
+// tamingfast/ops is the only caller and owns the checks of dtype, device and contiguity.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -305,7 +305,7 @@ PYBIND11_MODULE(_C, module) {
     }
   });
   py::class_<GPTEngine>(module, "GPTEngine",
-                        "A GPT with a key/value cache, decoding on the CPU; use it through tamingfast.engine.")
+                        "A GPT with a key/value cache, decoding on the CPU; use it through tamingfast.engines.cpu.")
       .def(py::init<const Addresses&, const std::map<std::string, std::int64_t>&, const std::string&, int,
                     const std::string&>(),
            py::arg("weights"), py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
@@ -382,7 +382,7 @@ PYBIND11_MODULE(_C, module) {
         return noise;
       },
       py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"), py::arg("vocab"),
-      "The noise of tamingfast.sampling.filters, for tests of csrc/philox.h.");
+      "The noise of tamingfast.ops.choice, for tests of csrc/philox.h.");
   module.def(
       "read_bandwidth",
       [](std::int64_t bytes, int threads, int repeats) {
@@ -412,7 +412,7 @@ PYBIND11_MODULE(_C, module) {
       "and for what the submodule of that name was built, or None, then no_cuda tells why).");
 #ifdef TAMINGFAST_CUDA
   py::module_ cuda =
-      module.def_submodule("cuda", "Kernels of the CUDA engine; use them through tamingfast.cuda_engine.");
+      module.def_submodule("cuda", "Kernels of the CUDA engine; use them through tamingfast.engines.cuda.");
   tamingfast::cuda::bind(cuda);
 #endif
 }

@@ -1,4 +1,4 @@
-// What the token choice is made of, alike on the host and on the device. tamingfast/sampling/filters.py is its
+// What the token choice is made of, alike on the host and on the device. tamingfast/ops/choice.py is its
 // definition.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Philox4x32-10 and the sampler's noise. tamingfast/sampling/filters.py states the same definition in torch.
+// Philox4x32-10 and the sampler's noise. tamingfast/ops/choice.py states the same definition in torch.
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.
 #pragma once
 

@@ -381,7 +381,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Replace the vectors of z (B, D, *) or (N, D) by their nearest codes: search and training terms in one pass.
 
-    Returns ``(z_q, indices, to_codes, to_latents, counts)`` as `tamingfast.reference.quantize` defines them: the codes
+    Returns ``(z_q, indices, to_codes, to_latents, counts)`` as `tamingfast.ops.quantize` does: the codes
     in the shape and layout of z, whose gradient passes straight through to z; int64 (N,); twice the mean squared
     difference, once with its gradient for z and once for the codebook; int64 (K,).
     """

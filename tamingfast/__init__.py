@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from tamingfast import renamed
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -27,10 +29,13 @@ _HOMES = {
     "UserError": "errors",
 }
 _MODULES = {
-    "backends", "checkpoints", "compat", "data", "multiscale", "ops", "orderings", "reference", "sampling", "training"
+    "backends", "checkpoints", "compat", "data", "engines", "evaluation", "multiscale", "ops", "orderings", "reference",
+    "sampling", "tasks", "training",
 }  # fmt: skip
 
 __all__ = ["__version__", *sorted(_HOMES)]
+
+renamed.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ def provenance(results: Mapping[str, Any]) -> str:
 
 
 def on(machine: Mapping[str, Any]) -> str:
-    """What `tamingfast.backends.machine` says, in words."""
+    """What `tamingfast.ops.backends.machine` says, in words."""
     return (
         f"{machine['cpu']}, {counted(machine['threads'], 'thread')}; {machine['gpu']}; torch {machine['torch']}, "
         f"Python {machine['python']}"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tamingfast import backends, cli
+from tamingfast import cli
+from tamingfast.ops import backends
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,8 @@ import sys
 import types
 from typing import Any
 
+from tamingfast.renamed import new_name
+
 _MODELS = "tamingfast.models"
 
 #: original module -> {original name: "our.module:name"}
@@ -59,7 +61,7 @@ NAMES: dict[str, dict[str, str]] = {
         "KMeans": f"{_MODELS}.color_clusters:KMeans",
     },
     "taming.modules.transformer.permuter": {
-        name: f"tamingfast.orderings:{name}"
+        name: f"tamingfast.models.orderings:{name}"
         for name in (
             "AbstractPermuter",
             "Identity",
@@ -73,28 +75,28 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.losses.vqperceptual": {
         **{
-            name: f"tamingfast.losses:{name}"
+            name: f"tamingfast.models.losses:{name}"
             for name in ("DummyLoss", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "vanilla_d_loss")
         },
         # latent-diffusion takes these from here, with `import *`.
-        "LPIPS": "tamingfast.perceptual:LPIPS",
+        "LPIPS": "tamingfast.models.lpips:LPIPS",
         "NLayerDiscriminator": f"{_MODELS}.discriminator:NLayerDiscriminator",
         "weights_init": f"{_MODELS}.discriminator:weights_init",
         "F": "torch.nn:functional",
         "nn": "torch:nn",
     },
-    "taming.modules.losses": {"DummyLoss": "tamingfast.losses:DummyLoss"},
+    "taming.modules.losses": {"DummyLoss": "tamingfast.models.losses:DummyLoss"},
     "taming.modules.losses.segmentation": {
-        name: f"tamingfast.losses:{name}" for name in ("BCELoss", "BCELossWithQuant")
+        name: f"tamingfast.models.losses:{name}" for name in ("BCELoss", "BCELossWithQuant")
     },
-    "taming.modules.losses.lpips": {"LPIPS": "tamingfast.perceptual:LPIPS"},
+    "taming.modules.losses.lpips": {"LPIPS": "tamingfast.models.lpips:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "taming.data.custom": {
         "CustomTrain": "tamingfast.data.folders:CustomTrain",
         "CustomTest": "tamingfast.data.folders:CustomTest",
     },
-    "main": {"instantiate_from_config": "tamingfast.config:instantiate_from_config"},
-    "taming.util": {"instantiate_from_config": "tamingfast.config:instantiate_from_config"},
+    "main": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
+    "taming.util": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
 }
 
 
@@ -109,7 +111,7 @@ def resolve(target: str) -> Any:
         module, name = NAMES[module][name].split(":")
     elif module.startswith("taming."):
         raise KeyError(target)
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(new_name(module)), name)
 
 
 def install() -> None:

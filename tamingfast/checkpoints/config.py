@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tamingfast import compat
+from tamingfast.checkpoints import compat
 from tamingfast.errors import UserError, first_line, lacks_memory, nearest
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamingfast import compat
-from tamingfast.backends import pick_device
-from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints import compat
+from tamingfast.checkpoints.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
-from tamingfast.weights import load_into, read_state_dict
+from tamingfast.ops.backends import pick_device
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tamingfast.checkpoints.weights import load_into
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
-from tamingfast.weights import load_into
 
 CONFIG, STATE, WEIGHTS, METRICS, IMAGES = (
     "config.yaml", "state.pt", "weights.safetensors", "metrics.jsonl", "images",

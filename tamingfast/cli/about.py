@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from tamingfast.inspection import describe
+    from tamingfast.tasks.inspect import describe
 
     print(json.dumps(describe(arguments.checkpoint), indent=2))
 
@@ -34,6 +34,6 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    from tamingfast import backends
+    from tamingfast.ops import backends
 
     print(f"tamingfast {__version__}\n{backends.describe()}")

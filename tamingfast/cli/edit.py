@@ -38,14 +38,14 @@ def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.Arg
 
 
 def edit(arguments: argparse.Namespace) -> None:
-    from tamingfast import apply
+    from tamingfast import tasks
     from tamingfast.sampling.canvas import token_mask
 
-    model = apply.check_windowed(load(arguments))
-    factor = apply.first_stage_of(model).factor
+    model = tasks.check_windowed(load(arguments))
+    factor = tasks.first_stage_of(model).factor
     canvas, photo, condition = _opened(arguments, model)
     height, width = (side * factor for side in canvas.tokens.shape[1:])
-    mask = token_mask(apply.read_mask(arguments.mask, height, width), factor)
+    mask = token_mask(tasks.read_mask(arguments.mask, height, width), factor)
     if not mask.any():
         raise UserError(
             f"{arguments.mask} has no white pixel, so nothing would be drawn; paint white what is to change"
@@ -58,10 +58,10 @@ def edit(arguments: argparse.Namespace) -> None:
 def outpaint(arguments: argparse.Namespace) -> None:
     import torch.nn.functional as F
 
-    from tamingfast import apply
+    from tamingfast import tasks
 
-    model = apply.check_windowed(load(arguments))
-    factor = apply.first_stage_of(model).factor
+    model = tasks.check_windowed(load(arguments))
+    factor = tasks.first_stage_of(model).factor
     sides = {side: getattr(arguments, side) for side in SIDES}
     for side, pixels in sides.items():
         if pixels < 0 or pixels % factor:
@@ -79,14 +79,14 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
 
     And the photo, None for a file, and its condition (H, W, C), None where there is none or only its tokens are known.
     """
-    from tamingfast import apply
+    from tamingfast import tasks
 
     left, right, top, bottom = (sides.get(side, 0) for side in SIDES)
     count = count_of(arguments, 1)
     saved = _saved(arguments.photo, count) if Path(arguments.photo).suffix == SUFFIX else None
-    photo = apply.read_photo(arguments.photo) if saved is None else None
-    rows, columns = apply.grid_size(model, *photo.shape[2:]) if saved is None else saved.tokens.shape[1:]
-    factor = apply.first_stage_of(model).factor
+    photo = tasks.read_photo(arguments.photo) if saved is None else None
+    rows, columns = tasks.grid_size(model, *photo.shape[2:]) if saved is None else saved.tokens.shape[1:]
+    factor = tasks.first_stage_of(model).factor
     size = ((rows + top + bottom) * factor, (columns + left + right) * factor)
     condition = _condition_at(arguments, model, size, saved is not None, not sides)
     if saved is not None:
@@ -96,7 +96,7 @@ def _opened(arguments: argparse.Namespace, model: Any, **sides: int) -> tuple[An
     cond = tokens_under(arguments, model, condition, count)
     part = cond if cond.ndim == 2 else cond[:, top : top + rows, left : left + columns]
     with progress_bar("multiply-adds of encoding", unit_scale=True, delay=1) as bar:
-        canvas = apply.photo_canvas(model, photo.to(model.device), part, bar.moved)
+        canvas = tasks.photo_canvas(model, photo.to(model.device), part, bar.moved)
     return canvas.outpaint(left, right, top, bottom, cond), photo, condition
 
 
@@ -116,7 +116,7 @@ def _condition_at(arguments: argparse.Namespace, model: Any, size: tuple[int, in
     It is the one that the options name, else what a photo or the size tells; None without a spatial condition and where
     the saved canvas has its own.
     """
-    from tamingfast import apply
+    from tamingfast import tasks
 
     read, named = named_conditions(arguments)
     if named:
@@ -129,7 +129,7 @@ def _condition_at(arguments: argparse.Namespace, model: Any, size: tuple[int, in
         return condition
     if saved and same:
         return None
-    return apply.own_condition(model, size, arguments.photo if same else None)
+    return tasks.own_condition(model, size, arguments.photo if same else None)
 
 
 def _write_edited(

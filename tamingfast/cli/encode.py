@@ -21,18 +21,18 @@ def add_to(commands: Any) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    from tamingfast import apply
+    from tamingfast import tasks
     from tamingfast.checkpoints import load_model
     from tamingfast.training.settings import build_datasets
 
     model = load(arguments)
     cond_stage = None
     if arguments.cond_stage is not None:
-        cond_stage = apply.first_stage_of(load_model(arguments.cond_stage, device=model.device))
+        cond_stage = tasks.first_stage_of(load_model(arguments.cond_stage, device=model.device))
     data = data_settings(arguments, cond_stage or model)
-    apply.check_encodable(data)
+    tasks.check_encodable(data)
     train, validation = build_datasets({"data": data})
     dataset = train if arguments.split == "train" else validation
     with progress_bar("images", len(dataset)) as bar:
-        count = apply.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
+        count = tasks.encode(model, dataset, arguments.out, arguments.batch, bar.update, cond_stage)
     print(f"written: {arguments.out}, {count} images")

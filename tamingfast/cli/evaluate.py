@@ -39,8 +39,9 @@ def add_to(commands: Any) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from tamingfast import backends, evaluation
+    from tamingfast import evaluation
     from tamingfast.files import write_json
+    from tamingfast.ops import backends
 
     for value, name in ((arguments.samples, "--samples"), (arguments.limit, "--limit")):
         at_least_one(1 if value is None else value, name)
@@ -95,7 +96,7 @@ def _evaluated_data(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any
 def _networks(arguments: argparse.Namespace, model: Any) -> tuple[Any, Any, dict[str, str]]:
     """(network of features, LPIPS, why any of both is missing); UserError when one that was asked for is."""
     from tamingfast import evaluation
-    from tamingfast.perceptual import LPIPS
+    from tamingfast.models.lpips import LPIPS
 
     name = arguments.features or (evaluation.INCEPTION if arguments.inception_weights else evaluation.EFFICIENTNET)
     if arguments.inception_weights and name != evaluation.INCEPTION:

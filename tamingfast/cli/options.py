@@ -55,7 +55,7 @@ DEFAULTS = {
 
 
 def drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `DRAWING`, by the names of `tamingfast.apply.draw`."""
+    """The settings of `DRAWING`, by the names of `tamingfast.tasks.draw`."""
     return DEFAULTS | given_settings(arguments)
 
 
@@ -72,10 +72,10 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def wanted_size(size: str | None, model: Any) -> tuple[int, int]:
     """Pixels (height, width) of ``--size``, or, without one, those that the model was trained on."""
-    from tamingfast import apply
+    from tamingfast import tasks
 
     if size is None:
-        trained = apply.trained_size(model)
+        trained = tasks.trained_size(model)
         if trained is None:
             raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
         return trained
@@ -96,20 +96,20 @@ def data_settings(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The model that the command names, on its device."""
-    from tamingfast.backends import pick_device
     from tamingfast.checkpoints import load_model
+    from tamingfast.ops.backends import pick_device
 
     return load_model(arguments.model, device=pick_device(arguments.device))
 
 
 def named_images(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[Path]]:
     """The images (B, 3, H, W) that the command names, cut to its size, and their files."""
-    from tamingfast import apply
+    from tamingfast import tasks
 
     height, width = wanted_size(arguments.size, model)
-    apply.grid_size(model, height, width)
-    files = apply.image_files(arguments.images)
-    return apply.load_images(files, height, width).to(model.device), files
+    tasks.grid_size(model, height, width)
+    files = tasks.image_files(arguments.images)
+    return tasks.load_images(files, height, width).to(model.device), files
 
 
 def at_least_one(value: int, name: str) -> int:

@@ -25,7 +25,7 @@ PAINTING = options(
 
 def paint(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
     """``begun``, finished; with ``--resume`` the canvas of the file, which must have begun so where that is known."""
-    from tamingfast import apply
+    from tamingfast import tasks
     from tamingfast.sampling.canvas import Canvas
 
     path, drawing = canvas_file(arguments), drawing_settings(arguments)
@@ -34,13 +34,13 @@ def paint(arguments: argparse.Namespace, model: Any, begun: Any) -> Any:
         canvas = Canvas.load(path)
         if begun is not None:
             canvas.check_begun_as(begun)
-        _check_settings(arguments, canvas, apply.painted(model, canvas, **drawing).settings)
+        _check_settings(arguments, canvas, tasks.painted(model, canvas, **drawing).settings)
     else:
-        canvas = apply.painted(model, begun, **drawing)
+        canvas = tasks.painted(model, begun, **drawing)
         _check_nothing_lost(path, arguments.canvas is None)
 
     def preview(now: Any) -> None:
-        _save(arguments.preview, apply.decoded(model, now, how["batch"]))
+        _save(arguments.preview, tasks.decoded(model, now, how["batch"]))
 
     with progress_bar("tokens") as bar:
         return canvas.sample(
@@ -92,10 +92,10 @@ def finish(arguments: argparse.Namespace, model: Any, canvas: Any, shown: Sequen
     """
     import torch
 
-    from tamingfast import apply, images
+    from tamingfast import images, tasks
 
     with progress_bar("multiply-adds of decoding", unit_scale=True, delay=1) as bar:
-        batch = apply.decoded(model, canvas, drawing_settings(arguments)["batch"], bar.moved)
+        batch = tasks.decoded(model, canvas, drawing_settings(arguments)["batch"], bar.moved)
     batch, out = batch if keep is None else keep(batch), Path(arguments.out)
     written = [out]
     if arguments.separate:

@@ -38,12 +38,12 @@ def _command(commands: Any, name: str, run: Callable, text: str, parents: Sequen
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    from tamingfast import apply, images
+    from tamingfast import images, tasks
 
     check_png(arguments.out)
     model = load(arguments)
     x, _ = named_images(arguments, model)
-    out, figures = apply.reconstruct(model, x)
+    out, figures = tasks.reconstruct(model, x)
     images.save_rows(arguments.out, [x, out])
     print(json.dumps(figures))
     say_written(arguments.out)
@@ -52,20 +52,20 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 def complete(arguments: argparse.Namespace) -> None:
     import torch
 
-    from tamingfast import apply, images
+    from tamingfast import images, tasks
 
     check_png(arguments.out)
-    model = apply.check_windowed(load(arguments))
+    model = tasks.check_windowed(load(arguments))
     x, files = named_images(arguments, model)
     conditions = conditions_of_each(arguments, model, files, x.shape[2:])
     cond = tokens_of_each(arguments, model, conditions, len(x))
     rows = [x]
     if conditions:
-        rows.insert(0, torch.cat([apply.condition_picture(model, condition) for condition in conditions]))
+        rows.insert(0, torch.cat([tasks.condition_picture(model, condition) for condition in conditions]))
     for again in range(at_least_one(arguments.times, "--times")):
         with progress_bar("tokens") as bar:
             rows.append(
-                apply.complete(
+                tasks.complete(
                     model, x, cond, first_image=again * len(x), progress=bar.moved, **drawing_settings(arguments)
                 )
             )
@@ -74,16 +74,16 @@ def complete(arguments: argparse.Namespace) -> None:
 
 
 def likelihood(arguments: argparse.Namespace) -> None:
-    from tamingfast import apply
+    from tamingfast import tasks
     from tamingfast.sampling.likelihood import plot
 
     if arguments.plot:
         check_png(arguments.plot)
-    model = apply.check_windowed(load(arguments))
+    model = tasks.check_windowed(load(arguments))
     x, files = named_images(arguments, model)
     cond = tokens_of_each(arguments, model, conditions_of_each(arguments, model, files, x.shape[2:]), len(x))
     with progress_bar("schedules") as bar:
-        rows = apply.likelihood(
+        rows = tasks.likelihood(
             model, x, cond, arguments.strides, at_least_one(arguments.batch, "--batch"), progress=bar.moved
         )
     for row in rows:

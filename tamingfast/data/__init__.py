@@ -9,13 +9,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from tamingfast.data.batches import Loader, loader
 from tamingfast.data.crops import cut
+from tamingfast.data.loading import Loader, loader
 from tamingfast.errors import UserError, nearest
 
 __all__ = ["Loader", "build", "loader"]
 
-_MODULES = {"cifar10": "cifar10", "conditions": "conditions", "folder": "folders", "photos": "photos"}
+_MODULES = {"cifar10": "cifar10", "conditions": "conditioned", "folder": "folders", "photos": "photos"}
 
 
 def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:

@@ -11,16 +11,8 @@ import torch
 from PIL import Image
 
 from tamingfast.data.base import positive
-from tamingfast.data.folders import (
-    ImageFiles,
-    View,
-    existing_directory,
-    scan,
-    validation_names,
-    walk,
-    warn_skipped,
-)
-from tamingfast.data.kinds import Kind, make
+from tamingfast.data.conditions.kinds import Kind, make
+from tamingfast.data.folders import ImageFiles, View, existing_directory, scan, validation_names, walk, warn_skipped
 from tamingfast.errors import UserError
 
 IMAGES, CONDITIONS = "images", "conditions"
@@ -54,7 +46,7 @@ def build(
     beside it ``path/conditions`` with one file for each image, of the same name but for its ending and in the same
     sub-folder.
     ``edges``, ``lowres``, ``superpixels`` and ``coord`` are computed from images in ``path/images``, or in ``path``
-    where there is no such folder. From ``labels`` on, arguments are settings of kinds; see `tamingfast.data.kinds`.
+    where there is no such folder. From ``labels`` on, arguments are settings of kinds (`tamingfast.data.conditions`).
 
     The shorter side of an image is resized to ``short_side``, by default ``size``, before a square of ``size`` is
     cropped; a condition goes through the same scaling, crop and flip. Everything else is as in

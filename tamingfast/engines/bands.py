@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.backends import available_memory
 from tamingfast.errors import UserError
 from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample, VQModel
+from tamingfast.ops.backends import available_memory
 
 #: Maps of its size that a unit needs at its peak when it runs whole: input, normalised input, output, and a library's
 #: copies of two; with attention the queries, keys and values and what becomes of them.

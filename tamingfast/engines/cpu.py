@@ -1,6 +1,6 @@
 """The native engines: KV-cached decoding of a GPT by the extension, no Python between tokens.
 
-`GPTEngine` works on the CPU, `tamingfast.cuda_engine.CudaEngine` on a GPU; the device of the GPT decides.
+`GPTEngine` works on the CPU, `tamingfast.engines.cuda.CudaEngine` on a GPU; the device of the GPT decides.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tamingfast import backends, cuda_engine
-from tamingfast.cuda_engine import CudaEngine
+from tamingfast.engines import cuda as cuda_engine
+from tamingfast.engines.cuda import CudaEngine
+from tamingfast.ops import backends
 
 DTYPES = ("float32", "bfloat16", "int8")
 LOGITS = ("none", "last", "all")
@@ -149,7 +150,7 @@ class GPTEngine:
             images: (B,), the images' numbers, for the noise; default: 0 onwards.
             fed: leading positions that all slots hold already, from an earlier call with the same tokens.
             choices: only the first so many entries of the vocabulary may be chosen; default: all.
-            greedy, temperature, top_k, top_p, seed: as in `tamingfast.sampling.filters.choose` and `gumbel_noise`.
+            greedy, temperature, top_k, top_p, seed: as in `tamingfast.ops.choice.choose` and `gumbel_noise`.
             progress: called with `before` + the number of steps done, whenever `every` divides it.
 
         Raises:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import images
+from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError, nearest
-from tamingfast.weights import load_into, read_state_dict
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast import apply, ops
+from tamingfast import ops, tasks
 from tamingfast.data.base import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
@@ -48,7 +48,7 @@ def likelihood(
     Raises:
         UserError: the model is no prior, or the images have more tokens than it sees at once.
     """
-    apply.check_prior(model)
+    tasks.check_prior(model)
     if device is not None:
         model.to(device)
     stage = model.first_stage_model

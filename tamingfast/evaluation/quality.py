@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast import apply
+from tamingfast import tasks
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.distances import frechet_distance, kernel_distance
 from tamingfast.evaluation.features import INCEPTION, Features, extract
@@ -30,28 +30,28 @@ def samples(
     """``count`` samples in batches (b, 3, H, W) in [-1, 1], under the conditions of images of ``dataset``.
 
     The images that conditions are taken from are drawn by ``seed`` and begin anew when there are fewer than ``count``;
-    they also give the size of the grid. ``options`` go to `tamingfast.apply.draw`; ``progress(done, total)`` counts
+    they also give the size of the grid. ``options`` go to `tamingfast.tasks.draw`; ``progress(done, total)`` counts
     tokens.
     """
-    rows, columns = grid_of(dataset, apply.first_stage_of(model))
+    rows, columns = grid_of(dataset, tasks.first_stage_of(model))
     if model.be_unconditional:
-        cond = apply.conditions(model, count)
+        cond = tasks.conditions(model, count)
     else:
         found = batches(dataset, batch_size, count, seed, model.device)
         cond = torch.cat([tokens_of(model, batch)[1] for batch in found])
     cond = cond.repeat(-(-count // len(cond)), 1)[:count]
     options = {"window": max(rows, columns), "seed": seed} | options
     canvas = model.canvas_size(rows, columns)
-    for grid in apply.draw(model, cond, *canvas, batch=batch_size, progress=progress, **options):
+    for grid in tasks.draw(model, cond, *canvas, batch=batch_size, progress=progress, **options):
         yield model.decode_grid(model.image_tokens(grid))
 
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
     """What the first stage of ``model`` makes of batches of images (b, 3, H, W)."""
-    stage = apply.first_stage_of(model)
+    stage = tasks.first_stage_of(model)
     for batch in images:
-        yield apply.reconstruct(stage, batch.to(stage.device))[0]
+        yield tasks.reconstruct(stage, batch.to(stage.device))[0]
 
 
 def distances(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast import apply, images
+from tamingfast import images, tasks
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, images_of
 from tamingfast.training.vqgan import codebook_use
@@ -35,7 +35,7 @@ def reconstruction(
 
     Args:
         limit, seed: so many images, drawn by ``seed``; None takes all.
-        perceptual: a `tamingfast.perceptual.LPIPS`; without it there is no ``lpips``.
+        perceptual: a `tamingfast.models.lpips.LPIPS`; without it there is no ``lpips``.
         device: where to compute; None leaves the model where it is.
         progress: called with a number of images after these are done.
 
@@ -50,7 +50,7 @@ def reconstruction(
         UserError: the model is no first stage and has none, or what it encodes are no images of 1 or 3 channels, or of
             sides that are no multiples of its factor.
     """
-    stage = apply.first_stage_of(model)
+    stage = tasks.first_stage_of(model)
     if device is not None:
         model.to(device)
     if perceptual is not None:
@@ -60,7 +60,7 @@ def reconstruction(
     total = 0
     for x in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
         x = _checked(x).to(stage.device)
-        apply.grid_size(model, *x.shape[2:])  # fails for images that would come back smaller
+        tasks.grid_size(model, *x.shape[2:])  # fails for images that would come back smaller
         quant, _, (_, _, indices) = stage.encode(x)
         out = stage.decode(quant).clamp(-1, 1)
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))

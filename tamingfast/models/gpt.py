@@ -341,8 +341,8 @@ def top_k_logits(logits: Tensor, k: int) -> Tensor:
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """`tamingfast.sampling.filters.top_k_top_p` under the original's name; 0 and 1.0 keep everything."""
-    from tamingfast.sampling.filters import top_k_top_p  # the filters' one home lies above the models
+    """`tamingfast.ops.choice.top_k_top_p` under the original's name; 0 and 1.0 keep everything."""
+    from tamingfast.ops.choice import top_k_top_p  # the filters' one home lies above the models
 
     return top_k_top_p(logits, top_k=top_k or None, top_p=top_p if top_p < 1.0 else None)
 

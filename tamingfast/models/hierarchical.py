@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.config import plain
+from tamingfast.checkpoints.config import plain
 from tamingfast.models.quantize import VectorQuantizer, as_grid
 from tamingfast.models.vqgan import Decoder, Encoder, VQModel
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
-from tamingfast.perceptual import LPIPS
+from tamingfast.models.lpips import LPIPS
 
 
 def _drop_perceptual_weights(loss: nn.Module, state: dict, prefix: str, *args: object) -> None:
@@ -50,7 +50,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
     """L1 + LPIPS + codebook loss + adversarial loss with the adaptive weight (paper eq. 6 and 7).
 
     The discriminator joins at step ``disc_start``. ``perceptual_weights`` says where LPIPS takes its backbone from
-    (see `tamingfast.perceptual.LPIPS`); it is built on first use and is no part of the state dict. The original lets
+    (see `tamingfast.models.lpips.LPIPS`); it is built on first use and is no part of the state dict. The original lets
     the discriminator judge every image from the first step, though its verdict counts for nothing before
     ``disc_start``; with ``rest_before_start`` the autoencoder's loss leaves it out until then, which trains the
     same and saves its time.

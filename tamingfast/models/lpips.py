@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tamingfast.checkpoints.weights import read_state_dict
 from tamingfast.errors import UserError
-from tamingfast.weights import read_state_dict
 
 #: Widths of VGG16's convolutions up to relu5_3, one tuple per resolution.
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

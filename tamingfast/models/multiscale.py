@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tamingfast.errors import UserError
+from tamingfast.models.orderings import Identity
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.multiscale import Pyramid
-from tamingfast.orderings import Identity
+from tamingfast.models.pyramid import Pyramid
 
 
 class MultiscaleTransformer(Net2NetTransformer):
-    """A `Net2NetTransformer` whose sequence is a `tamingfast.multiscale.Pyramid` of the first stage's tokens.
+    """A `Net2NetTransformer` whose sequence is a `tamingfast.models.pyramid.Pyramid` of the first stage's tokens.
 
     ``scales`` are the factors of the pooling, coarse to fine, ``grid`` (height, width) is the finest scale in tokens;
     the rest is the base's, whose ordering must be row major. All scales share the codebook. Where tokens are sampled

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.config import instantiate_from_config, plain
-from tamingfast.models import bands
+from tamingfast.checkpoints.config import instantiate_from_config, plain
+from tamingfast.checkpoints.weights import init_from_ckpt
+from tamingfast.engines import bands
 from tamingfast.models.base import Module, at_least, image_from_batch
-from tamingfast.models.conditioning import SOSProvider
+from tamingfast.models.condition_stages import SOSProvider
 from tamingfast.models.gpt import pick, top_k_logits
-from tamingfast.orderings import Identity
-from tamingfast.weights import init_from_ckpt
+from tamingfast.models.orderings import Identity
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -69,7 +69,7 @@ class Net2NetTransformer(Module):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-        """Load the weights of a checkpoint file; see `tamingfast.weights.init_from_ckpt`."""
+        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.weights.init_from_ckpt`."""
         init_from_ckpt(self, path, ignore_keys)
 
     def init_first_stage_from_ckpt(self, config: Mapping[str, Any]) -> None:
@@ -196,7 +196,7 @@ class Net2NetTransformer(Module):
         """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w).
 
         An image whose feature maps do not fit into ``memory`` bytes (None: half of what is free) is decoded in bands;
-        see `tamingfast.models.bands`, which calls ``progress(done, total)`` then.
+        see `tamingfast.engines.bands`, which calls ``progress(done, total)`` then.
         """
         return bands.decode_grid(self.first_stage_model, grid, memory, progress)
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.config import instantiate_from_config, plain
+from tamingfast.checkpoints.config import instantiate_from_config, plain
+from tamingfast.checkpoints.weights import init_from_ckpt
 from tamingfast.models.base import FirstStage, at_least, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, VectorQuantizer
-from tamingfast.weights import init_from_ckpt
 
 ADAM_BETAS = (0.5, 0.9)
 
@@ -298,7 +298,7 @@ class VQModel(FirstStage):
         return VectorQuantizer(n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape)
 
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-        """Load the weights of a checkpoint file; see `tamingfast.weights.init_from_ckpt`."""
+        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.weights.init_from_ckpt`."""
         init_from_ckpt(self, path, ignore_keys)
 
     def encode(self, x: Tensor):

@@ -1,7 +1,7 @@
 """One function per op: checks the arguments, chooses Triton, native or reference, and runs it.
 
 The choice goes by device and dtype: Triton for what is on a GPU, native code or torch for the rest. A backend that the
-user asked for (:mod:`tamingfast.backends`) and that cannot run the call raises RuntimeError with the reason; the
+user asked for (:mod:`tamingfast.ops.backends`) and that cannot run the call raises RuntimeError with the reason; the
 automatic choice falls back and logs the reason once. Wrong shapes and dtypes raise ValueError or TypeError that name
 the argument.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tamingfast import backends, reference
+from tamingfast.ops import backends, reference
 
 _HALVES_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*_HALVES_AND_SINGLE, torch.float64)
@@ -31,7 +31,7 @@ def causal_attention(
     q, k, v: (B, H, T, D) of one floating dtype; returns (B, H, T, D). ``scale`` is 1/√D unless given; attention
     weights are dropped with probability ``dropout_p`` on every call (pass 0 in evaluation). Differentiable. Under
     autocast the inputs are cast as those of torch's attention are.
-    Definition and sources: :func:`tamingfast.reference.causal_attention`.
+    Definition and sources: :func:`tamingfast.ops.reference.causal_attention`.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check_float(name, value)
@@ -47,7 +47,7 @@ def causal_attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (value.to(torch.get_autocast_dtype(q.device.type)) for value in (q, k, v))
     if _on_triton("causal_attention", q.device, _triton_attention_refusal(q)):
-        from .kernels import causal_attention as kernel
+        from ..kernels import causal_attention as kernel
 
         return kernel.causal_attention(q, k, v, n_unmasked, dropout_p, scale)
     if _asked_for("causal_attention") == "reference":
@@ -80,7 +80,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"z: got shape {tuple(z.shape)}, expected (N, D) with D of at least 1")
     _check_codes(z, codebook)
     if _on_triton("nearest_code", z.device, None):
-        from .kernels import nearest_code as kernel
+        from ..kernels import nearest_code as kernel
 
         return kernel.nearest_code(z, codebook)
     return _nearest_code(z.detach(), codebook.detach())
@@ -154,11 +154,11 @@ def quantize(
     to_latents, counts)``: the codes in the shape of z, whose gradient goes straight through to z; int64 (N,) over the
     vectors in the order (B, *), exact as in `nearest_code`; the mean of ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``,
     one value whose gradient is that of z, then that of the codebook; how often each code was chosen, int64 (K,).
-    Definition: :func:`tamingfast.reference.quantize`.
+    Definition: :func:`tamingfast.ops.reference.quantize`.
     """
     _check_codes(z, codebook)
     if z.numel() and _on_triton("quantize", z.device, None):
-        from .kernels import nearest_code as kernel
+        from ..kernels import nearest_code as kernel
 
         return kernel.quantize(z, codebook)
     indices = nearest_code(z.detach().movedim(1, -1).reshape(-1, z.shape[1]), codebook)
@@ -177,7 +177,7 @@ def group_norm_silu(
 
     x: (N, C, H, W) floating, contiguous or channels-last, which the result keeps; weight, bias: (C,); C divides by
     ``groups``. Differentiable. The kernel computes in float32 and returns the type of x, under autocast too, where
-    torch returns float32. Definition: :func:`tamingfast.reference.group_norm_silu`.
+    torch returns float32. Definition: :func:`tamingfast.ops.reference.group_norm_silu`.
     """
     _check_float("x", x)
     if x.ndim != 4:
@@ -190,7 +190,7 @@ def group_norm_silu(
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({x.shape[1]},), the channels of x")
     refusal = None if x.dtype in _HALVES_AND_SINGLE else "its kernel is not for float64, which x is"
     if x.numel() and _on_triton("group_norm_silu", x.device, refusal):
-        from .kernels import group_norm_silu as kernel
+        from ..kernels import group_norm_silu as kernel
 
         return kernel.group_norm_silu(x, weight, bias, groups, eps, silu)
     _asked_for("group_norm_silu")

@@ -97,7 +97,7 @@ def native() -> tuple[ModuleType | None, str]:
 
 
 def _why_no_native(error: ImportError) -> str:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     if any(here.glob("_C.*.so")) or any(here.glob("_C.*.pyd")):
         return f"tamingfast._C was built but does not load: {error}"
     note = here / "_C.failure.txt"

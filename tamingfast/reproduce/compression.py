@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tamingfast import apply, backends, evaluation, images
+from tamingfast import evaluation, images, tasks
 from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.run_directory import begun, progress
 from tamingfast.data import crops
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
 from tamingfast.models.hierarchical import TOKENS_PER_TOP
-from tamingfast.perceptual import LPIPS
+from tamingfast.models.lpips import LPIPS
+from tamingfast.ops import backends
 from tamingfast.progress import bar
 from tamingfast.reproduce import compression_report
 from tamingfast.reproduce import settings as presets_of
@@ -33,8 +35,7 @@ from tamingfast.reproduce.budget import scaled, training_flops
 from tamingfast.reproduce.timing import Timer
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import begun, progress
-from tamingfast.training.color_clusters import fit_color_clusters
+from tamingfast.training.colors import fit_color_clusters
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT = "compression"
@@ -275,13 +276,13 @@ def _pictures(rows: Sequence[Row], settings: Mapping[str, Any], validation: Any,
     sheet, pictures = {"image": shown}, {}
     for row in _shown(rows, "drawn"):
         model = load_model(out / f"{row.name}_prior", device=device)
-        sheet[row.label] = torch.cat([apply.reconstruct(model, x[None].to(model.device))[0].cpu() for x in shown])
+        sheet[row.label] = torch.cat([tasks.reconstruct(model, x[None].to(model.device))[0].cpu() for x in shown])
         side, number = (size, count) if row.levels == 1 else (row.crop, SMALL_PER_LARGE * count)
         grid = model.first_stage_model.grid(side, side)
         stride = {"schedule": "strided", "stride": settings["sampling"]["stride"]}
         options = _drawing(row, model, grid, settings) | stride
         batch = settings["sampling"]["batch"]
-        drawn = apply.draw(model, apply.conditions(model, number), *grid, batch=batch, **options)
+        drawn = tasks.draw(model, tasks.conditions(model, number), *grid, batch=batch, **options)
         parts = torch.cat([model.decode_grid(part).cpu() for part in drawn]).split(count)
         images.save_rows(out / f"samples_{row.name}.png", parts, [row.label] * len(parts), max(1, size // side))
         pictures[f"samples_{row.name}.png"] = f"Samples, {row.label}, {side} x {side} pixels"

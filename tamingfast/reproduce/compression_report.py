@@ -8,7 +8,7 @@ from typing import Any
 
 from tamingfast import report
 from tamingfast.files import write_json, write_text
-from tamingfast.perceptual import distance_name
+from tamingfast.models.lpips import distance_name
 
 _SPEEDS = {
     "paper": "full forward pass per token (paper)",

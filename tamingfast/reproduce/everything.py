@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tamingfast import backends, report, reproduce
+from tamingfast import report, reproduce
 from tamingfast.errors import UserError, nearest
 from tamingfast.files import write_text
+from tamingfast.ops import backends
 
 REPORT = "report.md"
 

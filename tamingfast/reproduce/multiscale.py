@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast import apply, backends, images, report
+from tamingfast import images, report, tasks
 from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.run_directory import begun, progress, read_metrics
 from tamingfast.errors import UserError
 from tamingfast.files import write_json, write_text
-from tamingfast.perceptual import LPIPS, distance_name
+from tamingfast.models.lpips import LPIPS, distance_name
+from tamingfast.ops import backends
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import begun, progress, read_metrics
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT, VQGAN, PRIOR = "multiscale", "vqgan", "prior"
@@ -101,11 +102,11 @@ def draw_given(model: nn.Module, x: Tensor, samples: int, sampling: Mapping[str,
     """
     sequence = model.encode_to_z(x)[1].repeat_interleave(samples, 0)
     rows, columns = model.canvas_size(model.pyramid.height, model.pyramid.width)
-    cond, drawn = apply.conditions(model, len(sequence)), []
+    cond, drawn = tasks.conditions(model, len(sequence)), []
     options = {key: sampling[key] for key in ("temperature", "top_k", "seed", "batch")}
     for scales in range(len(model.pyramid.names) + 1):
         start = sequence[:, : model.pyramid.first(scales)]
-        canvases = apply.draw(model, cond, rows, columns, start=start, **options)
+        canvases = tasks.draw(model, cond, rows, columns, start=start, **options)
         pixels = [model.decode_grid(model.image_tokens(canvas)).clamp(-1, 1) for canvas in canvases]
         drawn.append(torch.cat(pixels).unflatten(0, (len(x), samples)))
     return drawn
@@ -160,7 +161,7 @@ def _pictures(model: nn.Module, x: Tensor, drawn: Sequence[Tensor], sampling: Ma
     images.save_rows(out / "scales.png", [shown, *decoded], ["image", *names], scale)
     canvas = model.canvas_size(model.pyramid.height, model.pyramid.width)
     options = {key: sampling[key] for key in ("temperature", "top_k", "seed", "batch")}
-    canvases = apply.draw(model, apply.conditions(model, sampling["images"]), *canvas, **options)
+    canvases = tasks.draw(model, tasks.conditions(model, sampling["images"]), *canvas, **options)
     pixels = torch.cat([model.decode_grid(model.image_tokens(canvas)) for canvas in canvases])
     images.save_png(out / "samples.png", images.grid(pixels, columns=min(8, len(pixels))), scale)
 

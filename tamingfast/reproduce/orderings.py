@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tamingfast import apply, backends, images, report
+from tamingfast import images, report, tasks
 from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.run_directory import begun, progress, read_metrics
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.errors import UserError, nearest
 from tamingfast.files import write_json, write_text
+from tamingfast.ops import backends
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import begun, progress, read_metrics
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT, VQGAN = "orderings", "vqgan"
@@ -90,7 +91,7 @@ def _orderings(names: Sequence[str]) -> list[str]:
 def _encoded(out: Path, datasets: tuple, resume: bool, device: str) -> tuple[TokenDataset, TokenDataset]:
     for file, dataset in zip(TOKENS, datasets, strict=True):
         if not (resume and (out / file).exists()):
-            apply.encode(load_model(out / VQGAN, device=device), dataset, out / file)
+            tasks.encode(load_model(out / VQGAN, device=device), dataset, out / file)
     train, validation = (TokenDataset(out / file) for file in TOKENS)
     return train, validation
 
@@ -166,9 +167,9 @@ def _samples(
     rows = {}
     for name in names:
         model = load_model(out / directory(name, seed), device=device)
-        cond = apply.conditions(model, sampling["images"])
+        cond = tasks.conditions(model, sampling["images"])
         options = {key: sampling[key] for key in ("temperature", "top_k", "seed")}
-        rows[name] = torch.cat([model.decode_grid(part).cpu() for part in apply.draw(model, cond, *grid, **options)])
+        rows[name] = torch.cat([model.decode_grid(part).cpu() for part in tasks.draw(model, cond, *grid, **options)])
     images.save_rows(out / "samples.png", list(rows.values()), [name.replace("_", " ") for name in rows], scale=3)
 
 

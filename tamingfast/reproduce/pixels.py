@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tamingfast import apply, backends, evaluation, images
+from tamingfast import evaluation, images, tasks
 from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.run_directory import begun, progress, read_metrics
 from tamingfast.errors import UserError
+from tamingfast.ops import backends
 from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.reproduce.budget import scaled, training_flops
@@ -23,8 +25,7 @@ from tamingfast.reproduce.timing import Timer
 from tamingfast.sampling.sampler import choose_backend
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
-from tamingfast.training.checkpoint import begun, progress, read_metrics
-from tamingfast.training.color_clusters import fit_color_clusters
+from tamingfast.training.colors import fit_color_clusters
 from tamingfast.training.settings import build_datasets
 
 logger = logging.getLogger(__name__)
@@ -157,20 +158,20 @@ def _pictures(
     pictures = {"reconstructions.png": "Validation crops above their reconstructions by the VQGAN"}
     rows = []
     for part in shown.to(model.device).split(columns):
-        rows += [part, apply.reconstruct(model, part)[0]]
+        rows += [part, tasks.reconstruct(model, part)[0]]
     images.save_rows(out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), SCALE)
     for name, prior in models.items():
         options = _sampling_options(prior, size, sampling)
         side = size // prior.first_stage_model.factor
-        grids = apply.draw(prior, apply.conditions(prior, count), side, side, batch=sampling["batch"], **options)
+        grids = tasks.draw(prior, tasks.conditions(prior, count), side, side, batch=sampling["batch"], **options)
         sheet = images.grid(torch.cat([prior.decode_grid(grid) for grid in grids]), columns)
         images.save_png(out / f"samples_{name}.png", sheet, SCALE)
         pictures[f"samples_{name}.png"] = f"Samples of the prior on {name}, drawn token by token"
     x = shown[:columns].to(model.device)
     halves = x.clone()
     halves[:, :, size // 2 :] = 1.0
-    options, cond = _sampling_options(model, size, sampling), apply.conditions(model, columns)
-    completed = [apply.complete(model, x, cond, first_image=again * columns, **options) for again in range(3)]
+    options, cond = _sampling_options(model, size, sampling), tasks.conditions(model, columns)
+    completed = [tasks.complete(model, x, cond, first_image=again * columns, **options) for again in range(3)]
     names = ["image", "kept", *(f"completed, {again + 1}" for again in range(len(completed)))]
     images.save_rows(out / "completions.png", [x, halves, *completed], names, SCALE)
     text = "Validation crops, their upper halves, and three completions of each by the prior on latents"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast import report
+from tamingfast.checkpoints.run_directory import read_metrics
 from tamingfast.evaluation import distance_table
 from tamingfast.files import write_json, write_text
-from tamingfast.training.checkpoint import read_metrics
 
 PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
 PAPER_QUALITY = 0.1863  # by how much the FID of latents is lower at the same budget; the same place

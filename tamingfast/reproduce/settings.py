@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.config import load_yaml, plain
+from tamingfast.checkpoints.config import load_yaml, plain
 from tamingfast.errors import UserError, nearest
 
 HOME = Path(__file__).parents[1] / "configs" / "reproduce"

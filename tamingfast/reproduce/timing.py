@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast import apply
+from tamingfast import tasks
 from tamingfast.sampling import sample_grid
 
 #: Consecutive steps that are timed at each prefix length.
@@ -94,7 +94,7 @@ class Timer:
         if mask is not None:
             start = torch.zeros(batch, *self.grid, dtype=torch.int64, device=self.model.device)
             how |= {"start": start, "mask": mask.view(self.grid)}
-        return sample_grid(self.model, apply.conditions(self.model, batch), *self.grid, **(self.options | how))
+        return sample_grid(self.model, tasks.conditions(self.model, batch), *self.grid, **(self.options | how))
 
     def _median(self, work: Callable[[], Any], repeats: int) -> float:
         work()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tamingfast.ops.choice import choose, gumbel_noise, top_k_top_p
 from tamingfast.sampling.canvas import Canvas
-from tamingfast.sampling.filters import choose, gumbel_noise, top_k_top_p
 from tamingfast.sampling.sampler import sample_grid
 from tamingfast.sampling.schedule import Run, Schedule, Waves, make_schedule, make_waves, one_window
 

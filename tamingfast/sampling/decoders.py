@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from tamingfast.cuda_engine import CudaEngine
-from tamingfast.engine import GPTEngine
+from tamingfast.engines.cpu import GPTEngine
+from tamingfast.engines.cuda import CudaEngine
 
 
 @dataclass(frozen=True)

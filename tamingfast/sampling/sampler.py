@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast import backends, engine
+from tamingfast.engines import cpu as engine
 from tamingfast.errors import UserError
+from tamingfast.ops import backends
+from tamingfast.ops.choice import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
-from tamingfast.sampling.filters import check_filters, check_seed, choose, gumbel_noise
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 from tamingfast.sampling.waves import MEMORY, NativeEngine, TorchEngine, plan_waves, sample_waves
 
@@ -73,7 +74,7 @@ def sample_grid(
         window: the attention window's side in tokens; it is cut to the grid where the grid is smaller.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
         stride: step of the window in tokens, for "strided" and "block".
-        temperature, top_k, top_p: see `tamingfast.sampling.filters.choose`.
+        temperature, top_k, top_p: see `tamingfast.ops.choice.choose`.
         greedy: take the best token everywhere, without noise, temperature and filters.
         seed: 0 to 2**64 - 1. A token's noise depends on the seed, the image's number, row and column only.
         first_image: number of the batch's first image, so that a large run may be cut into any batches.

@@ -13,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tamingfast.backends import available_memory
-from tamingfast.cuda_engine import CudaEngine
-from tamingfast.engine import GPTEngine
+from tamingfast.engines.cpu import GPTEngine
+from tamingfast.engines.cuda import CudaEngine
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import Feed
+from tamingfast.ops.backends import available_memory
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 

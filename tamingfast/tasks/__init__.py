@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tamingfast.apply.conditioning import (
+from tamingfast.tasks.conditions import (
     computed_condition,
     condition_picture,
     condition_tokens,
@@ -12,12 +12,12 @@ from tamingfast.apply.conditioning import (
     own_condition,
     read_condition,
 )
-from tamingfast.apply.drawing import TOP_K, begun, complete, decoded, draw, painted, photo_canvas, photo_tokens
-from tamingfast.apply.encoding import check_encodable, encode
-from tamingfast.apply.measuring import likelihood, reconstruct
-from tamingfast.apply.models import check_prior, check_windowed, first_stage_of, is_multiscale, is_spatial
-from tamingfast.apply.photos import image_files, load_images, read_mask, read_photo
-from tamingfast.apply.sizes import grid_size, trained_size, window_of
+from tamingfast.tasks.drawing import TOP_K, begun, complete, decoded, draw, painted, photo_canvas, photo_tokens
+from tamingfast.tasks.encode import check_encodable, encode
+from tamingfast.tasks.models import check_prior, check_windowed, first_stage_of, is_multiscale, is_spatial
+from tamingfast.tasks.pictures import image_files, load_images, read_mask, read_photo
+from tamingfast.tasks.reconstruct import likelihood, reconstruct
+from tamingfast.tasks.sizes import grid_size, trained_size, window_of
 
 __all__ = [
     "TOP_K",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamingfast.apply.models import check_windowed, first_stage_of
-from tamingfast.apply.sizes import grid_size, window_under
-from tamingfast.models import bands
+from tamingfast.engines import bands
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas
+from tamingfast.tasks.models import check_windowed, first_stage_of
+from tamingfast.tasks.sizes import grid_size, window_under
 
 TOP_K = 100  # the paper's choice, with temperature 1.0
 
@@ -71,7 +71,7 @@ def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = 
 def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
     """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
-    One image may stand for all B, which is then encoded once. ``progress`` as in `tamingfast.models.bands.run`.
+    One image may stand for all B, which is then encoded once. ``progress`` as in `tamingfast.engines.bands.run`.
     """
     tokens = photo_tokens(model, x, progress)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
@@ -91,7 +91,7 @@ def begun(model: nn.Module, x: Tensor, scales: int, cond: Tensor) -> Canvas:
 def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.Progress | None = None) -> Tensor:
     """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray.
 
-    ``progress`` as in `tamingfast.models.bands.run`, for each batch anew.
+    ``progress`` as in `tamingfast.engines.bands.run`, for each batch anew.
     """
     images = []
     whole, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)

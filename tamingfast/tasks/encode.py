@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tamingfast.apply.models import first_stage_of, is_spatial
-from tamingfast.apply.sizes import grid_size
+from tamingfast.checkpoints.weights import fingerprint
 from tamingfast.errors import UserError
-from tamingfast.weights import fingerprint
+from tamingfast.tasks.models import first_stage_of, is_spatial
+from tamingfast.tasks.sizes import grid_size
 
 
 def encode(
@@ -79,7 +79,7 @@ def encode(
 
 def check_encodable(data: Mapping[str, Any]) -> None:
     """UserError for a ``data`` section with conditions that token files do not hold; reads none of them."""
-    from tamingfast.data.kinds import KINDS, Objects
+    from tamingfast.data.conditions.kinds import KINDS, Objects
 
     if issubclass(KINDS.get(str(data.get("kind")), object), Objects):
         raise UserError(
@@ -92,8 +92,8 @@ def _stage_of_conditions(
     model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
 ) -> tuple[str | None, nn.Module | None]:
     """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.kinds import Coordinates, settings_of
-    from tamingfast.models.conditioning import CoordStage
+    from tamingfast.data.conditions.kinds import Coordinates, settings_of
+    from tamingfast.models.condition_stages import CoordStage
 
     kind = getattr(dataset, "kind", None)
     key = getattr(kind, "key", None)
@@ -121,7 +121,7 @@ def _stage_of_conditions(
 
 def _description_of_conditions(key: str, cond_stage: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
-    from tamingfast.data.kinds import settings_of
+    from tamingfast.data.conditions.kinds import settings_of
 
     kind = getattr(dataset, "kind", None)
     return {

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tamingfast.checkpoints import embedded_config, metadata_of, neighbouring_config, weights_path
-from tamingfast.config import at, plain, trained_side
+from tamingfast.checkpoints.config import at, plain, trained_side
+from tamingfast.checkpoints.load import embedded_config, metadata_of, neighbouring_config, weights_path
+from tamingfast.checkpoints.weights import fingerprint, read_checkpoint, state_dict_of
 from tamingfast.data.tokens import FORMAT, TokenDataset
-from tamingfast.weights import fingerprint, read_checkpoint, state_dict_of
 
 
 def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:

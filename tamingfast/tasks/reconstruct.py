@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast.apply.drawing import painted, photo_canvas
-from tamingfast.apply.models import first_stage_of
-from tamingfast.models import bands
+from tamingfast.engines import bands
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
+from tamingfast.tasks.drawing import painted, photo_canvas
+from tamingfast.tasks.models import first_stage_of
 
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Images (B, 3, H, W) through the first stage, and how far the result is from them.
 
-    Large ones in bands of rows, as `tamingfast.models.bands` has it.
+    Large ones in bands of rows, as `tamingfast.engines.bands` has it.
     Figures: ``l1`` mean absolute difference (images in [-1, 1]), ``psnr`` in dB, ``codes`` different codes in use.
     """
     stage = first_stage_of(model)

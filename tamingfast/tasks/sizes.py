@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor, nn
 
-from tamingfast.apply.models import first_stage_of, is_multiscale
-from tamingfast.config import trained_side
+from tamingfast.checkpoints.config import trained_side
 from tamingfast.errors import UserError
+from tamingfast.tasks.models import first_stage_of, is_multiscale
 
 
 def trained_size(model: nn.Module) -> tuple[int, int] | None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tamingfast.config import plain
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import plain
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
-from tamingfast.training import checkpoint
 from tamingfast.training.feed import key
 
 TARGET = "tamingfast.models.color_clusters.ColorClusters"
@@ -51,9 +51,9 @@ def fit_color_clusters(
     config = {"model": {"target": TARGET, "params": {"ncluster": ncluster, "niter": niter}}}
     if data is not None:
         config["data"] = dict(plain(data))
-    with atomic_write(out / checkpoint.CONFIG) as temporary:
+    with atomic_write(out / run_directory.CONFIG) as temporary:
         OmegaConf.save(OmegaConf.create(config), temporary)
-    save_weights(out / checkpoint.WEIGHTS, model.state_dict(), {"step": "0"})
+    save_weights(out / run_directory.WEIGHTS, model.state_dict(), {"step": "0"})
     return out
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast.config import load_yaml, plain
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import load_yaml, plain
 from tamingfast.data import loader
 from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
-from tamingfast.training import checkpoint
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps, images_per_step, key, step_batches, to_device, validation_batches
 from tamingfast.training.health import Monitor, gradient_norm
@@ -166,8 +166,8 @@ def prepare(
     epoch_steps(dataset, settings, among.size)  # fails for too few images
     config["training"] = asdict(settings)
     if resume:
-        _same_run(plain(load_yaml(checkpoint.config_file(out))), config, out)
-    elif checkpoint.exists(out):
+        _same_run(plain(load_yaml(run_directory.config_file(out))), config, out)
+    elif run_directory.exists(out):
         raise UserError(f"{out} already holds a training run; continue it with --resume, or give another directory")
     _try(stage, dataset, among)
     among.any(False)  # nobody writes before everybody has looked
@@ -175,7 +175,7 @@ def prepare(
         from omegaconf import OmegaConf
 
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out / checkpoint.CONFIG) as temporary:
+        with atomic_write(out / run_directory.CONFIG) as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
 
 
@@ -239,17 +239,17 @@ class _Run:
         self.per_epoch = epoch_steps(self.training, settings, among.size)
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
         self.step, self.saved, self.seconds = 0, 0, 0.0  # saved: the step of the state on disk
-        self.metrics: checkpoint.Metrics | None = None
+        self.metrics: run_directory.Metrics | None = None
         self.rates = [group["lr"] for group in _groups(stage.optimizers)]
 
     def train(self, resume: bool) -> Path:
         from tamingfast.progress import bar
 
-        kept = self.restore() if resume and checkpoint.exists(self.out) else 0
+        kept = self.restore() if resume and run_directory.exists(self.out) else 0
         with contextlib.ExitStack() as stack:
             interrupts = stack.enter_context(_Interrupts())
             if self.among.rank == 0:
-                self.metrics = checkpoint.Metrics(self.out, kept)
+                self.metrics = run_directory.Metrics(self.out, kept)
                 stack.callback(self.metrics.close)
             self.bar = stack.enter_context(
                 bar("step", self.settings.steps, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
@@ -363,7 +363,7 @@ class _Run:
         first = next(iter(validation_batches(shown, self.settings, self.among.device)))
         with self.looking():
             rows = self.stage.images({name: value[:IMAGES_SHOWN] for name, value in first.items()})
-        save_rows(self.out / checkpoint.IMAGES / f"{self.step:08d}.png", rows)
+        save_rows(self.out / run_directory.IMAGES / f"{self.step:08d}.png", rows)
 
     def save(self) -> None:
         if self.metrics is None:
@@ -377,12 +377,12 @@ class _Run:
             "processes": self.among.size,
             "metrics_bytes": self.metrics.size(),
         }
-        checkpoint.save(self.out, self.stage.model, self.stage.optimizers, progress)
+        run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress)
         self.saved = self.step
 
     def restore(self) -> int:
         """Take up the state in ``out``; returns how much of the metrics belongs to it."""
-        progress = checkpoint.restore(self.out, self.stage.model, self.stage.optimizers)
+        progress = run_directory.restore(self.out, self.stage.model, self.stage.optimizers)
         for name, now, what in (
             ("images", len(self.training), "training images"),
             ("processes", self.among.size, "processes"),

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast.config import instantiate_from_config, plain, trained_side
-from tamingfast.data.kinds import Kind, label_colors
-from tamingfast.data.scenes import Rule, class_names
+from tamingfast.checkpoints.config import instantiate_from_config, plain, trained_side
+from tamingfast.checkpoints.weights import fingerprint, load_into
+from tamingfast.data.conditions.kinds import Kind, label_colors
+from tamingfast.data.conditions.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
 from tamingfast.models.multiscale import MultiscaleTransformer
-from tamingfast.multiscale import Pyramid
+from tamingfast.models.pyramid import Pyramid
 from tamingfast.training import distributed, feed, loop
 from tamingfast.training.settings import build_datasets, check_stage, training_settings
 from tamingfast.training.vqgan import optimizers_of
-from tamingfast.weights import fingerprint, load_into
 
 # The original's names, so that a run's config also reads well there.
 MODEL = "taming.models.cond_transformer.Net2NetTransformer"

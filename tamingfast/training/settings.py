@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tamingfast.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import get_obj_from_str, instantiate_from_config, load_yaml, plain
 from tamingfast.errors import UserError, nearest
-from tamingfast.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def resumed_config(out: str | os.PathLike, name: str | os.PathLike | None = None
     found, but those of `FREE_TO_CHANGE` stay as they are in the run, which is logged. Raises UserError when there is no
     run, and as `load_config`.
     """
-    own = load_config(checkpoint.config_file(out), overrides)
+    own = load_config(run_directory.config_file(out), overrides)
     if name is None:
         if "prior" in own:
             raise UserError("settings of prior.* are for a new run, which this one no longer is; leave them out")
@@ -284,7 +284,7 @@ def build_datasets(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _token_datasets(section: Mapping[str, Any]) -> tuple[Any, Any]:
-    from tamingfast.data.kinds import SETTINGS
+    from tamingfast.data.conditions.kinds import SETTINGS
     from tamingfast.data.tokens import TokenDataset
 
     # The last ones, which a run keeps from the file, say what its conditions are.

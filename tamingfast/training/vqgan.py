@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast.config import instantiate_from_config, plain
+from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.errors import UserError
 from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.training import distributed, feed, loop

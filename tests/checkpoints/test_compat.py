@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tamingfast
-from tamingfast import compat, config
+from tamingfast.checkpoints import compat, config
 from tamingfast.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_every_name_resolves():
 
 def test_install_in_a_fresh_process():
     code = """
-import tamingfast.compat; tamingfast.compat.install(); tamingfast.compat.install()
+import tamingfast.checkpoints.compat; tamingfast.checkpoints.compat.install(); tamingfast.checkpoints.compat.install()
 from taming.models.vqgan import VQModel, GumbelVQ
 import taming.modules.transformer.mingpt as mingpt
 from taming.models import cond_transformer

@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import tamingfast
-from tamingfast import checkpoints, inspection
+from tamingfast.checkpoints import load as checkpoints
+from tamingfast.checkpoints.config import load_yaml
+from tamingfast.checkpoints.weights import fingerprint, read_state_dict
 from tamingfast.errors import UserError
-from tamingfast.weights import fingerprint, read_state_dict
+from tamingfast.tasks import inspect as inspection
 
 
 @pytest.fixture
@@ -55,12 +57,12 @@ def test_layout_of_the_original_s_runs(copied, tmp_path):
 def test_config_given_as_path_or_mapping(copied):
     config = copied.with_suffix(".yaml").rename(copied.with_name("elsewhere.yaml"))
     state = tamingfast.load_model(copied, config).state_dict()
-    for key, value in tamingfast.load_model(copied, checkpoints.load_yaml(config)).state_dict().items():
+    for key, value in tamingfast.load_model(copied, load_yaml(config)).state_dict().items():
         assert_close(value, state[key])
 
 
 def test_nested_checkpoint_paths_are_not_followed(copied):
-    config = checkpoints.load_yaml(copied.with_suffix(".yaml"))
+    config = load_yaml(copied.with_suffix(".yaml"))
     config.model.params.ckpt_path = "/nowhere/last.ckpt"
     tamingfast.load_model(copied, config)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import tamingfast
 from tamingfast import cli, sampling
-from tamingfast.config import instantiate_from_config
+from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.reproduce import budget, orderings, pixels_report, settings
 from tamingfast.reproduce import pixels as comparison
@@ -92,7 +92,7 @@ class TestReproduce:
 
         geometry = {"n_layer": 2, "n_head": 2, "n_embd": 32}
         model = tamingfast.GPT(vocab_size=50, block_size=64, **geometry)
-        with FlopCounterMode(display=False) as counter, tamingfast.backends.use("reference"):
+        with FlopCounterMode(display=False) as counter, tamingfast.ops.backends.use("reference"):
             model(torch.zeros(1, 64, dtype=torch.int64))
         assert budget.training_flops(geometry, 64, 50) == 3 * counter.get_total_flops()
 

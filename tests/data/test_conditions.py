@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from tamingfast import UserError
-from tamingfast.data import build, kinds, loader
+from tamingfast.data import build, loader
+from tamingfast.data.conditions import kinds
 
 SIZE = 24
 

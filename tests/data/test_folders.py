@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tamingfast import apply
+from tamingfast import tasks
 from tamingfast.data import build, folders, loader
 from tamingfast.data.folders import CustomTest, CustomTrain, ImageFiles, ImageList, read_rgb
 from tamingfast.errors import UserError
@@ -325,7 +325,7 @@ def test_floating_point_pixels_are_refused(tmp_path, caplog):
     path = tmp_path / "float.tif"
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
     with pytest.raises(UserError, match=r"float\.tif cannot be read .*floating-point numbers"):
-        apply.read_photo(path)
+        tasks.read_photo(path)
     train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
     assert len(train) + len(validation) == 2
     assert "float.tif (its pixels are floating-point numbers" in "".join(told(caplog))

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tamingfast import UserError
-from tamingfast.data import build, kinds, loader, scenes
-from tamingfast.data.scenes import Rule, Scene, Thing
+from tamingfast.data import build, loader
+from tamingfast.data.conditions import kinds, scenes
+from tamingfast.data.conditions.scenes import Rule, Scene, Thing
 
 NAMES = tuple(f"class{number}" for number in range(80))
 #: The original's config for COCO: a codebook of 8192, so 90 x 90 positions, up to 30 objects and the crop.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tamingfast import UserError, VQModel
-from tamingfast.models import bands
+from tamingfast.engines import bands
 from tamingfast.models.vqgan import Decoder, Encoder
 
 GEOMETRY = dict(
@@ -148,7 +148,7 @@ def test_a_full_disk_is_said(monkeypatch, tmp_path):
 
 SCRIPT = """
 import resource, sys, torch
-from tamingfast.models import bands
+from tamingfast.engines import bands
 from tamingfast.models.vqgan import Decoder, Encoder
 torch.set_num_threads(1)
 kind = Decoder if sys.argv[1] == "decode" else Encoder

@@ -15,33 +15,23 @@ import numpy as np
 import pytest
 import torch
 from golden import arrays, checkpoint
+from gpts import STEPS, all_logits, random_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import run_python
+from processes import run_python
 from torch import nn
 
 import tamingfast
-from tamingfast import backends, engine
-from tamingfast.engine import GPTEngine
+from tamingfast.engines import cpu as engine
+from tamingfast.engines.cpu import GPTEngine
 from tamingfast.models.gpt import GPT
+from tamingfast.ops import backends
 from tamingfast.sampling import choose, gumbel_noise, sample_grid
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
 ISAS = native.build_info()["isas"] if native else []
-ROOT = Path(__file__).parents[1]
-
-
-def random_gpt(
-    vocab: int = 24, block: int = 40, layers: int = 2, heads: int = 2, width: int = 16, n_unmasked: int = 0,
-    std: float = 0.5,
-) -> GPT:  # fmt: skip
-    """Weights large enough for the logits to depend on the whole context."""
-    gpt = GPT(vocab, block, n_layer=layers, n_head=heads, n_embd=width, n_unmasked=n_unmasked)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in gpt.parameters():
-        nn.init.normal_(parameter, std=std, generator=generator)
-    return gpt.eval()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +43,6 @@ def made(gpt: GPT, dtype: str = "float32", threads: int | None = None, slots: in
     made = GPTEngine(gpt, dtype, threads)
     made.reserve(slots, gpt.block_size)
     return made
-
-
-def all_logits(gpt: GPT, tokens: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return gpt(torch.tensor([tokens]))[0][0]
 
 
 # --- logits ---------------------------------------------------------------------------------------
@@ -358,7 +343,7 @@ def test_ctrl_c_stops_and_leaves_the_engine_usable():
         """
         import signal, torch
         from tamingfast.models.gpt import GPT
-        from tamingfast.engine import GPTEngine
+        from tamingfast.engines.cpu import GPTEngine
         torch.set_num_threads(2)
         gpt = GPT(512, 4096, n_layer=4, n_head=4, n_embd=256)
         engine = GPTEngine(gpt)
@@ -448,7 +433,7 @@ def test_a_forked_child_can_decode():
         """
         import os, torch
         from tamingfast.models.gpt import GPT
-        from tamingfast.engine import GPTEngine
+        from tamingfast.engines.cpu import GPTEngine
         torch.set_num_threads(2)
         engine = GPTEngine(GPT(50, 20, n_layer=2, n_head=2, n_embd=64))
         engine.reserve(1, 20)
@@ -558,19 +543,6 @@ def test_the_reference_that_was_asked_for_is_taken(monkeypatch):
 
 
 # --- mistakes -------------------------------------------------------------------------------------
-
-STEPS = {
-    "slot below": ([(-1, 0, [1])], "^slot: got -1, expected 0 to 2"),
-    "slot above": ([(3, 0, [1])], "^slot: got 3"),
-    "slot twice": ([(1, 0, [1]), (1, 0, [1])], "^slot: got 1, expected every slot at most once"),
-    "start below": ([(0, -1, [1])], "^start: got -1"),
-    "start past the end": ([(0, 1, [1])], "^start: got 1, expected 0 to 0, the length of slot 0"),
-    "token below": ([(0, 0, [1, -1])], "^token: got -1, expected 0 to 23"),
-    "token above": ([(0, 0, [24])], "^token: got 24, expected 0 to 23"),
-    "no tokens": ([(0, 0, [])], "^tokens of slot 0: got 0"),
-    "past the cache": ([(0, 0, [1] * 41)], "^position: got 40, expected at most 39"),
-    "inside the prefix": ([(2, 3, [1])], "^start: got 3, expected 0 or from 5 on"),
-}
 
 
 @pytest.mark.parametrize(("items", "message"), STEPS.values(), ids=STEPS)
@@ -730,7 +702,13 @@ def test_sanitizers_report_nothing(tmp_path):
     """Address and undefined-behaviour sanitizers over every instruction set, type and odd sizes, without Python."""
     program = tmp_path / "check_engine"
     command = [compiler("g++"), "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command += [f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "check_engine.cpp"), *ENGINE_SOURCES, "-pthread", "-o"]
+    command += [
+        f"-I{ROOT / 'csrc'}",
+        str(ROOT / "tests" / "engines" / "check_engine.cpp"),
+        *ENGINE_SOURCES,
+        "-pthread",
+        "-o",
+    ]
     built = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=600)
     if "cannot find" in built.stderr and "asan" in built.stderr:
         pytest.skip("this compiler has no sanitizer libraries")

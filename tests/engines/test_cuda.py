@@ -18,19 +18,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import arrays, checkpoint
+from gpts import STEPS, all_logits, random_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_engine import STEPS, all_logits, random_gpt
 from torch import Tensor
 
 import tamingfast
-from tamingfast import backends, cuda_engine, engine
-from tamingfast.cuda_engine import CudaEngine
-from tamingfast.cuda_engine.engine import steps_ahead
-from tamingfast.cuda_engine.rows import Group, Rows, Span
-from tamingfast.engine import GPTEngine
+from tamingfast.engines import cpu as engine
+from tamingfast.engines import cuda as cuda_engine
+from tamingfast.engines.cpu import GPTEngine
+from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines.cuda.engine import steps_ahead
+from tamingfast.engines.cuda.rows import Group, Rows, Span
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
+from tamingfast.ops import backends
 from tamingfast.sampling import choose, gumbel_noise, sample_grid, sampler
 
 needs_native = pytest.mark.skipif(backends.native()[0] is None, reason=backends.native()[1])
@@ -55,7 +57,7 @@ class Place:
 @pytest.fixture
 def tiles(monkeypatch) -> None:
     """Attention of like spans takes tiles, however few they are."""
-    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", 0)
+    monkeypatch.setattr("tamingfast.engines.cuda.rows._WORTH_TILES", 0)
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -123,7 +125,7 @@ def test_greedy_tokens_of_the_reference(place, name):
 @pytest.mark.parametrize("worth", [0, 20000, 10**9], ids=["tiles", "both", "rows"])
 def test_a_ragged_step(place, worth, monkeypatch):
     """Prompts alone and together, continuations by one token and by many, of slots in any order."""
-    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", worth)
+    monkeypatch.setattr("tamingfast.engines.cuda.rows._WORTH_TILES", worth)
     gpt = random_gpt(n_unmasked=4, block=150)
     tokens = torch.randint(24, (6, 150)).tolist()
     made = place.engine(gpt, slots=6)
@@ -152,7 +154,7 @@ def test_like_spans_behind_a_kept_prefix(place, dtype, n_unmasked, monkeypatch):
     tokens = torch.randint(24, (3, 30))
     expected = torch.stack([all_logits(gpt, row)[-1] for row in tokens.tolist()])
     for worth in (0, 1 << 40):
-        monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", worth)
+        monkeypatch.setattr("tamingfast.engines.cuda.rows._WORTH_TILES", worth)
         made = place.engine(gpt, dtype)
         made.step([(i, 0, [7, 7, *row[2:4]]) for i, row in enumerate(tokens.tolist())], "none")
         for start in (0, 4):
@@ -164,7 +166,7 @@ def test_like_spans_behind_a_kept_prefix(place, dtype, n_unmasked, monkeypatch):
 def test_how_rows_are_grouped(monkeypatch):
     """Like spans that are many go in tiles, all others next to one another in one launch."""
     spans = [Span(0, 0, 10), Span(1, 0, 10), Span(2, 5, 20), Span(3, 0, 1), Span(4, 90, 10), Span(5, 0, 30)]
-    monkeypatch.setattr("tamingfast.cuda_engine.rows._WORTH_TILES", 100 * 100)
+    monkeypatch.setattr("tamingfast.engines.cuda.rows._WORTH_TILES", 100 * 100)
     rows = Rows(spans, 0, 100, torch.device("cpu"))
     assert rows.groups == [Group(0, 20, 2, 0, 10), Group(20, 40, 1, 5, 20), Group(40, 51), Group(51, 81, 1, 0, 30)]
     assert rows.ends.tolist() == [9, 19, 39, 40, 50, 80] and rows.longest == 100
@@ -173,7 +175,7 @@ def test_how_rows_are_grouped(monkeypatch):
 
 
 def test_more_tokens_than_one_pass_takes(place, monkeypatch):
-    monkeypatch.setattr("tamingfast.cuda_engine.engine._TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("tamingfast.engines.cuda.engine._TOKENS_PER_PASS", 50)
     gpt = random_gpt(n_unmasked=3)
     tokens = torch.randint(24, (3, 40))
     made = place.engine(gpt)
@@ -479,7 +481,7 @@ def test_compute_sanitizer_reports_nothing(tool):
     program = """
         import torch
         from tamingfast.models.gpt import GPT
-        from tamingfast.cuda_engine import CudaEngine
+        from tamingfast.engines.cuda import CudaEngine
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
             for batch in (1, 3, 10):

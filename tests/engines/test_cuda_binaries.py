@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 from ahead_of_time import CUOBJDUMP
 
-from tamingfast import backends
+from tamingfast.ops import backends
 
 if backends.interpreted():
     pytest.skip("nothing here is interpreted", allow_module_level=True)

@@ -19,9 +19,9 @@ from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.likelihood import cell_bits
 from tamingfast.models.base import FirstStage
 from tamingfast.models.color_clusters import ColorClusters
-from tamingfast.perceptual import LPIPS
+from tamingfast.models.lpips import LPIPS
 from tamingfast.training import prior, vqgan
-from tamingfast.training.color_clusters import fit_color_clusters
+from tamingfast.training.colors import fit_color_clusters
 from tamingfast.training.prior import tokens_of
 
 
@@ -147,8 +147,8 @@ def test_images_beyond_the_block_are_refused(runs):
 def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
     model, data = load_model(runs[1]), tiny.datasets()[1]
     seen = []
-    draw = quality.apply.draw
-    monkeypatch.setattr(quality.apply, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
+    draw = quality.tasks.draw
+    monkeypatch.setattr(quality.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
     drawn = torch.cat(list(evaluation.samples(model, data, 12, batch_size=5)))
     assert drawn.shape == (12, 3, 8, 8) and len(seen[0]) == 12
     labels = [data[i]["class_label"] for i in range(5)]
@@ -203,7 +203,7 @@ def test_the_command_reads_a_folder(runs, tmp_path, capsys):
 
 @pytest.fixture(autouse=True)
 def nothing_is_downloaded(monkeypatch):
-    monkeypatch.setattr("tamingfast.perceptual._package", _refuse)
+    monkeypatch.setattr("tamingfast.models.lpips._package", _refuse)
 
 
 def _refuse(*arguments):

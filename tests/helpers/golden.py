@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 _keepers: list[tempfile.TemporaryDirectory] = []
 
 

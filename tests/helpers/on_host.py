@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]

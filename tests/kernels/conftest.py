@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tamingfast import backends
+from tamingfast.ops import backends
 
 
 @pytest.fixture

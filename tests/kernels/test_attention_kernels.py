@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tamingfast import backends, ops, reference
+from tamingfast import ops
+from tamingfast.ops import backends, reference
 
 pytestmark = [pytest.mark.usefixtures("on_triton", "poisoned")]
 if not backends.interpreted():

@@ -11,7 +11,7 @@ import torch
 import triton
 from ahead_of_time import SHARED_LIMIT, Binary, compile_launches
 
-from tamingfast import backends
+from tamingfast.ops import backends
 
 if backends.interpreted():
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)

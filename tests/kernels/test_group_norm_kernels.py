@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tamingfast import backends, ops, reference
+from tamingfast import ops
+from tamingfast.ops import backends, reference
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton", "poisoned"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tamingfast import backends
 from tamingfast.models.gpt import GPT
 from tamingfast.models.vqgan import VQModel
+from tamingfast.ops import backends
 
 pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")]
 if not backends.interpreted():

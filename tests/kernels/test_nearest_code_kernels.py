@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tamingfast import backends, ops, reference
+from tamingfast import ops
+from tamingfast.ops import backends, reference
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton", "poisoned"),

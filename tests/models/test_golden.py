@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import tamingfast
-from tamingfast.config import instantiate_from_config, load_yaml
+from tamingfast.checkpoints.config import instantiate_from_config, load_yaml
+from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.models.vqgan import ADAM_BETAS
-from tamingfast.weights import load_into, read_state_dict
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 FIRST_STAGES = ["vqmodel_f2", "vqmodel_f8_rect", "vqsegmentation_f2"]
@@ -121,7 +121,7 @@ def test_transformer_training_by_hand():
 
 @pytest.mark.parametrize("name", [name for name in golden.arrays("permuters") if not name.startswith("Identity")])
 def test_ordering(name):
-    from tamingfast import orderings
+    from tamingfast.models import orderings
 
     kind, side = name.split("_")
     permuter = getattr(orderings, kind)(int(side), int(side))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import tamingfast
-from tamingfast import apply, cli
+from tamingfast import cli, tasks
 from tamingfast.models.hierarchical import HierarchicalVQModel
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.training import prior, vqgan
@@ -114,7 +114,7 @@ class TestRuns:
         model = tamingfast.load_model(runs / "vqgan")
         assert isinstance(model, tamingfast.HierarchicalVQModel)
         x = torch.rand(2, 3, 8, 8) * 2 - 1
-        out, figures = apply.reconstruct(model, x)
+        out, figures = tasks.reconstruct(model, x)
         assert out.shape == x.shape and figures["codes"] <= 32
         photo = tmp_path / "p.png"
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(photo)
@@ -125,10 +125,10 @@ class TestRuns:
     def test_a_prior_trains_and_samples_at_the_size_it_was_trained_on(self, runs, tmp_path, capsys):
         model = tamingfast.load_model(runs / "prior")
         assert model.transformer.config.vocab_size == 32 and model.transformer.config.block_size == 1 + 20
-        grids = torch.cat(list(apply.draw(model, apply.conditions(model, 3), *apply.grid_size(model, 8, 8))))
+        grids = torch.cat(list(tasks.draw(model, tasks.conditions(model, 3), *tasks.grid_size(model, 8, 8))))
         assert grids.shape == (3, 10, 2) and int(grids.max()) < 32
         assert model.decode_grid(grids).shape == (3, 3, 8, 8)
-        unfinished = apply.decoded(model, Canvas.blank(apply.conditions(model, 1), 10, 2))
+        unfinished = tasks.decoded(model, Canvas.blank(tasks.conditions(model, 1), 10, 2))
         assert unfinished.shape == (1, 3, 8, 8) and not unfinished.any()
         out = tmp_path / "s.png"
         assert cli.main(["sample", str(runs / "prior"), "-n", "2", "--out", str(out), "--size", "8x8"]) == 0

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tamingfast import losses
 from tamingfast.errors import UserError
-from tamingfast.perceptual import LPIPS, VGG16
+from tamingfast.models import losses
+from tamingfast.models.lpips import LPIPS, VGG16
 
 
 def vgg_state(width_scale: float = 1.0) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tamingfast.models.color_clusters import ColorClusters, KMeans
-from tamingfast.models.conditioning import CoordStage, Labelator
+from tamingfast.models.condition_stages import CoordStage, Labelator
 from tamingfast.models.discriminator import ActNorm, NLayerDiscriminator
 from tamingfast.models.gpt import GPT, sample, sample_with_past
 from tamingfast.models.prior import Net2NetTransformer

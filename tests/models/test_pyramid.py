@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tamingfast import UserError
-from tamingfast.multiscale import FACTORS, Pyramid
+from tamingfast.models.pyramid import FACTORS, Pyramid
 
 
 def test_the_source_s_scales_of_its_grid():

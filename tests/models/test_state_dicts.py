@@ -8,7 +8,7 @@ import golden
 import pytest
 import torch
 
-from tamingfast.config import instantiate_from_config
+from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.models.gpt import GPT
 from tamingfast.models.vqgan import EMAVQ
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tamingfast import backends
 from tamingfast.errors import UserError
+from tamingfast.ops import backends
 
 
 def test_devices_by_name():

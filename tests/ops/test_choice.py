@@ -10,7 +10,7 @@ from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamingfast.sampling.filters import choose, gumbel_noise, top_k_top_p
+from tamingfast.ops.choice import choose, gumbel_noise, top_k_top_p
 
 INF = float("inf")
 

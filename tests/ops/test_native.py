@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
-from tamingfast import backends, ops, reference
+from tamingfast import ops
+from tamingfast.ops import backends, reference
 
 native, reason = backends.native()
 needs_native = pytest.mark.skipif(native is None, reason=reason)
 ISAS = native.build_info()["isas"] if native else []
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a program in a fresh interpreter."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("TAMINGFAST_")}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120)
 
 
 def nearest(z: torch.Tensor, codebook: torch.Tensor, threads: int = 1, isa: str = "auto") -> torch.Tensor:
@@ -209,7 +201,8 @@ BLOCK = """
         sys.modules[name] = None  # makes `import name` fail
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     import torch
-    from tamingfast import backends, ops
+    from tamingfast import ops
+    from tamingfast.ops import backends
     status = backends.status()
     print({{name: state.available for name, state in status.items()}})
     print(backends.describe())
@@ -246,7 +239,7 @@ def test_asking_for_facts_loads_no_torch_on_import():
 
 
 def test_the_note_of_a_failed_build_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
     error = ImportError("No module named 'tamingfast._C'")
     assert "was not built" in backends._why_no_native(error)
     (tmp_path / "_C.failure.txt").write_text("command 'g++' failed\n")

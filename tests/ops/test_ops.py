@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamingfast import backends, ops, reference
+from tamingfast import ops
+from tamingfast.ops import backends, reference
 
 NEAREST_BACKENDS = [
     "reference",

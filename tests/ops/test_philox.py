@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamingfast.sampling.filters import gumbel_noise, philox4x32
+from tamingfast.ops.choice import gumbel_noise, philox4x32
 
 ANSWERS = {  # Random123's known-answer vectors of philox4x32 with 10 rounds: counter, key, result
     "zeros": ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),

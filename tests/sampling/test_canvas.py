@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 
+import gpts
 import pytest
 import torch
+from gpts import VOCAB, tiny_gpt, tokens
 from safetensors.torch import save_file
-from test_sampler import VOCAB, tiny_gpt, tokens
 
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas, _Regularly, identity, keep_pixels, token_mask
@@ -197,7 +198,7 @@ SLOW = """
 import sys, time, torch
 from tamingfast.sampling.canvas import Canvas
 sys.path.insert(0, sys.argv[1])
-from test_sampler import tiny_gpt, tokens
+from gpts import tiny_gpt, tokens
 torch.set_num_threads(1)
 gpt = tiny_gpt()
 gpt.head.register_forward_hook(lambda *call: time.sleep(0.03))
@@ -210,7 +211,9 @@ def test_a_killed_process_is_resumed(gpt, tmp_path):
     script = SLOW.replace("{settings}", repr(SETTINGS))
     # In torch, where a hook can slow it down; it is resumed in whatever is the default here.
     environment = {**os.environ, "TAMINGFAST_BACKEND": "reference"}
-    process = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(__file__), str(path)], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, os.path.dirname(gpts.__file__), str(path)], env=environment
+    )
     begun = time.monotonic()
     while not path.exists() and time.monotonic() < begun + 60:
         time.sleep(0.01)

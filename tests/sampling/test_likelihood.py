@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gpts import SHAPES, VOCAB, prior, tiny_gpt, tokens
 from PIL import Image
-from test_sampler import SHAPES, VOCAB, prior, tiny_gpt, tokens
 
 from tamingfast.errors import UserError
 from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token

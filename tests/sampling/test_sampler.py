@@ -4,52 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
 from golden import arrays, checkpoint
-from torch import nn
+from gpts import SHAPES, VOCAB, prior, tiny_gpt, tokens
 
 import tamingfast
-from tamingfast import backends
 from tamingfast.models.gpt import GPT
-from tamingfast.orderings import SpiralOut
+from tamingfast.models.orderings import SpiralOut
+from tamingfast.ops import backends
+from tamingfast.ops.choice import choose, gumbel_noise
 from tamingfast.sampling import sample_grid
-from tamingfast.sampling.filters import choose, gumbel_noise
 from tamingfast.sampling.sampler import _log_once
 from tamingfast.sampling.schedule import RULES
 
 BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
-VOCAB = 24
-#: Conditions of a grid of 7 x 9: the same before every window, a grid, or what each window has of its own.
-SHAPES = {"prefix": (2, 3), "grid": (2, 7, 9), "windows": (2, 7, 9, 3)}
-
-
-def tiny_gpt(block_size: int = 40, n_unmasked: int = 0, vocab: int = VOCAB, seed: int = 0) -> GPT:
-    """A small transformer whose weights are large enough for its tokens to depend on the whole context."""
-    gpt = GPT(vocab, block_size, n_layer=2, n_head=2, n_embd=16, n_unmasked=n_unmasked)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in gpt.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.5, generator=generator)
-    return gpt.eval()
-
-
-def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def prior(gpt: GPT, order: torch.Tensor | None = None, codes: int | None = None) -> nn.Module:
-    """What `sample_grid` needs of a Net2NetTransformer."""
-    model = nn.Module()
-    model.transformer = gpt
-    model.permuter = nn.Identity()
-    if order is not None:
-        model.permuter.register_buffer("forward_shuffle_idx", order)
-    model.first_stage_model = nn.Module()
-    model.first_stage_model.quantize = SimpleNamespace(re_embed=codes or gpt.config.vocab_size)
-    return model
 
 
 @pytest.fixture(scope="module")

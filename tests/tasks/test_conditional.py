@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tamingfast import UserError, apply, cli, load_model
+from tamingfast import UserError, cli, load_model, tasks
+from tamingfast.checkpoints import run_directory
 from tamingfast.data import build, loader
-from tamingfast.data.kinds import Boxes, Coordinates
+from tamingfast.data.conditions.kinds import Boxes, Coordinates
 from tamingfast.sampling import Canvas
-from tamingfast.training import checkpoint, loop, prior
+from tamingfast.training import loop, prior
 
 SIZE, HEIGHT, WIDTH, FACTOR, LABELS = 32, 40, 48, 8, 4
 ROWS_COLUMNS = (HEIGHT // FACTOR, WIDTH // FACTOR)
@@ -202,7 +203,7 @@ class TestEveryCondition:
         encoded = ["data.name=tokens", f"data.path={files['train']}", f"data.validation_path={files['validation']}"]
         assert run(*words, "--out", tmp_path / "plain", *(f"data.{setting}" for setting in where)) == 0
         assert run(*words, "--out", tmp_path / "tokens", *encoded) == 0
-        plain, tokens = (checkpoint.read_metrics(tmp_path / name) for name in ("plain", "tokens"))
+        plain, tokens = (run_directory.read_metrics(tmp_path / name) for name in ("plain", "tokens"))
         assert len(plain) > 4
         for one, other in zip(plain, tokens, strict=True):
             assert {key: one[key] for key in ("step", "split")} == {key: other[key] for key in ("step", "split")}
@@ -211,7 +212,7 @@ class TestEveryCondition:
         sheets = [pixels_of(tmp_path / name / "images/00000004.png") for name in ("plain", "tokens")]
         assert sheets[0].shape == sheets[1].shape
         # The run knows its condition as if it had been trained on the images.
-        settings = [apply.kind_of(load_model(path)) for path in (out, tmp_path / "tokens")]
+        settings = [tasks.kind_of(load_model(path)) for path in (out, tmp_path / "tokens")]
         assert settings[0] == settings[1]
         named = condition_of(data, kind) or (["--condition-of", photo_of(data, kind)] if stages else [])
         size = ["--size", f"{HEIGHT}x{WIDTH}"]
@@ -358,7 +359,7 @@ def both_nlls(stage, batch):
 
 
 def metrics(out):
-    return checkpoint.read_metrics(out, "train")
+    return run_directory.read_metrics(out, "train")
 
 
 def stage_and_batch(out):
@@ -400,7 +401,7 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
     assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
     objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
     with pytest.raises(UserError, match="token files hold no objects"):
-        apply.encode(load_model(first_stage), objects, file)
+        tasks.encode(load_model(first_stage), objects, file)
     boxes = ["name=conditions", "kind=boxes", f"path={data / 'boxes'}", "classes=[a]", f"size={SIZE}"]
     assert "token files hold no objects" in said("encode", first_stage, "--out", file, *boxes)
     edges = tmp_path / "edges"

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tamingfast import UserError, apply, backends, cli, evaluation, load_model
-from tamingfast.config import instantiate_from_config
+from tamingfast import UserError, cli, evaluation, load_model, tasks
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.data.tokens import write_tokens
 from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.ops import backends
 from tamingfast.sampling import Canvas, gumbel_noise, sample_grid
-from tamingfast.training import checkpoint, load_config, prior
+from tamingfast.training import load_config, prior
 
 BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
 GRID, TOKENS = (4, 4), 1 + 4 + 16
@@ -67,18 +69,18 @@ def test_a_run_is_a_multiscale_prior(trained):
     assert isinstance(model, MultiscaleTransformer) and model.pyramid.names == ["1x1", "2x2", "4x4"]
     assert model.transformer.config.block_size == 1 + TOKENS
     assert (trained / "images" / "00000006.png").is_file()
-    assert apply.trained_size(model) == (8, 8)
+    assert tasks.trained_size(model) == (8, 8)
 
 
 def test_a_run_s_own_config_trains_again(trained, first_stage, tmp_path):
     again = load_config(trained / "config.yaml")
     out = prior.train(again, first_stage, tmp_path / "run", device="cpu", datasets=tiny.datasets())
-    losses = [[line["loss"] for line in checkpoint.read_metrics(run, "train")] for run in (trained, out)]
+    losses = [[line["loss"] for line in run_directory.read_metrics(run, "train")] for run in (trained, out)]
     assert losses[0] == losses[1] and isinstance(load_model(out), MultiscaleTransformer)
 
 
 def test_validation_tells_each_scale_and_they_sum_up(trained):
-    model, line = load_model(trained), checkpoint.read_metrics(trained, "validation")[-1]
+    model, line = load_model(trained), run_directory.read_metrics(trained, "validation")[-1]
     scales = [line[f"nll_{name}"] for name in model.pyramid.names]
     assert line["nll"] * TOKENS == pytest.approx(np.dot(scales, [1, 4, 16]))
     x = torch.stack([tiny.datasets()[1][i]["image"] for i in range(5)]).permute(0, 3, 1, 2)
@@ -100,7 +102,7 @@ def test_token_files_train_as_their_images_do(first_stage, tmp_path):
     settings = config("none", steps=3) | {"data": {"name": "tokens", "path": str(tmp_path / "codes.safetensors")}}
     prior.train(settings, first_stage, tmp_path / "tokens", device="cpu")
     losses = [
-        [line["loss"] for line in checkpoint.read_metrics(tmp_path / kind, "train")] for kind in ("images", "tokens")
+        [line["loss"] for line in run_directory.read_metrics(tmp_path / kind, "train")] for kind in ("images", "tokens")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
@@ -119,7 +121,7 @@ def test_learning_lowers_the_nll_of_every_scale(first_stage, tmp_path):
     data.set_epoch = lambda epoch: None
     settings = config("none", steps=60, learning_rate=1e-2, batch_size=4, validate_every=1)
     out = prior.train(settings, first_stage, tmp_path / "run", device="cpu", datasets=(data, data))
-    first, *_, last = checkpoint.read_metrics(out, "validation")
+    first, *_, last = run_directory.read_metrics(out, "validation")
     for scale in ("1x1", "2x2", "4x4"):
         assert last[f"nll_{scale}"] < 0.6 * first[f"nll_{scale}"]
 
@@ -167,7 +169,7 @@ def test_sequence_and_back(model, images):
 @pytest.mark.parametrize("given", [0, 1, 5])
 def test_backends_agree_and_keep_what_is_given(model, images, given):
     start = model.encode_to_z(images)[1][:, :given]
-    cond = apply.conditions(model, 3)
+    cond = tasks.conditions(model, 3)
     drawn = [sample_grid(model, cond, 1, TOKENS, start=start, seed=3, backend=backend) for backend in BACKENDS]
     for tokens in drawn:
         assert torch.equal(tokens, drawn[0]) and tokens.shape == (3, 1, TOKENS)
@@ -179,7 +181,7 @@ def test_backends_agree_and_keep_what_is_given(model, images, given):
 
 
 def test_the_original_s_sampler_agrees(model):
-    cond = apply.conditions(model, 2)
+    cond = tasks.conditions(model, 2)
     greedy = sample_grid(model, cond, 1, TOKENS, greedy=True)
     assert torch.equal(model.sample(cond[:, :0], cond, TOKENS), greedy[:, 0])
 
@@ -187,11 +189,11 @@ def test_the_original_s_sampler_agrees(model):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_scales_given_are_the_image(model, images, backend):
     sequence = model.encode_to_z(images)[1]
-    tokens = sample_grid(model, apply.conditions(model, 3), 1, TOKENS, start=sequence, backend=backend)
+    tokens = sample_grid(model, tasks.conditions(model, 3), 1, TOKENS, start=sequence, backend=backend)
     assert torch.equal(tokens[:, 0], sequence)
-    canvas = apply.painted(model, apply.begun(model, images, 3, apply.conditions(model, 3)))
+    canvas = tasks.painted(model, tasks.begun(model, images, 3, tasks.conditions(model, 3)))
     assert canvas.done
-    assert torch.equal(apply.decoded(model, canvas.sample(model)), model.decode_grid(model.image_tokens(tokens)))
+    assert torch.equal(tasks.decoded(model, canvas.sample(model)), model.decode_grid(model.image_tokens(tokens)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -199,21 +201,21 @@ def test_noise_is_keyed_by_the_place_in_the_sequence(trained, backend):
     """Where all logits are alike the noise decides alone: row 0, and a column of its own for every token."""
     model = load_model(trained)
     nn.init.zeros_(model.transformer.head.weight)
-    tokens = sample_grid(model, apply.conditions(model, 2), 1, TOKENS, seed=5, first_image=7, backend=backend)
+    tokens = sample_grid(model, tasks.conditions(model, 2), 1, TOKENS, seed=5, first_image=7, backend=backend)
     image, column = torch.arange(7, 9)[:, None], torch.arange(TOKENS)[None]
     expected = gumbel_noise(5, image, torch.zeros_like(column), column, 16).argmax(-1)
     assert torch.equal(tokens[:, 0], expected)
 
 
 def test_batches_do_not_change_samples(model):
-    cond = apply.conditions(model, 5)
-    at_once, apart = (torch.cat(list(apply.draw(model, cond, 1, TOKENS, batch=batch, seed=1))) for batch in (5, 2))
+    cond = tasks.conditions(model, 5)
+    at_once, apart = (torch.cat(list(tasks.draw(model, cond, 1, TOKENS, batch=batch, seed=1))) for batch in (5, 2))
     assert torch.equal(at_once, apart)
 
 
 def test_an_interrupted_canvas_goes_on(model, tmp_path):
-    cond = apply.conditions(model, 2)
-    blank = apply.painted(model, Canvas.blank(cond, *model.canvas_size(*GRID)), seed=2)
+    cond = tasks.conditions(model, 2)
+    blank = tasks.painted(model, Canvas.blank(cond, *model.canvas_size(*GRID)), seed=2)
     whole = blank.sample(model)
 
     def stop(now: Canvas) -> None:
@@ -227,7 +229,7 @@ def test_an_interrupted_canvas_goes_on(model, tmp_path):
 
 
 def test_other_sizes_and_windows_are_refused(model):
-    cond = apply.conditions(model, 1)
+    cond = tasks.conditions(model, 1)
     with pytest.raises(UserError, match="draws whole images of 4 x 4"):
         model.sample_images(cond, 4, 8)
     with pytest.raises(UserError, match="a grid of 1 x 21, but got 4 x 4"):
@@ -238,9 +240,11 @@ def test_other_sizes_and_windows_are_refused(model):
 def test_evaluation_takes_all_scales(trained, model):
     found = evaluation.likelihood(load_model(trained), tiny.datasets()[1])
     assert found["tokens"] == TOKENS
-    assert found["nats_per_token"] == pytest.approx(checkpoint.read_metrics(trained, "validation")[-1]["nll"], rel=1e-5)
+    assert found["nats_per_token"] == pytest.approx(
+        run_directory.read_metrics(trained, "validation")[-1]["nll"], rel=1e-5
+    )
     drawn = torch.cat(list(evaluation.samples(model, tiny.datasets()[1], 3, batch_size=2, top_k=None)))
-    expected = apply.decoded(model, Canvas.blank(apply.conditions(model, 3), 1, TOKENS).sample(model))
+    expected = tasks.decoded(model, Canvas.blank(tasks.conditions(model, 3), 1, TOKENS).sample(model))
     torch.testing.assert_close(drawn.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from tamingfast import UserError, load_model
-from tamingfast.training import checkpoint, health, vqgan
+from tamingfast.checkpoints import run_directory
+from tamingfast.training import health, vqgan
 
 
 def stopped(values, losses=(), loss=math.nan, norm=1.0, batches=(), precision="float32") -> str:
@@ -100,11 +101,11 @@ def test_a_run_stops_before_the_weights_are_spoilt(tmp_path):
     config = tiny.config(tiny.VQGAN, steps=12, checkpoint_every=1)
     with pytest.raises(UserError, match=r"at step (\d+): the image noise/7.png has values that are not finite"):
         vqgan.train(config, out, device="cpu", datasets=(Poisoned(13), None))
-    reached = checkpoint.progress(out)["step"]
-    assert 6 <= reached < 12 and len(checkpoint.read_metrics(out, "train")) == reached
+    reached = run_directory.progress(out)["step"]
+    assert 6 <= reached < 12 and len(run_directory.read_metrics(out, "train")) == reached
     assert all(torch.isfinite(value).all() for value in load_model(out).state_dict().values())
     vqgan.train(config, out, True, "cpu", (tiny.Noise(13), None))  # the repaired data
-    assert checkpoint.progress(out)["step"] == 12
+    assert run_directory.progress(out)["step"] == 12
 
 
 def test_bad_weights_never_replace_good_ones(tmp_path):
@@ -113,5 +114,5 @@ def test_bad_weights_never_replace_good_ones(tmp_path):
     model = load_model(out)
     model.decoder.conv_out.weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(UserError, match="'decoder.conv_out.weight' is not finite after step 5.*last good checkpoint"):
-        checkpoint.save(out, model, [], {"step": 5, "epoch": 0, "seconds": 0.0})
+        run_directory.save(out, model, [], {"step": 5, "epoch": 0, "seconds": 0.0})
     assert ((out / "state.pt").read_bytes(), (out / "weights.safetensors").read_bytes()) == before

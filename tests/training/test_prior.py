@@ -16,10 +16,11 @@ import tiny
 import torch
 
 from tamingfast import UserError, load_model
-from tamingfast.config import plain
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import plain
 from tamingfast.data.tokens import write_tokens
-from tamingfast.training import checkpoint, load_config, loop, prior, vqgan
-from tamingfast.training.color_clusters import fit_color_clusters
+from tamingfast.training import load_config, loop, prior, vqgan
+from tamingfast.training.colors import fit_color_clusters
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_run_is_a_prior_with_the_first_stage_inside(first_stage, tmp_path):
     for name, value in first.state_dict().items():
         if not name.startswith("loss."):
             assert torch.equal(model.state_dict()[f"first_stage_model.{name}"], value)
-    lines = checkpoint.read_metrics(out, "validation")
+    lines = run_directory.read_metrics(out, "validation")
     assert [line["step"] for line in lines] == [6, 8]
     assert lines[-1]["perplexity"] == pytest.approx(math.exp(lines[-1]["nll"]))
     assert lines[-1]["nll"] < 2 * math.log(16)
@@ -115,7 +116,7 @@ def test_learning_lowers_the_loss(first_stage, tmp_path):
     data = tiny.Noise(4)
     data.set_epoch = lambda epoch: None
     out = prior.train(config, first_stage, tmp_path / "run", device="cpu", datasets=(data, data))
-    losses = [line["loss"] for line in checkpoint.read_metrics(out, "train")]
+    losses = [line["loss"] for line in run_directory.read_metrics(out, "train")]
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
 
@@ -140,7 +141,7 @@ def test_token_files_train_as_their_images_do(first_stage, tmp_path, ordering):
         config = tiny.config(tiny.PRIOR, steps=3)
         config["prior"] = {"condition": "class", "ordering": ordering}
         out = prior.train(config, first_stage, tmp_path / kind.__name__, device="cpu", datasets=(kind(9), kind(4, 1)))
-        losses.append([line["loss"] for line in checkpoint.read_metrics(out, "train")])
+        losses.append([line["loss"] for line in run_directory.read_metrics(out, "train")])
     assert losses[0] == losses[1]
 
 
@@ -150,7 +151,7 @@ def test_a_token_file_by_name(first_stage, tmp_path):
     config = tiny.config(tiny.PRIOR, steps=2)
     config |= {"data": {"name": "tokens", "path": str(path)}, "prior": {"condition": "none"}}
     out = prior.train(config, first_stage, tmp_path / "run", device="cpu")
-    assert len(checkpoint.read_metrics(out, "train")) == 2 and not checkpoint.read_metrics(out, "validation")
+    assert len(run_directory.read_metrics(out, "train")) == 2 and not run_directory.read_metrics(out, "validation")
     config["data"]["path"] = str(token_file(tmp_path / "other.safetensors", grids, 17))
     with pytest.raises(UserError, match="written with 17 codes but the first stage has 16"):
         prior.train(config, first_stage, tmp_path / "other", device="cpu")
@@ -189,9 +190,9 @@ def test_a_prior_is_no_first_stage(first_stage, tmp_path):
 
 def test_bfloat16_keeps_the_tokens_and_trains(first_stage, tmp_path):
     out = tiny.train("prior", tmp_path / "run", first_stage, steps=3, precision="bfloat16")
-    low = [line["loss"] for line in checkpoint.read_metrics(out, "train")]
+    low = [line["loss"] for line in run_directory.read_metrics(out, "train")]
     out = tiny.train("prior", tmp_path / "full", first_stage, steps=3)
-    assert low == pytest.approx([line["loss"] for line in checkpoint.read_metrics(out, "train")], rel=2e-2)
+    assert low == pytest.approx([line["loss"] for line in run_directory.read_metrics(out, "train")], rel=2e-2)
     model = load_model(out)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     batch = {"image": torch.rand(2, 8, 8, 3) * 2 - 1, "class_label": torch.tensor([0, 1])}
@@ -215,7 +216,7 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})\n"
         "from pathlib import Path\n"
         "import tiny\n"
         "from tamingfast.training import prior\n"
@@ -230,8 +231,8 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     # The exit status is left out: under load gloo's threads now and then abort a process that has done all its
     # work and left the group ("terminate called without an active exception"). What the run wrote is what counts.
     subprocess.run([*launch, script, first_stage, both, "2"], env=environment, timeout=120)
-    assert checkpoint.progress(both)["step"] == 3
-    one, two = (checkpoint.read_metrics(out, "train") for out in (alone, both))
+    assert run_directory.progress(both)["step"] == 3
+    one, two = (run_directory.read_metrics(out, "train") for out in (alone, both))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     expected = load_model(alone).state_dict()
     for name, value in load_model(both).state_dict().items():

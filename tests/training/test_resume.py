@@ -17,7 +17,8 @@ import tiny
 import torch
 
 from tamingfast import UserError, checkpoints, cli, load_model
-from tamingfast.training import checkpoint, loop, vqgan
+from tamingfast.checkpoints import run_directory
+from tamingfast.training import loop, vqgan
 
 STAGES = ("vqgan", "prior")
 
@@ -28,8 +29,8 @@ def first_stage(tmp_path_factory) -> Path:
 
 
 def same_run(one: Path, other: Path) -> None:
-    assert (one / checkpoint.METRICS).read_text() == (other / checkpoint.METRICS).read_text()
-    states = [torch.load(out / checkpoint.STATE, weights_only=True) for out in (one, other)]
+    assert (one / run_directory.METRICS).read_text() == (other / run_directory.METRICS).read_text()
+    states = [torch.load(out / run_directory.STATE, weights_only=True) for out in (one, other)]
     for part in ("model", "optimizers"):
         left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in states)
         assert len(left) == len(right)
@@ -45,15 +46,15 @@ def test_killed_in_mid_epoch(stage, first_stage, tmp_path):
     command = [sys.executable, tiny.__file__, stage, out, first_stage if stage == "prior" else "-", "100000"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as process:
         deadline = time.monotonic() + 100
-        metrics = out / checkpoint.METRICS
-        while not (checkpoint.exists(out) and metrics.read_bytes().count(b'"train"') >= 7):
+        metrics = out / run_directory.METRICS
+        while not (run_directory.exists(out) and metrics.read_bytes().count(b'"train"') >= 7):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     with open(metrics, "a") as stream:
         stream.write('{"step": 100, "epoch": 9, "split": "train", "lo')  # what a kill in mid-line leaves
-    reached = checkpoint.progress(out)
+    reached = run_directory.progress(out)
     assert reached["step"] % 5 == 0 and reached["batch"] == reached["step"] % 6
 
     settings = {"steps": reached["step"] + 4, "checkpoint_every": 5}
@@ -78,7 +79,7 @@ def test_asked_to_stop(stage, number, first_stage, tmp_path, monkeypatch):
         with pytest.raises(loop.Stopped, match=rf"after step 9 \({number.name}\).*--resume"):
             tiny.train(stage, out, first_stage, steps=15)
     assert signal.getsignal(number) == before
-    assert checkpoint.progress(out)["step"] == 9
+    assert run_directory.progress(out)["step"] == 9
     tiny.train(stage, out, first_stage, resume=True, steps=15)
     same_run(out, tiny.train(stage, tmp_path / "unbroken", first_stage, steps=15))
 
@@ -96,7 +97,7 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
         patch.setattr(checkpoints, "save_weights", dies_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             tiny.train("vqgan", out, steps=9)
-    assert checkpoint.progress(out)["step"] == 6
+    assert run_directory.progress(out)["step"] == 6
     load_model(out)  # the export of step 3 is older, and whole
     tiny.train("vqgan", out, resume=True, steps=9)
     same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=9))
@@ -108,7 +109,7 @@ def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
 
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", dies)
+        patch.setattr(run_directory, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             tiny.train("vqgan", out)
     tiny.train("vqgan", out, resume=True)
@@ -117,10 +118,10 @@ def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=5, accumulate=2)
-    assert checkpoint.read_metrics(out)[-1]["split"] == "validation"  # of the end, not of an epoch's end
-    finished = (out / checkpoint.METRICS).read_text()
+    assert run_directory.read_metrics(out)[-1]["split"] == "validation"  # of the end, not of an epoch's end
+    finished = (out / run_directory.METRICS).read_text()
     tiny.train("vqgan", out, resume=True, steps=5, accumulate=2)
-    assert (out / checkpoint.METRICS).read_text() == finished
+    assert (out / run_directory.METRICS).read_text() == finished
     tiny.train("vqgan", out, resume=True, steps=8, accumulate=2)
     same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=8, accumulate=2))
 
@@ -132,15 +133,15 @@ def test_worker_processes_change_nothing(tmp_path):
 
 def test_another_seed_is_another_run(tmp_path):
     one, two = tiny.train("vqgan", tmp_path / "one", steps=1), tiny.train("vqgan", tmp_path / "two", steps=1, seed=1)
-    assert (one / checkpoint.METRICS).read_text() != (two / checkpoint.METRICS).read_text()
+    assert (one / run_directory.METRICS).read_text() != (two / run_directory.METRICS).read_text()
 
 
 def test_time_budget_counts_over_interruptions(tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=None, seconds=0.3)
-    reached = checkpoint.progress(out)
+    reached = run_directory.progress(out)
     assert reached["seconds"] >= 0.3 and reached["step"] >= 1
     tiny.train("vqgan", out, resume=True, steps=None, seconds=0.3)
-    assert checkpoint.progress(out)["step"] == reached["step"]
+    assert run_directory.progress(out)["step"] == reached["step"]
 
 
 def test_what_cannot_be_resumed(tmp_path):
@@ -166,7 +167,7 @@ def test_damaged_states_are_named(tmp_path):
         with pytest.raises(UserError, match="state.pt cannot be read"):
             tiny.train("vqgan", out, resume=True)
     with pytest.raises(UserError, match="holds no state.pt"):
-        checkpoint.progress(tmp_path / "nowhere")
+        run_directory.progress(tmp_path / "nowhere")
 
 
 def test_a_schedule_of_rates_survives_an_interruption(tmp_path, monkeypatch):
@@ -206,11 +207,11 @@ class TestCommand:
     def test_without_a_config(self, begun, tmp_path):
         out, config = begun
         assert self.command("vqgan", "--resume", "--out", out) == 0
-        assert checkpoint.progress(out)["step"] == 2
+        assert run_directory.progress(out)["step"] == 2
         assert self.command("vqgan", "--resume", "--out", out, "training.steps=3") == 0
         unbroken = tmp_path / "unbroken"
         assert self.command("vqgan", config, "--out", unbroken, "training.steps=3", "data.length=20") == 0
-        states = [torch.load(run / checkpoint.STATE, weights_only=True)["model"] for run in (out, unbroken)]
+        states = [torch.load(run / run_directory.STATE, weights_only=True)["model"] for run in (out, unbroken)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
     def test_of_a_prior_needs_no_first_stage(self, begun, tmp_path, capsys):
@@ -219,10 +220,10 @@ class TestCommand:
         words = ["training.steps=2", "prior.condition=none"]
         assert self.command("prior", config, "--first-stage", begun[0], "--out", out, *words) == 0
         assert self.command("prior", "--resume", "--out", out, "training.steps=3") == 0
-        assert checkpoint.progress(out)["step"] == 3
+        assert run_directory.progress(out)["step"] == 3
         again = [config, "--first-stage", begun[0], "--resume", "--out", out, "prior.condition=none"]
         assert self.command("prior", *again, "training.steps=4") == 0
-        assert checkpoint.progress(out)["step"] == 4
+        assert run_directory.progress(out)["step"] == 4
         assert self.command("prior", "--resume", "--out", out, "prior.condition=class") == cli.USAGE_ERROR
         assert "prior.* are for a new run" in capsys.readouterr().err
 
@@ -230,7 +231,7 @@ class TestCommand:
         out, config = begun
         with caplog.at_level(logging.WARNING):
             assert self.command("vqgan", config, "--resume", "--out", out, "data.length=20") == 0
-        assert checkpoint.progress(out)["step"] == 2
+        assert run_directory.progress(out)["step"] == 2
         assert "its training.steps=2, not training.steps=6" in caplog.text
 
     @pytest.mark.parametrize(

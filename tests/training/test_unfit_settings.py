@@ -129,7 +129,7 @@ def test_no_more_workers_than_processors(monkeypatch):
             asked.append(num_workers)
             super().__init__(*args, num_workers=0, **options)
 
-    monkeypatch.setattr("tamingfast.data.batches.DataLoader", Noted)
-    monkeypatch.setattr("tamingfast.data.batches._processors", lambda: 2)
+    monkeypatch.setattr("tamingfast.data.loading.DataLoader", Noted)
+    monkeypatch.setattr("tamingfast.data.loading._processors", lambda: 2)
     batches = list(loader(tiny.Noise(4), 2, 0, 0, workers=64))
     assert asked == [2] and len(batches) == 2

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from tamingfast import UserError, load_model
-from tamingfast.config import instantiate_from_config, load_yaml, plain
-from tamingfast.training import checkpoint, distributed, feed, load_config, loop, presets, prior, settings, vqgan
+from tamingfast.checkpoints import run_directory
+from tamingfast.checkpoints.config import instantiate_from_config, load_yaml, plain
+from tamingfast.training import distributed, feed, load_config, loop, presets, prior, settings, vqgan
 
 
 def build(config):
@@ -127,7 +128,7 @@ def test_gumbel_temperature_follows_the_step(tmp_path):
         "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler", "params": schedule,
     }  # fmt: skip
     out = vqgan.train(config, tmp_path / "run", device="cpu", datasets=tiny.datasets())
-    assert [line["temperature"] for line in checkpoint.read_metrics(out, "train")] == pytest.approx([1.0, 2.0, 3.0])
+    assert [line["temperature"] for line in run_directory.read_metrics(out, "train")] == pytest.approx([1.0, 2.0, 3.0])
     assert load_model(out).n_embed == 16
 
 
@@ -144,14 +145,14 @@ def test_segmentation_model_trains_with_its_single_optimizer(tmp_path):
     config["model"]["params"]["ddconfig"] |= {"in_channels": 5, "out_ch": 5}
     config["model"]["params"]["lossconfig"] = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
     out = vqgan.train(config, tmp_path / "run", device="cpu", datasets=(Masks(8), Masks(3)))
-    lines = checkpoint.read_metrics(out, "train")
+    lines = run_directory.read_metrics(out, "train")
     assert lines[-1]["bce_loss"] < lines[0]["bce_loss"]
     assert (out / "images" / "00000004.png").is_file()
 
 
 def test_run_directory(tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=8, image_every=8)
-    lines = checkpoint.read_metrics(out)
+    lines = run_directory.read_metrics(out)
     train = [line for line in lines if line["split"] == "train"]
     # 13 images in batches of 2 are epochs of 6 steps; the end of the run is validated too.
     assert [(line["step"], line["epoch"]) for line in train] == [(n, (n - 1) // 6) for n in range(1, 9)]
@@ -175,7 +176,7 @@ def test_learning_lowers_the_loss(tmp_path):
     data = tiny.Noise(4, seed=2)
     data.set_epoch = lambda epoch: None  # the same four images for ever
     out = vqgan.train(config, tmp_path / "run", device="cpu", datasets=(data, data))
-    losses = [line["rec_loss"] for line in checkpoint.read_metrics(out, "train")]
+    losses = [line["rec_loss"] for line in run_directory.read_metrics(out, "train")]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
@@ -324,7 +325,9 @@ def test_a_config_of_the_original_trains_as_it_is(tmp_path):
     out = vqgan.train(config, tmp_path / "run", device="cpu")
     recorded = plain(load_yaml(out / "config.yaml"))
     assert recorded["training"]["batch_size"] == 3 and recorded["training"]["accumulate"] == 2
-    assert len(checkpoint.read_metrics(out, "train")) == 2 and len(checkpoint.read_metrics(out, "validation")) == 2
+    assert (
+        len(run_directory.read_metrics(out, "train")) == 2 and len(run_directory.read_metrics(out, "validation")) == 2
+    )
 
 
 def test_a_data_set_of_the_original_that_is_not_here_asks_for_a_folder(tmp_path):

@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tamingfast.data import scenes
 from tamingfast.data.base import positive, random_bits
+from tamingfast.data.conditions import scenes
 from tamingfast.data.folders import View, read_rgb
 from tamingfast.errors import UserError, nearest
 
@@ -308,7 +308,7 @@ class Coordinates(Kind):
 
 @dataclass(frozen=True)
 class Objects(FromFile):
-    """Objects with their classes and places as tokens, int64 (n,); see `tamingfast.data.scenes` for files and rules.
+    """Objects with their classes and places as tokens, int64 (n,); `.scenes` has files and rules.
 
     ``classes`` are their names, ``tokens`` is the size of the first stage's codebook, ``objects`` the most there are:
     of more in a picture to train on, the largest are kept.

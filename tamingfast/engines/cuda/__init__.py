@@ -6,6 +6,6 @@ through kernels that stream each weight once, more through torch's matrix produc
 pieces, take a pass of their own. The kernels are those of ``csrc/cuda``.
 """
 
-from tamingfast.cuda_engine.engine import DTYPES, CudaEngine, refusal
+from tamingfast.engines.cuda.engine import DTYPES, CudaEngine, refusal
 
 __all__ = ["DTYPES", "CudaEngine", "refusal"]

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast import backends, ops
-from tamingfast.cuda_engine.checks import check_options, check_range
-from tamingfast.cuda_engine.loop import FEW, VECTOR, Loop, Plan, lasting_tensors
-from tamingfast.cuda_engine.rows import Group, Rows, Span, passes
-from tamingfast.cuda_engine.weights import Norm, Weights
+from tamingfast import ops
+from tamingfast.engines.cuda.rows import Group, Rows, Span, passes
+from tamingfast.engines.cuda.step import FEW, VECTOR, Loop, Plan, lasting_tensors
+from tamingfast.engines.cuda.weights import Norm, Weights
+from tamingfast.engines.request import check_options, check_range
+from tamingfast.ops import backends
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDEST_HEAD = 256
@@ -156,7 +157,7 @@ class CudaEngine:
     # --- passes ---------------------------------------------------------------------------------------
 
     def step(self, items: Iterable[tuple[int, int, Sequence[int]]], logits: str = "last") -> Tensor:
-        """Feeds tokens to slots; arguments, result and errors are those of `tamingfast.engine.GPTEngine.step`.
+        """Feeds tokens to slots; arguments, result and errors are those of `tamingfast.engines.cpu.GPTEngine.step`.
 
         The result is on the engine's device.
         """
@@ -318,7 +319,7 @@ class CudaEngine:
     ) -> None:
         """Decodes tokens of several sequences side by side and writes them into `sequences`.
 
-        Arguments and errors are those of `tamingfast.engine.GPTEngine.decode`; `sequences` is on the engine's device.
+        Arguments and errors are those of `GPTEngine.decode`; `sequences` is on the engine's device.
         The host waits only when progress is to be told, every 50 ms or 64 steps, and at the end. All slots are fed
         alike, also where a token is not wanted.
         """

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tamingfast.cuda_engine.checks import check_range
-from tamingfast.cuda_engine.weights import Linear, Norm
+from tamingfast.engines.cuda.weights import Linear, Norm
+from tamingfast.engines.request import check_range
 
 if TYPE_CHECKING:
-    from tamingfast.cuda_engine.engine import CudaEngine
+    from tamingfast.engines.cuda.engine import CudaEngine
 
 FEW = 8  # sequences for which reading the weights is all that counts
 VECTOR = 8  # elements that a kernel reads at a time

@@ -1,0 +1,1 @@
+"""What an image can be conditioned on: reading it from files, or computing it from the image."""
