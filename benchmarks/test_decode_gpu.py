@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tamingfast.engines import cpu as engine
 from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines.request import Span
 from tamingfast.models.gpt import GPT
 from tamingfast.sampling import choose, gumbel_noise, sample_grid
 
@@ -170,7 +171,7 @@ def check(gpt: GPT, made: CudaEngine, candidates: dict[str, object], batch: int)
     for _ in range(2):  # eagerly, then from the graph
         made.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1)
     expected = gpt.float()(sequences[:, :-1])[0]
-    spans = [(b, 0, CHECKED) for b in range(batch)]
+    spans = [Span(b, 0, CHECKED) for b in range(batch)]
     logits = made.feed(sequences[:, :-1].flatten(), spans, "all").view(batch, CHECKED, -1)
     near(logits, expected, "ours")
     noise = gumbel_noise(

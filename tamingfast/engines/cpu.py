@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tamingfast.engines import cuda as cuda_engine
 from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines.request import Span
 from tamingfast.ops import backends
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -111,11 +112,11 @@ class GPTEngine:
         self._native.step(items, logits, out.data_ptr(), rows)
         return out
 
-    def feed(self, tokens: Tensor, spans: Iterable[tuple[int, int, int]], logits: str = "last") -> Tensor:
-        """As `step`, for int64 tokens (T,) of all spans in turn: (slot, start, count) each."""
+    def feed(self, tokens: Tensor, spans: Iterable[Span], logits: str = "last") -> Tensor:
+        """As `step`, for int64 tokens (T,) of all spans in turn."""
         spans = list(spans)
-        parts = tokens.split([count for _, _, count in spans])
-        items = [(slot, start, part.tolist()) for (slot, start, _), part in zip(spans, parts, strict=True)]
+        parts = tokens.split([span.count for span in spans])
+        items = [(span.slot, span.start, part.tolist()) for span, part in zip(spans, parts, strict=True)]
         return self.step(items, logits)
 
     def decode(

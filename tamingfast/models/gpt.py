@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
+from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
 
@@ -31,14 +32,6 @@ class GPTConfig:
 
 #: One layer's keys and values, each (B, n_head, length, head_dim).
 LayerCache = tuple[Tensor, Tensor]
-
-
-class Feed(NamedTuple):
-    """Tokens of one call of `GPT.forward_ragged`: positions ``start`` to ``stop - 1`` of the sequences in ``slot``."""
-
-    slot: int
-    start: int
-    stop: int
 
 
 class CausalSelfAttention(nn.Module):
@@ -92,30 +85,30 @@ class CausalSelfAttention(nn.Module):
             mask = torch.arange(stop, device=x.device) <= rows[:, None]
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
-    def forward_ragged(self, x: Tensor, cache: LayerCache, feeds: Sequence[Feed], last_only: bool) -> Tensor:
-        """The same for the tokens of several feeds, one after the other in x (B, T, n_embd); cache (slots, B, ...).
+    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
+        """The same for the tokens of several spans, one after the other in x (B, T, n_embd); cache (slots, B, ...).
 
-        With ``last_only`` the result holds the last token of each feed alone, (B, number of feeds, n_embd).
+        With ``last_only`` the result holds the last token of each span alone, (B, number of spans, n_embd).
         """
-        ends = _ends(feeds)
+        ends = _ends(spans)
         k, v = self._split(self.key(x)), self._split(self.value(x))
         q = self._split(self.query(x[:, [end - 1 for end in ends]] if last_only else x))
         outputs = []
-        for i, (feed, end) in enumerate(zip(feeds, ends, strict=True)):
-            begin = end - (feed.stop - feed.start)
-            keys, values = cache[0][feed.slot], cache[1][feed.slot]
-            keys[:, :, feed.start : feed.stop] = k[:, :, begin:end]
-            values[:, :, feed.start : feed.stop] = v[:, :, begin:end]
-            seen = keys[:, :, : feed.stop], values[:, :, : feed.stop]
-            if last_only or feed.stop - feed.start == 1:
+        for i, (span, end) in enumerate(zip(spans, ends, strict=True)):
+            begin = end - span.count
+            keys, values = cache[0][span.slot], cache[1][span.slot]
+            keys[:, :, span.start : span.stop] = k[:, :, begin:end]
+            values[:, :, span.start : span.stop] = v[:, :, begin:end]
+            seen = keys[:, :, : span.stop], values[:, :, : span.stop]
+            if last_only or span.count == 1:
                 asking = q[:, :, i : i + 1] if last_only else q[:, :, begin:end]
                 outputs.append(F.scaled_dot_product_attention(asking, *seen))
-            elif feed.start == 0:
+            elif span.start == 0:
                 own = (part[:, :, begin:end] for part in (q, k, v))
                 outputs.append(ops.causal_attention(*own, n_unmasked=self.n_unmasked))
             else:
-                rows = torch.arange(feed.start, feed.stop, device=x.device)
-                mask = torch.arange(feed.stop, device=x.device) <= rows[:, None]
+                rows = torch.arange(span.start, span.stop, device=x.device)
+                mask = torch.arange(span.stop, device=x.device) <= rows[:, None]
                 outputs.append(F.scaled_dot_product_attention(q[:, :, begin:end], *seen, attn_mask=mask))
         return self._join(torch.cat(outputs, dim=2))
 
@@ -143,9 +136,9 @@ class Block(nn.Module):
         x = x + self.attn.forward_cached(self.ln1(x), cache, start)
         return x + self.mlp(self.ln2(x))
 
-    def forward_ragged(self, x: Tensor, cache: LayerCache, feeds: Sequence[Feed], last_only: bool) -> Tensor:
-        kept = x[:, [end - 1 for end in _ends(feeds)]] if last_only else x
-        x = kept + self.attn.forward_ragged(self.ln1(x), cache, feeds, last_only)
+    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
+        kept = x[:, [end - 1 for end in _ends(spans)]] if last_only else x
+        x = kept + self.attn.forward_ragged(self.ln1(x), cache, spans, last_only)
         return x + self.mlp(self.ln2(x))
 
 
@@ -230,7 +223,7 @@ class GPT(nn.Module):
         if 0 < start < self.config.n_unmasked:
             raise ValueError(
                 f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; "
-                "feed it whole from 0"
+                "span it whole from 0"
             )
         return self._run_cached(self.tok_emb(idx), cache, start)
 
@@ -275,17 +268,17 @@ class GPT(nn.Module):
         shape = (slots, batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
         return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
 
-    def forward_ragged(self, idx: Tensor, cache: list[LayerCache], feeds: Sequence[Feed]) -> Tensor:
-        """Logits (B, number of feeds, vocab_size) of the last token of each feed.
+    def forward_ragged(self, idx: Tensor, cache: list[LayerCache], spans: Sequence[Span]) -> Tensor:
+        """Logits (B, number of spans, vocab_size) of the last token of each span.
 
-        ``idx`` (B, T) holds the tokens of all feeds, one after the other; each feed has a slot of ``cache`` of its own
+        ``idx`` (B, T) holds the tokens of all spans, one after the other; each span has a slot of ``cache`` of its own
         and is as long as its positions say. What `forward_cached` says of the cache holds for each slot.
         """
-        place = torch.cat([torch.arange(feed.start, feed.stop, device=idx.device) for feed in feeds])
+        place = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
         x = self.tok_emb(idx) + self.pos_emb[0, place]
         last = len(self.blocks) - 1
         for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
-            x = block.forward_ragged(x, layer, feeds, last_only=i == last)
+            x = block.forward_ragged(x, layer, spans, last_only=i == last)
         return self.head(self.ln_f(x))
 
     def _check_length(self, length: int) -> None:
@@ -302,8 +295,8 @@ def attention_mask(size: int, n_unmasked: int, device: torch.device) -> Tensor:
     return mask.view(1, 1, size, size)
 
 
-def _ends(feeds: Sequence[Feed]) -> list[int]:
-    return list(itertools.accumulate(feed.stop - feed.start for feed in feeds))
+def _ends(spans: Sequence[Span]) -> list[int]:
+    return list(itertools.accumulate(span.count for span in spans))
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -18,6 +18,7 @@ section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -93,6 +94,30 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
         raise UserError(f"top_k is {top_k}, but it must be an integer of at least 1, or None to keep all")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}, but it must be above 0 and at most 1, or None to keep all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a token is chosen from its logits: the arguments of `choose` and the seed of its noise.
+
+    Attributes:
+        temperature, top_k, top_p: as in `choose`; None keeps all entries.
+        greedy: the best entry, without noise, temperature and filters.
+        seed: of `gumbel_noise`.
+
+    Raises:
+        UserError: an option outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_filters(self.temperature, self.top_k, self.top_p)
+        check_seed(self.seed)
 
 
 def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:

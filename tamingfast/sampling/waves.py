@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
-from tamingfast.models.gpt import Feed
 from tamingfast.ops.backends import available_memory
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
@@ -32,8 +32,8 @@ PLANNING, HOLDING = 300, 50
 class Engine(Protocol):
     """What runs the transformer for a wave."""
 
-    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
-        """Feeds int64 (B, T), the tokens of all feeds in turn, into their slots; logits (B, number of feeds, V)."""
+    def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:
+        """Feeds int64 (B, T), the tokens of all spans in turn, into their slots; logits (B, number of spans, V)."""
 
 
 class TorchEngine:
@@ -43,8 +43,8 @@ class TorchEngine:
         self.gpt = gpt
         self.cache = gpt.new_slots(slots, batch, length)
 
-    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
-        return self.gpt.forward_ragged(tokens, self.cache, feeds)
+    def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:
+        return self.gpt.forward_ragged(tokens, self.cache, spans)
 
 
 class NativeEngine:
@@ -53,16 +53,11 @@ class NativeEngine:
     def __init__(self, engine: GPTEngine | CudaEngine, batch: int) -> None:
         self.engine, self.batch = engine, batch
 
-    def step(self, tokens: Tensor, feeds: list[Feed]) -> Tensor:
+    def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:
         # The images' like spans lie side by side, so that an engine may attend to them together.
-        counts = [feed.stop - feed.start for feed in feeds]
-        spans = [
-            (feed.slot * self.batch + i, feed.start, count)
-            for feed, count in zip(feeds, counts, strict=True)
-            for i in range(self.batch)
-        ]
-        flat = torch.cat([part.flatten() for part in tokens.split(counts, 1)])
-        return self.engine.feed(flat, spans).view(len(feeds), self.batch, -1).transpose(0, 1)
+        each = [Span(span.slot * self.batch + i, span.start, span.count) for span in spans for i in range(self.batch)]
+        flat = torch.cat([part.flatten() for part in tokens.split([span.count for span in spans], 1)])
+        return self.engine.feed(flat, each).view(len(spans), self.batch, -1).transpose(0, 1)
 
 
 def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:
@@ -119,21 +114,21 @@ def sample_waves(
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
     for first, last in pairwise(bounds):
         cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
-        logits, tokens, feeds = [], [], []
+        logits, tokens, spans = [], [], []
         for corner, step, slot, fed in entries[first:last]:
             start = prefix + fed if fed >= 0 else 0
             if fed < 0 and context.fixed and slot in filled and prefix >= n_unmasked and step > 0:
                 start = prefix
             filled.add(slot)
-            feed = Feed(slot, start, prefix + step)
-            if feeds and canvas.shape[0] * (sum(f.stop - f.start for f in feeds) + feed.stop - start) > TOKENS_PER_CALL:
-                logits.append(engine.step(torch.cat(tokens, 1), feeds))
-                tokens, feeds = [], []
+            span = Span(slot, start, prefix + step - start)
+            if spans and canvas.shape[0] * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
+                logits.append(engine.step(torch.cat(tokens, 1), spans))
+                tokens, spans = [], []
             if start < prefix:
                 tokens.append(context.before(corner, start))
             tokens.append(canvas[:, corner + raster[max(start - prefix, 0) : step]])
-            feeds.append(feed)
-        logits.append(engine.step(torch.cat(tokens, 1), feeds))
+            spans.append(span)
+        logits.append(engine.step(torch.cat(tokens, 1), spans))
         drawn = [next(noise) for _ in range(first, last)]
         chosen = pick(torch.cat(logits, 1), None if drawn[0] is None else torch.stack(drawn, 1))
         canvas[:, cells] = torch.where(wanted[:, cells], chosen, canvas[:, cells])

@@ -29,7 +29,8 @@ from tamingfast.engines import cuda as cuda_engine
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
 from tamingfast.engines.cuda.engine import steps_ahead
-from tamingfast.engines.cuda.rows import Group, Rows, Span
+from tamingfast.engines.cuda.rows import Group, Rows
+from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
@@ -141,7 +142,7 @@ def test_a_ragged_step(place, worth, monkeypatch):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-4)
     assert [made.length(slot) for slot in range(6)] == [7, 65, 6, 104, 131, 7]
     flat = torch.tensor(tokens[0][7:9] + tokens[5][7:10], device=place.device)
-    last = made.feed(flat, [(0, 7, 2), (5, 7, 3)]).cpu()
+    last = made.feed(flat, [Span(0, 7, 2), Span(5, 7, 3)]).cpu()
     for row, tokens_so_far in zip(last, (tokens[0][:9], tokens[5][:10]), strict=True):
         torch.testing.assert_close(row, all_logits(gpt, tokens_so_far)[-1], rtol=1e-5, atol=1e-4)
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.engines.cuda.rows import Group, Rows, Span, passes
+from tamingfast.engines.cuda.rows import Group, Rows, passes
 from tamingfast.engines.cuda.step import FEW, VECTOR, Loop, Plan, lasting_tensors
 from tamingfast.engines.cuda.weights import Norm, Weights
-from tamingfast.engines.request import check_options, check_range
+from tamingfast.engines.request import Span, check_range
 from tamingfast.ops import backends
+from tamingfast.ops.choice import Choice
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDEST_HEAD = 256
@@ -168,16 +169,16 @@ class CudaEngine:
         spans = [Span(slot, start, len(tokens)) for slot, start, tokens in items]
         return self._fed(torch.tensor(flat, dtype=torch.int64), spans, logits)
 
-    def feed(self, tokens: Tensor, spans: Iterable[tuple[int, int, int]], logits: str = "last") -> Tensor:
+    def feed(self, tokens: Tensor, spans: Iterable[Span], logits: str = "last") -> Tensor:
         """As `step`, for tokens that are on the device already.
 
         Args:
             tokens: int64 (T,), of all spans in turn. They must lie in the vocabulary: the host does not look at them,
                 as it would have to wait.
-            spans: (slot, start, count) each.
+            spans: of distinct slots.
             logits: as in `step`.
         """
-        return self._fed(tokens, [Span(*span) for span in spans], logits)
+        return self._fed(tokens, list(spans), logits)
 
     def _fed(self, tokens: Tensor, spans: list[Span], logits: str) -> Tensor:
         if logits not in ("none", "last", "all"):
@@ -330,7 +331,7 @@ class CudaEngine:
             steps if columns is None else list(columns), list(range(len(slots))) if images is None else list(images),
         )  # fmt: skip
         choices = self.vocab_size if choices is None else choices
-        check_options(temperature, top_k, top_p, seed)
+        Choice(temperature=temperature, top_k=top_k or None, top_p=top_p, seed=seed)
         check_range("choices", choices, 1, self.vocab_size)
         check_range("every", every, 1, None)
         with self._turn():

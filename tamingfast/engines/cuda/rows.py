@@ -8,19 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tamingfast.engines.request import Span
+
 # Bytes of keys and values, read by each row for itself, that take a GPU about as long as the host takes to queue the
 # launches of attention in tiles: a tenth of a millisecond.
 _WORTH_TILES = 1 << 28
 _MOST_IN_VAIN = 8  # positions before a span, for each of its own, whose queries a tile may hold though nobody asks
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of one slot."""
-
-    slot: int
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
