@@ -80,7 +80,7 @@ def main() -> None:
     made = page()
     if "--check" in sys.argv[1:]:
         if PAGE.read_text(encoding="utf-8") != made:
-            sys.exit(
+            sys.exit(f"{PAGE.name}: got a page older than the docstrings, expected the present one; run make docs")
                 f"{PAGE.name}: got a page that the docstrings have outgrown, expected the present one; run make docs"
             )
     else:
