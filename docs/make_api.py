@@ -81,8 +81,6 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         if PAGE.read_text(encoding="utf-8") != made:
             sys.exit(f"{PAGE.name}: got a page older than the docstrings, expected the present one; run make docs")
-                f"{PAGE.name}: got a page that the docstrings have outgrown, expected the present one; run make docs"
-            )
     else:
         PAGE.write_text(made, encoding="utf-8")
 

@@ -76,8 +76,8 @@ class Canvas:
         if len(self.cond) != batch or (self.cond.ndim != 2 and self.cond.shape[:3] != self.tokens.shape):
             got = " x ".join(map(str, self.cond.shape))
             raise UserError(
-                f"condition: got {got} tokens, expected {batch} x c or {batch} x {height} x {width}; give a condition of "
-                "the canvas's size"
+                f"condition: got {got} tokens, expected {batch} x c or {batch} x {height} x {width}; give one of the "
+                "canvas's size"
             )
 
     @classmethod
