@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tamingfast.engines.request import Span
@@ -42,6 +43,8 @@ class Transformer(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
     def eval(self) -> Any: ...
+
+    def to(self, dtype: torch.dtype) -> Any: ...
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]: ...
 

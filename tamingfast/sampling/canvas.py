@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +193,15 @@ class Canvas:
                 action.tick()
 
         settings = dict(now.settings)
-        first_image = settings.pop("first_image", 0)
+        first_image, (_, height, width) = settings.pop("first_image", 0), tokens.shape
         try:
             for first in range(0, len(tokens), batch):
                 part = slice(first, first + batch)
                 if not pending[part].any():
                     continue
                 sample_grid(
-                    model, now.cond[part], *tokens.shape[1:], start=tokens[part], mask=pending[part],
-                    first_image=first_image + first, observer=lambda *seen, part=part: observe(part, *seen),
-                    **settings, **options,
+                    model, now.cond[part], height, width, start=tokens[part], mask=pending[part],
+                    first_image=first_image + first, observer=partial(observe, part), **settings, **options,
                 )  # fmt: skip
         except KeyboardInterrupt:
             if path is not None:

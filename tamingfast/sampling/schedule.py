@@ -29,7 +29,6 @@ import heapq
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -37,8 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tamingfast.errors import UserError
 
-Rule = Literal["paper", "scene", "strided", "block"]
-RULES: tuple[str, ...] = get_args(Rule)
+RULES = ("paper", "scene", "strided", "block")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +111,11 @@ class Schedule:
         corner, step = self.corners[positions], self.steps[positions]
         moves = np.flatnonzero(np.diff(corner)) + 1
         parts = zip(np.split(corner, moves), np.split(step, moves), strict=True)
-        return tuple(Run(*map(int, divmod(c[0], self.width)), steps) for c, steps in parts if len(steps))
+        return tuple(
+            Run(row=int(corners[0]) // self.width, column=int(corners[0]) % self.width, steps=steps)
+            for corners, steps in parts
+            if len(steps)
+        )
 
     def cells(self, run: Run) -> NDArray[np.int64]:
         """Raster indices in the grid of the window's sequence: int64 (window_tokens,)."""
@@ -130,7 +132,7 @@ class Schedule:
         return replace(self, wanted=self.wanted & wanted.reshape(self.wanted.shape))
 
 
-def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper", stride: int = 8) -> Schedule:
+def make_schedule(height: int, width: int, window: int = 16, rule: str = "paper", stride: int = 8) -> Schedule:
     """Plans a height x width grid of tokens under one of the rules at the head of this module.
 
     Args:
@@ -175,7 +177,7 @@ def one_window(height: int, width: int, order: ArrayLike) -> Schedule:
     return replace(make_schedule(height, width, max(height, width)), order=order)
 
 
-def window_starts(size: int, window: int, rule: Rule, stride: int) -> NDArray[np.int64]:
+def window_starts(size: int, window: int, rule: str, stride: int) -> NDArray[np.int64]:
     """First coordinate of the window for each coordinate of one axis, int64 (size,)."""
     behind = {
         "paper": window // 2,
@@ -278,7 +280,8 @@ def _assign_slots(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(slot, number of image tokens that it already holds or -1) of each entry."""
     never = len(corners)
-    following, last_seen = [never] * len(corners), {}
+    following = [never] * len(corners)
+    last_seen: dict[int, int] = {}
     for entry in range(len(corners) - 1, -1, -1):
         following[entry] = last_seen.get(corners[entry], never)
         last_seen[corners[entry]] = entry

@@ -6,8 +6,8 @@ window's cache slot does not hold yet; see `tamingfast.sampling.schedule.Waves`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Protocol
 
 import torch
@@ -107,29 +107,50 @@ def sample_waves(
         n_unmasked: leading tokens that attend to one another, so they are fed together.
         after_wave: called with the raster indices of the cells that were just sampled.
     """
-    prefix = context.length
-    raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
-    filled: set[int] = set()  # slots that hold the condition, where it is the same in every window
-    bounds = waves.bounds.tolist()
+    feeder = _Feeder(engine, plan, context, canvas, n_unmasked)
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
-    for first, last in pairwise(bounds):
+    for first, last in pairwise(waves.bounds.tolist()):
         cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
-        logits, tokens, spans = [], [], []
-        for corner, step, slot, fed in entries[first:last]:
-            start = prefix + fed if fed >= 0 else 0
-            if fed < 0 and context.fixed and slot in filled and prefix >= n_unmasked and step > 0:
-                start = prefix
-            filled.add(slot)
-            span = Span(slot, start, prefix + step - start)
-            if spans and canvas.shape[0] * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
-                logits.append(engine.step(torch.cat(tokens, 1), spans))
-                tokens, spans = [], []
-            if start < prefix:
-                tokens.append(context.before(corner, start))
-            tokens.append(canvas[:, corner + raster[max(start - prefix, 0) : step]])
-            spans.append(span)
-        logits.append(engine.step(torch.cat(tokens, 1), spans))
-        drawn = [next(noise) for _ in range(first, last)]
-        chosen = pick(torch.cat(logits, 1), None if drawn[0] is None else torch.stack(drawn, 1))
+        logits = feeder.logits(entries[first:last])
+        drawn = [value for value in islice(noise, last - first) if value is not None]
+        chosen = pick(logits, torch.stack(drawn, 1) if drawn else None)
         canvas[:, cells] = torch.where(wanted[:, cells], chosen, canvas[:, cells])
         after_wave(cells)
+
+
+class _Feeder:
+    """Feeds the windows of a wave what their slots lack, in calls of at most `TOKENS_PER_CALL` tokens."""
+
+    def __init__(self, engine: WaveEngine, plan: Schedule, context: Context, canvas: Tensor, n_unmasked: int) -> None:
+        self.engine, self.context, self.canvas, self.n_unmasked = engine, context, canvas, n_unmasked
+        self.raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
+        self.filled: set[int] = set()  # slots that hold the condition, where it is the same in every window
+
+    def logits(self, entries: Sequence[tuple[int, int, int, int]]) -> Tensor:
+        """Logits (B, number of entries, V) of entries (corner, step, slot, fed); see `Waves`."""
+        found: list[Tensor] = []
+        tokens: list[Tensor] = []
+        spans: list[Span] = []
+        for corner, step, slot, fed in entries:
+            span = self._span(step, slot, fed)
+            if spans and len(self.canvas) * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
+                found.append(self.engine.step(torch.cat(tokens, 1), spans))
+                tokens, spans = [], []
+            tokens += self._tokens(corner, step, span.start)
+            spans.append(span)
+        found.append(self.engine.step(torch.cat(tokens, 1), spans))
+        return torch.cat(found, 1)
+
+    def _span(self, step: int, slot: int, fed: int) -> Span:
+        """What the slot lacks before the token at ``step`` can be chosen."""
+        prefix = self.context.length
+        start = prefix + fed if fed >= 0 else 0
+        if fed < 0 and self.context.fixed and slot in self.filled and prefix >= self.n_unmasked and step > 0:
+            start = prefix
+        self.filled.add(slot)
+        return Span(slot, start, prefix + step - start)
+
+    def _tokens(self, corner: int, step: int, start: int) -> list[Tensor]:
+        prefix = self.context.length
+        condition = [self.context.before(corner, start)] if start < prefix else []
+        return [*condition, self.canvas[:, corner + self.raster[max(start - prefix, 0) : step]]]
