@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from tamingfast.engines.cpu import GPTEngine
-from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines import DecodeRequest, Engine
+from tamingfast.ops.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Task:
         steps: (S,), rising positions in the sequence.
         wanted: bool (B, S); where False, the token that is there stays.
         rows, columns: (S,), where the tokens stand in the grid.
-        before: how many positions were decoded in earlier tasks.
     """
 
     sequence: Tensor
@@ -29,7 +28,6 @@ class Task:
     wanted: Tensor
     rows: list[int]
     columns: list[int]
-    before: int
 
 
 class Decoder(Protocol):
@@ -109,19 +107,24 @@ class NativeDecoder:
         engine: with a slot for each image of the batch, all empty.
         batch: B.
         shared: leading tokens that are the same in every window.
-        options: of the choice, for `GPTEngine.decode`.
+        images: the images' numbers.
+        choices: entries of the vocabulary that may be chosen.
+        choice: of a token from its logits.
     """
 
-    def __init__(self, engine: GPTEngine | CudaEngine, batch: int, shared: int, options: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, batch: int, shared: int, images: range, choices: int, choice: Choice) -> None:
         self.engine = engine
         self.slots = range(batch)
         self.shared = shared
-        self.options = options
+        self.images = images
+        self.choices = choices
+        self.choice = choice
 
     def decode(self, task: Task, report: Callable[[int], None] | None, every: int) -> None:
-        """Does the task; calls `report` with the positions decoded in all tasks, whenever `every` divides it."""
+        """Does the task; calls `report` with the positions decoded, whenever `every` divides it."""
         fed = min([self.shared, *(self.engine.length(slot) for slot in self.slots)])
-        self.engine.decode(
-            self.slots, task.sequence, task.steps, wanted=task.wanted, rows=task.rows, columns=task.columns, fed=fed,
-            progress=report, every=every, before=task.before, **self.options,
+        request = DecodeRequest(
+            slots=self.slots, sequences=task.sequence, steps=task.steps, wanted=task.wanted, rows=task.rows,
+            columns=task.columns, images=self.images, fed=fed, choices=self.choices, choice=self.choice,
         )  # fmt: skip
+        self.engine.decode(request, report, every)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast.engines import cpu as engine
+from tamingfast import engines
 from tamingfast.errors import UserError
 from tamingfast.ops import backends
-from tamingfast.ops.choice import check_filters, check_seed, choose, gumbel_noise
+from tamingfast.ops.choice import Choice, choose, gumbel_noise
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder, Task
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
@@ -98,8 +98,7 @@ def sample_grid(
         UserError: an option outside its range, or a window that the transformer's block size cannot hold.
         ValueError: tensors of wrong shape or type, tokens outside the vocabulary, or logits with NaN.
     """
-    check_filters(temperature, top_k, top_p)
-    check_seed(seed)
+    choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed)
     gpt, plan, cond, context, vocab = plan_grid(transformer, cond, height, width, window, schedule, stride)
     batch, device, prefix = len(cond), cond.device, context.length
     canvas, wanted = _canvas(start, mask, plan, batch, vocab, device)
@@ -107,7 +106,6 @@ def sample_grid(
     report = _Report(canvas, wanted, plan, callback, observer)
     chosen, dtype = choose_backend(backend, gpt, dtype)
     causal = gpt.config.n_unmasked <= prefix
-    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_images(first_image, batch)
 
     def noise(positions: np.ndarray) -> Iterator[Tensor | None]:
@@ -115,7 +113,7 @@ def sample_grid(
         return itertools.repeat(None) if greedy else drawn
 
     def pick(logits: Tensor, drawn: Tensor | None) -> Tensor:
-        return choose(logits[..., :vocab], drawn, **choice)
+        return choose(logits[..., :vocab], drawn, temperature=temperature, top_k=top_k, top_p=top_p)
 
     # Windows that wait for nobody go together, where the cache of each is exact.
     waves = None
@@ -130,9 +128,9 @@ def sample_grid(
             sample_waves(runner, plan, waves, context, canvas, wanted, pick, drawn, gpt.config.n_unmasked, report.added)
     elif chosen == "native":
         images = range(first_image, first_image + batch)
-        choice |= dict(images=images, choices=vocab, greedy=greedy, seed=int(seed))
-        with engine.borrowed_engine(gpt, dtype, batch, length) as lent:
-            _run_by_run(NativeDecoder(lent, batch, shared, choice), plan, context, canvas, wanted, report)
+        with engines.borrowed_engine(gpt, dtype, batch, length) as lent:
+            decoder = NativeDecoder(lent, batch, shared, images, vocab, choice)
+            _run_by_run(decoder, plan, context, canvas, wanted, report)
     else:
         with _evaluating(gpt, dtype) as model:
             decoder = _decoder(chosen, model, batch, plan, causal, length, shared)
@@ -145,7 +143,7 @@ def _wave_engine(
     chosen: str, gpt: nn.Module, dtype: str, slots: int, batch: int, length: int
 ) -> Iterator[NativeEngine | TorchEngine]:
     if chosen == "native":
-        with engine.borrowed_engine(gpt, dtype, slots * batch, length) as lent:
+        with engines.borrowed_engine(gpt, dtype, slots * batch, length) as lent:
             yield NativeEngine(lent, batch)
     else:
         with _evaluating(gpt, dtype) as model:
@@ -171,7 +169,7 @@ def _run_by_run(
 
         rows, columns = divmod(places[run.steps], plan.width)
         steps, sampled = (prefix + run.steps).tolist(), wanted[:, cells[torch.from_numpy(run.steps)]]
-        task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist(), before=0)
+        task = Task(sequence, steps, sampled, rows.tolist(), columns.tolist())
         decoder.decode(task, tell if report.listened_to else None, every)
         if reported < len(run.steps):
             tell(len(run.steps))
@@ -370,8 +368,8 @@ def choose_backend(backend: str, gpt: nn.Module, dtype: str | None) -> tuple[str
     name = str(next(gpt.parameters()).dtype if dtype is None else dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be one of {', '.join(DTYPES)}, or None")
-    reason = engine.refusal(gpt)
-    if reason is None and name not in engine.dtypes(gpt):
+    reason = engines.refusal(gpt)
+    if reason is None and name not in engines.dtypes(gpt):
         reason = f"it has no {name} weights"
     if backend == "native" and reason is not None:
         raise UserError(f"backend 'native' cannot run here: {reason}")
