@@ -266,11 +266,14 @@ def _canvas(start: Tensor | None, mask: Tensor | None, plan: GridPlan) -> tuple[
         kept = start.to(device).masked_fill(wanted.view(grid), 0)  # what is resampled may hold anything
         canvas = checked_tokens("start", kept, plan.vocab, device).flatten(1)
     elif start is not None:
-        limit = layout.window_tokens if layout.single_window else 0
+        if not layout.single_window:
+            raise ValueError(
+                f"start: got {tuple(start.shape)} without a mask, expected both where several windows cover a grid"
+            )
+        limit = layout.window_tokens
         if start.ndim != 2 or start.shape[0] != batch or start.shape[1] > limit:
             raise ValueError(
-                f"start: got shape {tuple(start.shape)}, expected ({batch}, k), the first k of {limit} tokens of a "
-                "grid that one window covers, or a mask as well"
+                f"start: got shape {tuple(start.shape)}, expected ({batch}, k), the first k of {limit} tokens, or a mask as well"
             )
         given = torch.from_numpy(layout.order[: start.shape[1]]).to(device)
         canvas[:, given] = checked_tokens("start", start, plan.vocab, device)

@@ -119,7 +119,7 @@ def test_outpainting_to_the_right_is_the_larger_grid(gpt):
 def test_a_conditioning_grid_grows_along(gpt):
     cond = tokens(1, 7, 9)
     canvas = Canvas.of(tokens(1, 7, 6), cond[:, :, :6], **SETTINGS)
-    with pytest.raises(ValueError, match="condition of the larger canvas"):
+    with pytest.raises(ValueError, match="condition: got none, expected one of the larger canvas"):
         canvas.outpaint(right=3)
     assert canvas.outpaint(right=3, cond=cond).sample(gpt).done
 
