@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 import time
@@ -285,7 +284,7 @@ class CudaEngine:
         most = math.ceil(longest / _POSITIONS_PER_BLOCK)
         if rows <= FEW:
             return most
-        return max(1, min(_BLOCKS_AT_ONCE * multiprocessors(self.device) // (rows * self.heads), most))
+        return max(1, min(_BLOCKS_AT_ONCE * backends.multiprocessors(self.device) // (rows * self.heads), most))
 
     def _split_room(self, rows: int, longest: int) -> dict[str, Any]:
         """The arguments of split attention: the splits, their parts of the result, and how many have arrived."""
@@ -522,9 +521,3 @@ class CudaEngine:
 def steps_ahead(seconds: float) -> int:
     """How many steps of so many seconds are queued before the host looks again."""
     return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(seconds, 1e-9))))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """A small number where there is none, so that splits occur."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
