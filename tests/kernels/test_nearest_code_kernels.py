@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from nearest import assert_nearest, normal
 
 from tamingfast import ops
 from tamingfast.ops import backends, reference
@@ -20,23 +21,6 @@ if not backends.interpreted():
 SHAPES = [(1, 1, 1), (7, 3, 3), (65, 512, 3), (130, 70, 16), (33, 200, 40), (70, 129, 256)]  # N, K, D
 if not backends.interpreted():
     SHAPES += [(4096, 1024, 256), (65536, 512, 3), (5000, 16384, 64)]
-
-
-def normal(rng: torch.Generator, *shape: int, device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64).to(device, dtype)
-
-
-def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
-    """Each index is the first whose float64 distance is the least, up to float64 rounding."""
-    assert index.dtype == torch.int64
-    assert index.shape == z.shape[:1]
-    for rows, chosen in zip(z.double().split(256), index.split(256), strict=True):
-        distance = torch.cdist(rows, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-        got = distance.gather(1, chosen[:, None])
-        assert torch.all(got <= distance.min(1, keepdim=True).values * (1 + 1e-12))
-        # Equal codes have equal distances, to the last bit.
-        same = (codebook[chosen][:, None] == codebook).all(2)
-        assert torch.equal(chosen, same.int().argmax(1)), "of equal codes the first must win"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
