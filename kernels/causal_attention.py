@@ -10,8 +10,8 @@ m + M, or at n_unmasked if that is later and m is below it; tiles beyond that ar
 boundary crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits whose counter is
 (row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass redraws it in any tiling.
 
-Kernels address tensors by the strides of batch, head and position. The last stride is 1, and k and v (dK and dV) share
-their strides; the launchers copy what is laid out differently.
+Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy what
+has another. dK and dV are allocated alike and share their strides.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _visible(o_row, o_col, n_unmasked):
 @triton.jit
 def _attend(
     b_acc, b_l, b_m, b_q, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, T,
-    stride_kt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    stride_kt, stride_vt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into the running maximum, sum and output of one query block."""
@@ -84,8 +84,7 @@ def _attend(
     o_n = tl.arange(0, BN)
     m_d = o_d < D
     for n in range(begin, end, BN):
-        o_kv = _tile(n, o_n, o_d, stride_kt, ALIGN)
-        p_kt, p_vt = p_k + o_kv, p_v + o_kv
+        p_kt, p_vt = p_k + _tile(n, o_n, o_d, stride_kt, ALIGN), p_v + _tile(n, o_n, o_d, stride_vt, ALIGN)
         if MASKED:
             m_kv = (n + o_n < T)[:, None] & m_d[None, :]
             b_k, b_v = tl.load(p_kt, mask=m_kv, other=0.0), tl.load(p_vt, mask=m_kv, other=0.0)  # [BN, BD]
@@ -111,7 +110,8 @@ def _attend(
 @triton.jit
 def _forward_kernel(
     q, k, v, o, lse, seed, scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_ob, stride_oh, stride_ot,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -126,19 +126,20 @@ def _forward_kernel(
     o_t = tl.arange(0, BM)
     p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, ALIGN)
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
-    o_kv = _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN)
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_seed = tl.load(seed) if DROPOUT else 0
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_acc, b_l, b_m = _attend(
-        b_acc, b_l, b_m, b_q, k + o_kv, v + o_kv, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, T,
-        stride_kt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
+        b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, T,
+        stride_kt, stride_vt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_acc, b_l, b_m = _attend(
-        b_acc, b_l, b_m, b_q, k + o_kv, v + o_kv, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, T,
-        stride_kt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
+        b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, T,
+        stride_kt, stride_vt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_o = b_acc * (kept_scale / b_l)[:, None]
     p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, ALIGN)
@@ -204,8 +205,8 @@ def _fold_queries(
 @triton.jit
 def _key_gradient_kernel(
     q, k, v, do, lse, delta, dk, dv, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_gb, stride_gh, stride_gt,
-    stride_dkb, stride_dkh, stride_dkt,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +217,9 @@ def _key_gradient_kernel(
     o_t, o_d = tl.arange(0, BN), tl.arange(0, BD)
     o_n = n + o_t
     m_kv = (o_n < T)[:, None] & (o_d < D)[None, :]
-    o_kv = _head(i_b, i_h, stride_kb, stride_kh, ALIGN) + _tile(n, o_t, o_d, stride_kt, ALIGN)
-    b_k, b_v = tl.load(k + o_kv, mask=m_kv, other=0.0), tl.load(v + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN) + _tile(n, o_t, o_d, stride_kt, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN) + _tile(n, o_t, o_d, stride_vt, ALIGN)
+    b_k, b_v = tl.load(p_k, mask=m_kv, other=0.0), tl.load(p_v, mask=m_kv, other=0.0)  # [BN, BD]
     p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN)
     p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN)
     p_lse, p_delta = lse + i_bh.to(tl.int64) * T, delta + i_bh.to(tl.int64) * T
@@ -244,7 +246,7 @@ def _key_gradient_kernel(
 @triton.jit
 def _fold_keys(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, kept_scale, T,
-    stride_kt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    stride_kt, stride_vt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of the keys [begin, end) to dQ of one query block."""
@@ -254,8 +256,8 @@ def _fold_keys(
     for n in range(begin, end, BN):
         o_n = n + o_tile
         m_kv = (o_n < T)[:, None] & m_d[None, :]
-        o_kv = _tile(n, o_tile, o_d, stride_kt, ALIGN)
-        b_k, b_v = tl.load(p_k + o_kv, mask=m_kv, other=0.0), tl.load(p_v + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
+        b_k = tl.load(p_k + _tile(n, o_tile, o_d, stride_kt, ALIGN), mask=m_kv, other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + _tile(n, o_tile, o_d, stride_vt, ALIGN), mask=m_kv, other=0.0)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         if MASKED:
@@ -271,8 +273,8 @@ def _fold_keys(
 @triton.jit
 def _query_gradient_kernel(
     q, k, v, do, lse, delta, dq, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_gb, stride_gh, stride_gt,
-    stride_dqb, stride_dqh, stride_dqt,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -288,17 +290,18 @@ def _query_gradient_kernel(
     b_q, b_do = tl.load(p_q, mask=m_q, other=0.0), tl.load(p_do, mask=m_q, other=0.0)  # [BM, BD]
     b_lse = tl.load(lse + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
     b_delta = tl.load(delta + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
-    o_kv = _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN)
     b_dq = tl.zeros([BM, BD], tl.float32)
     b_seed = tl.load(seed) if DROPOUT else 0
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_dq = _fold_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, k + o_kv, v + o_kv, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold,
-        kept_scale, T, stride_kt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold,
+        kept_scale, T, stride_kt, stride_vt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_dq = _fold_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, k + o_kv, v + o_kv, b_seed, i_bh, o_m, full, end, n_unmasked, threshold,
-        kept_scale, T, stride_kt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold,
+        kept_scale, T, stride_kt, stride_vt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     p_dq = dq + _head(i_b, i_h, stride_dqb, stride_dqh, ALIGN) + _tile(m, o_t, o_d, stride_dqt, ALIGN)
     tl.store(p_dq, (b_dq * grad_scale).to(dq.dtype.element_ty), mask=m_q)
@@ -350,12 +353,6 @@ def _layout(**tensors: torch.Tensor) -> dict[str, int]:
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last stride is 1, as the kernels demand, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _pair(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """k and v with the same strides, the last of which is 1; views of one projection are read in place."""
-    k, v = _unit(k), _unit(v)
-    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -431,9 +428,9 @@ def _forward(
     """Output like q, and the base-2 log-sum-exp, float32 (B, H, T). ``scale`` is positive, seed int64 (1,)."""
     out = _empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    q, (k, v) = _unit(q), _pair(k, v)
+    q, k, v = _unit(q), _unit(k), _unit(v)
     shared = _shared(q, n_unmasked, dropout_p, scale)
-    arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed, **_layout(q=q, k=k, o=out)}
+    arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed, **_layout(q=q, k=k, v=v, o=out)}
     _launch_over_blocks(_forward_kernel, "forward", "BM", q, shared, arguments)
     return out, lse
 
@@ -467,7 +464,7 @@ def _backward(
     """Gradients of q, k and v."""
     batch, heads, length, width = q.shape
     dq, dk, dv = _empty_gradients(q, k)
-    grad, q, (k, v) = _unit(grad), _unit(q), _pair(k, v)
+    grad, q, k, v = _unit(grad), _unit(q), _unit(k), _unit(v)
     delta = torch.empty_like(lse)
     shared = _shared(q, n_unmasked, dropout_p, scale)
     launch(
@@ -481,9 +478,9 @@ def _backward(
         },
     )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": delta, "seed": seed, "grad_scale": scale}
-    keys = {**inputs, "dk": dk, "dv": dv, **_layout(q=q, k=k, g=grad, dk=dk)}
+    keys = {**inputs, "dk": dk, "dv": dv, **_layout(q=q, k=k, v=v, g=grad, dk=dk)}
     _launch_over_blocks(_key_gradient_kernel, "keys", "BN", q, shared, keys)
-    queries = {**inputs, "dq": dq, **_layout(q=q, k=k, g=grad, dq=dq)}
+    queries = {**inputs, "dq": dq, **_layout(q=q, k=k, v=v, g=grad, dq=dq)}
     _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, shared, queries)
     return dq, dk, dv
 

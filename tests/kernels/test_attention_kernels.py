@@ -103,7 +103,7 @@ def heads(rng, layout: str) -> torch.Tensor:
     ids=str,
 )
 def test_any_strides(rng, device, layouts):
-    """The kernels demand a unit last stride, and one set of strides for k and v; the launcher sees to both."""
+    """The kernels demand a unit last stride, which the launcher provides."""
     inputs = [heads(rng, layout).to(device).requires_grad_() for layout in layouts]
     weight = heads(rng, "width not contiguous").to(device)
     out = ops.causal_attention(*inputs, 3)
