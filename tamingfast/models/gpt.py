@@ -14,6 +14,7 @@ from tamingfast import ops
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
+from tamingfast.ops.reference import attention_mask
 
 
 class GPTConfig:
@@ -54,7 +55,7 @@ class CausalSelfAttention(nn.Module):
     @property
     def mask(self) -> Tensor:
         """The original's buffer: 1 where a position sees another, (1, 1, block_size, block_size)."""
-        return attention_mask(self.block_size, self.n_unmasked, self.proj.weight.device)
+        return attention_mask(self.block_size, self.n_unmasked, self.proj.weight.device).float()[None, None]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self._split(p(x)) for p in (self.query, self.key, self.value))
@@ -288,19 +289,12 @@ class GPT(nn.Module):
             )
 
 
-def attention_mask(size: int, n_unmasked: int, device: torch.device) -> Tensor:
-    """1 where a position (row) sees another (column), else 0: float32 (1, 1, size, size)."""
-    mask = torch.ones(size, size, device=device).tril_()
-    mask[:n_unmasked, :n_unmasked] = 1
-    return mask.view(1, 1, size, size)
-
-
 def _ends(spans: Sequence[Span]) -> list[int]:
     return list(itertools.accumulate(span.count for span in spans))
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    mask = attention_mask(gpt.block_size, gpt.config.n_unmasked, gpt.pos_emb.device)
+    mask = attention_mask(gpt.block_size, gpt.config.n_unmasked, gpt.pos_emb.device).float()[None, None]
     for i in range(len(gpt.blocks)):
         state[f"{prefix}blocks.{i}.attn.mask"] = mask
 
@@ -320,7 +314,7 @@ def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) 
 def _unmasked_prefix(mask: Tensor, name: str) -> int:
     n = int(mask[0].sum())
     n = 0 if n == 1 else n  # one unmasked position is plain causal attention
-    if not torch.equal(mask.float(), attention_mask(len(mask), n, mask.device)[0, 0]):
+    if not torch.equal(mask.float(), attention_mask(len(mask), n, mask.device).float()):
         raise UserError(f"'{name}' is neither causal nor causal after an unmasked prefix, which is all this GPT can do")
     return n
 
