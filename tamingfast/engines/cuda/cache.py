@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tamingfast.engines.cuda.device import FEW, Device, lasting_tensors, multiprocessors
+from tamingfast.engines.cuda.device import FEW, Device, lasting_tensors
 from tamingfast.engines.cuda.weights import Geometry
 from tamingfast.engines.networks import LayerCache
 from tamingfast.engines.request import Room, check_reserve
+from tamingfast.ops.machine import multiprocessors
 
 _POSITIONS_PER_BLOCK = 64  # least positions of a block of attention; kLeast in csrc/cuda/attention.cu
 _BLOCKS_AT_ONCE = 4  # blocks of attention per multiprocessor; kResident there is the most

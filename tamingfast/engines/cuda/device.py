@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterable, Iterator
 from types import ModuleType
@@ -105,12 +104,6 @@ class Device:
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.place)
-
-
-@functools.cache
-def multiprocessors(place: torch.device) -> int:
-    """Of a GPU; on the CPU a small number, so that attention is split there too."""
-    return torch.cuda.get_device_properties(place).multi_processor_count if place.type == "cuda" else 8
 
 
 class _CaptureStreams(threading.local):
