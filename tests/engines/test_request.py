@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_cases import BATCHES, HostEngine, cpu_engine, request
 from gpts import random_gpt
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -187,80 +187,140 @@ def test_nothing_asked_for_is_nothing_done(make, batch):
 # --- the request itself ---------------------------------------------------------------------------
 
 
-def room(vocab: int = 24, slots: int = 4, capacity: int = 12, lengths: tuple[int, ...] = (3, 5, 0, 12)) -> Room:
-    return Room(vocab, slots, capacity, lengths.__getitem__, n_unmasked=4)
+LENGTHS = (3, 5, 0, 12)
+ROOM = Room(24, len(LENGTHS), 12, LENGTHS.__getitem__, n_unmasked=4)
+word = st.integers(0, 2**32 - 1)
 
 
-@given(st.data())
-def test_a_request_fits_exactly_when_its_definition_says_so(data):
-    """Values around every limit, against the definition in words that share no code with the checks."""
-    draw = data.draw
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 15))
-    slots = draw(st.lists(st.integers(-1, 4), min_size=batch, max_size=batch))
-    steps = draw(st.lists(st.integers(0, 15), max_size=4))
-    if draw(st.booleans()):
-        slots, steps = list({abs(slot) % 4 for slot in slots}), sorted({max(step, 1) for step in steps})
-        batch = len(slots)
-    sequences = torch.tensor(draw(st.lists(
-        st.lists(st.integers(0, 23) | st.sampled_from([-1, 24]), min_size=length, max_size=length),
-        min_size=batch, max_size=batch,
-    )))  # fmt: skip
-    if draw(st.booleans()):
-        sequences = sequences.clamp(0, 23)
-    wanted = torch.tensor(draw(st.lists(st.booleans(), min_size=batch * len(steps), max_size=batch * len(steps))))
-    wanted = wanted.bool().reshape(batch, len(steps))
-    fed = draw(st.integers(-1, 6) | st.just(0))
-    choices = draw(st.none() | st.integers(0, 25))
-    image = draw(st.sampled_from([0, 2**32 - 1, 2**32, -1]))
-
-    lengths = (3, 5, 0, 12)
-    given_tokens = [
-        sequences[b, i].item()
-        for b in range(batch)
-        for i in range(min(length, max(steps, default=-1) + 1))
-        if i not in steps or not wanted[b, steps.index(i)]
-    ]
-    good = (
-        len(set(slots)) == batch
-        and all(0 <= slot <= 3 for slot in slots)
-        and steps == sorted(set(steps))
-        and all(1 <= step < length and step <= 12 for step in steps)
-        and all(0 <= fed <= lengths[slot] for slot in slots)
-        and (choices is None or 1 <= choices <= 24)
-        and 0 <= image < 2**32
-        and all(0 <= token <= 23 for token in given_tokens)
-    )
-
-    def check() -> None:
-        DecodeRequest(
-            slots=slots, sequences=sequences, steps=steps, wanted=wanted, images=[image] * batch, fed=fed,
-            choices=choices,
-        ).check_fits(room(), CPU)  # fmt: skip
-
-    if good:
-        check()
-    else:
-        with pytest.raises(ValueError, match="got .*, expected "):
-            check()
+@st.composite
+def good_requests(draw: st.DrawFn) -> dict:
+    """Arguments of a request that fits `ROOM`, up to its limits."""
+    slots = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True))
+    length = draw(st.integers(2, 16))
+    steps = sorted(draw(st.sets(st.integers(1, min(length - 1, 12)), min_size=1, max_size=4)))
+    batch, count = len(slots), len(steps)
+    wanted = torch.tensor(draw(st.lists(st.booleans(), min_size=batch * count, max_size=batch * count)))
+    sequences = torch.randint(24, (batch, length), generator=torch.Generator().manual_seed(draw(word)))
+    sequences[:, steps] = sequences[:, steps].masked_fill(wanted.view(batch, count), draw(st.sampled_from([-5, 0, 99])))
+    sequences[:, steps[-1] + 1 :] = 99  # neither is looked at
+    return dict(
+        slots=slots, sequences=sequences, steps=steps, wanted=wanted.view(batch, count),
+        rows=draw(st.lists(word, min_size=count, max_size=count)),
+        columns=draw(st.lists(word, min_size=count, max_size=count)),
+        images=draw(st.lists(word, min_size=batch, max_size=batch)),
+        fed=draw(st.integers(0, min(LENGTHS[slot] for slot in slots))), choices=draw(st.none() | st.integers(1, 24)),
+    )  # fmt: skip
 
 
-@given(st.lists(st.builds(Span, st.integers(-1, 4), st.integers(-1, 13), st.integers(0, 13)), max_size=3))
-def test_a_step_fits_exactly_when_its_definition_says_so(spans):
-    lengths = (3, 5, 0, 12)
-    good = len({span.slot for span in spans}) == len(spans) and all(
-        0 <= span.slot <= 3
-        and span.count > 0
-        and 0 <= span.start <= lengths[span.slot]
-        and span.start + span.count <= 12
-        and (span.start == 0 or span.start >= 4)
-        for span in spans
-    )
-    tokens = zeros(sum(span.count for span in spans))
-    if good:
-        room().check_step(tokens, spans, "last")
-    else:
-        with pytest.raises(ValueError, match="got .*, expected "):
-            room().check_step(tokens, spans, "last")
+@given(good_requests())
+def test_a_good_request_is_taken(arguments):
+    DecodeRequest(**arguments).check_fits(ROOM, CPU)
+
+
+def outside(draw: st.DrawFn, least: int, most: int) -> int:
+    return draw(st.integers(most + 1, most + 9) | st.integers(least - 9, least - 1))
+
+
+def steps_instead(steps: list[int], **others) -> dict:
+    return dict(steps=steps, wanted=None, rows=None, columns=None) | others
+
+
+def one_replaced(draw: st.DrawFn, values: list[int], value: int) -> list[int]:
+    where = draw(st.integers(0, len(values) - 1))
+    return [*values[:where], value, *values[where + 1 :]]
+
+
+def bad_token(draw: st.DrawFn, good: dict) -> dict:
+    """At a place whose token is given: before the last step, and not to be decoded."""
+    given = torch.ones(len(good["slots"]), good["steps"][-1] + 1, dtype=torch.bool)
+    given[:, good["steps"]] = ~good["wanted"]
+    where = draw(st.sampled_from(given.nonzero().tolist()))
+    sequences = good["sequences"].clone()
+    sequences[tuple(where)] = outside(draw, 0, 23)
+    return dict(sequences=sequences)
+
+
+#: By the name that the message begins with: one change each that makes a good request a bad one.
+MISTAKES = [
+    ("slot", lambda draw, good: dict(slots=one_replaced(draw, good["slots"], outside(draw, 0, 3)))),
+    ("slot", lambda draw, good: dict(slots=good["slots"] * 2, sequences=good["sequences"].repeat(2, 1), images=None,
+                                     wanted=None)),
+    ("slots", lambda draw, good: dict(slots=[*good["slots"], next(i for i in range(4) if i not in good["slots"])],
+                                      wanted=None, images=None)),
+    ("steps", lambda draw, good: steps_instead([good["steps"][0], *good["steps"]])),
+    ("steps", lambda draw, good: steps_instead([*good["steps"], good["steps"][0]])),
+    ("steps", lambda draw, good: steps_instead([-draw(st.integers(0, 3)), *good["steps"]])),
+    ("steps", lambda draw, good: steps_instead([*good["steps"], good["sequences"].shape[1] + draw(st.integers(0, 3))])),
+    ("steps", lambda draw, good: steps_instead([draw(st.integers(13, 19))],
+                                               sequences=torch.zeros(len(good["slots"]), 20, dtype=torch.int64))),
+    ("wanted", lambda draw, good: dict(wanted=good["wanted"][:, :-1])),
+    ("rows", lambda draw, good: dict(rows=good["rows"][:-1])),
+    ("rows", lambda draw, good: dict(rows=one_replaced(draw, good["rows"], outside(draw, 0, 2**32 - 1)))),
+    ("columns", lambda draw, good: dict(columns=[*good["columns"], 0])),
+    ("columns", lambda draw, good: dict(columns=one_replaced(draw, good["columns"], outside(draw, 0, 2**32 - 1)))),
+    ("images", lambda draw, good: dict(images=good["images"][:-1])),
+    ("images", lambda draw, good: dict(images=one_replaced(draw, good["images"], outside(draw, 0, 2**32 - 1)))),
+    ("fed", lambda draw, good: dict(fed=outside(draw, 0, min(LENGTHS[slot] for slot in good["slots"])))),
+    ("choices", lambda draw, good: dict(choices=outside(draw, 1, 24))),
+    ("token", bad_token),
+    ("sequences", lambda draw, good: dict(sequences=good["sequences"].int())),
+    ("sequences", lambda draw, good: dict(sequences=good["sequences"].t().contiguous().t())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(MISTAKES)), ids=[name for name, _ in MISTAKES])
+@settings(max_examples=30)
+@given(good=good_requests(), data=st.data())
+def test_one_mistake_in_a_good_request_is_named(case, good, data):
+    name, change = MISTAKES[case]
+    changed = change(data.draw, good)
+    if name == "sequences" and changed["sequences"].dtype == torch.int64:
+        assume(not changed["sequences"].is_contiguous())  # a single row is, transposed or not
+    with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):
+        DecodeRequest(**(good | changed)).check_fits(ROOM, CPU)
+
+
+@st.composite
+def good_spans(draw: st.DrawFn) -> list[Span]:
+    """Spans that fit `ROOM`, up to its limits."""
+    spans = []
+    for slot in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)):
+        start = draw(st.sampled_from([0, *range(4, min(LENGTHS[slot], 11) + 1)]))
+        spans.append(Span(slot, start, draw(st.integers(1, 12 - start))))
+    return spans
+
+
+@given(good_spans())
+def test_good_spans_are_taken(spans):
+    ROOM.check_step(zeros(sum(span.count for span in spans)), spans, "last")
+
+
+#: As `MISTAKES`, of one span.
+SPAN_MISTAKES = [
+    ("slot", lambda draw, span: Span(outside(draw, 0, 3), span.start, span.count)),
+    ("tokens", lambda draw, span: Span(span.slot, span.start, 0)),
+    ("start", lambda draw, span: Span(span.slot, outside(draw, 0, LENGTHS[span.slot]), 1)),
+    ("position", lambda draw, span: Span(span.slot, span.start, 13 - span.start + draw(st.integers(0, 5)))),
+    ("start", lambda draw, span: Span(1, draw(st.integers(1, 3)), 1)),  # inside the prefix
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(SPAN_MISTAKES)), ids=[name for name, _ in SPAN_MISTAKES])
+@settings(max_examples=30)
+@given(spans=good_spans(), data=st.data())
+def test_one_mistake_in_good_spans_is_named(case, spans, data):
+    name, change = SPAN_MISTAKES[case]
+    where = data.draw(st.integers(0, len(spans) - 1))
+    bad = change(data.draw, spans[where])
+    spans = [*(span for i, span in enumerate(spans) if i != where and span.slot != bad.slot), bad]
+    with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):
+        ROOM.check_step(zeros(sum(span.count for span in spans)), spans, "last")
+
+
+@given(good_spans())
+def test_a_slot_twice_in_a_step_is_named(spans):
+    with pytest.raises(ValueError, match=f"^slot: got {spans[0].slot} twice, expected "):
+        ROOM.check_step(zeros(sum(span.count for span in spans) + 1), [*spans, Span(spans[0].slot, 0, 1)], "last")
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.lists(st.integers(0, 99), max_size=4)), max_size=4))
@@ -280,7 +340,7 @@ def test_defaults_of_a_request():
 
 def test_a_request_stays_on_its_device():
     with pytest.raises(ValueError, match="^sequences: got a tensor on cpu, expected one on cuda:0"):
-        request(zeros(1, 9), [3]).check_fits(room(), torch.device("cuda", 0))
+        request(zeros(1, 9), [3]).check_fits(ROOM, torch.device("cuda", 0))
 
 
 @needs_native
