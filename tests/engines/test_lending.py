@@ -10,12 +10,11 @@ from engine_cases import HostEngine, cpu_engine
 from gpts import random_gpt
 from torch import nn
 
-from tamingfast.engines import CudaEngine, GPTEngine, lending
-from tamingfast.errors import UserError
+from tamingfast.engines import GPTEngine, lending
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
 from tamingfast.ops.choice import choose, gumbel_noise
-from tamingfast.sampling import sample_grid, sampler
+from tamingfast.sampling import sample_grid
 
 needs_native = pytest.mark.skipif(backends.native()[0] is None, reason=backends.native()[1])
 
@@ -53,7 +52,7 @@ def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
         change()
         sampled = sample_grid(gpt, cond, 4, 4, seed=1)
         assert len(packed) == before + 1
-        assert torch.equal(sampled, sample_grid(gpt, cond, 4, 4, seed=1, backend="torch"))
+        assert torch.equal(sampled, sample_grid(gpt, cond, 4, 4, seed=1, engine="torch"))
 
 
 def stepped(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -119,7 +118,7 @@ def test_the_reference_that_was_asked_for_is_taken(monkeypatch):
     monkeypatch.setitem(lending.ENGINES, "cpu", NotMade)
     with backends.use("reference"):
         sample_grid(random_gpt(), torch.tensor([[3]]), 2, 2)
-        with pytest.raises(ValueError, match="'int8' needs the native engine .the torch reference was asked for"):
+        with pytest.raises(ValueError, match="only the native engine has it .the torch reference was asked for"):
             sample_grid(random_gpt(), torch.tensor([[3]]), 2, 2, dtype="int8")
 
 
@@ -137,8 +136,8 @@ def test_grids_are_those_of_the_torch_backend(kind, height, width, rule):
     start, mask = torch.randint(24, (2, height, width)), torch.rand(height, width) < 0.7
     options = dict(window=4, schedule=rule, stride=2, seed=8, top_k=20, start=start, mask=mask)
     seen = []
-    grid = sample_grid(gpt, cond, height, width, backend="native", callback=lambda *a: seen.append(a), **options)
-    assert torch.equal(grid, sample_grid(gpt, cond, height, width, backend="torch", **options))
+    grid = sample_grid(gpt, cond, height, width, engine="native", callback=lambda *a: seen.append(a), **options)
+    assert torch.equal(grid, sample_grid(gpt, cond, height, width, engine="torch", **options))
     assert len(seen) > 1
 
 
@@ -170,32 +169,4 @@ def test_changed_weights_take_the_place_of_the_old_ones(monkeypatch):
     monkeypatch.setitem(lending.ENGINES, "cpu", Successor)
     grid = sample_grid(gpt, cond, 3, 3, seed=1)
     assert closed == [True]
-    assert torch.equal(grid, sample_grid(gpt, cond, 3, 3, seed=1, backend="torch"))
-
-
-class OnAGpu(GPT):
-    """Says so, as far as the choice of a backend asks."""
-
-    def parameters(self, recurse: bool = True):
-        real = super().parameters(recurse)
-        return iter([type("P", (), dict(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32))(), *real])
-
-
-def test_a_gpu_without_the_engine_falls_back_and_says_why_once(monkeypatch, caplog):
-    monkeypatch.setattr(CudaEngine, "refusal", lambda gpt: "built without CUDA (nvcc was not found)")
-    gpt = OnAGpu(24, 40, n_layer=1, n_head=2, n_embd=16)
-    sampler._log_once.cache_clear()
-    with caplog.at_level("WARNING", logger="tamingfast.sampling.sampler"):
-        for _ in range(2):
-            assert sampler.choose_backend("auto", gpt, None) == ("torch", "float32")
-    assert [record.message for record in caplog.records] == [
-        "the torch backend samples, not the CUDA engine: built without CUDA (nvcc was not found)"
-    ]
-    with pytest.raises(UserError, match="backend 'native' cannot run here: built without CUDA"):
-        sampler.choose_backend("native", gpt, None)
-    monkeypatch.setattr(CudaEngine, "refusal", lambda gpt: None)
-    assert sampler.choose_backend("auto", gpt, "float16") == ("native", "float16")
-    with pytest.raises(UserError, match="dtype 'int8' needs the native engine .it has no int8 weights"):
-        sampler.choose_backend("auto", gpt, "int8")
-    with backends.use("reference"):
-        assert sampler.choose_backend("auto", gpt, None) == ("torch", "float32")
+    assert torch.equal(grid, sample_grid(gpt, cond, 3, 3, seed=1, engine="torch"))
