@@ -6,7 +6,6 @@ is saved half way and sampled to its end later is the one that was never interru
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tamingfast.checkpoints.fingerprint import identity
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 from tamingfast.sampling.sampler import sample_grid
@@ -263,16 +263,6 @@ class _Regularly:
             self.act()
             ended = time.monotonic()
             self.due = ended + max(self.every, (ended - begun) / SHARE)
-
-
-def identity(model: nn.Module) -> str:
-    """Hexadecimal SHA-256 of what decides the tokens: the transformer's weights, shapes and number of heads."""
-    gpt = getattr(model, "transformer", model)
-    state = hashlib.sha256(f"{gpt.config.n_head} {gpt.config.n_unmasked}".encode())
-    for name, value in gpt.named_parameters():
-        state.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        state.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def token_mask(pixels: Tensor, factor: int) -> Tensor:
