@@ -48,8 +48,8 @@ class MultiscaleTransformer(Net2NetTransformer):
         trained = (self.pyramid.height, self.pyramid.width)
         if (height, width) != trained:
             raise UserError(
-                f"size: got {height} x {width} tokens, expected {trained[0]} x {trained[1]}, as a multiscale prior "
-                "draws whole images only; leave the size out"
+                f"size: got {height} x {width} tokens, expected none, as this multiscale prior draws whole images of "
+                f"{trained[0]} x {trained[1]}; leave the size out"
             )
         return 1, self.pyramid.tokens
 

@@ -56,7 +56,9 @@ class Subsample(_Permutation):
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
         if H != W or H & (H - 1):
-            raise ValueError(f"grid: got {H} x {W}, expected a square of side 2^k for Subsample; use another ordering")
+            raise ValueError(
+                f"grid: got {H} x {W}, expected a square of side 2^k for the subsample ordering; use another"
+            )
         index = np.arange(H * W).reshape(1, H, W)
         while index.shape[1] > 1:
             n, h, w = index.shape
