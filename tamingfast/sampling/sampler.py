@@ -273,9 +273,8 @@ def _canvas(start: Tensor | None, mask: Tensor | None, plan: GridPlan) -> tuple[
         limit = layout.window_tokens
         if start.ndim != 2 or start.shape[0] != batch or start.shape[1] > limit:
             raise ValueError(
-            raise ValueError(
-                f"start: got {tuple(start.shape)} without a mask, expected both where several windows cover a grid"
-            )
+                f"start: got shape {tuple(start.shape)}, expected ({batch}, k), the first k of {limit} tokens, or a "
+                "mask as well"
             )
         given = torch.from_numpy(layout.order[: start.shape[1]]).to(device)
         canvas[:, given] = checked_tokens("start", start, plan.vocab, device)
