@@ -21,7 +21,7 @@ BYTES, WHOLE_BYTES = 192, 3072
 SCRIPT = """
 import json, resource, sys, time, torch
 from tamingfast.engines import bands
-from tamingfast.models.vqgan import Decoder
+from tamingfast.models.autoencoder import Decoder
 
 side, ch, memory, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)

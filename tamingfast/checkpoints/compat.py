@@ -30,7 +30,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.models.dummy_cond_stage": {"DummyCondStage": f"{_MODELS}.condition_stages:DummyCondStage"},
     "taming.modules.diffusionmodules.model": {
-        name: f"{_MODELS}.vqgan:{name}"
+        name: f"{_MODELS}.autoencoder:{name}"
         for name in ("Encoder", "Decoder", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Normalize")
     },
     "taming.modules.discriminator.model": {

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import plain
+from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.base import FirstStage, Progress
 from tamingfast.models.quantize import Quantised, Quantizer, VectorQuantizer, as_grid
-from tamingfast.models.vqgan import Decoder, Encoder, VQModel
+from tamingfast.models.vqgan import VQModel
 
 #: Tokens of both grids per token of the coarse grid: that one and four of the fine grid.
 TOKENS_PER_TOP = 5

@@ -13,7 +13,7 @@ from torch import nn
 
 from tamingfast import UserError, VQModel
 from tamingfast.engines import bands, layers
-from tamingfast.models.vqgan import Decoder, Encoder
+from tamingfast.models.autoencoder import Decoder, Encoder
 
 GEOMETRY = dict(
     ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=32,
@@ -149,7 +149,7 @@ def test_a_full_disk(monkeypatch, tmp_path):
 SCRIPT = """
 import resource, sys, torch
 from tamingfast.engines import bands
-from tamingfast.models.vqgan import Decoder, Encoder
+from tamingfast.models.autoencoder import Decoder, Encoder
 torch.set_num_threads(1)
 kind = Decoder if sys.argv[1] == "decode" else Encoder
 model = kind(ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_resolutions=(16,),
@@ -165,7 +165,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 ATTENTION = """
 import resource, torch
-from tamingfast.models.vqgan import AttnBlock
+from tamingfast.models.autoencoder import AttnBlock
 torch.set_num_threads(1)
 block = AttnBlock(32)
 with torch.no_grad():

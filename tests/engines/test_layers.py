@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tamingfast.engines import layers
-from tamingfast.models.vqgan import Decoder, Encoder
+from tamingfast.models.autoencoder import Decoder, Encoder
 
 GEOMETRY = dict(
     ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=32,
