@@ -6,7 +6,6 @@ way and finished later equals one that was never interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tamingfast.checkpoints.fingerprint import identity
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 from tamingfast.sampling.sampler import sample_grid
@@ -261,16 +261,6 @@ class _Regularly:
             self.act()
             ended = time.monotonic()
             self.due = ended + max(self.every, (ended - begun) / SHARE)
-
-
-def identity(model: nn.Module) -> str:
-    """Hexadecimal SHA-256 of what decides the tokens: the transformer's weights, shapes and number of heads."""
-    gpt = getattr(model, "transformer", model)
-    state = hashlib.sha256(f"{gpt.config.n_head} {gpt.config.n_unmasked}".encode())
-    for name, value in gpt.named_parameters():
-        state.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        state.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def token_mask(pixels: Tensor, factor: int) -> Tensor:

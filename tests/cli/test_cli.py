@@ -560,5 +560,7 @@ class TestOrderings:
         config = {"prior": {"ordering": "subsample"}}
         first = tamingfast.load_model(ordered / "vqgan").config
         made = prior.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
-        with pytest.raises(tamingfast.UserError, match="square grid of side 2\\^k, got 8 x 6; use another ordering"):
+        with pytest.raises(
+            tamingfast.UserError, match="got 8 x 6, expected a square of side 2\\^k for the subsample ordering"
+        ):
             instantiate_from_config(made)

@@ -110,9 +110,9 @@ def test_ops_compile_into_one_graph(rng):
 
 
 def test_models_compile_into_one_graph():
+    from tamingfast.models.autoencoder import ResnetBlock
     from tamingfast.models.gpt import GPT
     from tamingfast.models.quantize import VectorQuantizer
-    from tamingfast.models.vqgan import ResnetBlock
 
     first_stage = torch.nn.Sequential(ResnetBlock(in_channels=32), VectorQuantizer(7, 32, 0.25))
     prior = GPT(11, 8, n_layer=1, n_head=2, n_embd=8, n_unmasked=3)

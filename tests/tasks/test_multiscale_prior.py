@@ -141,8 +141,8 @@ def test_the_setting_is_a_key_of_every_preset(first_stage):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"scales": [16, 1]}, "16 does not divide a grid of 4 x 4 tokens"),
-        ({"scales": [1, 2]}, "which do not fall"),
+        ({"scales": [16, 1]}, "scales: got 16, expected divisors of a grid of 4 x 4 tokens"),
+        ({"scales": [1, 2]}, "expected strictly decreasing factors"),
         ({"scales": "all", "ordering": "z_curve"}, "prior.ordering is 'z_curve', but prior.scales unrolls"),
         ({"scales": "all", "condition": "coord"}, "prior.condition is 'coord'"),
     ],
@@ -277,12 +277,15 @@ def test_sample_from_scratch_and_from_a_photo(trained, photo, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sample", "--from", "PHOTO", "--scales", 4], "got 4 scales; the model has 3 (1x1, 2x2, 4x4): give 0 to 3"),
-        (["sample", "--from", "PHOTO", "--scales", -1], "got -1 scales"),
+        (
+            ["sample", "--from", "PHOTO", "--scales", 4],
+            "scales: got 4, expected 0 to 3, the scales of the model (1x1, 2x2, 4x4)",
+        ),
+        (["sample", "--from", "PHOTO", "--scales", -1], "scales: got -1"),
         (["sample", "--from", "PHOTO"], "--from PHOTO and --scales N go together; N is how many of the 3 scales"),
         (["sample", "--scales", 1], "go together"),
         (["sample", "--from", "nowhere.png", "--scales", 1], "no image at nowhere.png"),
-        (["sample", "--size", "16x16"], "draws whole images of 4 x 4: leave the size out"),
+        (["sample", "--size", "16x16"], "draws whole images of 4 x 4; leave the size out"),
         (["complete", "PHOTO"], "is a multiscale prior"),
         (["likelihood", "PHOTO"], "is a multiscale prior"),
         (["outpaint", "PHOTO", "--right", 8], "is a multiscale prior"),
