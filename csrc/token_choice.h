@@ -1,11 +1,12 @@
-// What the token choice is made of, alike on the host and on the device. tamingfast/ops/choice.py is its
-// definition.
+// Definitions of the token choice that host (cpu/choose.h) and device (cuda/choose.cu) share. tamingfast/ops/choice.py
+// is the reference.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
 #include "philox.h"
 
 namespace tamingfast {
@@ -18,34 +19,35 @@ struct Choice {
   std::uint64_t seed = 0;
 };
 
+// Returned in place of a token when a row of logits holds NaN, or nothing above -infinity.
 enum : std::int64_t { kChoiceNan = -1, kChoiceNothing = -2 };
 
-// An entry of the vocabulary with the score that it competes with.
+// A vocabulary entry and its score: the logit, with noise once that is added.
 struct Candidate {
   float score;
   std::int32_t index;
 };
 
-// Loses to every score above -infinity.
-TAMINGFAST_BOTH inline Candidate nobody() {
+// The neutral element of `beats`: it loses to every score above -infinity.
+TAMINGFAST_HOST_DEVICE inline Candidate nobody() {
   Candidate candidate;
   candidate.score = -INFINITY;
   candidate.index = -1;
   return candidate;
 }
 
-// The higher score, the lower index among equals. Neither score is NaN.
-TAMINGFAST_BOTH inline bool beats(const Candidate& a, const Candidate& b) {
+// Whether a has the higher score or, at equal scores, the lower index. Neither score may be NaN.
+TAMINGFAST_HOST_DEVICE inline bool beats(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// Whether a run of entries, best first, that holds this share of the probability is the whole nucleus.
-TAMINGFAST_BOTH inline bool crosses(double share, double p) {
+// Whether the best entries, which hold this share of the probability together, complete the nucleus of top-p.
+TAMINGFAST_HOST_DEVICE inline bool crosses(double share, double p) {
   return static_cast<float>(share) > static_cast<float>(p);
 }
 
-// Ordered as the numbers are, which are not NaN; both zeros are one.
-TAMINGFAST_BOTH inline std::uint32_t order_key(float value) {
+// Maps floats to unsigned integers of the same order; -0 and +0 map to one key. The value must not be NaN.
+TAMINGFAST_HOST_DEVICE inline std::uint32_t order_key(float value) {
   const float number = value + 0.0f;
   std::uint32_t bits;
   memcpy(&bits, &number, sizeof bits);

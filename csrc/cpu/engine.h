@@ -1,4 +1,4 @@
-// KV-cached decoding of a GPT: what the engine is given, and what it does. The layout of its memory is its own.
+// KV-cached decoding of a GPT on the CPU: the engine's inputs and operations. Its memory layout is private.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,11 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "choose.h"
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
+#include "../token_choice.h"
+#include "isa.h"
+#include "kernels.h"
 
 namespace tamingfast {
 
@@ -22,7 +20,7 @@ struct Geometry {
   std::int64_t n_layer;
   std::int64_t n_head;
   std::int64_t n_embd;
-  std::int64_t n_unmasked;  // leading positions that see one another
+  std::int64_t n_unmasked;  // leading positions that attend to one another
 };
 
 struct Linear {
@@ -35,7 +33,7 @@ struct LayerWeights {
   Linear query, key, value, proj, up, down;
 };
 
-// Addresses of the parameters as they lie in the model; read while the engine is made, not kept.
+// Addresses of the model's parameters, read by the engine's constructor and not kept.
 struct GPTWeights {
   const float* tok_emb;  // (vocab_size, n_embd)
   const float* pos_emb;  // (block_size, n_embd)
@@ -44,32 +42,32 @@ struct GPTWeights {
   Linear head;
 };
 
-// Tokens of one slot at positions start .. start + count - 1.
-struct Feed {
+// Consecutive tokens of one slot, at positions start to start + count - 1.
+struct Span {
   std::int64_t slot;
   std::int64_t start;
-  const std::int64_t* tokens;
   std::int64_t count;
 };
 
+// Which rows of logits a step returns: of no token, of the last token of each span, or of all tokens.
 enum class Logits { none, last, all };
 
-// Decoding of sequences side by side. Position steps[i] of each wanted sequence is chosen from the logits of the one
-// before it and written into `sequences`, where everything else that precedes a step must be known.
-struct Decoding {
+// Sequences to decode side by side. The token at position steps[i] of each wanted sequence is chosen from the logits of
+// the position before it and written into `sequences`; every earlier token must be known or be a step itself.
+struct DecodeParams {
   std::int64_t batch;
   const std::int64_t* slots;  // (batch,), distinct
   std::int64_t* sequences;    // (batch, length)
   std::int64_t length;
-  std::int64_t fed;              // leading positions of every slot that hold these tokens already
-  std::int64_t count;            // of steps
+  std::int64_t fed;              // leading positions that every slot already holds, with these tokens
+  std::int64_t count;            // number of steps
   const std::int64_t* steps;     // (count,), rising, from 1 on
-  const std::uint8_t* wanted;    // (batch, count): 0 keeps the token that is there
-  const std::uint32_t* rows;     // (count,), of the noise
-  const std::uint32_t* columns;  // (count,)
-  const std::uint32_t* images;   // (batch,)
-  std::int64_t choices;          // vocabulary entries that may be chosen: the first ones
-  Choice options;
+  const std::uint8_t* wanted;    // (batch, count): 0 keeps the sequence's token
+  const std::uint32_t* rows;     // (count,), grid rows for the noise
+  const std::uint32_t* columns;  // (count,), grid columns for the noise
+  const std::uint32_t* images;   // (batch,), image numbers for the noise
+  std::int64_t choices;          // only the first `choices` vocabulary entries may be chosen
+  Choice choice;
 };
 
 struct Interrupted : std::runtime_error {
@@ -78,8 +76,8 @@ struct Interrupted : std::runtime_error {
 
 class Engine {
  public:
-  // Asked about every 20 ms on the calling thread; true stops the work with Interrupted, the slots cut to what is
-  // valid.
+  // Called about every 20 ms on the calling thread. Returning true stops the work: the slots keep what is valid and
+  // Interrupted is thrown.
   using Poll = std::function<bool()>;
   using Progress = std::function<void(std::int64_t done)>;
 
@@ -94,23 +92,24 @@ class Engine {
   int threads() const;
   void set_threads(int threads);
 
-  // Replaces the cache by one for `slots` sequences of `length` positions; all slots are empty then.
-  // Throws OutOfMemory, with the bytes, and keeps the old cache when there is not enough memory.
+  // Replaces the cache by an empty one for `slots` sequences of `length` positions.
+  // Throws OutOfMemory, which states the bytes, and keeps the old cache if there is not enough memory.
   void reserve(std::int64_t slots, std::int64_t length);
   std::int64_t slots() const;
-  std::int64_t capacity() const;  // positions of a slot
+  std::int64_t capacity() const;  // positions per slot
   std::int64_t length(std::int64_t slot) const;
   void truncate(std::int64_t slot, std::int64_t length);
   void copy(std::int64_t source, std::int64_t target, std::int64_t length);
 
-  // One pass over the weights for all feeds together (more where they hold over 512 tokens). `out`, float32
-  // (rows, vocab_size), has one row for each feed that is asked for its last logits, or one for each token.
-  // A feed may start before its slot's end, which cuts the slot. Throws std::invalid_argument that names the argument.
-  void step(const std::vector<Feed>& feeds, Logits logits, float* out, const Poll& poll);
-  std::int64_t logits_rows(const std::vector<Feed>& feeds, Logits logits) const;
+  // Feeds the spans, whose tokens follow one another in `tokens`, in one pass over the weights per 512 tokens. A span
+  // that starts before its slot's end truncates the slot. `out` is float32 (logits_rows, vocab_size).
+  // Throws std::invalid_argument, which names the argument.
+  void step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
+  std::int64_t logits_rows(const std::vector<Span>& spans, Logits logits) const;
 
-  // Calls progress(i + 1) after each step i. Throws std::domain_error when logits hold NaN.
-  void decode(const Decoding& decoding, const Poll& poll, const Progress& progress);
+  // Calls progress(i + 1) after each step i. Throws std::invalid_argument, which names the argument, and
+  // std::domain_error if a row of logits holds NaN, or nothing above -infinity.
+  void decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
 
  private:
   struct State;

@@ -138,7 +138,6 @@ class GPTEngine:
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
         every: int = 1,
-        before: int = 0,
     ) -> None:
         """Decodes tokens of several sequences side by side and writes them into `sequences`.
 
@@ -152,7 +151,7 @@ class GPTEngine:
             fed: leading positions that all slots hold already, from an earlier call with the same tokens.
             choices: only the first so many entries of the vocabulary may be chosen; default: all.
             greedy, temperature, top_k, top_p, seed: as in `tamingfast.ops.choice.choose` and `gumbel_noise`.
-            progress: called with `before` + the number of steps done, whenever `every` divides it.
+            progress: called with the number of steps done, whenever `every` divides it.
 
         Raises:
             ValueError: names the argument that is wrong; or logits hold NaN.
@@ -186,7 +185,6 @@ class GPTEngine:
             seed,
             progress,
             every,
-            before,
         )
 
     def info(self) -> dict[str, int]:

@@ -123,5 +123,5 @@ class NativeDecoder:
         fed = min([self.shared, *(self.engine.length(slot) for slot in self.slots)])
         self.engine.decode(
             self.slots, task.sequence, task.steps, wanted=task.wanted, rows=task.rows, columns=task.columns, fed=fed,
-            progress=report, every=every, before=task.before, **self.options,
+            progress=report, every=every, **self.options,
         )  # fmt: skip

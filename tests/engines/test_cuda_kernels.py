@@ -410,7 +410,7 @@ def test_wrong_arguments_are_named(kernels, rng):
         run_linear(kernels, "int8", x, weight, None, "store", out)
     with pytest.raises(ValueError, match="^epilogue: got 'relu'"):
         run_linear(kernels, "float32", x, weight, None, "relu", out)
-    with pytest.raises(ValueError, match="^rows: missing"):
+    with pytest.raises(ValueError, match="^rows: got nothing, expected an integer"):
         kernels.attention(dtype="float32")
 
 

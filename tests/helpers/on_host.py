@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU (tests/cuda_on_host) as a Python module, so that kernels run where there is no GPU."""
+"""Builds csrc/cuda for the CPU, as a Python module, so that kernels are tested on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-# Fibers have stacks that the address sanitizer does not know, so it looks at the heap and at globals only.
+# The address sanitizer does not know the stacks of fibers, so it checks the heap and globals only.
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
 
 
@@ -37,11 +37,11 @@ def _identity(command: list[str]) -> str:
 
 
 def build(extra: list[str]) -> Path:
-    """The module's file, built once for each state of the sources; skips the test where there is no compiler."""
+    """The module's file, rebuilt when a source or flag changes. Skips the test if there is no compiler."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        pytest.skip("there is no C++ compiler to build the kernels with")
+        pytest.skip("no C++ compiler was found")
     includes = [pybind11.get_include(), sysconfig.get_path("include"), SHIM, ROOT / "csrc"]
     command = [*compiler.split(), *FLAGS, *extra, *(f"-I{path}" for path in includes)]
     folder = ROOT / "build" / f"cuda_on_host-{_identity(command)}"
@@ -61,8 +61,8 @@ def build(extra: list[str]) -> Path:
 
 @functools.cache
 def module() -> ModuleType:
-    """The kernels' functions, on the CPU; as `tamingfast._C.cuda` has them."""
-    built = os.environ.get("TAMINGFAST_SANITIZED") or build([])  # that of the sanitizers' pass
+    """The functions of `tamingfast._C.cuda`, running on the CPU."""
+    built = os.environ.get("TAMINGFAST_SANITIZED") or build([])  # set by test_kernels_under_sanitizers
     spec = importlib.util.spec_from_file_location("cuda_on_host", built)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
