@@ -64,35 +64,31 @@ class BuildExtension(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         if self.compiler.compiler_type != "unix":
-            raise ExecError(f"the extension needs GCC or Clang; {self.compiler.compiler_type} is not supported")
+            raise ExecError(f"{self.compiler.compiler_type} is not supported; the extension needs GCC or Clang")
         compiler = self.compiler.compiler_so_cxx[0]
         if shutil.which(compiler) is None:
             raise ExecError(f"the C++ compiler {compiler!r} was not found")
-        ninja = find_ninja()
         openmp = ["-fopenmp"] if self._compiles_with("-fopenmp") else []
         try:
-            library = self._run_ninja(ninja, openmp, find_cuda())
+            library = self._run_ninja(openmp, find_cuda())
         except (NoCuda, CompileError) as error:
             if os.environ.get("TAMINGFAST_CUDA") == "1":
-                raise
+                raise ExecError(f"TAMINGFAST_CUDA=1 asks for the CUDA engine, but {error}") from error
             self.warn(f"tamingfast._C is built without CUDA: {error}")
-            reason = str(error) if isinstance(error, NoCuda) else "the build with nvcc failed"
-            library = self._run_ninja(ninja, openmp, reason)
+            library = self._run_ninja(openmp, str(error) if isinstance(error, NoCuda) else "the build with nvcc failed")
         target = Path(self.get_ext_fullpath(extension.name))
         self.mkpath(str(target.parent))
         self.copy_file(str(library), str(target))
 
-    def _run_ninja(self, ninja: str, openmp: list[str], cuda: Cuda | str) -> Path:
+    def _run_ninja(self, openmp: list[str], cuda: Cuda | str) -> Path:
         """Compiles what has changed; returns the library. ``cuda`` is the toolkit, or why there is none."""
-        import pybind11
-
         plan = Plan(FOLDER)
         plan.rule("cxx", [
             *self.compiler.compiler_so_cxx, "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra",
             *(openmp or ["-Wno-unknown-pragmas"]),
         ], "$flags -MMD -MF $out.d -c $in -o $out")  # fmt: skip
-        version, libraries = self.distribution.get_version(), list(openmp)
-        macros = {"TAMINGFAST_VERSION": version}
+        libraries = list(openmp)
+        macros = {"TAMINGFAST_VERSION": self.distribution.get_version()}
         if isinstance(cuda, Cuda):
             macros["TAMINGFAST_CUDA"] = cuda.description
             libraries += cuda.libraries
@@ -101,7 +97,7 @@ class BuildExtension(build_ext):
             macros["TAMINGFAST_NO_CUDA"] = cuda
         # Only bindings depend on what may change from one build to the next: in build isolation pybind11 is elsewhere
         # every time.
-        includes = [f"-I{path}" for path in (*self.include_dirs, pybind11.get_include())]
+        includes = [f"-I{path}" for path in (*self.include_dirs, find_pybind11())]
         defines = [f"-D{name}={json.dumps(value)}" for name, value in macros.items()]
         sources = [*CUDA_SOURCES, *SOURCES] if isinstance(cuda, Cuda) else SOURCES
         objects = [
@@ -110,9 +106,12 @@ class BuildExtension(build_ext):
             else plan.compile("cxx", source, [*includes, *defines] if Path(source).name == "bindings.cpp" else [])
             for source in sorted(sources, key=lambda source: not source.endswith(".cu"))  # the slowest first
         ]
-        plan.rule("link", self.compiler.linker_so_cxx, f"$in -o $out {shell(libraries)}")
+        # CXX in the environment changes the compiler, but not the linker, which is the compiler with other flags.
+        linker = self.compiler.linker_so_cxx
+        first = next((index for index, word in enumerate(linker) if word.startswith("-")), len(linker))
+        plan.rule("link", [*self.compiler.compiler_cxx, *linker[first:]], f"$in -o $out {shell(libraries)}")
         library = plan.build("link", objects, "_C.so")
-        plan.run(ninja, self.parallel)
+        plan.run(find_ninja(), self.parallel)
         return library
 
     def _compiles_with(self, flag: str) -> bool:
@@ -189,6 +188,15 @@ def find_ninja() -> str:
     return found
 
 
+def find_pybind11() -> str:
+    """The folder of pybind11's headers."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise ExecError("pybind11 was not found; install it with `pip install pybind11`") from error
+    return pybind11.get_include()
+
+
 class Plan:
     """A ninja file under construction, for objects and a library in ``folder``."""
 
@@ -198,7 +206,7 @@ class Plan:
 
     def rule(self, name: str, command: Sequence[str], arguments: str) -> None:
         """A rule that runs ``command`` with ``arguments``, in which ninja's variables are expanded."""
-        self.lines += [f"rule {name}", f"  command = {shell(command)} {arguments}"]
+        self.lines += [f"rule {name}", f"  command = {shell(command)} {arguments}", f"  description = {name} $out"]
         if "$out.d" in arguments:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
@@ -224,7 +232,7 @@ class Plan:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
         )
-        print(done.stdout, file=sys.stderr)
+        print(done.stdout, end="", file=sys.stderr)
         if done.returncode != 0:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
             errors = [line for line in lines if re.search(r"\berror\b|not found", line, re.IGNORECASE)]
