@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,10 +12,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
+
+from tamingfast.ops import backends
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "cuda_on_host"
@@ -22,6 +28,10 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
 # The address sanitizer does not know the stacks of fibers, so it checks the heap and globals only.
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+
+#: On the CPU, with both orders of a block's threads to reveal missing barriers, and on a GPU.
+PLACES = ["host", "host, threads reversed", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _sources() -> list[Path]:
@@ -67,3 +77,48 @@ def module() -> ModuleType:
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+class Kernels:
+    """The functions of a module of kernels. Tensors are passed as addresses and None as the null pointer."""
+
+    def __init__(self, module, device: str) -> None:
+        self.module, self.device = module, device
+
+    def __getattr__(self, name: str):
+        def call(**arguments):
+            cuda = self.device == "cuda"
+            place = dict(device=0, stream=torch.cuda.current_stream().cuda_stream if cuda else 0)
+            values = {
+                key: 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
+                for key, value in (place | arguments).items()
+            }
+            assert all(v.device.type == self.device for v in arguments.values() if isinstance(v, Tensor))
+            return getattr(self.module, name)(**values)
+
+        return call
+
+    def options(self, **values) -> Tensor:
+        return torch.frombuffer(bytearray(self.module.options_bytes(**values)), dtype=torch.uint8).to(self.device)
+
+
+@contextlib.contextmanager
+def kernels_at(place: str) -> Iterator[Kernels]:
+    """The kernels at one of `PLACES`, which is where new tensors are made meanwhile."""
+    if place == "cuda":
+        torch.set_default_device("cuda")
+        try:
+            yield Kernels(backends.native()[0].cuda, "cuda")
+        finally:
+            torch.set_default_device(None)
+        return
+    host = module()
+    host.set_reversed(place != "host")
+    try:
+        yield Kernels(host, "cpu")
+    finally:
+        host.set_reversed(False)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
