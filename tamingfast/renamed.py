@@ -33,7 +33,7 @@ RENAMED: dict[str, str] = {
     "cuda_engine.rows": "engines.cuda.rows",
     "cuda_engine.weights": "engines.cuda.weights",
     "data.batches": "data.loading",
-    "data.kinds": "data.conditions.kinds",
+    "data.kinds": "data.conditions",
     "data.scenes": "data.conditions.scenes",
     "engine": "engines.cpu",
     "inspection": "tasks.inspect",

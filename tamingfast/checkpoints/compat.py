@@ -92,8 +92,8 @@ NAMES: dict[str, dict[str, str]] = {
     "taming.modules.losses.lpips": {"LPIPS": "tamingfast.models.lpips:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "taming.data.custom": {
-        "CustomTrain": "tamingfast.data.folders:CustomTrain",
-        "CustomTest": "tamingfast.data.folders:CustomTest",
+        "CustomTrain": "tamingfast.data.image_lists:CustomTrain",
+        "CustomTest": "tamingfast.data.image_lists:CustomTest",
     },
     "main": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
     "taming.util": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
