@@ -1,4 +1,4 @@
-"""What every data set here offers to the code that reads it."""
+"""What every dataset here offers to the code that reads it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ConditionRecord(TypedDict, total=False):
 
 
 class EpochDataset(Dataset[dict[str, Any]]):
-    """A map-style data set whose items may change from epoch to epoch, through ``set_epoch`` alone.
+    """A map-style dataset whose items may change from epoch to epoch, through ``set_epoch`` alone.
 
     An item is a dict with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and ``file_path_`` str, or with
     tokens instead (`tamingfast.data.tokens`); conditions are further entries. Subclasses define ``__len__`` and
@@ -74,12 +74,12 @@ class EpochDataset(Dataset[dict[str, Any]]):
     def _check(self, index: int) -> int:
         length = len(self)
         if not -length <= index < length:
-            raise IndexError(f"index {index} is out of range for a data set of {length} items")
+            raise IndexError(f"index {index} is out of range for a dataset of {length} items")
         return int(index) % length
 
 
 class _Foreign(EpochDataset):
-    """Any other map-style data set: what it lacks of an `EpochDataset` is added, what it has is used."""
+    """Any other map-style dataset: what it lacks of an `EpochDataset` is added, what it has is used."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
         self.dataset = dataset
@@ -112,13 +112,13 @@ class _Foreign(EpochDataset):
 def as_epoch_dataset(dataset: Dataset[dict[str, Any]]) -> EpochDataset:
     """``dataset`` with every attribute of an `EpochDataset`, itself if it is one.
 
-    The one place that asks a data set from elsewhere (a config's ``target``, a caller's own class) what it has.
+    The one place that asks a dataset from elsewhere (a config's ``target``, a caller's own class) what it has.
     """
     return dataset if isinstance(dataset, EpochDataset) else _Foreign(dataset)
 
 
 class ArrayDataset(EpochDataset):
-    """A data set in memory that gathers a whole batch at once; an item is a batch of one.
+    """A dataset in memory that gathers a whole batch at once; an item is a batch of one.
 
     Subclasses define ``__len__`` and ``batch``.
     """

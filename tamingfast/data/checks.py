@@ -1,4 +1,4 @@
-"""Checks of data settings that several data sets share."""
+"""Checks of data settings that several datasets share."""
 
 from __future__ import annotations
 

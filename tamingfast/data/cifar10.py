@@ -73,7 +73,7 @@ def build(
     that lacks a file or is not in the official format.
     """
     if size != 32:
-        raise UserError(f"size: got {size!r}, expected 32, the size of CIFAR10's images; or choose another data set")
+        raise UserError(f"size: got {size!r}, expected 32, the size of CIFAR10's images; or choose another dataset")
     source = _locate(path, url, md5)
     members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
     batches = {name: _parse(name, content, images_per_batch) for name, content in members}

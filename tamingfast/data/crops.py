@@ -1,4 +1,4 @@
-"""Squares cut from another data set's images: what a window of tokens sees of them (the first source, section 4.3)."""
+"""Squares cut from another dataset's images: what a window of tokens sees of them (the first source, section 4.3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cut(datasets: tuple[Dataset, Dataset], side: int, seed: int = 0) -> tuple[Cr
 
 
 class Crops(ArrayDataset):
-    """Squares of ``side`` pixels of a data set's ``image`` (H, W, 3); the rest of an item stays as it is.
+    """Squares of ``side`` pixels of a dataset's ``image`` (H, W, 3); the rest of an item stays as it is.
 
     With ``tiles``, the items are the squares of every image's tiling, shuffled once and for all; otherwise item k is a
     random square of image k.

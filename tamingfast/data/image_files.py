@@ -17,7 +17,7 @@ from tamingfast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of decoded pictures that a data set keeps in memory, in each worker process.
+#: Bytes of decoded pictures that a dataset keeps in memory, in each worker process.
 KEPT_BYTES = 128 * 2**20
 _NAMED = 10
 

@@ -82,7 +82,7 @@ def build(size: int = 32, seed: int = 0, length: int | None = None, flip: bool =
     if size > SMALLEST_SIDE:
         raise UserError(
             f"size: got {size}, expected at most {SMALLEST_SIDE}, the shorter side of the smallest photograph; choose "
-            "a smaller size or the folder data set"
+            "a smaller size or the folder dataset"
         )
     planes = [(photograph, plane) for photograph in PHOTOGRAPHS for plane in _planes(photograph, size)]
     train = [plane for photograph, plane in planes if not photograph.validation]
@@ -230,7 +230,7 @@ def _read(photograph: Photograph) -> np.ndarray:
     spec = importlib.util.find_spec(photograph.package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{photograph.package}: got no such package, expected it for the photos data set; run "
+            f"{photograph.package}: got no such package, expected it for the photos dataset; run "
             'pip install "tamingfast[train]"'
         )
     path = Path(spec.submodule_search_locations[0]) / photograph.file

@@ -58,7 +58,7 @@ def write_tokens(
     arrays; it is read after the last of ``indices``, so a generator of those may fill the list passed here.
     ``conditions`` are arrays like ``indices`` and are also read after them; ``condition``, required with them,
     describes them and needs ``vocab_size``. ``classes`` names the labels. ``metadata`` records the origin of the tokens
-    (first stage, data set, flips).
+    (first stage, dataset, flips).
 
     Raises ValueError for tokens outside 0 to vocab_size - 1, grids of different shapes, a number of labels or
     conditions other than N, no grids at all, conditions without their record, and reserved or non-string metadata.

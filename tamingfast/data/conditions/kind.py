@@ -27,7 +27,7 @@ class Kind(Generic[Content]):
     Attributes:
         key: the condition's key in a batch.
         suffixes: endings of its files; empty if no file describes it.
-        from_file: whether it is read from a file beside each image of a data set.
+        from_file: whether it is read from a file beside each image of a dataset.
         spatial: whether it covers the image, as float32 (H, W, C), and has one token for each of the image's tokens.
             Otherwise the condition is a sequence of tokens already, int64 (n,).
         own_first_stage: whether a first stage trained on this kind makes its tokens.
