@@ -1,4 +1,4 @@
-"""Data sets of image files: crops and flips, broken files, pictures kept in memory."""
+"""Datasets of image files: crops and flips, broken files, pictures kept in memory."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_boxes_by_hand():
 
 def test_mirrored_boxes_by_hand():
     tokens = COCO.encode([dataclasses.replace(THING, attributes=("group", "inside"))], (0.25, 0, 0.75, 1), True)
-    assert tokens[:3].tolist() == [5 + 80, 1673, 4850]  # "inside" is not told
+    assert tokens[:3].tolist() == [5 + 80, 1673, 4850]  # "inside" is not encoded
     assert tokens[-2:].tolist() == [0, 8077]
 
 
@@ -254,7 +254,7 @@ def test_a_file_of_another_shape_is_named(folder):
         dataset(folder)[0]
 
 
-def test_each_window_is_told_its_own_crop():
+def test_the_tokens_of_each_window_describe_its_own_crop():
     made = kind(tokens=1024, objects=3)
     scene = Scene((Thing(0, (0, 0, 0.4, 1)), Thing(1, (0.8, 0.5, 0.2, 0.5))), (32, 64))
     tokens = made.windows(scene, 4, 8, 4)
@@ -290,8 +290,8 @@ def test_pictures_show_the_objects_where_they_are(name, crop_tokens):
     drawn = made.picture(scene)
     assert drawn.shape == (128, 256, 3) and drawn.dtype == np.float32 and drawn.min() >= -1 and drawn.max() <= 1
     assert np.abs(np.subtract(places(drawn), (32, 64))).max() <= 1
-    told = made.picture_of_tokens(made.windows(scene, 8, 16, 16), (128, 256))
+    decoded = made.picture_of_tokens(made.windows(scene, 8, 16, 16), (128, 256))
     expected = (32, 64) if name == "boxes" else (62, 94)  # or the dot's border, around the centre
-    assert np.abs(np.subtract(places(told), expected)).max() <= 3
+    assert np.abs(np.subtract(places(decoded), expected)).max() <= 3
     windows = made.windows(scene, 8, 16, 8)
     assert np.abs(np.subtract(places(made.picture_of_tokens(windows, (128, 256))), expected)).max() <= 4
