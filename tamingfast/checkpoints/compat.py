@@ -16,7 +16,7 @@ from tamingfast.renamed import new_name
 
 _MODELS = "tamingfast.models"
 _CONFIG = "tamingfast.checkpoints.config"
-_FOLDERS = "tamingfast.data.folders"
+_LISTS = "tamingfast.data.image_lists"
 
 #: original module -> {original name: "our.module:name"}
 NAMES: dict[str, dict[str, str]] = {
@@ -94,8 +94,8 @@ NAMES: dict[str, dict[str, str]] = {
     "taming.modules.losses.lpips": {"LPIPS": f"{_MODELS}.lpips:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "taming.data.custom": {
-        "CustomTrain": f"{_FOLDERS}:CustomTrain",
-        "CustomTest": f"{_FOLDERS}:CustomTest",
+        "CustomTrain": f"{_LISTS}:CustomTrain",
+        "CustomTest": f"{_LISTS}:CustomTest",
     },
     "main": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
     "taming.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},

@@ -18,7 +18,7 @@ from tamingfast.tasks.pictures import cover, read
 from tamingfast.tasks.sizes import grid_size, window_of
 
 if TYPE_CHECKING:
-    from tamingfast.data.conditions.kinds import Kind
+    from tamingfast.data.conditions import Kind
 
 
 def conditions(model: nn.Module, count: int, label: int | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def kind_of(model: nn.Module) -> Kind:
 
     Raises UserError for priors without a condition that an image could be, and for conditions that we cannot make.
     """
-    from tamingfast.data.conditions import kinds
+    from tamingfast.data import conditions as kinds
 
     key = getattr(model, "cond_stage_key", None)
     if not is_spatial(model):
@@ -71,9 +71,9 @@ def read_condition(
     """The condition (H, W, C) that a file holds, float32, or the scene, whose shape is (H, W).
 
     Scaled to cover ``size`` (height, width) and cut at the centre, or, without one, as large as it is, cut to multiples
-    of f. Raises UserError as `tamingfast.data.conditions.kinds.Kind.read`.
+    of f. Raises UserError as `tamingfast.data.conditions.Kind.read`.
     """
-    from tamingfast.data.conditions.kinds import Objects
+    from tamingfast.data.conditions import Objects
 
     kind = kind_of(model)
     if isinstance(kind, Objects):
@@ -91,7 +91,7 @@ def read_condition(
 
 def computed_condition(model: nn.Module, photo: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
     """The condition (H, W, C) of a photo, float32, for kinds that can be computed; sizes as in `read_condition`."""
-    from tamingfast.data.conditions.kinds import Computed
+    from tamingfast.data.conditions import Computed
 
     kind = kind_of(model)
     if not isinstance(kind, Computed):
@@ -109,7 +109,7 @@ def own_condition(model: nn.Module, size: tuple[int, int], photo: str | os.PathL
     It follows from the ``size`` (height, width) alone, or is computed from the ``photo``, cut to that size. Raises
     UserError for conditions that only a file can tell.
     """
-    from tamingfast.data.conditions.kinds import Computed, Coordinates
+    from tamingfast.data.conditions import Computed, Coordinates
 
     if not is_spatial(model):
         return None

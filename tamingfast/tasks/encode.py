@@ -79,7 +79,7 @@ def encode(
 
 def check_encodable(data: Mapping[str, Any]) -> None:
     """UserError for a ``data`` section with conditions that token files do not hold; reads none of them."""
-    from tamingfast.data.conditions.kinds import KINDS, Objects
+    from tamingfast.data.conditions import KINDS, Objects
 
     if issubclass(KINDS.get(str(data.get("kind")), object), Objects):
         raise UserError(
@@ -92,7 +92,7 @@ def _stage_of_conditions(
     model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
 ) -> tuple[str | None, nn.Module | None]:
     """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.conditions.kinds import Coordinates, settings_of
+    from tamingfast.data.conditions import Coordinates, settings_of
     from tamingfast.models.condition_stages import CoordStage
 
     kind = getattr(dataset, "kind", None)
@@ -121,7 +121,7 @@ def _stage_of_conditions(
 
 def _description_of_conditions(key: str, cond_stage: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
-    from tamingfast.data.conditions.kinds import settings_of
+    from tamingfast.data.conditions import settings_of
 
     kind = getattr(dataset, "kind", None)
     return {

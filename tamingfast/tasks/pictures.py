@@ -32,7 +32,7 @@ def read_mask(path: str | os.PathLike, height: int, width: int) -> Tensor:
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     """The files, a directory standing for the images in it; UserError for directories without any."""
-    from tamingfast.data.folders import EXTENSIONS
+    from tamingfast.data.rgb import EXTENSIONS
 
     files: list[Path] = []
     for path in map(Path, paths):
@@ -55,7 +55,7 @@ def load_images(files: Sequence[str | os.PathLike], height: int, width: int) -> 
 
 def read(path: Path) -> Any:
     """An image file as a `PIL.Image.Image` in RGB. Raises UserError when it is missing or cannot be read."""
-    from tamingfast.data.folders import read_rgb
+    from tamingfast.data.rgb import read_rgb
 
     try:
         return read_rgb(path)

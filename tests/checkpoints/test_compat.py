@@ -16,12 +16,7 @@ from tamingfast.renamed import RENAMED, new_name
 
 @pytest.mark.parametrize(
     ("name", "home"),
-    [
-        (f"{module}.{name}", home)
-        for module, names in compat.NAMES.items()
-        for name, home in names.items()
-        if module != "taming.data.custom"  # whose classes are looked up in tests/data
-    ],
+    [(f"{module}.{name}", home) for module, names in compat.NAMES.items() for name, home in names.items()],
 )
 def test_every_name_of_the_original_resolves(name, home):
     module, _, member = home.partition(":")

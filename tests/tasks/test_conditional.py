@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tamingfast import UserError, cli, load_model, tasks
 from tamingfast.checkpoints import run_directory
 from tamingfast.data import build, loader
-from tamingfast.data.conditions.kinds import Boxes, Coordinates
+from tamingfast.data.conditions import Boxes, Coordinates
 from tamingfast.sampling import Canvas
 from tamingfast.training import loop, prior
 

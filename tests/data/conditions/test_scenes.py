@@ -14,7 +14,7 @@ from PIL import Image
 
 from tamingfast import UserError
 from tamingfast.data import build, loader
-from tamingfast.data.conditions import kinds, scenes
+from tamingfast.data.conditions import label_colors, make, scenes
 from tamingfast.data.conditions.scenes import Rule, Scene, Thing
 
 NAMES = tuple(f"class{number}" for number in range(80))
@@ -40,7 +40,7 @@ def test_boxes_by_hand():
 
 def test_mirrored_boxes_by_hand():
     tokens = COCO.encode([dataclasses.replace(THING, attributes=("group", "inside"))], (0.25, 0, 0.75, 1), True)
-    assert tokens[:3].tolist() == [5 + 80, 1673, 4850]  # "inside" is not told
+    assert tokens[:3].tolist() == [5 + 80, 1673, 4850]  # "inside" is not encoded
     assert tokens[-2:].tolist() == [0, 8077]
 
 
@@ -94,8 +94,8 @@ def test_what_is_encoded_comes_back(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": 160}, "80 classes with 1 attributes need 160 tokens and one for none, but there are 160"),
-        ({"attributes": ("ocluded",)}, "attributes has 'ocluded', which is unknown; did you mean 'occluded'"),
+        ({"tokens": 160}, "tokens: got 160, expected at least 161 for 80 classes with 1 attributes"),
+        ({"attributes": ("ocluded",)}, "attributes: got 'ocluded', expected .*; did you mean 'occluded'"),
     ],
 )
 def test_rules_that_cannot_be(change, message):
@@ -134,20 +134,26 @@ def test_a_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        ([], 'lacks the list "objects"'),
-        ({"objects": []}, "has width None and height None"),
-        (changed(**{"class": "dgo"}), "object 0 of .* is of the class 'dgo', .* the 2 known; did you mean 'dog'"),
-        (changed(**{"class": 7}), "class '7', which is not among the 2 known; they begin with cat, dog"),
-        (GOOD | {"objects": [[1, 2]]}, 'object 0 of .* has no "class"'),
-        (changed(box=[0, 0, 0, 5]), r"has the box \[0, 0, 0, 5\], but \[x, y, width, height\] in pixels"),
-        (changed(box=[0, 0, 5]), "in pixels is expected"),
-        (changed(box=[0, 0, "5", 5]), "in pixels is expected"),
-        (changed(box=None, center=[3, 4]), "in pixels is expected"),
-        (changed(box=[150, 0, 60, 50]), "reaches outside the picture of 200x100 pixels"),
-        (changed(box=[-5, 0, 60, 50]), "reaches outside"),
-        (changed(group="yes"), "has 'group': 'yes', but true or false is expected"),
-        (changed(groups=True), "the attribute 'groups', which is unknown; did you mean 'group'"),
+        ("{", "cannot be read .* expected JSON"),
+        ([], 'without the list "objects"'),
+        ({"objects": []}, "got width None and height None"),
+        (
+            changed(**{"class": "dgo"}),
+            "got object 0 of class 'dgo', expected one of the 2 known classes .*; did you mean 'dog'",
+        ),
+        (changed(**{"class": 7}), r"class '7', expected one of the 2 known classes \(cat, dog\)"),
+        (GOOD | {"objects": [[1, 2]]}, 'got object 0 without "class"'),
+        (
+            changed(box=[0, 0, 0, 5]),
+            r"got object 0 with the box \[0, 0, 0, 5\], expected \[x, y, width, height\] in pixels",
+        ),
+        (changed(box=[0, 0, 5]), "height] in pixels"),
+        (changed(box=[0, 0, "5", 5]), "height] in pixels"),
+        (changed(box=None, center=[3, 4]), "height] in pixels"),
+        (changed(box=[150, 0, 60, 50]), "expected one inside the picture of 200x100 pixels"),
+        (changed(box=[-5, 0, 60, 50]), "expected one inside"),
+        (changed(group="yes"), "with 'group': 'yes', expected true or false"),
+        (changed(groups=True), "the attribute 'groups', expected .*; did you mean 'group'"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(tmp_path, content, message):
@@ -158,18 +164,20 @@ def test_files_that_cannot_be_used_are_named(tmp_path, content, message):
 
 
 def kind(name="boxes", **options):
-    return kinds.make(name, {"classes": CLASSES, "tokens": 64, "objects": 3} | options)
+    return make(name, {"classes": CLASSES, "tokens": 64, "objects": 3} | options)
 
 
 def test_too_many_objects_are_refused_where_a_person_gives_them(tmp_path):
     path = written(tmp_path / "many.json", GOOD | {"objects": GOOD["objects"] * 4})
-    with pytest.raises(UserError, match=r"many.json has 4 objects, but the model was trained with at most 3"):
+    with pytest.raises(UserError, match=r"many.json: got 4 objects, expected at most 3"):
         kind().read(path)
-    with pytest.raises(UserError, match="needs to know the names of the classes: add classes="):
-        kinds.make("boxes", {"tokens": 64})
-    with pytest.raises(UserError, match="needs to know how many codes the first stage has: add tokens="):
-        kinds.make("centers", {"classes": CLASSES})
-    with pytest.raises(UserError, match="2 names, 1 of them different"):
+    with pytest.raises(UserError, match="classes: got nothing, expected the class names, .* add classes="):
+        make("boxes", {"tokens": 64})
+    with pytest.raises(
+        UserError, match="tokens: got nothing, expected the number of codes of the first stage, .* add tokens="
+    ):
+        make("centers", {"classes": CLASSES})
+    with pytest.raises(UserError, match="got 2 names, 1 of them different"):
         kind(classes=["cat", "cat"]).check(8)
     assert kind(attributes="inside").rule.attributes == ("inside",)
     listed = written(tmp_path / "names.txt", "cat\n\n dog \n")
@@ -242,11 +250,11 @@ def test_batches_are_tokens_and_do_not_depend_on_workers(folder):
 def test_a_file_of_another_shape_is_named(folder):
     for path in (folder / "conditions").iterdir():
         written(path, json.loads(path.read_text()) | {"width": 200})
-    with pytest.raises(UserError, match=r"\d.json is 200x64 pixels"):
+    with pytest.raises(UserError, match=r"\d.json: got 200x64 pixels"):
         dataset(folder)[0]
 
 
-def test_each_window_is_told_its_own_crop():
+def test_the_tokens_of_each_window_describe_its_own_crop():
     made = kind(tokens=1024, objects=3)
     scene = Scene((Thing(0, (0, 0, 0.4, 1)), Thing(1, (0.8, 0.5, 0.2, 0.5))), (32, 64))
     tokens = made.windows(scene, 4, 8, 4)
@@ -273,7 +281,7 @@ def test_a_crop_of_less_than_a_cell_can_be_shown():
 def test_pictures_show_the_objects_where_they_are(name, crop_tokens):
     made = kind(name, tokens=4096, objects=3, crop_tokens=crop_tokens)
     scene = Scene((Thing(0, (0.25, 0.25, 0.25, 0.5)),), (128, 256))
-    color = kinds.label_colors(2)[0]
+    color = label_colors(2)[0]
 
     def places(picture):
         rows, columns = np.nonzero(np.abs(picture - color).max(-1) < 0.02)
@@ -282,8 +290,8 @@ def test_pictures_show_the_objects_where_they_are(name, crop_tokens):
     drawn = made.picture(scene)
     assert drawn.shape == (128, 256, 3) and drawn.dtype == np.float32 and drawn.min() >= -1 and drawn.max() <= 1
     assert np.abs(np.subtract(places(drawn), (32, 64))).max() <= 1
-    told = made.picture_of_tokens(made.windows(scene, 8, 16, 16), (128, 256))
+    decoded = made.picture_of_tokens(made.windows(scene, 8, 16, 16), (128, 256))
     expected = (32, 64) if name == "boxes" else (62, 94)  # or the dot's border, around the centre
-    assert np.abs(np.subtract(places(told), expected)).max() <= 3
+    assert np.abs(np.subtract(places(decoded), expected)).max() <= 3
     windows = made.windows(scene, 8, 16, 8)
     assert np.abs(np.subtract(places(made.picture_of_tokens(windows, (128, 256))), expected)).max() <= 4
