@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -253,6 +253,14 @@ class Decoder(nn.Module):
         return h if self.give_pre_end else self.conv_out(self.norm_out(h))
 
 
+class Outputs(NamedTuple):
+    """Images and reconstructions (B, C, H, W) in [-1, 1], and the codebook loss ()."""
+
+    images: Tensor
+    reconstructions: Tensor
+    codebook_loss: Tensor
+
+
 class VQModel(FirstStage):
     """VQGAN: encoder, codebook, decoder, and the loss that trains them (paper section 3.1).
 
@@ -354,29 +362,34 @@ class VQModel(FirstStage):
         """``batch[k]`` (B, H, W[, C]) -> float32 (B, C, H, W)."""
         return image_from_batch(batch, k).float()
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int, optimizer_idx: int = 0) -> Tensor:
-        """Loss of the autoencoder (``optimizer_idx`` 0) or of the discriminator (1) on a batch."""
+    def outputs(self, batch: Mapping[str, Tensor]) -> Outputs:
+        """What a training step's losses compare: images, reconstructions and the codebook loss."""
         x = self.get_input(batch, self.image_key)
-        reconstructions, codebook_loss = self(x)
+        return Outputs(x, *self(x))
+
+    def loss_of(self, outputs: Outputs, optimizer_idx: int = 0, split: str = "train") -> Tensor:
+        """Loss of the autoencoder (``optimizer_idx`` 0) or of the discriminator (1), reported under ``split/``."""
         loss, log = self.loss(
-            codebook_loss, x, reconstructions, optimizer_idx, self.global_step,
-            last_layer=self.get_last_layer(), split="train",
+            outputs.codebook_loss, outputs.images, outputs.reconstructions, optimizer_idx, self.global_step,
+            last_layer=self.get_last_layer(), split=split,
         )  # fmt: skip
-        self.log(("train/aeloss", "train/discloss")[optimizer_idx], loss)
+        self.log(f"{split}/{('aeloss', 'discloss')[optimizer_idx]}", loss)
         self.log_dict(log)
         return loss
 
+    def report(self, outputs: Outputs) -> None:
+        """Report all losses under ``val/``."""
+        for optimizer_idx in range(2):
+            self.loss_of(outputs, optimizer_idx, "val")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int, optimizer_idx: int = 0) -> Tensor:
+        """`loss_of` a batch."""
+        return self.loss_of(self.outputs(batch), optimizer_idx)
+
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Callable:
-        """Report both losses on a batch under ``val/``; returns `log_dict`, as the original does."""
+        """Report the losses of a batch under ``val/``; returns `log_dict`, as the original does."""
         x = self.get_input(batch, self.image_key)
-        reconstructions, codebook_loss = self(x)
-        for optimizer_idx, name in enumerate(("val/aeloss", "val/discloss")):
-            loss, log = self.loss(
-                codebook_loss, x, reconstructions, optimizer_idx, self.global_step,
-                last_layer=self.get_last_layer(), split="val",
-            )  # fmt: skip
-            self.log(name, loss)
-            self.log_dict(log)
+        self.report(Outputs(x, *self(x)))
         return self.log_dict
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
@@ -428,20 +441,20 @@ class VQSegmentationModel(VQModel):
         """One Adam: there is no discriminator."""
         return torch.optim.Adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=ADAM_BETAS)
 
-    def _report(self, batch: Mapping[str, Tensor], split: str) -> Tensor:
-        x = self.get_input(batch, self.image_key)
-        reconstructions, codebook_loss = self(x)
-        loss, log = self.loss(codebook_loss, x, reconstructions, split=split)
+    def loss_of(self, outputs: Outputs, optimizer_idx: int = 0, split: str = "train") -> Tensor:
+        """Cross entropy plus codebook loss, reported under ``split/``."""
+        loss, log = self.loss(outputs.codebook_loss, outputs.images, outputs.reconstructions, split=split)
         self.log_dict(log)
         return loss
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int, optimizer_idx: int = 0) -> Tensor:
-        """Cross entropy plus codebook loss on a batch."""
-        return self._report(batch, "train")
+    def report(self, outputs: Outputs) -> None:
+        """Report the loss under ``val/``."""
+        self.loss_of(outputs, split="val")
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The same on validation data."""
-        return self._report(batch, "val")
+        """The loss of a batch, reported under ``val/``."""
+        x = self.get_input(batch, self.image_key)
+        return self.loss_of(Outputs(x, *self(x)), split="val")
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
@@ -551,9 +564,14 @@ class GumbelVQ(VQModel):
         """Images -> the quantiser's input."""
         return self.quant_conv(self.encoder(x))
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int, optimizer_idx: int = 0) -> Tensor:
+    def outputs(self, batch: Mapping[str, Tensor]) -> Outputs:
         """As in `VQModel`, at the temperature of the current step."""
         self.temperature_scheduling()
-        loss = super().training_step(batch, batch_idx, optimizer_idx)
-        self.log("temperature", self.quantize.temperature)
+        return super().outputs(batch)
+
+    def loss_of(self, outputs: Outputs, optimizer_idx: int = 0, split: str = "train") -> Tensor:
+        """As in `VQModel`; reports the temperature of training steps too."""
+        loss = super().loss_of(outputs, optimizer_idx, split)
+        if split == "train":
+            self.log("temperature", self.quantize.temperature)
         return loss

@@ -19,7 +19,7 @@ from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.reproduce import budget, orderings, pixels_report, settings
 from tamingfast.reproduce import pixels as comparison
-from tamingfast.training import prior
+from tamingfast.training.prior_config import ORDERINGS, prior_config
 
 
 def run(*words: object) -> int:
@@ -538,7 +538,7 @@ class TestOrderings:
     def test_presets_have_all_orderings(self, name):
         loaded = settings.load_preset("orderings", name)
         assert set(loaded) == {"data", "vqgan", "prior", "orderings", "sampling"}
-        assert set(loaded["orderings"]["names"]) == set(prior.ORDERINGS)
+        assert set(loaded["orderings"]["names"]) == set(ORDERINGS)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -559,6 +559,6 @@ class TestOrderings:
     def test_a_grid_without_the_ordering(self, ordered, tmp_path):
         config = {"prior": {"ordering": "subsample"}}
         first = tamingfast.load_model(ordered / "vqgan").config
-        made = prior.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
+        made = prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
         with pytest.raises(tamingfast.UserError, match="square grid of side 2\\^k, got 8 x 6; use another ordering"):
             instantiate_from_config(made)
