@@ -17,7 +17,7 @@ from tamingfast.data.tokens import write_tokens
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.ops import backends
 from tamingfast.sampling import Canvas, gumbel_noise, sample_grid
-from tamingfast.training import load_config, prior
+from tamingfast.training import load_config, prior, prior_config
 
 BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
 GRID, TOKENS = (4, 4), 1 + 4 + 16
@@ -128,11 +128,11 @@ def test_learning_lowers_the_nll_of_every_scale(first_stage, tmp_path):
 
 def test_the_setting_is_a_key_of_every_preset(first_stage):
     settings = load_config("gpt2_small", ["prior.scales=[16,4,1]"])
-    made = prior.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
-    assert made["target"] == prior.MULTISCALE and made["params"]["scales"] == [16, 4, 1]
+    made = prior_config.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
+    assert made["target"] == prior_config.MULTISCALE and made["params"]["scales"] == [16, 4, 1]
     assert made["params"]["transformer_config"]["params"]["block_size"] == 1 + 1 + 16 + 256
     settings = load_config("gpt2_small", ["prior.scales=all"])
-    made = prior.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
+    made = prior_config.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
     with torch.device("meta"):
         model = instantiate_from_config({key: made[key] for key in ("target", "params")})
     assert model.pyramid.tokens == 341
@@ -143,13 +143,13 @@ def test_the_setting_is_a_key_of_every_preset(first_stage):
     [
         ({"scales": [16, 1]}, "16 does not divide a grid of 4 x 4 tokens"),
         ({"scales": [1, 2]}, "which do not fall"),
-        ({"scales": "all", "ordering": "z_curve"}, "prior.ordering is 'z_curve', but prior.scales unrolls"),
-        ({"scales": "all", "condition": "coord"}, "prior.condition is 'coord'"),
+        ({"scales": "all", "ordering": "z_curve"}, "prior.ordering: got z_curve with prior.scales, expected row_major"),
+        ({"scales": "all", "condition": "coord"}, "prior.condition: got coord with prior.scales, expected none or class"),
     ],
 )
 def test_settings_that_do_not_go_together(first_stage, section, said):
     with pytest.raises(UserError, match=said):
-        prior.prior_config(load_model(first_stage).config, {"prior": section}, GRID)
+        prior_config.prior_config(load_model(first_stage).config, {"prior": section}, GRID)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
