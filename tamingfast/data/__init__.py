@@ -1,57 +1,99 @@
-"""Datasets by name and their batches: ``build`` makes a pair of datasets, ``loader`` walks an epoch."""
+"""Data sets by name and their batches: ``build`` makes a pair of data sets, ``loader`` walks through one."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
-
+from tamingfast.checkpoints.config import instantiate_from_config
+from tamingfast.data import cifar10, conditioned, folders, photos, tokens
+from tamingfast.data.base import EpochDataset, as_epoch_dataset
+from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
-from tamingfast.data.loading import Loader, loader
+from tamingfast.data.loading import Loader, loader, shuffled
 from tamingfast.errors import UserError, nearest
 
-__all__ = ["Loader", "build", "loader"]
+__all__ = ["Loader", "build", "loader", "shuffled"]
 
-_MODULES = {"cifar10": "cifar10", "conditions": "conditioned", "folder": "folders", "photos": "photos"}
+#: Data sets of images alone, which can be cut into squares.
+_IMAGES: dict[str, Callable[..., tuple[EpochDataset, EpochDataset]]] = {
+    "cifar10": cifar10.build,
+    "folder": folders.build,
+    "photos": photos.build,
+}
+_OTHERS: dict[str, Callable[..., tuple[EpochDataset, EpochDataset | None]]] = {
+    "conditions": conditioned.build,
+    "tokens": tokens.build,
+}
+_FACTORIES = _IMAGES | _OTHERS
+_SPLITS = ("train", "validation")
+#: Settings that runs on token files keep from the images that were encoded.
+_OF_ENCODED_IMAGES = ("size", "seed", "kind", *SETTINGS)
 
 
-def build(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
-    """The (train, validation) datasets that ``config`` describes.
+def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
+    """The (training, validation) data sets that the ``data:`` section of a config describes.
 
-    ``config["name"]`` is ``photos``, ``cifar10``, ``folder`` or ``conditions``; ``crop``, where given, is the side of
+    ``config["name"]`` is ``photos``, ``cifar10``, ``folder``, ``conditions`` or ``tokens``; ``crop`` is the side of
     squares to cut from images without conditions (see `tamingfast.data.crops`); every other key is an argument of that
-    module's ``build``. Items are dicts with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and
-    ``file_path_`` str, and are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch.
+    module's ``build``. Without a name, ``train`` and ``validation`` are data sets as the original's configs describe
+    them, {target, params}. Items are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch; see
+    `tamingfast.data.base.EpochDataset`. Validation is None for token files and originals without one.
 
-    Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for
-    whatever is wrong with the data themselves.
+    Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
+    wrong with the data themselves.
     """
     options = dict(config)
-    name, crop = options.pop("name", None), options.pop("crop", None)
+    originals = {split: options.pop(split, None) for split in _SPLITS}
+    name = options.pop("name", None)
     if name is None:
-        raise UserError(f"the data settings lack a name: add name=... with one of {', '.join(sorted(_MODULES))}")
-    if name not in _MODULES:
-        raise UserError(_unknown("dataset name", name, _MODULES))
-    factory = importlib.import_module(f"{__name__}.{_MODULES[name]}").build
-    parameters = inspect.signature(factory).parameters
+        return _originals(originals)
+    if name not in _FACTORIES:
+        raise UserError(f"data.name: got {name!r}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
+    crop, seed = options.pop("crop", None), options.get("seed", 0)
+    if name == "tokens":
+        options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
+    _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    if crop is None:
+        return _FACTORIES[name](**options)
+    if name not in _IMAGES:
+        raise UserError(
+            f"data.crop: got {crop} for data.name={name}, expected images alone; leave it out, and give short_side and "
+            "size to crop images with their conditions"
+        )
+    return cut(_IMAGES[name](**options), crop, seed)
+
+
+def _check_keys(name: str, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
     for key in options:
         if key not in parameters:
-            raise UserError(_unknown(f"key of the {name} dataset,", key, [*parameters, "crop"]))
+            valid = [*parameters, "crop"]
+            raise UserError(
+                f"data.{key}: got a key that data.name={name} does not have, expected one of "
+                f"{', '.join(sorted(valid))}{nearest(str(key), valid)}"
+            )
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and options.get(key) is None:
-            raise UserError(
-                f"the {name} dataset needs the key {key!r}, which is missing: add {key}=... to the data settings"
-            )
-    if crop is None:
-        return factory(**options)
-    if name == "conditions":
-        raise UserError("crop would cut images and leave their conditions whole: give short_side and size instead")
-    return cut(factory(**options), crop, options.get("seed", 0))
+            raise UserError(f"data.{key}: got none, expected a value for data.name={name}; add data.{key}=...")
 
 
-def _unknown(what: str, got: object, valid: Iterable[str]) -> str:
-    hint = nearest(str(got), valid)
-    return f"the {what} {got!r} is unknown{hint} (valid: {', '.join(sorted(valid))})"
+def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
+    """Data sets from {target, params}; validation may be missing."""
+    if not described["train"]:
+        raise UserError(
+            f"data.name: got none, expected one of {_names()}; give data.name=photos, or data.name=folder "
+            "data.path=DIRECTORY"
+        )
+    try:
+        train = as_epoch_dataset(instantiate_from_config(described["train"]))
+        if not described["validation"]:
+            return train, None
+        return train, as_epoch_dataset(instantiate_from_config(described["validation"]))
+    except UserError as error:
+        problem = str(error).partition(";")[0]
+        raise UserError(f"{problem}; give data.name=folder data.path=DIRECTORY to train on a directory") from error
+
+
+def _names() -> str:
+    return ", ".join(sorted(_FACTORIES))

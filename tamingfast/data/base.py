@@ -85,6 +85,8 @@ class _Foreign(EpochDataset):
         self.dataset = dataset
         for name in ("epoch", "classes", "kind", "grid", "vocab_size", "metadata", "condition"):
             setattr(self, name, getattr(dataset, name, getattr(self, name)))
+        if isinstance(self.classes, int):  # their number instead of their names
+            self.classes = [str(number) for number in range(self.classes)]
 
     @property
     def description(self) -> str:

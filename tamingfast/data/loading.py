@@ -1,122 +1,129 @@
-"""The batches of one epoch: their order, reading them here or in worker processes, starting in the middle."""
+"""The batches of a data set: an explicit order, read here or in worker processes, from any batch on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.randomness import random_bits
 from tamingfast.errors import UserError
 
 
+def shuffled(count: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """int64 (count,): the numbers from 0 to ``count`` - 1, shuffled as a pure function of (count, seed, epoch)."""
+    return np.argsort(random_bits(seed, epoch, np.arange(count)), kind="stable")
+
+
 def loader(
-    dataset: Dataset,
+    dataset: Dataset[dict[str, Any]],
     batch_size: int,
-    seed: int,
-    epoch: int,
+    *,
+    order: np.ndarray | None = None,
+    epoch: int = 0,
     workers: int = 0,
     start_batch: int = 0,
     drop_last: bool = True,
-    shuffle: bool = True,
 ) -> Loader:
-    """The batches of ``epoch``, from ``start_batch`` on, as an iterable of dicts with one row per item.
+    """The items ``order`` of ``dataset`` in batches, as an iterable of dicts with one row per item.
 
-    The order is a pure function of (seed, epoch, len(dataset)), whatever ``workers`` is, and batches before
-    ``start_batch`` are not read, so a run that stopped in mid-epoch goes on with exactly the batches that
-    were left. ``len`` of the result is the number of batches that it yields. The global random state is not
-    touched.
+    ``order`` holds the numbers of the items, such as `shuffled` gives them; None takes all items in the data set's own
+    order. ``epoch`` is what the data set's ``set_epoch`` receives. ``workers`` processes read ahead and change nothing
+    else. Batches before ``start_batch`` are not read, so that a run that stopped in the middle of an epoch continues
+    with exactly the batches that were left; ``drop_last`` leaves out a last batch that is not full. ``len`` of the
+    result is the number of batches that it yields. torch's global random state is not touched.
 
-    Raises UserError when the dataset is smaller than one full batch, ValueError for arguments out of range.
+    Raises UserError when ``order`` is shorter than one full batch, ValueError for arguments out of range.
     """
-    return Loader(_Epoch(dataset, batch_size, seed, epoch, drop_last, shuffle), workers, start_batch)
+    items = as_epoch_dataset(dataset)
+    order = np.arange(len(items)) if order is None else order
+    return Loader(_Batches(items, batch_size, order, epoch, drop_last), workers, start_batch)
 
 
 class Loader:
-    """An iterable over the batches ``start_batch`` to the last of one epoch; see ``loader``."""
+    """An iterable over the batches from ``start_batch`` on; see `loader`."""
 
-    def __init__(self, epoch: _Epoch, workers: int, start_batch: int) -> None:
-        if not 0 <= start_batch <= len(epoch):
-            raise ValueError(f"start_batch is {start_batch}, but the epoch has {len(epoch)} batches")
+    def __init__(self, batches: _Batches, workers: int, start_batch: int) -> None:
+        if not 0 <= start_batch <= len(batches):
+            raise ValueError(f"start_batch: got {start_batch}, expected 0 to {len(batches)}, the number of batches")
         if workers < 0:
-            raise ValueError(f"workers is {workers}, but at least 0 is expected")
+            raise ValueError(f"workers: got {workers}, expected at least 0")
         # More processes than processors would only wait for one another.
-        self._epoch, self._workers = epoch, min(workers, _processors())
-        self._numbers = range(start_batch, len(epoch))
+        self._batches, self._workers = batches, min(workers, _processors())
+        self._numbers = range(start_batch, len(batches))
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
-            yield from self._batches()
-        finally:  # whoever wants no more batches closes this generator
-            getattr(self._epoch.dataset, "warn_broken", lambda: None)()
+            yield from self._read()
+        finally:  # also when the reader stops early and closes this generator
+            self._batches.dataset.warn_broken()
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        if self._workers and self._numbers:
-            # A generator of its own, because DataLoader would else draw from torch's global one.
-            batches = DataLoader(
-                self._epoch,
-                batch_size=None,
-                sampler=self._numbers,
-                num_workers=self._workers,
-                collate_fn=_unchanged,
-                generator=torch.Generator(),
-            )
-            try:
-                yield from batches
-            except UserError as error:
-                # A worker's error arrives with its whole traceback as the message.
-                own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
-                raise UserError(own.strip()) from error
-        else:
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if not self._workers or not self._numbers:
             for number in self._numbers:
-                yield self._epoch[number]
+                yield self._batches[number]
+            return
+        batches = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=self._numbers,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # without one, DataLoader draws from torch's global generator
+        )
+        try:
+            yield from batches
+        except UserError as error:
+            # A worker's error arrives with its whole traceback as the message.
+            own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+            raise UserError(own.strip()) from error
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def _processors() -> int:
-    """How many processors this process may run on."""
+    """Number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Epoch(Dataset):
-    """Map-style dataset whose item ``b`` is the ``b``-th batch of the epoch."""
+class _Batches(Dataset[dict[str, Any]]):
+    """A map-style data set whose item ``b`` is the ``b``-th batch of another one."""
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, epoch: int, drop_last: bool, shuffle: bool
-    ) -> None:
+    def __init__(self, dataset: EpochDataset, batch_size: int, order: np.ndarray, epoch: int, drop_last: bool) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected")
-        items = len(dataset)  # type: ignore[arg-type]
-        if drop_last and items < batch_size:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        if drop_last and len(order) < batch_size:
             raise UserError(
-                f"the dataset has {items} items, fewer than one batch of {batch_size}: lower the batch size"
+                f"batch_size: got {batch_size}, expected at most {len(order)}, the number of items; lower it, or give "
+                "more data"
             )
         self.dataset, self.batch_size, self.epoch = dataset, batch_size, epoch
-        self.order = np.arange(items)
-        if shuffle:
-            self.order = np.argsort(random_bits(seed, epoch, self.order), kind="stable")
-        if drop_last:
-            self.order = self.order[: items // batch_size * batch_size]
+        self.order = order[: len(order) // batch_size * batch_size] if drop_last else order
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        # Set for every batch, because two loaders may take turns on one dataset and workers hold copies of
-        # it.
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.epoch)
+        # Set for every batch, because two loaders may take turns on one data set and workers hold copies of it.
+        self.dataset.set_epoch(self.epoch)
         indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
-        if hasattr(self.dataset, "batch"):
-            return self.dataset.batch(indices)
-        return default_collate([self.dataset[int(index)] for index in indices])
+        return self.dataset.batch(indices)
 
 
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -160,6 +160,13 @@ def _header(metadata: dict[str, str], tensors: dict[str, _Stored], room: int) ->
     return room.to_bytes(8, "little") + text.ljust(room)
 
 
+def build(
+    path: str | os.PathLike, validation_path: str | os.PathLike | None = None
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """(training, validation) from token files; validation is None without a path. Raises as `TokenDataset`."""
+    return TokenDataset(path), TokenDataset(validation_path) if validation_path else None
+
+
 class TokenDataset(ArrayDataset):
     """The grids of a token file, memory-mapped, so that they are read from disk on demand.
 

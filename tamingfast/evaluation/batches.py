@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tamingfast.data import loader
+from tamingfast.data import loader, shuffled
+from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError
-from tamingfast.training.feed import to_device
 
 #: Called with a number of images after these have been dealt with.
 Progress = Callable[[int], Any]
@@ -28,8 +28,8 @@ def batches(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size is {batch_size} and limit {limit}; expected at least 1")
     left = len(dataset) if limit is None else min(limit, len(dataset))
-    some = left < len(dataset)
-    for batch in loader(dataset, batch_size, seed=seed, epoch=0, shuffle=some, drop_last=False):
+    order = shuffled(len(dataset), seed) if left < len(dataset) else None
+    for batch in loader(dataset, batch_size, order=order, drop_last=False):
         cut = {name: value[:left] for name, value in batch.items()}
         yield to_device(cut, torch.device(device))
         left -= len(next(iter(cut.values())))

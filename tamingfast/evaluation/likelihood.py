@@ -16,8 +16,7 @@ from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
-from tamingfast.training.feed import grid_of
-from tamingfast.training.prior import tokens_of
+from tamingfast.training.tokens import grid_of, tokens_of
 
 #: 8-bit colours per call of the search for the nearest one of a dictionary.
 _COLORS_PER_CALL = 1 << 20

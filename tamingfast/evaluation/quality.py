@@ -13,8 +13,7 @@ from tamingfast import tasks
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.distances import frechet_distance, kernel_distance
 from tamingfast.evaluation.features import INCEPTION, Features, extract
-from tamingfast.training.feed import grid_of
-from tamingfast.training.prior import tokens_of
+from tamingfast.training.tokens import grid_of, tokens_of
 
 
 def samples(

@@ -24,6 +24,7 @@ from tamingfast.ops import backends
 from tamingfast.reproduce import settings as presets_of
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
+from tamingfast.training.prior_config import ORDERINGS
 from tamingfast.training.settings import build_datasets
 
 EXPERIMENT, VQGAN = "orderings", "vqgan"
@@ -80,10 +81,9 @@ def directory(name: str, seed: int) -> str:
 
 def _orderings(names: Sequence[str]) -> list[str]:
     for name in names:
-        if name not in prior_training.ORDERINGS:
-            known = prior_training.ORDERINGS
-            hint = nearest(str(name), known)
-            raise UserError(f"orderings.names has '{name}', which is unknown{hint} (orderings: {', '.join(known)})")
+        if name not in ORDERINGS:
+            hint = nearest(str(name), ORDERINGS)
+            raise UserError(f"orderings.names has '{name}', which is unknown{hint} (orderings: {', '.join(ORDERINGS)})")
     # What the others are compared with comes first, and is always there.
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
 

@@ -50,7 +50,7 @@ def encode(
 
     @torch.no_grad()
     def grids() -> Iterator[np.ndarray]:
-        for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
+        for items in loader(dataset, batch, drop_last=False):
             x = items["image"].permute(0, 3, 1, 2).to(stage.device)
             grid_size(model, *x.shape[2:])  # fails for images of which a part would be lost
             quant, _, (_, _, indices) = stage.encode(x)

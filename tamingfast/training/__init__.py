@@ -1,7 +1,7 @@
-"""Training of both stages: `vqgan.train`, `prior.train`, and the configs that they take."""
+"""Training of both stages, `vqgan.train` and `prior.train`, and the configs that they take."""
 
 from __future__ import annotations
 
-from tamingfast.training.settings import load_config, presets, resumed_config
+from tamingfast.training.configs import load_config, presets, resumed_config
 
 __all__ = ["load_config", "presets", "resumed_config"]

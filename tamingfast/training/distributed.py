@@ -1,7 +1,7 @@
-"""Several processes that train one model, as ``torchrun`` starts them.
+"""Several processes that train one model, started by ``torchrun``.
 
 Each computes the gradients of its share of every batch; the gradients are averaged before the optimizer moves. This is
-done here rather than by DistributedDataParallel, whose hooks expect one backward pass per step through one set of
+done here instead of by DistributedDataParallel, whose hooks expect one backward pass per step through one set of
 parameters: a GAN step has two, and differentiates the last layer twice more for the adaptive weight.
 """
 
@@ -22,14 +22,14 @@ _BUCKET = 1 << 24  # gradient elements averaged in one message: 64 MB in float32
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together."""
+    """This process (``rank``) among the ``size`` that train together, and its device."""
 
     rank: int
     size: int
     device: torch.device
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag, true when it is true in any process."""
+        """Each flag, combined by "or" over all processes. Every process must call this."""
         if self.size == 1:
             return list(flags)
         votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -61,9 +61,10 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str | torch.device | None = None) -> Iterator[World]:
-    """The processes that ``torchrun`` started, joined for the length of the block; this one alone otherwise.
+    """The processes that ``torchrun`` started, connected inside the block; otherwise this process alone.
 
-    ``device`` None takes a GPU where there is one, else the CPU; "cuda" is the GPU of this process's local rank.
+    ``device`` None takes a GPU if there is one, else the CPU; "cuda" is the GPU of this process's local rank. Raises
+    UserError for a GPU that torch does not find.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device is None:
@@ -73,7 +74,7 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if not torch.cuda.is_available():
-            raise UserError(f"the device '{device}' was asked for but torch finds no GPU; use --device cpu")
+            raise UserError(f"--device: got {device}, expected a GPU that torch finds; use --device cpu")
         torch.cuda.set_device(device)
     joins = size > 1 and not torch.distributed.is_initialized()
     if joins:
@@ -81,7 +82,7 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
     try:
         yield World(rank, size, device)
         if joins:
-            # Nobody closes its connections while another still works: gloo's threads abort the process over that.
+            # Nobody may close connections while another process still works: gloo's threads would abort that process.
             torch.distributed.barrier()
     finally:
         if joins:

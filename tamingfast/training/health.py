@@ -1,4 +1,4 @@
-"""Training that has gone wrong: stop before bad weights reach the disk, and say what probably happened."""
+"""Diverging training: stop before bad weights reach the disk, and name the likely cause."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tamingfast.errors import UserError
+from tamingfast.training.stage import Batch
 
+#: A codebook of which a smaller share is used has collapsed.
 COLLAPSED_USAGE = 0.01
-COLLAPSED_FOR = 3
+#: Logits of real images above this and of fake ones below its negative: the discriminator tells them all apart.
 SEPARATED_MARGIN = 1.0
+#: Consecutive validations after which either is worth a hint.
+PERSISTS_FOR = 3
 
 
 class Monitor:
-    """Watches one run. `check` raises UserError; `hints` returns advice that is worth a line on the terminal."""
+    """Watches one run: `check` raises UserError, `hints` returns advice for the terminal."""
 
     def __init__(self, learning_rate: float, precision: str):
         self.learning_rate = learning_rate
@@ -27,10 +30,10 @@ class Monitor:
         self._losses: deque[float] = deque(maxlen=50)
         self._collapsed = 0
         self._separated = 0
-        self._told: set[str] = set()
+        self._given: set[str] = set()
 
     def check(
-        self, step: int, loss: float, grad_norm: float, values: Mapping[str, Tensor], batches: Sequence[Any]
+        self, step: int, loss: float, grad_norm: float, values: Mapping[str, Tensor], batches: Sequence[Batch]
     ) -> None:
         """Raise UserError with the likely cause unless ``loss`` and ``grad_norm`` of this step are finite.
 
@@ -40,35 +43,39 @@ class Monitor:
             self._losses.append(loss)
             return
         numbers = {name: float(value) for name, value in values.items()}
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
-        raise UserError(f"{what} at step {step}: {self._cause(numbers, batches)}")
+        name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+        raise UserError(
+            f"{name}: got {value} at step {step}, expected a finite number; {self._cause(numbers, batches)}"
+        )
 
-    def explain(self, step: int, error: ValueError, batches: Sequence[Any]) -> None:
-        """Raise UserError with the likely cause when ``error`` is an op's refusal of values that are not finite."""
+    def explain(self, step: int, error: ValueError, batches: Sequence[Batch]) -> None:
+        """Raise UserError with the likely cause when ``error`` is an op's refusal of NaN or infinite values."""
         if not isinstance(error, UserError) and re.search(r"\bnan\b|infinit", str(error), re.IGNORECASE):
             raise UserError(
-                f"values inside the model are not finite at step {step}: {self._cause({}, batches)}"
+                f"model: got NaN or infinite values inside at step {step}, expected finite ones; "
+                f"{self._cause({}, batches)}"
             ) from error
 
-    def _cause(self, values: Mapping[str, float], batches: Sequence[Any]) -> str:
+    def _cause(self, values: Mapping[str, float], batches: Sequence[Batch]) -> str:
+        """The likely cause and what to do about it, for a step that recorded ``values``."""
         if (bad := non_finite_image(batches)) is not None:
-            return f"the image {bad} has values that are not finite; remove or repair it, then continue with --resume"
+            return f"the image {bad} has NaN or infinite values: remove or repair it, then continue with --resume"
         if values.get("d_weight", 0.0) > 1e3:
             return (
-                f"the adaptive discriminator weight has reached {values['d_weight']:.3g}; raise disc_start or lower "
+                f"the adaptive discriminator weight has reached {values['d_weight']:.3g}: raise disc_start or lower "
                 "disc_weight in model.params.lossconfig.params"
             )
         broken = sorted(name for name, value in values.items() if not math.isfinite(value))
-        where = f" (first seen in {', '.join(broken)})" if broken else ""
+        where = f" (not finite: {', '.join(broken)})" if broken else ""
         if len(self._losses) >= 10 and self._losses[-1] > 2 * min(self._losses) > 0:
             return (
-                f"the loss rose from {min(self._losses):.3g} to {self._losses[-1]:.3g} before it{where}; the learning "
+                f"the loss rose from {min(self._losses):.3g} to {self._losses[-1]:.3g} before{where}, so the learning "
                 f"rate {self.learning_rate:.3g} is probably too high: set a lower training.learning_rate"
             )
         if self.precision != "float32":
-            return f"{self.precision} probably overflowed{where}; try training.precision=float32"
+            return f"{self.precision} probably overflowed{where}: try training.precision=float32"
         return (
-            f"the learning rate {self.learning_rate:.3g} is probably too high{where}; set a lower "
+            f"the learning rate {self.learning_rate:.3g} is probably too high{where}: set a lower "
             "training.learning_rate or training.grad_clip=1.0"
         )
 
@@ -78,25 +85,25 @@ class Monitor:
         margin = min(values.get("logits_real", 0.0), -values.get("logits_fake", 0.0))
         self._separated = self._separated + 1 if margin > SEPARATED_MARGIN else 0
         found = []
-        if self._collapsed >= COLLAPSED_FOR:
+        if self._collapsed >= PERSISTS_FOR:
             found.append(
-                f"less than {COLLAPSED_USAGE:.0%} of the codes were used in {COLLAPSED_FOR} validations running: the "
+                f"less than {COLLAPSED_USAGE:.0%} of the codes were used in {PERSISTS_FOR} consecutive validations: the "
                 "codebook has collapsed; a lower learning rate, a smaller n_embed or a larger batch may help"
             )
-        if self._separated >= COLLAPSED_FOR:
+        if self._separated >= PERSISTS_FOR:
             found.append(
-                f"the discriminator told every image from its reconstruction in {COLLAPSED_FOR} validations running "
-                "and teaches little; a later disc_start or a smaller disc_ndf may help"
+                f"the discriminator told every image from its reconstruction in {PERSISTS_FOR} consecutive validations "
+                "and so teaches the autoencoder little; a later disc_start or a smaller disc_ndf may help"
             )
-        fresh = [hint for hint in found if hint not in self._told]
-        self._told.update(fresh)
+        fresh = [hint for hint in found if hint not in self._given]
+        self._given.update(fresh)
         return fresh
 
 
-def non_finite_image(batches: Iterable[Any]) -> str | None:
-    """The ``file_path_`` (or the place in the batch) of the first image with NaN or infinite values; None without."""
+def non_finite_image(batches: Iterable[Batch]) -> str | None:
+    """The ``file_path_`` (or the number in its batch) of the first image with NaN or infinite values; None without."""
     for batch in batches:
-        images = batch.get("image") if isinstance(batch, Mapping) else None
+        images = batch.get("image")
         if not isinstance(images, Tensor) or not images.is_floating_point():
             continue
         bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()

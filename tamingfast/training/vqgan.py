@@ -5,22 +5,32 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.errors import UserError
+from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
-from tamingfast.training import distributed, feed, loop
-from tamingfast.training.settings import build_datasets, check_stage, training_settings
+from tamingfast.models.vqgan import Outputs, VQModel
+from tamingfast.training import distributed, loop
+from tamingfast.training.begin import begin
+from tamingfast.training.configs import check_stage
+from tamingfast.training.datasets import Datasets, datasets_of
+from tamingfast.training.feed import step_batches
+from tamingfast.training.seeds import seed_for
+from tamingfast.training.settings import training_settings
+from tamingfast.training.stage import Batch, Loss, optimizers_of
+from tamingfast.training.step import learning_rate
+from tamingfast.training.tokens import grid_of
 
-#: In eval mode the losses know no adaptive weight, so these say nothing about the model.
+#: The losses have no adaptive weight in eval mode, so these say nothing about the model.
 _MEANINGLESS_IN_VALIDATION = ("d_weight", "disc_factor", "aeloss", "total_loss")
+#: Latents per code from which a codebook is drawn.
+_LATENTS_PER_CODE = 4
 
 
 def train(
@@ -28,12 +38,12 @@ def train(
     out: str | os.PathLike,
     resume: bool = False,
     device: str | torch.device | None = None,
-    datasets: tuple[Dataset, Dataset | None] | None = None,
+    datasets: Datasets | None = None,
 ) -> Path:
-    """Train the first stage that ``config`` describes into the run directory ``out``; returns it.
+    """Train the first stage that ``config`` describes into the run directory ``out``; returns ``out``.
 
-    ``config`` is a mapping as `tamingfast.training.load_config` gives; ``datasets`` (training, validation) replaces
-    its ``data:`` section. ``resume`` continues from the state in ``out``, bit for bit on CPU.
+    ``config`` is a mapping as from `tamingfast.training.load_config`; ``datasets`` (training, validation) replaces its
+    ``data:`` section. ``resume`` continues from the state in ``out``, bit for bit on a CPU.
 
     Raises UserError for a config or data that cannot be trained on, when training diverges, and as `loop.Stopped` when
     the process is asked to stop.
@@ -42,160 +52,144 @@ def train(
     settings, described = training_settings(config), config.get("model") or {}
     check_stage(config, prior=False)
     with distributed.world(device) as among:
-        datasets = datasets or build_datasets(config)
-        lr = loop.learning_rate(settings, described.get("base_learning_rate"), among.size)
-        torch.manual_seed(feed.key(settings.seed, "weights"))
-        model = instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
-        feed.grid_of(datasets[0], model, model.image_key)  # fails for images that the model cannot give back
+        training, validation = datasets_of(config, datasets)
+        lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
+        torch.manual_seed(seed_for(settings.seed, "weights"))
+        model: VQModel = instantiate_from_config(
+            {key: described[key] for key in ("target", "params") if key in described}
+        )
+        grid_of(training, model, model.image_key)  # raises for images of sides that the model would cut
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
-        loop.prepare(config, out, resume, settings, datasets[0], among, stage)
+        begin(config, out, resume, settings, training, among, stage)
         if settings.codebook_from_data:
             # Every process reads the same batches, as if alone, and so gets the same codebook.
             alone = distributed.World(0, 1, among.device)
-            start_codebook(model, feed.step_batches(datasets[0], settings, alone, 0), settings.seed)
-        return loop.run(stage, settings, datasets, out, among, resume)
+            start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
+        return loop.run(stage, settings, (training, validation), out, among, resume)
 
 
 @torch.no_grad()
-def start_codebook(model: nn.Module, batches: Iterator[tuple[int, list[Mapping[str, Any]]]], seed: int) -> None:
+def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, Any]]]], seed: int) -> None:
     """Set each codebook to latents of the untrained encoder, drawn from the first training batches.
 
     The original starts it within 1/n_embed of zero, from where short runs reach few codes. Takes batches until there
-    are four latents for each code. Of two codebooks the second starts from latents that follow from the first. Raises
-    UserError for a quantiser whose codebook does not start from a table.
+    are four latents for each code. The second of two codebooks starts from latents that follow from the first. Raises
+    UserError for a quantiser whose codebook is not a table.
     """
     quantizers = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
     if not quantizers:
-        raise UserError(f"training.codebook_from_data does not apply to {type(model).__name__}; leave it false")
-    taken: list[Tensor] = []
-
-    def images() -> Iterator[Tensor]:
-        yield from taken
-        while True:
-            for batch in next(batches)[1]:
-                taken.append(model.get_input(batch, model.image_key))
-                yield taken[-1]
-
-    for quantizer in quantizers:
-        codebook, found = quantizer.embedding.weight, []
-        hook = quantizer.register_forward_pre_hook(
-            lambda module, inputs, found=found: found.append(inputs[0].movedim(1, -1).flatten(0, -2))
+        raise UserError(
+            f"training.codebook_from_data: got true for a {type(model).__name__}, expected false; it applies to models "
+            "with a table of codes"
         )
-        try:
-            for x in images():
-                model.encode(x)
-                if sum(map(len, found)) >= 4 * len(codebook):
-                    break
-        finally:
-            hook.remove()
-        rows = torch.cat(found)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(feed.key(seed, "codebook")))
+    images = _Replayed(model, batches)
+    for quantizer in quantizers:
+        codebook = quantizer.embedding.weight
+        rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * len(codebook))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_for(seed, "codebook")))
         codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
 
 
-def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """What ``configure_optimizers`` gives, in each of the forms that Lightning allows, as a list."""
-    found = model.configure_optimizers()
-    if isinstance(found, tuple):
-        found = found[0]
-    return list(found) if isinstance(found, list) else [found]
+class _Replayed:
+    """The images (B, C, H, W) of batches, from the first batch on in each iteration."""
+
+    def __init__(self, model: VQModel, batches: Iterator[tuple[int, list[dict[str, Any]]]]):
+        self.model, self.batches = model, batches
+        self.taken: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.taken
+        while True:
+            for batch in next(self.batches)[1]:
+                self.taken.append(self.model.get_input(batch, self.model.image_key))
+                yield self.taken[-1]
 
 
-def logged(model: nn.Module, split: str) -> dict[str, Tensor]:
-    """What the model has logged under ``split/`` (or under no split), without that prefix, as tensors ()."""
-    names = {name.removeprefix(f"{split}/"): value for name, value in model.logged.items()}
-    return {name: torch.as_tensor(value).detach().float().mean() for name, value in names.items()}
+def _latents(model: VQModel, quantizer: VectorQuantizer, images: Iterable[Tensor], count: int) -> Tensor:
+    """At least ``count`` inputs (N, D) of ``quantizer``."""
+    found: list[Tensor] = []
+
+    def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].movedim(1, -1).flatten(0, -2))
+
+    hook = quantizer.register_forward_pre_hook(collect)
+    try:
+        for x in images:
+            model.encode(x)
+            if sum(len(rows) for rows in found) >= count:
+                break
+    finally:
+        hook.remove()
+    return torch.cat(found)
 
 
 class VQGANStage:
     """Any first stage of ours with one optimizer (segmentation) or two (autoencoder, discriminator).
 
     With ``shared_forward`` the discriminator learns from the reconstructions that the autoencoder was just trained on,
-    instead of new ones, and rests until ``disc_start``: one pass through encoder and decoder less. That is not the
-    original's schedule, under which the discriminator meets what the autoencoder has become by its step.
+    instead of new ones, and rests until ``disc_start``: one pass through encoder and decoder less. That departs from
+    the original, where the discriminator sees reconstructions of the autoencoder after its step.
     """
 
-    shown = ("aeloss", "discloss", "rec_loss", "codebook_usage", "codebook_perplexity")
+    shown: tuple[str, ...] = ("aeloss", "discloss", "rec_loss", "codebook_usage", "codebook_perplexity")
 
-    def __init__(self, model: nn.Module, learning_rate: float, shared_forward: bool = False):
+    def __init__(self, model: VQModel, learning_rate: float, shared_forward: bool = False):
         self.model = model
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
         self._shares = shared_forward and len(self.optimizers) == 2
-        self._seen: tuple[Tensor, Tensor] | None = None
-        if getattr(model.loss, "perceptual_weight", 0) > 0:
-            _ = model.loss.perceptual_loss  # built on first use, which must not fall into the middle of a step
+        self._shared: Outputs | None = None
+        if isinstance(model.loss, VQLPIPSWithDiscriminator) and model.loss.perceptual_weight > 0:
+            _ = model.loss.perceptual_loss  # built on first use, which should not be in the middle of a step
 
-    def loss(self, batch: Mapping[str, Any], index: int) -> loop.Loss:
-        if index == 1 and self._shares and self.model.global_step < self.model.loss.discriminator_iter_start:
-            return None
+    def loss(self, batch: Batch, index: int) -> Loss | None:
         self.model.logged.clear()
-        with self._reusing(index):
-            value = self.model.training_step(batch, 0, index)
-        return value, logged(self.model, "train")
-
-    @contextmanager
-    def _reusing(self, index: int) -> Iterator[None]:
-        """With a shared forward pass: keep what the model returns to the first loss, and return it to the second."""
         if not self._shares:
-            yield
-            return
+            return self._loss(self.model.outputs(batch), index)
         if index == 0:
+            outputs = self.model.outputs(batch)
+            self._shared = Outputs(*(part.detach() for part in outputs))
+            return self._loss(outputs, index)
+        shared, self._shared = self._shared, None
+        resting = self.model.global_step < getattr(self.model.loss, "discriminator_iter_start", 0)
+        return None if resting or shared is None else self._loss(shared, index)
 
-            def keep(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-                self._seen = tuple(part.detach() for part in output)
+    def _loss(self, outputs: Outputs, index: int) -> Loss:
+        return self.model.loss_of(outputs, index), logged(self.model, "train")
 
-            handle = self.model.register_forward_hook(keep)
-            try:
-                yield
-            finally:
-                handle.remove()
-        else:
-            self.model.forward = lambda x: self._seen
-            try:
-                yield
-            finally:
-                del self.model.forward
-                self._seen = None
-
-    def validate(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Means of what the model logs for validation, and how the codebook is used."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means of what the model reports for validation, and how it uses the codebook."""
         sums: dict[str, float] = {}
         counts = torch.zeros(self.model.n_embed, dtype=torch.int64)
         images = 0
         for batch in batches:
             self.model.logged.clear()
-            with _codes(self.model.quantize) as seen:
-                self.model.validation_step(batch, 0)
-            counts += torch.bincount(torch.cat([part.flatten() for part in seen]).cpu(), minlength=len(counts))
-            size = len(batch[self.model.image_key])
+            x = self.model.get_input(batch, self.model.image_key)
+            quant, codebook_loss, (_, _, indices) = self.model.encode(x)
+            self.model.report(Outputs(x, self.model.decode(quant), codebook_loss))
+            counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
             for name, value in logged(self.model, "val").items():
                 if name not in _MEANINGLESS_IN_VALIDATION:
-                    sums[name] = sums.get(name, 0.0) + float(value) * size
-            images += size
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(x)
+            images += len(x)
         return {name: total / images for name, total in sums.items()} | codebook_use(counts)
 
-    def images(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def images(self, batch: Batch) -> list[Tensor]:
         """Inputs and their reconstructions."""
         shown = self.model.log_images(batch)
         return [shown["inputs"], shown["reconstructions"]]
 
 
-@contextmanager
-def _codes(quantize: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the indices of each call of the quantiser."""
-    seen: list[Tensor] = []
-    handle = quantize.register_forward_hook(lambda module, inputs, output: seen.append(output[2][2]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def logged(model: VQModel, split: str) -> dict[str, Tensor]:
+    """What the model has reported under ``split/`` (or under no split), without that prefix, as tensors ()."""
+    names = {name.removeprefix(f"{split}/"): value for name, value in model.logged.items()}
+    return {name: torch.as_tensor(value).detach().float().mean() for name, value in names.items()}
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """From how often each code was chosen (n_embed,): the share of codes in use, and their perplexity.
+    """From the number of times each code was chosen (n_embed,): the share of codes in use, and their perplexity.
 
-    Perplexity is exp of the entropy of their frequencies: n_embed when all are equally frequent, 1 when there is one.
+    Perplexity is exp of the entropy of their frequencies: n_embed when all are equally frequent, 1 for a single code.
     """
     share = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum()

@@ -45,7 +45,7 @@ def test_sub_folders_are_classes_in_the_order_of_their_names(classes_root):
             assert item["image"].shape == (16, 16, 3)
             assert item["image"].dtype == torch.float32
         assert dataset.report() == ""
-    (batch,) = loader(validation, len(validation), 0, 0)
+    (batch,) = loader(validation, len(validation))
     assert batch["class_label"].dtype == torch.int64
     assert isinstance(batch["file_path_"][0], str)
 
@@ -117,7 +117,7 @@ def test_files_that_do_not_open_are_skipped_counted_and_named_at_once(classes_ro
     assert "bad09.jpg (not an image in a known format)" in report
     assert "bad10.jpg" not in report
     assert validation.report() == ""
-    list(loader(train, 2, 0, 0))
+    list(loader(train, 2))
     assert not logged(caplog)
 
 

@@ -21,12 +21,12 @@ def test_truncated_pixels_are_replaced_by_the_next_image_and_reported(tmp_path, 
     truncate(tmp_path / f"3{suffix}")
     truncate(tmp_path / f"5{suffix}")
     dataset = ImageFiles(paths, 16)
-    batches = list(loader(dataset, 1, 0, 0, workers=workers, shuffle=False))
+    batches = list(loader(dataset, 1, workers=workers))
     assert "3 image files were skipped" in "".join(logged(caplog))
     read = [batch["file_path_"][0] for batch in batches]
     assert read == [paths[i] for i in (0, 1, 4, 4, 4, 0)]
     assert [path for path, _ in dataset.broken] == [paths[i] for i in (2, 3, 5)]
-    list(loader(dataset, 1, 0, 0))
+    list(loader(dataset, 1))
     assert not logged(caplog)
 
 
@@ -35,11 +35,11 @@ def test_unreadable_files_are_logged_once_also_when_an_epoch_is_left(tmp_path, c
     for number in (0, 5):
         truncate(tmp_path / f"{number}.png")
     dataset = ImageFiles(paths, 16)
-    for number, _ in enumerate(loader(dataset, 1, 0, 0, shuffle=False)):
+    for number, _ in enumerate(loader(dataset, 1)):
         if number == 2:
             break
     assert [message.count(".png") for message in logged(caplog)] == [1]
-    list(loader(dataset, 1, 0, 0, shuffle=False))
+    list(loader(dataset, 1))
     (second,) = logged(caplog)
     assert "5.png" in second and "0.png" not in second
 
@@ -49,7 +49,7 @@ def test_random_crops_and_flips_are_pure_functions_of_seed_epoch_and_index(tmp_p
 
     def views(seed, epoch, workers=0):
         dataset = ImageFiles(paths, 10, random_crop=True, flip=True, seed=seed)
-        return torch.cat([b["image"] for b in loader(dataset, 2, 0, epoch, workers=workers, shuffle=False)])
+        return torch.cat([b["image"] for b in loader(dataset, 2, epoch=epoch, workers=workers)])
 
     assert torch.equal(views(0, 0), views(0, 0, workers=2))
     assert not torch.equal(views(0, 0), views(0, 1))

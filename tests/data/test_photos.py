@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from tamingfast.data import build, loader, photos
+from tamingfast.data import build, loader, photos, shuffled
 from tamingfast.data.randomness import _mix, random_bits, random_integers, random_units
 from tamingfast.errors import UserError
 
@@ -179,10 +179,13 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "photo"}, "dataset name 'photo' is unknown; did you mean 'photos'?"),
-        ({}, "lack a name: add name="),
-        ({"name": "photos", "sise": 32}, "'sise' is unknown; did you mean 'size'?"),
-        ({"name": "folder"}, "needs the key 'path'"),
+        ({"name": "photo"}, "data.name: got 'photo', expected one of cifar10, .*; did you mean 'photos'"),
+        ({}, "data.name: got none, expected one of cifar10, conditions"),
+        (
+            {"name": "photos", "sise": 32},
+            "data.sise: got a key that .* does not have, expected .*; did you mean 'size'",
+        ),
+        ({"name": "folder"}, "data.path: got none"),
         ({"name": "photos", "size": 301}, "at most 300"),
         ({"name": "photos", "size": 0}, "size: got 0"),
         ({"name": "photos", "size": "32"}, "size: got '32'"),
@@ -205,17 +208,19 @@ def test_workers_do_not_change_batches_nor_the_global_random_state(pair, shuffle
     train, _ = pair
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    alone = fingerprint(loader(train, 32, seed=5, epoch=3, shuffle=shuffle))
-    assert fingerprint(loader(train, 32, seed=5, epoch=3, workers=2, shuffle=shuffle)) == alone
+    order = shuffled(len(train), 5, 3) if shuffle else None
+    alone = fingerprint(loader(train, 32, order=order, epoch=3))
+    assert fingerprint(loader(train, 32, order=order, epoch=3, workers=2)) == alone
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_starting_in_the_middle_equals_skipping(pair):
     train, _ = pair
-    whole = list(loader(train, 32, seed=5, epoch=3))
+    order = shuffled(len(train), 5, 3)
+    whole = list(loader(train, 32, order=order, epoch=3))
     assert len(whole) == 9
     for start, workers in ((4, 0), (4, 1), (9, 0), (9, 1)):
-        rest = loader(train, 32, seed=5, epoch=3, start_batch=start, workers=workers)
+        rest = loader(train, 32, order=order, epoch=3, start_batch=start, workers=workers)
         assert len(rest) == 9 - start
         assert fingerprint(rest) == fingerprint(whole[start:])
 
@@ -233,7 +238,7 @@ def test_skipped_items_are_not_read():
             return {"index": index}
 
     dataset = Recorder()
-    batches = list(loader(dataset, 2, seed=0, epoch=0, start_batch=3))
+    batches = list(loader(dataset, 2, order=shuffled(10, 0), start_batch=3))
     assert [i for batch in batches for i in batch["index"].tolist()] == dataset.seen
     assert len(dataset.seen) == 4
 
@@ -246,35 +251,33 @@ def test_order_covers_every_item_once_and_differs_by_seed_and_epoch():
         def __getitem__(self, index):
             return {"index": index}
 
-    def order(**options):
-        batches = loader(Index(), 10, **{"seed": 0, "epoch": 0, **options})
-        return [i for batch in batches for i in batch["index"].tolist()]
+    def read(order=None, **options):
+        return [i for batch in loader(Index(), 10, order=order, **options) for i in batch["index"].tolist()]
 
-    assert sorted(order(drop_last=False)) == list(range(103))
-    assert len(order()) == 100
-    assert order() == order(drop_last=False)[:100]
-    assert order() != order(epoch=1)
-    assert order() != order(seed=1)
-    assert order(shuffle=False, drop_last=False) == list(range(103))
+    assert sorted(shuffled(103, 0)) == list(range(103))
+    assert read(shuffled(103, 0), drop_last=False) == shuffled(103, 0).tolist()
+    assert read(shuffled(103, 0)) == shuffled(103, 0).tolist()[:100]
+    assert len({tuple(shuffled(103, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))}) == 3
+    assert read(drop_last=False) == list(range(103))
 
 
 def test_two_loaders_of_different_epochs_may_take_turns(pair):
     train, _ = pair
     for epoch in (0, 1):
-        (batch,) = loader(train, 300, seed=0, epoch=epoch, shuffle=False)
+        (batch,) = loader(train, 300, epoch=epoch)
         train.set_epoch(epoch)
         assert batch["file_path_"] == [train[i]["file_path_"] for i in range(300)]
         train.set_epoch(7)
-    expected = fingerprint(loader(train, 50, seed=0, epoch=0)), fingerprint(loader(train, 50, seed=0, epoch=1))
-    turns = list(zip(loader(train, 50, seed=0, epoch=0), loader(train, 50, seed=0, epoch=1), strict=True))
+    expected = tuple(fingerprint(loader(train, 50, epoch=epoch)) for epoch in (0, 1))
+    turns = list(zip(loader(train, 50, epoch=0), loader(train, 50, epoch=1), strict=True))
     assert (fingerprint(a for a, _ in turns), fingerprint(b for _, b in turns)) == expected
 
 
 def test_loader_refuses_what_cannot_be_served(pair):
     train, _ = pair
-    with pytest.raises(UserError, match="300 items, fewer than one batch of 301: lower the batch size"):
-        loader(train, 301, seed=0, epoch=0)
-    assert len(list(loader(train, 301, seed=0, epoch=0, drop_last=False))) == 1
+    with pytest.raises(UserError, match="batch_size: got 301, expected at most 300, the number of items; lower it"):
+        loader(train, 301)
+    assert len(list(loader(train, 301, drop_last=False))) == 1
     for options in ({"batch_size": 0}, {"start_batch": 10}, {"start_batch": -1}, {"workers": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            loader(train, **{"batch_size": 32, "seed": 0, "epoch": 0, **options})
+            loader(train, **{"batch_size": 32, **options})

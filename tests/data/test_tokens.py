@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tamingfast.data import loader
+from tamingfast.data import loader, shuffled
 from tamingfast.data.tokens import FORMAT, TokenDataset, write_tokens
 from tamingfast.errors import UserError
 
@@ -66,7 +66,7 @@ def test_a_generator_is_written_as_it_comes_and_may_fill_the_labels(tmp_path):
     assert dataset.classes == classes
     assert metadata.items() <= dataset.metadata.items()
     expected = np.concatenate([grids(3 + number, 50, seed=number) for number in range(5)])
-    (batch,) = loader(dataset, 25, 0, 0, shuffle=False)
+    (batch,) = loader(dataset, 25)
     assert np.array_equal(batch["indices"].numpy(), expected.reshape(25, -1))
     assert batch["class_label"].dtype == torch.int64
     assert batch["class_label"].tolist() == torch.cat(labels).tolist()
@@ -115,8 +115,9 @@ def test_workers_and_copies_map_the_file_again(tmp_path):
     dataset = TokenDataset(path)
     assert len(pickle.dumps(dataset)) < 1000
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[7]["indices"], dataset[7]["indices"])
-    alone = [batch["indices"] for batch in loader(dataset, 16, 1, 2)]
-    others = [batch["indices"] for batch in loader(dataset, 16, 1, 2, workers=2)]
+    order = shuffled(len(dataset), 1, 2)
+    alone = [batch["indices"] for batch in loader(dataset, 16, order=order, epoch=2)]
+    others = [batch["indices"] for batch in loader(dataset, 16, order=order, epoch=2, workers=2)]
     assert all(torch.equal(a, b) for a, b in zip(alone, others, strict=True))
 
 

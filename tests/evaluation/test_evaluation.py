@@ -187,7 +187,7 @@ def test_data_without_the_condition_are_refused(runs, tmp_path, capsys):
     assert "the model knows 8 classes, but" in capsys.readouterr().err
     model = load_model(runs[1])
     model.cond_stage_key = "depth"
-    with pytest.raises(UserError, match="hold image, class_label, file_path_ and no 'depth', on which"):
+    with pytest.raises(UserError, match="data: got image, class_label, file_path_, expected 'depth' too, on which"):
         evaluation.likelihood(model, tiny.datasets()[1])
 
 

@@ -6,11 +6,15 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:  # the package itself is imported by the functions that need it, as processes of tests start with this
+    from tamingfast.training.vqgan import VQGANStage
 
 SIZE = 8
 VQGAN = {
@@ -85,12 +89,46 @@ def datasets(delay: float = 0.0) -> tuple[Dataset, Dataset]:
     return Noise(13, 0, delay), Noise(5, 1)
 
 
+def images(count: int = 4) -> dict[str, torch.Tensor]:
+    """A batch of the first images."""
+    data = Noise(count)
+    return {"image": torch.stack([data[i]["image"] for i in range(count)])}
+
+
 def config(base: dict[str, Any], model: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
     """A copy of ``base`` with some ``training`` settings and ``model.params`` replaced."""
     made = copy.deepcopy(base)
     made["training"] |= training
     made["model"]["params"] |= model or {}
     return made
+
+
+def build(described: dict[str, Any]) -> nn.Module:
+    """The model of a config, with weights from torch's generator."""
+    from tamingfast.checkpoints.config import instantiate_from_config
+
+    return instantiate_from_config({key: described["model"][key] for key in ("target", "params")})
+
+
+def vqgan_stage(loss: dict[str, Any] | None = None, shared: bool = False, **params: Any) -> VQGANStage:
+    """A stage without dropout in training mode; ``loss`` are parameters of its loss, ``params`` of its model."""
+    from tamingfast.training.vqgan import VQGANStage
+
+    made = config(VQGAN, params)
+    made["model"]["params"]["ddconfig"]["dropout"] = 0.0
+    made["model"]["params"]["lossconfig"]["params"] |= loss or {}
+    torch.manual_seed(0)
+    return VQGANStage(build(made).train(), 1e-3, shared)
+
+
+def move(
+    stage: VQGANStage, batches: list[dict[str, torch.Tensor]], **options: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One optimizer step: the values that it records, and copies of the parameters after it."""
+    from tamingfast.training.step import step
+
+    values = step(stage.optimizers, stage.loss, batches, **options)
+    return values, {name: value.detach().clone() for name, value in stage.model.named_parameters()}
 
 
 def train(

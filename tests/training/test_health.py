@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ def stopped(values, losses=(), loss=math.nan, norm=1.0, batches=(), precision="f
         monitor.check(step, before, 1.0, {}, [])
     with pytest.raises(UserError) as caught:
         monitor.check(77, loss, norm, {name: torch.tensor(value) for name, value in values.items()}, batches)
-    assert "at step 77" in str(caught.value) and "\n" not in str(caught.value)
+    assert "at step 77, expected a finite number; " in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -32,7 +33,7 @@ def test_a_bad_image_is_named():
     images[1, 2, 2, 0] = math.inf
     good = {"image": torch.zeros(3, 4, 4, 3), "file_path_": ["x", "y", "z"]}
     said = stopped({}, batches=[good, {"image": images, "file_path_": ["a.png", "b.png", "c.png"]}])
-    assert "the loss is nan" in said and "the image b.png has values that are not finite" in said
+    assert "loss: got nan" in said and "the image b.png has NaN or infinite values" in said
     assert "number 1 of the batch" in stopped({}, batches=[{"image": images}])
 
 
@@ -45,26 +46,24 @@ def test_a_bad_image_is_named():
             "rose from 1 to 30.*learning rate 0.01 is probably too high",
         ),
         ({"values": {}, "precision": "bfloat16"}, "bfloat16 probably overflowed.*training.precision=float32"),
-        ({"values": {"nll_loss": math.nan}}, "learning rate 0.01.*first seen in nll_loss.*grad_clip"),
-        ({"values": {}, "loss": 1.0, "norm": math.inf}, "the gradient norm is inf"),
+        ({"values": {"nll_loss": math.nan}}, "learning rate 0.01.*not finite: nll_loss.*grad_clip"),
+        ({"values": {}, "loss": 1.0, "norm": math.inf}, "gradient norm: got inf"),
     ],
     ids=["discriminator", "rising", "precision", "otherwise", "gradient"],
 )
 def test_likely_cause(options, cause):
-    import re
-
     assert re.search(cause.replace("e+03", r"e\+03"), stopped(**options))
 
 
 def test_an_op_that_refuses_nan_is_explained_and_other_errors_are_not():
     monitor = health.Monitor(1e-2, "float32")
-    with pytest.raises(UserError, match="not finite at step 3: the learning rate 0.01"):
+    with pytest.raises(UserError, match="inside at step 3, expected finite ones; the learning rate 0.01"):
         monitor.explain(3, ValueError("z: got NaN or infinity, expected finite numbers"), [])
     monitor.explain(3, ValueError("got an image of 5 x 5 pixels, which is finance"), [])
     monitor.explain(3, UserError("the loss is nan"), [])
 
 
-def test_collapse_is_told_once_and_only_when_it_lasts():
+def test_a_collapse_is_reported_once_and_only_when_it_lasts():
     monitor = health.Monitor(1e-2, "float32")
     low, fine = {"codebook_usage": 0.005}, {"codebook_usage": 0.5}
     told = [monitor.hints(values) for values in (low, low, fine, low, low, low, low, low)]
@@ -72,7 +71,7 @@ def test_collapse_is_told_once_and_only_when_it_lasts():
     assert "codebook has collapsed" in told[5][0]
 
 
-def test_a_discriminator_that_wins_always_is_told():
+def test_a_discriminator_that_always_wins_is_reported():
     monitor = health.Monitor(1e-2, "float32")
     won = {"logits_real": 3.0, "logits_fake": -2.0}
     assert [len(monitor.hints(won)) for _ in range(4)] == [0, 0, 1, 0]
@@ -99,7 +98,9 @@ class Poisoned(tiny.Noise):
 def test_a_run_stops_before_the_weights_are_spoilt(tmp_path):
     out = tmp_path / "run"
     config = tiny.config(tiny.VQGAN, steps=12, checkpoint_every=1)
-    with pytest.raises(UserError, match=r"at step (\d+): the image noise/7.png has values that are not finite"):
+    with pytest.raises(
+        UserError, match=r"at step (\d+): expected a finite number; the image noise/7.png has NaN or infinite values"
+    ):
         vqgan.train(config, out, device="cpu", datasets=(Poisoned(13), None))
     reached = run_directory.progress(out)["step"]
     assert 6 <= reached < 12 and len(run_directory.read_metrics(out, "train")) == reached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,14 @@ STAGES = ("vqgan", "prior")
 
 
 @pytest.fixture(scope="module")
-def first_stage(tmp_path_factory) -> Path:
-    return tiny.train("vqgan", tmp_path_factory.mktemp("first") / "run", steps=2)
+def unbroken(first_stage, tmp_path_factory) -> Callable[..., Path]:
+    """unbroken(stage, **training): the run that was never interrupted, trained once for each stage and settings."""
+
+    @functools.cache
+    def run(stage: str, **training: int) -> Path:
+        return tiny.train(stage, tmp_path_factory.mktemp("unbroken") / "run", first_stage, **training)
+
+    return run
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -41,7 +49,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_mid_epoch(stage, first_stage, tmp_path):
+def test_killed_in_mid_epoch(stage, first_stage, unbroken, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, tiny.__file__, stage, out, first_stage if stage == "prior" else "-", "100000"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as process:
@@ -59,12 +67,12 @@ def test_killed_in_mid_epoch(stage, first_stage, tmp_path):
 
     settings = {"steps": reached["step"] + 4, "checkpoint_every": 5}
     tiny.train(stage, out, first_stage, resume=True, **settings)
-    same_run(out, tiny.train(stage, tmp_path / "unbroken", first_stage, **settings))
+    same_run(out, unbroken(stage, **settings))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_asked_to_stop(stage, number, first_stage, tmp_path, monkeypatch):
+def test_asked_to_stop(stage, number, first_stage, unbroken, tmp_path, monkeypatch):
     def asked(self, index, read=tiny.Noise.__getitem__):
         # The fifth image of the second epoch, in its third step.
         if self.epoch == 1 and not self.seed:
@@ -77,14 +85,14 @@ def test_asked_to_stop(stage, number, first_stage, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tiny.Noise, "__getitem__", asked)
         with pytest.raises(loop.Stopped, match=rf"after step 9 \({number.name}\).*--resume"):
-            tiny.train(stage, out, first_stage, steps=15)
+            tiny.train(stage, out, first_stage, steps=11)
     assert signal.getsignal(number) == before
     assert run_directory.progress(out)["step"] == 9
-    tiny.train(stage, out, first_stage, resume=True, steps=15)
-    same_run(out, tiny.train(stage, tmp_path / "unbroken", first_stage, steps=15))
+    tiny.train(stage, out, first_stage, resume=True, steps=11)
+    same_run(out, unbroken(stage, steps=11))
 
 
-def test_killed_between_the_two_files(tmp_path, monkeypatch):
+def test_killed_between_the_two_files(unbroken, tmp_path, monkeypatch):
     out, save, calls = tmp_path / "killed", run_directory.save_weights, []
 
     def dies_at_the_second(*args):
@@ -100,10 +108,10 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
     assert run_directory.progress(out)["step"] == 6
     load_model(out)  # the export of step 3 is older, and whole
     tiny.train("vqgan", out, resume=True, steps=9)
-    same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=9))
+    same_run(out, unbroken("vqgan", steps=9))
 
 
-def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
+def test_killed_before_the_first_checkpoint(unbroken, tmp_path, monkeypatch):
     def dies(*args):
         raise KeyboardInterrupt
 
@@ -111,24 +119,23 @@ def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run_directory, "save", dies)
         with pytest.raises(KeyboardInterrupt):
-            tiny.train("vqgan", out)
-    tiny.train("vqgan", out, resume=True)
-    same_run(out, tiny.train("vqgan", tmp_path / "unbroken"))
+            tiny.train("vqgan", out, steps=4)
+    tiny.train("vqgan", out, resume=True, steps=4)
+    same_run(out, unbroken("vqgan", steps=4))
 
 
-def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+def test_a_finished_run_continues_with_more_steps(unbroken, tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=5, accumulate=2)
     assert run_directory.read_metrics(out)[-1]["split"] == "validation"  # of the end, not of an epoch's end
     finished = (out / run_directory.METRICS).read_text()
     tiny.train("vqgan", out, resume=True, steps=5, accumulate=2)
     assert (out / run_directory.METRICS).read_text() == finished
     tiny.train("vqgan", out, resume=True, steps=8, accumulate=2)
-    same_run(out, tiny.train("vqgan", tmp_path / "unbroken", steps=8, accumulate=2))
+    same_run(out, unbroken("vqgan", steps=8, accumulate=2))
 
 
-def test_worker_processes_change_nothing(tmp_path):
-    one = tiny.train("vqgan", tmp_path / "one", steps=4)
-    same_run(one, tiny.train("vqgan", tmp_path / "two", steps=4, workers=2))
+def test_worker_processes_change_nothing(unbroken, tmp_path):
+    same_run(unbroken("vqgan", steps=4), tiny.train("vqgan", tmp_path / "two", steps=4, workers=2))
 
 
 def test_another_seed_is_another_run(tmp_path):
@@ -146,16 +153,16 @@ def test_time_budget_counts_over_interruptions(tmp_path):
 
 def test_what_cannot_be_resumed(tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=2)
-    with pytest.raises(UserError, match="already holds a training run; continue it with --resume"):
+    with pytest.raises(UserError, match="already holds a training run, .* continue the run with --resume"):
         tiny.train("vqgan", out)
     with pytest.raises(UserError, match="got no run in this directory"):
         tiny.train("vqgan", tmp_path / "nowhere", resume=True)
-    with pytest.raises(UserError, match="training.batch_size is 1 but the run in .* began with 2"):
+    with pytest.raises(UserError, match="training.batch_size: got 1, expected 2, with which the run in .* began"):
         tiny.train("vqgan", out, resume=True, batch_size=1)
     changed = tiny.config(tiny.VQGAN, {"n_embed": 32})
-    with pytest.raises(UserError, match="model.params.n_embed is 32 but"):
+    with pytest.raises(UserError, match="model.params.n_embed: got 32, expected 16"):
         vqgan.train(changed, out, True, "cpu", tiny.datasets())
-    with pytest.raises(UserError, match="12 training images but the run in .* began with 13"):
+    with pytest.raises(UserError, match="got 12 training images, expected 13"):
         vqgan.train(tiny.config(tiny.VQGAN), out, True, "cpu", (tiny.Noise(12), None))
 
 
@@ -225,20 +232,20 @@ class TestCommand:
         assert self.command("prior", *again, "training.steps=4") == 0
         assert run_directory.progress(out)["step"] == 4
         assert self.command("prior", "--resume", "--out", out, "prior.condition=class") == cli.USAGE_ERROR
-        assert "prior.* are for a new run" in capsys.readouterr().err
+        assert "prior: got settings for a run that has begun" in capsys.readouterr().err
 
     def test_a_named_config_leaves_the_length_of_the_run(self, begun, caplog):
         out, config = begun
         with caplog.at_level(logging.WARNING):
             assert self.command("vqgan", config, "--resume", "--out", out, "data.length=20") == 0
         assert run_directory.progress(out)["step"] == 2
-        assert "its training.steps=2, not training.steps=6" in caplog.text
+        assert "its training.steps=2 instead of training.steps=6" in caplog.text
 
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["--resume", "--out", "RUN", "training.batch_size=3"], "batch_size is 3 but the run in"),
-            (["CONFIG", "--resume", "--out", "RUN"], "data.length is None but the run in"),
+            (["--resume", "--out", "RUN", "training.batch_size=3"], "training.batch_size: got 3, expected 2"),
+            (["CONFIG", "--resume", "--out", "RUN"], "data.length: got None, expected 20"),
             (["--resume", "--out", "nowhere"], "got no run in this directory"),
             (["--out", "nowhere", "training.steps=3"], "no config is named"),
         ],

@@ -1,0 +1,22 @@
+"""The data sets of a run: those of the config's ``data:`` section, or those that the caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch.utils.data import Dataset
+
+from tamingfast.data.base import EpochDataset, as_epoch_dataset
+from tamingfast.training.settings import build_datasets
+
+#: (training, validation), ours or any map-style data sets of torch's.
+Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]
+
+
+def datasets_of(config: Mapping[str, Any], given: Datasets | None = None) -> tuple[EpochDataset, EpochDataset | None]:
+    """The ``given`` data sets, or those of the config."""
+    if given is None:
+        return build_datasets(config)
+    training, validation = given
+    return as_epoch_dataset(training), None if validation is None else as_epoch_dataset(validation)

@@ -1,0 +1,53 @@
+"""What the training loop trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tamingfast.models.base import Module
+
+#: A loss () and values () to record.
+Loss = tuple[Tensor, dict[str, Tensor]]
+#: A batch of a `tamingfast.data.loader`: tensors and lists with one row per image.
+Batch = Mapping[str, Any]
+
+
+class Stage(Protocol):
+    """A model with its optimizers, in the order in which they step."""
+
+    @property
+    def model(self) -> Module: ...
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the values that the progress bar shows."""
+
+    def loss(self, batch: Batch, index: int) -> Loss | None:
+        """What optimizer ``index`` minimizes; None when it rests in this step."""
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Values over the validation batches; called in eval mode without gradients."""
+
+    def images(self, batch: Batch) -> list[Tensor]:
+        """Rows of images (B, C, H, W) in [-1, 1] worth looking at; called like `validate`."""
+
+
+class Optimized(Protocol):
+    """A model with Lightning's hook for its optimizers."""
+
+    def configure_optimizers(self) -> Any: ...
+
+
+def optimizers_of(model: Optimized) -> list[torch.optim.Optimizer]:
+    """What ``configure_optimizers`` returns, in any of the forms that Lightning allows, as a list."""
+    found = model.configure_optimizers()
+    if isinstance(found, tuple):
+        found = found[0]
+    return list(found) if isinstance(found, list) else [found]

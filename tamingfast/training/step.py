@@ -1,0 +1,98 @@
+"""One optimizer step of a stage, and the learning rate that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tamingfast.errors import UserError
+from tamingfast.training.feed import images_per_step
+from tamingfast.training.health import gradient_norm
+from tamingfast.training.settings import Training
+from tamingfast.training.stage import Batch, Loss
+
+
+def step(
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss: Callable[[Batch, int], Loss | None],
+    batches: Sequence[Batch],
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    grad_clip: float | None = None,
+    reduce: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+    check: Callable[[float, float, dict[str, Tensor]], None] = lambda loss, norm, values: None,
+) -> dict[str, Tensor]:
+    """Move every optimizer once, in the order of the original under Lightning.
+
+    For each of the ``batches``, whose gradients are averaged, and each optimizer in turn: a forward pass with the
+    current weights, its loss, a backward pass into its own parameters only (those of the other optimizers do not
+    require gradients meanwhile), and after the last batch its step. So the discriminator learns from reconstructions of
+    the autoencoder that has just moved. ``reduce(parameters)`` averages gradients over processes and
+    ``check(loss, gradient norm, values)`` runs before each optimizer moves. Returns the values of ``loss``, averaged
+    over the batches.
+    """
+    values: list[dict[str, Tensor]] = [{} for _ in optimizers]
+    totals: list[Tensor | float] = [0.0 for _ in optimizers]
+    for number, batch in enumerate(batches):
+        for index, optimizer in enumerate(optimizers):
+            with _only(optimizers, optimizer):
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                    result = loss(batch, index)
+                if result is None:
+                    continue
+                value, seen = result[0] / len(batches), result[1]
+                value.backward()
+            totals[index] = totals[index] + value.detach()
+            for name, item in seen.items():
+                values[index][name] = values[index].get(name, 0.0) + item.detach() / len(batches)
+            if number + 1 == len(batches):
+                parameters = _parameters(optimizer)
+                reduce(parameters)
+                check(float(totals[index]), float(gradient_norm(parameters)), values[index])
+                if grad_clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return {name: item for seen in values for name, item in seen.items()}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextlib.contextmanager
+def _only(optimizers: Sequence[torch.optim.Optimizer], chosen: torch.optim.Optimizer) -> Iterator[None]:
+    """Parameters of the other optimizers require no gradients inside the block."""
+    others = [parameter for other in optimizers if other is not chosen for parameter in _parameters(other)]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def learning_rate(settings: Training, base: float | None, processes: int) -> float:
+    """``training.learning_rate``, or the original's rule: accumulate * processes * batch size * base learning rate."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    if not isinstance(base, (int, float)) or base <= 0:
+        raise UserError(
+            f"model.base_learning_rate: got {base!r}, expected a number above 0 (the paper's is 4.5e-6); set it, or "
+            "training.learning_rate"
+        )
+    return images_per_step(settings, processes) * base
+
+
+def rate_factor(settings: Training, step: int) -> float:
+    """Factor of the learning rate at ``step`` (from 0): linear warm-up times cosine decay, each 1 if not set."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.decay_steps is None:
+        return warm
+    return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / settings.decay_steps)))
