@@ -222,7 +222,7 @@ def test_broken_weights_are_named(gpt, dtype, where):
     with torch.no_grad():
         broken.get_parameter(where).view(-1)[0] = float("nan")
     engine = made(broken, dtype, slots=1)
-    with pytest.raises(ValueError, match="logits hold NaN"):
+    with pytest.raises(ValueError, match="logits.* NaN"):
         engine.decode([0], torch.zeros(1, 5, dtype=torch.int64), range(1, 5))
 
 
@@ -566,8 +566,6 @@ DECODES = {
     "fed below": (dict(fed=-1), "^fed: got -1"),
     "choices": (dict(choices=25), "^choices: got 25"),
     "temperature": (dict(temperature=0.0), "^temperature: got 0"),
-    "top_k": (dict(top_k=-1), "^top_k: got -1"),
-    "top_p": (dict(top_p=0.0), "^top_p: got 0"),
     "every": (dict(every=0), "^every: got 0"),
     "sequences": (dict(sequences=torch.zeros(1, 10)), "^sequences: got torch.float32"),
     "token": (dict(sequences=torch.full((1, 10), 99)), "^token: got 99"),
