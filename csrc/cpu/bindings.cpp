@@ -184,12 +184,12 @@ void require_count(const char* name, std::size_t got, std::int64_t expected) {
     refuse(name, std::to_string(got) + " values", std::to_string(expected));
 }
 
-Choice read_choice(bool greedy, double temperature, std::int64_t top_k, double top_p, std::uint64_t seed) {
-  if (!(temperature > 0.0 && temperature <= std::numeric_limits<float>::max()))
-    refuse("temperature", std::to_string(temperature), "a positive number");
-  require_least("top_k", top_k, 0);
-  if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", std::to_string(top_p), "above 0 and at most 1");
-  return {greedy, static_cast<float>(temperature), top_k, top_p, seed};
+// A temperature that is 0 or infinite as float32 would make scores NaN, which std::nth_element must not see.
+float read_temperature(double temperature) {
+  using Float = std::numeric_limits<float>;
+  if (!(temperature >= Float::min() && temperature <= Float::max()))
+    refuse("temperature", std::to_string(temperature), "a positive number that a float32 holds");
+  return static_cast<float>(temperature);
 }
 
 void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std::uintptr_t sequences,
@@ -217,7 +217,7 @@ void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std
   p.columns = columns.data();
   p.images = images.data();
   p.choices = choices;
-  p.choice = read_choice(greedy, temperature, top_k, top_p, seed);
+  p.choice = {greedy, read_temperature(temperature), top_k, top_p, seed};
   // Captured by reference: copying a Python function would need the GIL.
   const auto report = [&](std::int64_t done) {
     if (progress && done % every == 0) progress(done);

@@ -500,8 +500,8 @@ void Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std
     }
   });
   if (nan || nothing)
-    throw std::domain_error(std::string("logits hold ") + (nan ? "NaN" : "only -inf") +
-                            " in some row, so no token can be chosen: check the weights");
+    throw std::domain_error(std::string("logits: got ") + (nan ? "NaN" : "only -inf") +
+                            " in a row, expected numbers to choose a token from; check the weights");
 }
 
 void Engine::State::check_decode(const DecodeParams& d) const {

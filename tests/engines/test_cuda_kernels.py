@@ -297,6 +297,6 @@ def test_kernels_under_sanitizers():
         env=os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "TAMINGFAST_SANITIZED": str(built)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
