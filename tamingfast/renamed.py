@@ -16,10 +16,10 @@ from types import ModuleType
 #: old name -> new name, both below ``tamingfast.``; modules below an old package are listed themselves.
 RENAMED: dict[str, str] = {
     "apply": "tasks",
-    "apply.conditioning": "tasks.conditions",
+    "apply.conditioning": "tasks.conditioning",
     "apply.drawing": "tasks.drawing",
-    "apply.encoding": "tasks.encode",
-    "apply.measuring": "tasks.reconstruct",
+    "apply.encoding": "tasks.encoding",
+    "apply.measuring": "tasks.reconstruction",
     "apply.models": "tasks.models",
     "apply.photos": "tasks.pictures",
     "apply.sizes": "tasks.sizes",
@@ -36,7 +36,7 @@ RENAMED: dict[str, str] = {
     "data.kinds": "data.conditions.kinds",
     "data.scenes": "data.conditions.scenes",
     "engine": "engines.cpu",
-    "inspection": "tasks.inspect",
+    "inspection": "tasks.inspection",
     "losses": "models.losses",
     "models.bands": "engines.bands",
     "models.conditioning": "models.condition_stages",

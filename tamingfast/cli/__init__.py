@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, edit, encode, evaluate, photos, reproduce, sample, train
+from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, train
 from tamingfast.errors import UserError, first_line, lacks_memory
 
 USAGE_ERROR, INTERRUPTED = 2, 130
-COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
+COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
 
 
 class _AboveBars(logging.Handler):

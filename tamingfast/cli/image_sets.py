@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict
 
-from tamingfast.cli.conditions import condition_options, conditions_of_each, tokens_of_each
-from tamingfast.cli.options import DEVICE, DRAWING, at_least_one, command, drawing_settings, load, named_images
+from tamingfast.cli.options import (
+    DEVICE,
+    DRAWING,
+    Commands,
+    command,
+    condition_options,
+    given_options,
+    load,
+    size_of,
+)
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.files import check_png
+from tamingfast.tasks.options import DrawingOptions
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Commands) -> None:
+    """Declare the three commands."""
     added = _command(commands, "reconstruct", reconstruct, "images above what the first stage makes of them", ())
     added.add_argument("--out", default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
@@ -29,7 +39,13 @@ def add_to(commands: Any) -> None:
     added.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
 
 
-def _command(commands: Any, name: str, run: Callable, text: str, parents: Sequence) -> argparse.ArgumentParser:
+def _command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    parents: Sequence[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
     added = command(commands, name, run, text, (DEVICE, *parents))
     added.add_argument("model", help="run directory or checkpoint")
     added.add_argument("images", nargs="+", help="image files, or directories of them")
@@ -41,35 +57,24 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     from tamingfast import images, tasks
 
     check_png(arguments.out)
-    model = load(arguments)
-    x, _ = named_images(arguments, model)
-    out, figures = tasks.reconstruct(model, x)
-    images.save_rows(arguments.out, [x, out])
-    print(json.dumps(figures))
+    size = size_of(arguments)
+    found = tasks.reconstruct(load(arguments), arguments.images, size=size)
+    images.save_rows(arguments.out, [found.images, found.reconstructed])
+    print(json.dumps(found.figures))
     say_written(arguments.out)
 
 
 def complete(arguments: argparse.Namespace) -> None:
-    import torch
-
     from tamingfast import images, tasks
 
     check_png(arguments.out)
-    model = tasks.check_windowed(load(arguments))
-    x, files = named_images(arguments, model)
-    conditions = conditions_of_each(arguments, model, files, x.shape[2:])
-    cond = tokens_of_each(arguments, model, conditions, len(x))
-    rows = [x]
-    if conditions:
-        rows.insert(0, torch.cat([tasks.condition_picture(model, condition) for condition in conditions]))
-    for again in range(at_least_one(arguments.times, "--times")):
-        with progress_bar("tokens") as bar:
-            rows.append(
-                tasks.complete(
-                    model, x, cond, first_image=again * len(x), progress=bar.moved, **drawing_settings(arguments)
-                )
-            )
-    images.save_rows(arguments.out, rows)
+    size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
+    found = tasks.complete(
+        load(arguments), arguments.images, arguments.times, size=size, label=arguments.label,
+        conditions=arguments.condition, conditions_of=arguments.condition_of, options=options, bars=progress_bar,
+    )  # fmt: skip
+    shown = [] if found.conditions is None else [found.conditions]
+    images.save_rows(arguments.out, [*shown, found.images, *found.completed])
     say_written(arguments.out)
 
 
@@ -79,13 +84,12 @@ def likelihood(arguments: argparse.Namespace) -> None:
 
     if arguments.plot:
         check_png(arguments.plot)
-    model = tasks.check_windowed(load(arguments))
-    x, files = named_images(arguments, model)
-    cond = tokens_of_each(arguments, model, conditions_of_each(arguments, model, files, x.shape[2:]), len(x))
-    with progress_bar("schedules") as bar:
-        rows = tasks.likelihood(
-            model, x, cond, arguments.strides, at_least_one(arguments.batch, "--batch"), progress=bar.moved
-        )
+    size = size_of(arguments)
+    costs = tasks.likelihood(
+        load(arguments), arguments.images, size=size, label=arguments.label, conditions=arguments.condition,
+        conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=progress_bar,
+    )  # fmt: skip
+    rows = [asdict(cost) for cost in costs]
     for row in rows:
         print(json.dumps(row))
     if arguments.plot:

@@ -1,133 +1,203 @@
-"""Data sets as token files."""
+"""Data sets as token files: `encode`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.checkpoints.weights import fingerprint
+from tamingfast.data import loader
+from tamingfast.data.conditions import kinds
+from tamingfast.data.tokens import smallest, write_tokens
+from tamingfast.engines import bands
 from tamingfast.errors import UserError
-from tamingfast.tasks.models import first_stage_of, is_spatial
+from tamingfast.models.base import FirstStage
+from tamingfast.models.condition_stages import CoordStage
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.progress import Bars, Counter, silent
+from tamingfast.tasks.drawing import at_least_one
+from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
 from tamingfast.tasks.sizes import grid_size
+from tamingfast.training.settings import build_datasets
 
 
 def encode(
+    model: Model,
+    data: Dataset | Mapping[str, Any] | None,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    cond_stage: Model | None = None,
+    batch: int = 64,
+    bars: Bars = silent,
+) -> int:
+    """Write the tokens of every image of a data set to a token file that the prior's training reads.
+
+    Images are taken as the data set's epoch 0 gives them. Where it has spatial conditions their tokens are written too.
+
+    Args:
+        model: a first stage or a prior, or the path of its run or checkpoint.
+        data: a data set; or the settings that make one, as in a config's ``data`` section; None takes those that
+            ``cond_stage``, else the model, was trained on.
+        out: the file to write, ``.safetensors``.
+        split: "train" or "validation", of settings.
+        cond_stage: the first stage of the conditions; by default the one of a prior, or coordinates.
+        batch: images at a time, which does not change them.
+        bars: opens counters of progress; see `tamingfast.progress`.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: conditions without a first stage, a first stage whose conditions the data lack, or images whose sides
+            are no multiples of f.
+    """
+    at_least_one(batch, "batch")
+    network = opened(model)
+    stage_of_conditions = None if cond_stage is None else first_stage_of(opened(cond_stage))
+    if data is None:
+        data = config_of(network if stage_of_conditions is None else stage_of_conditions).get("data") or {}
+    dataset = _made(data, split) if isinstance(data, Mapping) else data
+    conditions = _conditions_of(network, dataset, stage_of_conditions)
+    with bars("images", len(dataset) if isinstance(dataset, Sized) else None) as counter:
+        return _write(network, dataset, conditions, out, batch, counter)
+
+
+def check_encodable(data: Mapping[str, Any]) -> None:
+    """UserError for a ``data`` section with conditions that token files cannot hold; no data are read."""
+    kind = kinds.KINDS.get(str(data.get("kind")))
+    if isinstance(kind, type) and issubclass(kind, kinds.Objects):
+        raise UserError(
+            f"data.kind: got '{data['kind']}', whose order changes from epoch to epoch, expected conditions that token "
+            "files hold; train on data.name=conditions instead, or give name=folder to write the images alone"
+        )
+
+
+@runtime_checkable
+class _Coded(Protocol):
+    """A stage whose tokens are below ``n_embed``."""
+
+    @property
+    def n_embed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """The spatial conditions of a data set: their key in its batches, and the stage that makes tokens of them."""
+
+    key: str
+    stage: nn.Module
+
+    @property
+    def vocab_size(self) -> int:
+        return _codes(self.stage) + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
+
+    def description(self, dataset: Dataset) -> dict[str, Any]:
+        """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
+        kind = getattr(dataset, "kind", None)
+        return {
+            "key": self.key,
+            "vocab_size": self.vocab_size,
+            "first_stage": fingerprint(self.stage),
+            "data": {} if kind is None else kinds.settings_of(kind),
+        }
+
+
+def _made(data: Mapping[str, Any], split: str) -> Dataset:
+    """The data set that settings describe."""
+    if split not in ("train", "validation"):
+        raise UserError(f"split: got '{split}', expected train or validation")
+    check_encodable(data)
+    dataset = build_datasets({"data": data})[0 if split == "train" else 1]
+    if dataset is None:
+        raise UserError("split: got validation, expected train, as the data settings give no validation set")
+    return dataset
+
+
+def _write(
     model: nn.Module,
     dataset: Dataset,
-    path: str | os.PathLike,
-    batch: int = 64,
-    progress: Callable[[int], Any] | None = None,
-    cond_stage: nn.Module | None = None,
+    conditions: _Conditions | None,
+    path: str | os.PathLike[str],
+    batch: int,
+    counter: Counter,
 ) -> int:
-    """Write the tokens of every image of ``dataset`` to a token file that the prior's training reads; returns how many.
-
-    Images are taken as the dataset's epoch 0 gives them, and where it holds spatial conditions their tokens are written
-    too: those of ``cond_stage``, by default of the prior ``model``, or coordinates. ``progress(n)`` runs after every n
-    images. Raises UserError for conditions without a stage, for a stage whose conditions the dataset lacks, and for
-    images whose sides are no multiples of the first stage's factor.
-    """
-    from tamingfast.data import loader
-    from tamingfast.data.tokens import smallest, write_tokens
-
     stage = first_stage_of(model)
-    key, cond_stage = _stage_of_conditions(model, dataset, cond_stage)
     classes = getattr(dataset, "classes", None)
     labels: list[int] = []
-    conditions: list[np.ndarray] = []
+    written: list[np.ndarray] = []
     height, width = dataset[0]["image"].shape[:2]
     metadata = {
         "size": f"{height}x{width}",
         "source": getattr(dataset, "description", type(dataset).__name__),
         "first_stage": fingerprint(stage),
     }
-    condition = None if key is None else _description_of_conditions(key, cond_stage, dataset)
 
-    @torch.no_grad()
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
-            x = items["image"].permute(0, 3, 1, 2).to(stage.device)
-            grid_size(model, *x.shape[2:])  # fails for images of which a part would be lost
-            quant, _, (_, _, indices) = stage.encode(x)
-            grid = quant.shape[2:]
+            x = _images(items["image"], stage)
+            grid_size(model, *x.shape[2:])  # raises for images of which a part would be lost
+            tokens = bands.encode_grid(stage, x)
             if classes is not None:
                 labels.extend(items["class_label"].tolist())
-            if key is not None:
-                _, _, (_, _, found) = cond_stage.encode(items[key].permute(0, 3, 1, 2).to(stage.device))
-                conditions.append(smallest(found.view(len(x), *grid).cpu().numpy(), condition["vocab_size"]))
-            yield indices.view(len(x), *grid).cpu().numpy()
-            if progress is not None:
-                progress(len(x))
+            if conditions is not None:
+                found = bands.encode_grid(conditions.stage, _images(items[conditions.key], stage))
+                written.append(smallest(found.view(tokens.shape).cpu().numpy(), conditions.vocab_size))
+            yield tokens.cpu().numpy()
+            counter.update(len(x))
 
     # The lists are filled while the grids are written.
     return write_tokens(
         path,
         grids(),
-        stage.n_embed,
+        _codes(stage),
         class_label=None if classes is None else labels,
         metadata=metadata,
         classes=classes,
-        conditions=None if key is None else conditions,
-        condition=condition,
+        conditions=None if conditions is None else written,
+        condition=None if conditions is None else conditions.description(dataset),
     )
 
 
-def check_encodable(data: Mapping[str, Any]) -> None:
-    """UserError for a ``data`` section with conditions that token files do not hold; reads none of them."""
-    from tamingfast.data.conditions.kinds import KINDS, Objects
-
-    if issubclass(KINDS.get(str(data.get("kind")), object), Objects):
-        raise UserError(
-            "token files hold no objects, whose order changes from epoch to epoch; train on data.name=conditions "
-            "instead, or give name=folder to write the images alone"
-        )
+def _images(batch: Tensor, stage: FirstStage) -> Tensor:
+    return batch.permute(0, 3, 1, 2).to(stage.device)
 
 
-def _stage_of_conditions(
-    model: nn.Module, dataset: Dataset, cond_stage: nn.Module | None
-) -> tuple[str | None, nn.Module | None]:
-    """The key of the dataset's spatial conditions and what makes tokens of them, both None without."""
-    from tamingfast.data.conditions.kinds import Coordinates, settings_of
-    from tamingfast.models.condition_stages import CoordStage
+def _codes(stage: nn.Module) -> int:
+    if not isinstance(stage, _Coded):
+        raise UserError(f"model: got a {type(stage).__name__}, whose tokens are not counted, expected a first stage")
+    return stage.n_embed
 
+
+def _conditions_of(model: nn.Module, dataset: Dataset, stage: FirstStage | None) -> _Conditions | None:
+    """The data set's spatial conditions; None without any. ``stage`` is the one that was given for them."""
     kind = getattr(dataset, "kind", None)
     key = getattr(kind, "key", None)
     if kind is not None:
-        check_encodable(settings_of(kind))
-    if cond_stage is None and hasattr(model, "transformer") and is_spatial(model):
-        wanted, cond_stage = model.cond_stage_key, model.cond_stage_model
+        check_encodable(kinds.settings_of(kind))
+    if stage is None and isinstance(model, Net2NetTransformer) and is_spatial(model):
+        found = _Conditions(model.cond_stage_key, model.cond_stage_model)
+    elif stage is not None:
+        found = _Conditions(str(getattr(stage, "image_key", "image")), stage)
+    elif key == kinds.Coordinates.key:
+        first = first_stage_of(model)
+        return _Conditions(key, CoordStage(_codes(first) - 1, first.factor))
+    elif key is None:
+        return None
     else:
-        wanted = getattr(cond_stage, "image_key", None)
-    if wanted is not None and wanted not in dataset[0]:
         raise UserError(
-            f"the stage of conditions is for '{wanted}', which the data do not hold; give name=conditions kind=... "
-            "path=DIRECTORY"
-        )
-    if wanted is None and key == Coordinates.key:
-        stage = first_stage_of(model)
-        return key, CoordStage(stage.n_embed - 1, stage.factor)
-    if wanted is None and key is not None:
-        raise UserError(
-            f"the data hold conditions of '{key}', but no first stage for them is given; give --cond-stage RUN, or "
+            f"data: got conditions of '{key}' without a first stage for them, expected one; give --cond-stage RUN, or "
             "name=folder to write the images alone"
         )
-    return wanted, cond_stage
-
-
-def _description_of_conditions(key: str, cond_stage: nn.Module, dataset: Dataset) -> dict[str, Any]:
-    """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
-    from tamingfast.data.conditions.kinds import settings_of
-
-    kind = getattr(dataset, "kind", None)
-    return {
-        "key": key,
-        # A coordinate stage rounds to n_embed itself.
-        "vocab_size": cond_stage.n_embed + (0 if hasattr(cond_stage, "quantize") else 1),
-        "first_stage": fingerprint(cond_stage),
-        "data": {} if kind is None else settings_of(kind),
-    }
+    if found.key not in dataset[0]:
+        raise UserError(
+            f"data: got no '{found.key}', expected it, as the first stage of the conditions encodes it; give "
+            "name=conditions kind=... path=DIRECTORY"
+        )
+    return found

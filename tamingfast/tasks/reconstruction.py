@@ -1,62 +1,75 @@
-"""What a model makes of real images, in figures."""
+"""Images through the first stage and back: `reconstruct`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tamingfast.engines import bands
-from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
-from tamingfast.tasks.drawing import painted, photo_canvas
-from tamingfast.tasks.models import first_stage_of
+from tamingfast.images import to_uint8
+from tamingfast.tasks.figures import l1, psnr
+from tamingfast.tasks.models import Model, first_stage_of, opened
+from tamingfast.tasks.pictures import Pictures, batch_of
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """Images and what the first stage makes of them, float32 (B, 3, H, W) in [-1, 1] on the CPU.
+
+    Attributes:
+        images: as given.
+        reconstructed: decoded from their tokens.
+        l1: mean absolute difference.
+        psnr: in dB on 8-bit pixels, the mean over images; infinite when one comes back exactly.
+        codes: how many different codes occur.
+    """
+
+    images: Tensor
+    reconstructed: Tensor
+    l1: float
+    psnr: float
+    codes: int
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The three figures by their names."""
+        return {"l1": self.l1, "psnr": self.psnr, "codes": self.codes}
+
+
+def reconstruct(model: Model, images: Pictures, *, size: tuple[int, int] | None = None) -> Reconstruction:
+    """Images through the first stage and back.
+
+    Args:
+        model: a first stage or a prior, or the path of its run or checkpoint.
+        images: pictures, or directories of them.
+        size: (height, width) in pixels that they are scaled to cover and cut to; by default the size that the
+            model was trained on, or a tensor's own.
+
+    Raises:
+        UserError: the model has no first stage of images, or a picture cannot be read.
+    """
+    network = opened(model)
+    _, x, _ = batch_of(network, images, size)
+    tokens, out = _through(network, x.to(first_stage_of(network).device))
+    out = out.cpu()
+    pairs = zip(to_uint8(x), to_uint8(out), strict=True)
+    found = float(np.mean([psnr(real, made) for real, made in pairs]))
+    return Reconstruction(x, out, float(l1(x, out).mean()), found, int(tokens.unique().numel()))
+
+
+def reconstructed(model: nn.Module, x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] through the first stage and back, on its device: the same shape.
+
+    Large ones are processed in bands of rows; see `tamingfast.engines.bands`.
+    """
+    return _through(model, x)[1]
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Images (B, 3, H, W) through the first stage, and how far the result is from them.
-
-    Large ones in bands of rows, as `tamingfast.engines.bands` has it.
-    Figures: ``l1`` mean absolute difference (images in [-1, 1]), ``psnr`` in dB, ``codes`` different codes in use.
-    """
+def _through(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     stage = first_stage_of(model)
     tokens = bands.encode_grid(stage, x)
-    out = bands.decode_grid(stage, tokens).clamp(-1, 1)
-    mse = float((out - x).square().mean())
-    psnr = 10 * float(np.log10(4 / mse)) if mse > 0 else float("inf")
-    return out, {"l1": float((out - x).abs().mean()), "psnr": psnr, "codes": int(tokens.unique().numel())}
-
-
-@torch.no_grad()
-def likelihood(
-    model: nn.Module,
-    x: Tensor,
-    cond: Tensor,
-    strides: Sequence[int] = (8,),
-    batch: int = 4,
-    progress: Callable[[int, int], Any] | None = None,
-) -> list[dict[str, Any]]:
-    """What each schedule costs on images (B, 3, H, W): a row each with ``name``, ``nats`` and ``tokens_per_token``.
-
-    ``cond`` are condition tokens (B, c) or (B, rows, columns).
-    ``nats`` is the mean over tokens and images of `tamingfast.sampling.likelihood.negative_log_likelihood`.
-    """
-    canvas = painted(model, photo_canvas(model, x, cond))
-    _, rows, columns = canvas.tokens.shape
-    window = canvas.settings["window"]
-    prefix = cond.shape[-1] if cond.ndim != 3 else min(window, rows) * min(window, columns)
-    rules = [("paper", 1), ("scene", 1), *((rule, stride) for rule in ("strided", "block") for stride in strides)]
-    found = []
-    for done, (rule, stride) in enumerate(rules):
-        options = dict(window=window, schedule=rule, stride=stride)
-        parts = zip(cond.split(batch), canvas.tokens.split(batch), strict=True)
-        nats = torch.cat([negative_log_likelihood(model, *part, **options) for part in parts])
-        work = tokens_per_token(rows, columns, prefix, **options)
-        name = rule if rule in ("paper", "scene") else f"{rule} {stride}"
-        found.append({"name": name, "nats": float(nats.mean()), "tokens_per_token": work})
-        if progress is not None:
-            progress(done + 1, len(rules))
-    return found
+    return tokens, bands.decode_grid(stage, tokens).clamp(-1, 1)
