@@ -240,7 +240,7 @@ class TestCommand:
             (["--resume", "--out", "RUN", "training.batch_size=3"], "batch_size is 3 but the run in"),
             (["CONFIG", "--resume", "--out", "RUN"], "data.length is None but the run in"),
             (["--resume", "--out", "nowhere"], "holds no run to resume"),
-            (["--out", "nowhere", "training.steps=3"], "no config is named"),
+            (["--out", "nowhere", "training.steps=3"], "CONFIG: got none"),
         ],
     )
     def test_mistakes(self, begun, capsys, words, said):
