@@ -76,10 +76,10 @@ class TestEveryCondition:
             words += condition_of(data, kind)
         else:
             assert run(*words) == cli.USAGE_ERROR
-            assert f"--condition FILE{'' if kind in FROM_FILE else ', or'}" in capsys.readouterr().err
+            assert f"give its file with condition{'' if kind in FROM_FILE else ', or'}" in capsys.readouterr().err
             named = condition_of(data, kind) or ["--condition-of", photo]
             assert run(*words, *named) == cli.USAGE_ERROR
-            assert "is of 40x48 pixels, but the canvas of 40x72: give one of its size" in capsys.readouterr().err
+            assert "got a condition of 40x48 pixels, expected 40x72, the size of the canvas" in capsys.readouterr().err
             enlarged(named[1], wide)
             words += [named[0], wide]
         assert run(*words, "--canvas", tmp_path / "kept.canvas") == 0
@@ -122,7 +122,7 @@ class TestEveryCondition:
         if kind != "coord":
             other = [named[0], 4 if kind == "class" else named[1].with_stem("4")]
         assert run(*words, *other, "--resume") == cli.USAGE_ERROR
-        message = "has 5 x 6 tokens, but 5 x 5 are asked for" if kind == "coord" else "begun under another condition"
+        message = "5 x 5" if kind == "coord" else "another condition"
         assert message in capsys.readouterr().err
 
 
@@ -135,14 +135,14 @@ def test_mistakes_in_sampling(trained, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     if kind not in ("coord", "class"):
-        assert "--condition FILE" in said()
-        assert "leave --class out" in said(*(condition_of(data, kind) or ["--condition-of", photo]), "--class", 1)
+        assert "give its file with condition" in said()
+        assert "leave it out" in said(*(condition_of(data, kind) or ["--condition-of", photo]), "--class", 1)
         assert "multiples of 8" in said("--condition", photo, "--size", "30x30")
-        assert "give one of them" in said("--condition", photo, "--condition-of", photo)
+        assert "expected one of them" in said("--condition", photo, "--condition-of", photo)
     if kind in (*FROM_FILE, "coord"):
         assert "cannot be computed from a photo" in said("--condition-of", photo)
     if kind == "class":
-        assert "conditioned on 'class_label'; give no condition" in said("--condition", photo)
-        assert "knows 0 to 9" in said("--class", 10)
+        assert "conditioned on 'class_label'; leave it out" in said("--condition", photo)
+        assert "expected 0 to 9" in said("--class", 10)
     else:
         assert "no" in said("--condition", tmp_path / "missing.png")

@@ -146,17 +146,17 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
         assert run(*words) == cli.USAGE_ERROR
         return capsys.readouterr().err
 
-    assert "conditions of 'edges', but no first stage" in said("encode", first_stage, "--out", file, *where)
+    assert "conditions of 'edges' without a first stage" in said("encode", first_stage, "--out", file, *where)
     objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
-    with pytest.raises(UserError, match="token files hold no objects"):
+    with pytest.raises(UserError, match="got 'boxes', whose order changes"):
         tasks.encode(load_model(first_stage), objects, file)
     boxes = ["name=conditions", "kind=boxes", f"path={data / 'boxes'}", "classes=[a]", f"size={SIZE}"]
-    assert "token files hold no objects" in said("encode", first_stage, "--out", file, *boxes)
+    assert "got 'boxes', whose order changes" in said("encode", first_stage, "--out", file, *boxes)
     edges = tmp_path / "edges"
     words = ["train", "vqgan", "edges_vqgan", "--out", edges, *SMALL, *ADVERSARIAL, "training.steps=1"]
     assert run(*words, *(f"data.{setting}" for setting in where)) == 0
     plain = ["name=folder", f"path={data / 'coord'}", f"size={SIZE}"]
-    message = "stage of conditions is for 'edges', which the data do not hold"
+    message = "data: got no 'edges', expected it"
     assert message in said("encode", first_stage, "--cond-stage", edges, "--out", file, *plain)
     assert run("encode", first_stage, "--cond-stage", edges, "--out", file) == 0  # on what that stage was trained on
     words = ["train", "prior", "tiny", "--first-stage", first_stage, "--out", tmp_path / "prior", "training.steps=1"]
