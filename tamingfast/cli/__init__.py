@@ -1,7 +1,7 @@
 """The ``tamingfast`` command.
 
-Each module in `COMMANDS` has an ``add_to(commands)`` that declares its commands and their options; the others are shared
-by commands. Heavy imports wait until a command runs, so that ``--help`` answers at once.
+Each module in `COMMANDS` has an ``add_to(commands)`` that declares its commands and their options; the others are
+shared by commands. Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def canvas_file(arguments: argparse.Namespace) -> Path:
     """Where the canvas is kept while it is drawn."""
-    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(".canvas")
+    from tamingfast.tasks.canvases import SUFFIX
+
+    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
 
 
 def write(arguments: argparse.Namespace, drawing: Drawing) -> None:

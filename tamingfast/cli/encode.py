@@ -6,6 +6,7 @@ import argparse
 
 from tamingfast.cli.options import DEVICE, Commands, command, data_settings, load
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.tasks.options import ENCODING_BATCH
 
 
 def add_to(commands: Commands) -> None:
@@ -15,7 +16,7 @@ def add_to(commands: Commands) -> None:
     added.add_argument("--out", required=True, help="token file to write (.safetensors)")
     added.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
     added.add_argument("--split", choices=("train", "validation"), default="train")
-    added.add_argument("--batch", type=int, default=64)
+    added.add_argument("--batch", type=int, default=ENCODING_BATCH)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 

@@ -7,7 +7,7 @@ import argparse
 from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, data_settings, given_options, load
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.errors import UserError
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import SAMPLES, DrawingOptions
 
 
 def add_to(commands: Commands) -> None:
@@ -17,7 +17,7 @@ def add_to(commands: Commands) -> None:
     added.add_argument("model", help="run directory or checkpoint of a first stage or a prior")
     added.add_argument("--data", metavar="DIR", help="all images below this directory instead of the validation set")
     added.add_argument("--limit", type=int, help="number of images, drawn by --seed; default: all")
-    added.add_argument("--samples", type=int, default=256, help="of a prior (default: %(default)s)")
+    added.add_argument("--samples", type=int, default=SAMPLES, help="of a prior (default: %(default)s)")
     added.add_argument(
         "--features",
         help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception where "

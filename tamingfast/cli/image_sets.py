@@ -19,7 +19,7 @@ from tamingfast.cli.options import (
 )
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.files import check_png
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
 
 
 def add_to(commands: Commands) -> None:
@@ -30,12 +30,14 @@ def add_to(commands: Commands) -> None:
     text = "keep the upper half of images and draw the lower half anew"
     added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
     added.add_argument("--out", default="completed.png", help="PNG to write (default: %(default)s)")
-    added.add_argument("--times", type=int, default=3, help="completions of each image (default: %(default)s)")
+    added.add_argument("--times", type=int, default=TIMES, help="completions of each image (default: %(default)s)")
 
     text = "what each schedule costs: nats per token of real images"
     added = _command(commands, "likelihood", likelihood, text, (condition_options(nargs="+"),))
-    added.add_argument("--strides", type=int, nargs="+", default=[8], help="of strided and block (default: 8)")
-    added.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
+    added.add_argument(
+        "--strides", type=int, nargs="+", default=list(STRIDES), help=f"of strided and block (default: {STRIDES[0]})"
+    )
+    added.add_argument("--batch", type=int, default=LIKELIHOOD_BATCH, help="images at a time (default: %(default)s)")
     added.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from tamingfast.errors import UserError
@@ -50,27 +51,27 @@ class _OldName(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-_DEFAULT = DrawingOptions.__dataclass_fields__
+_DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
 
 DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # Without defaults of argparse, so that what was given can be told from what was not; `DrawingOptions` has them.
 DRAWING = options(
-    ("--temperature", {"type": float, "help": f"default: {_DEFAULT['temperature'].default:g}"}),
-    ("--top-k", {"type": int, "help": f"0: all tokens; default: {_DEFAULT['top_k'].default}"}),
+    ("--temperature", {"type": float, "help": f"default: {_DEFAULT['temperature']:g}"}),
+    ("--top-k", {"type": int, "help": f"0: all tokens; default: {_DEFAULT['top_k']}"}),
     ("--top-p", {"type": float, "help": "nucleus: the most likely tokens that hold this probability"}),
     ("--greedy", {"action": "store_true", "default": None, "help": "always the most likely token"}),
-    ("--seed", {"type": int, "help": f"default: {_DEFAULT['seed'].default}"}),
-    ("--batch", {"type": int, "help": f"images at a time, same images; default: {_DEFAULT['batch'].default}"}),
+    ("--seed", {"type": int, "help": f"default: {_DEFAULT['seed']}"}),
+    ("--batch", {"type": int, "help": f"images at a time, which does not change them; default: {_DEFAULT['batch']}"}),
     (
         "--schedule",
-        {"help": f"paper, scene, strided or block, beyond the window; default: {_DEFAULT['schedule'].default}"},
+        {"help": f"paper, scene, strided or block, for images beyond the window; default: {_DEFAULT['schedule']}"},
     ),
     (
         "--stride",
-        {"type": int, "help": f"tokens between windows, strided and block; default: {_DEFAULT['stride'].default}"},
+        {"type": int, "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
     ),
-    ("--engine", {"help": f"who samples: auto, native, torch or naive; default: {_DEFAULT['engine'].default}"}),
+    ("--engine", {"help": f"who samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
     ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
 )

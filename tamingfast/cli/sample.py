@@ -6,6 +6,7 @@ import argparse
 
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
 from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, condition_options, load, size_of
+from tamingfast.tasks.options import COUNT
 
 
 def add_to(commands: Commands) -> None:
@@ -13,7 +14,7 @@ def add_to(commands: Commands) -> None:
     parents = (DEVICE, DRAWING, condition_options(), KEEPING)
     added = command(commands, "sample", sample, "draw new images", parents)
     added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("-n", "--count", type=int, help="how many images; default: 16")
+    added.add_argument("-n", "--count", type=int, help=f"how many images; default: {COUNT}")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
     added.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     added.add_argument(

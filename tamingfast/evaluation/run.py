@@ -19,11 +19,8 @@ from tamingfast.ops import backends
 from tamingfast.progress import Bars, silent
 from tamingfast.tasks.drawing import PAPER, at_least_one
 from tamingfast.tasks.models import Model
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import SAMPLES, DrawingOptions
 from tamingfast.training.settings import build_datasets
-
-#: Samples of a prior that are compared with real images.
-SAMPLES = 256
 
 
 def evaluate_model(

@@ -58,15 +58,14 @@ class Painter:
         ``count`` is the number of images that the caller asked for. Raises UserError where another canvas would be
         lost, and on resuming where the caller asks for something else than the canvas was begun with.
         """
+        options = self.options or PAPER
         if self.resume:
             canvas = self._resumed(model, begun, count)
-        elif begun is not None:
-            canvas = painted(model, begun, **(self.options or PAPER).deciding())
+        else:
+            assert begun is not None  # only a resumed canvas may be unknown beforehand
+            canvas = painted(model, begun, **options.deciding())
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
-        else:
-            raise UserError("canvas: got none, expected one to draw on")
-        options = self.options or PAPER
         with self.bars("tokens", None) as counter:
             return canvas.sample(
                 model, batch=options.batch, path=self.canvas, preview=self._shown(model, options.batch),

@@ -18,7 +18,7 @@ from tamingfast.tasks.conditioning import (
 )
 from tamingfast.tasks.drawing import PAPER, at_least_one, completed
 from tamingfast.tasks.models import Model, check_windowed, opened
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import TIMES, DrawingOptions
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
 
 
@@ -40,7 +40,7 @@ class Completion:
 def complete(
     model: Model,
     images: Pictures,
-    times: int = 3,
+    times: int = TIMES,
     *,
     size: tuple[int, int] | None = None,
     label: int | None = None,

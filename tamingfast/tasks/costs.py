@@ -15,6 +15,7 @@ from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_t
 from tamingfast.tasks.conditioning import ConditionSource, conditions_of_each, given_each, tokens_of_each
 from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
 from tamingfast.tasks.models import Model, check_windowed, opened
+from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
 
 
@@ -41,8 +42,8 @@ def likelihood(
     label: int | None = None,
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
-    strides: Sequence[int] = (8,),
-    batch: int = 4,
+    strides: Sequence[int] = STRIDES,
+    batch: int = LIKELIHOOD_BATCH,
     bars: Bars = silent,
 ) -> list[ScheduleCost]:
     """How likely real images are under each schedule, and how much work each is.

@@ -23,6 +23,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
 from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
+from tamingfast.tasks.options import ENCODING_BATCH
 from tamingfast.tasks.sizes import grid_size
 from tamingfast.training.settings import build_datasets
 
@@ -34,7 +35,7 @@ def encode(
     *,
     split: str = "train",
     cond_stage: Model | None = None,
-    batch: int = 64,
+    batch: int = ENCODING_BATCH,
     bars: Bars = silent,
 ) -> int:
     """Write the tokens of every image of a data set to a token file that the prior's training reads.

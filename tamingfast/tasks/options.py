@@ -10,6 +10,17 @@ from typing import Any
 
 from tamingfast.errors import UserError
 
+#: Images that `sample` draws.
+COUNT = 16
+#: Completions of each image that `complete` draws.
+TIMES = 3
+#: Strides that `likelihood` tries, in tokens, and its images at a time.
+STRIDES, LIKELIHOOD_BATCH = (8,), 4
+#: Images at a time of `encode`.
+ENCODING_BATCH = 64
+#: Samples of a prior that `tamingfast.evaluation.evaluate_model` compares with real images.
+SAMPLES = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions:

@@ -22,12 +22,9 @@ from tamingfast.tasks.conditioning import (
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, begun
 from tamingfast.tasks.models import Model, check_prior, is_spatial, opened
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
 from tamingfast.tasks.sizes import grid_size, image_size
-
-#: Images where the caller does not say how many.
-COUNT = 16
 
 
 def sample(

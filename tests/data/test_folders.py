@@ -324,7 +324,7 @@ def test_floating_point_pixels_are_refused(tmp_path, caplog):
         save(tmp_path / f"{number}.png")
     path = tmp_path / "float.tif"
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
-    with pytest.raises(UserError, match=r"float\.tif cannot be read .*floating-point numbers"):
+    with pytest.raises(UserError, match=r"float\.tif: got a file that cannot be read .*floating-point numbers"):
         tasks.read_photo(path)
     train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
     assert len(train) + len(validation) == 2
