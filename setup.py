@@ -1,36 +1,47 @@
-"""Build of the native extension; everything that is plain metadata stands in pyproject.toml."""
+"""Builds the native extension with ninja; everything that is plain metadata stands in pyproject.toml."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError, ExecError
+from setuptools.errors import BaseError, CCompilerError, CompileError, ExecError
 
 CUDA_SOURCES = sorted(str(path) for ending in ("cpp", "cu") for path in Path("csrc", "cuda").glob(f"*.{ending}"))
 SOURCES = sorted({str(path) for path in Path("csrc").rglob("*.cpp")} - set(CUDA_SOURCES))
 HEADERS = sorted(str(path) for ending in ("h", "inl") for path in Path("csrc").rglob(f"*.{ending}"))
-# Machine code for these compute capabilities; later devices compile the PTX of the last one when they load it.
+# Machine code is made for these compute capabilities; later devices compile the PTX of the last one on first use.
 CUDA_TARGETS = ("80", "90")
-# Read by tamingfast/backends.py, so that `tamingfast info` can tell why there is no extension.
+# tamingfast/ops/backends.py reads it, so that `tamingfast info` can say why there is no extension.
 FAILURE_NOTE = "_C.failure.txt"
+# Objects persist here, also between editable installations, whose own build directory is a new one every time.
+FOLDER = Path("build", "native" + sysconfig.get_config_var("EXT_SUFFIX").rpartition(".")[0])
+
+
+class NoCuda(ExecError):
+    """Why the extension cannot have the CUDA engine."""
 
 
 class BuildExtension(build_ext):
-    """Builds ``tamingfast._C`` with OpenMP where the compiler has it; a failed build leaves a note, not an error.
+    """Builds ``tamingfast._C``, with OpenMP if the compiler supports it. A failed build leaves a note, not an error.
 
-    The package works without the extension (on the torch reference), so a machine without a compiler must be
-    able to install it. Set ``TAMINGFAST_REQUIRE_NATIVE=1`` to make a failed build fail the installation.
+    The package works without the extension (on the torch reference), so that it can be installed on a machine without
+    a compiler. ``TAMINGFAST_REQUIRE_NATIVE=1`` makes a failed build fail the installation.
 
-    The CUDA engine's kernels are a part of it where nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda) and
-    works. ``TAMINGFAST_CUDA=0`` leaves them out, ``TAMINGFAST_CUDA=1`` makes their absence fail the installation.
+    The CUDA engine's kernels are included if nvcc is found (in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda) and
+    compiles them. ``TAMINGFAST_CUDA=0`` leaves them out, ``TAMINGFAST_CUDA=1`` makes their absence an error.
     """
 
     def run(self) -> None:
@@ -44,97 +55,203 @@ class BuildExtension(build_ext):
             if "1" in (os.environ.get("TAMINGFAST_REQUIRE_NATIVE"), os.environ.get("TAMINGFAST_CUDA")):
                 raise
             self.inplace = inplace
-            for extension in self.extensions:  # a binary of an earlier build would pass for this one
+            for extension in self.extensions:  # the binary of an earlier build would be taken for this one
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(f"{error}\n", encoding="utf-8")
             self.warn(f"tamingfast._C was not built and the package will run without it: {error}")
 
-    def build_extension(self, extension: Pybind11Extension) -> None:
-        version = self.distribution.get_version()
-        version_macro = ("TAMINGFAST_VERSION", f'"{version}"')
-        windows = self.compiler.compiler_type == "msvc"
-        extension.extra_compile_args += ["/O2"] if windows else ["-O3", "-Wall", "-Wextra"]
-        openmp = "/openmp" if windows else "-fopenmp"
-        if self._compiles_with(openmp):
-            extension.extra_compile_args.append(openmp)
-            if not windows:
-                extension.extra_link_args.append(openmp)
-        elif not windows:
-            extension.extra_compile_args.append("-Wno-unknown-pragmas")
-        nvcc, reason = (None, "not built on Windows") if windows else find_nvcc()
-        if nvcc is not None:
-            plain = extension.sources, extension.extra_link_args
-            try:
-                extension.define_macros = [version_macro, ("TAMINGFAST_CUDA", f'"{self._add_cuda(extension, nvcc)}"')]
-                return super().build_extension(extension)
-            except (BaseError, CCompilerError, OSError, subprocess.SubprocessError) as error:
-                if os.environ.get("TAMINGFAST_CUDA") == "1":
-                    raise
-                self.warn(f"tamingfast._C is built without CUDA: {error}")
-                reason = "the build with nvcc failed"
-                extension.sources, extension.extra_link_args = plain
-        elif os.environ.get("TAMINGFAST_CUDA") == "1":
-            raise ExecError(f"TAMINGFAST_CUDA=1 asks for the CUDA engine, but {reason}")
-        extension.define_macros = [version_macro, ("TAMINGFAST_NO_CUDA", f'"{reason}"')]
-        super().build_extension(extension)
+    def build_extension(self, extension: Extension) -> None:
+        if self.compiler.compiler_type != "unix":
+            raise ExecError(f"{self.compiler.compiler_type} is not supported; the extension needs GCC or Clang")
+        compiler = self.compiler.compiler_so_cxx[0]
+        if shutil.which(compiler) is None:
+            raise ExecError(f"the C++ compiler {compiler!r} was not found")
+        openmp = ["-fopenmp"] if self._compiles_with("-fopenmp") else []
+        try:
+            library = self._run_ninja(openmp, find_cuda())
+        except (NoCuda, CompileError) as error:
+            if os.environ.get("TAMINGFAST_CUDA") == "1":
+                raise ExecError(f"TAMINGFAST_CUDA=1 asks for the CUDA engine, but {error}") from error
+            self.warn(f"tamingfast._C is built without CUDA: {error}")
+            library = self._run_ninja(openmp, str(error) if isinstance(error, NoCuda) else "the build with nvcc failed")
+        target = Path(self.get_ext_fullpath(extension.name))
+        self.mkpath(str(target.parent))
+        self.copy_file(str(library), str(target))
 
-    def _add_cuda(self, extension: Pybind11Extension, nvcc: str) -> str:
-        """Adds the kernels and the runtime to the extension; what they are built by and for."""
-        plan = subprocess.run([nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True, check=True).stderr
-        libraries = next(line for line in plan.splitlines() if line.startswith("#$ LIBRARIES="))
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        release = re.search(r"release ([\d.]+)", version).group(1)
-        extension.sources = extension.sources + CUDA_SOURCES
-        # torch may have another runtime of its own loaded, for which ours must not be taken, nor the other way round.
-        found = [folder for folder in re.findall(r'-L([^"\s]+)', libraries) if not folder.endswith("stubs")]
-        extension.extra_link_args = [
-            *extension.extra_link_args, *(f"-L{folder}" for folder in found),
-            "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL",
-        ]  # fmt: skip
-        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
-        codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-        compile_other = self.compiler._compile
-
-        def compile_one(target: str, source: str, ending: str, cc_args: list, postargs: list, pp_opts: list) -> None:
-            if ending != ".cu":
-                return compile_other(target, source, ending, cc_args, postargs, pp_opts)
-            flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *codes]
-            return self.spawn([nvcc, *flags, "-c", source, "-o", target])
-
-        if ".cu" not in self.compiler.src_extensions:
-            self.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]
-        self.compiler._compile = compile_one
-        return f"nvcc {release} for " + ", ".join(f"sm_{target}" for target in CUDA_TARGETS)
+    def _run_ninja(self, openmp: list[str], cuda: Cuda | str) -> Path:
+        """Compiles what has changed; returns the library. ``cuda`` is the toolkit, or why there is none."""
+        plan = Plan(FOLDER)
+        plan.rule("cxx", [
+            *self.compiler.compiler_so_cxx, "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra",
+            *(openmp or ["-Wno-unknown-pragmas"]),
+        ], "$flags -MMD -MF $out.d -c $in -o $out")  # fmt: skip
+        libraries = list(openmp)
+        macros = {"TAMINGFAST_VERSION": self.distribution.get_version()}
+        if isinstance(cuda, Cuda):
+            macros["TAMINGFAST_CUDA"] = cuda.description
+            libraries += cuda.libraries
+            plan.rule("nvcc", cuda.command, "-MD -MF $out.d -c $in -o $out")
+        else:
+            macros["TAMINGFAST_NO_CUDA"] = cuda
+        # Only bindings depend on what may change from one build to the next: in build isolation pybind11 is elsewhere
+        # every time.
+        includes = [f"-I{path}" for path in (*self.include_dirs, find_pybind11())]
+        defines = [f"-D{name}={json.dumps(value)}" for name, value in macros.items()]
+        sources = [*CUDA_SOURCES, *SOURCES] if isinstance(cuda, Cuda) else SOURCES
+        objects = [
+            plan.compile("nvcc", source)
+            if source.endswith(".cu")
+            else plan.compile("cxx", source, [*includes, *defines] if Path(source).name == "bindings.cpp" else [])
+            for source in sorted(sources, key=lambda source: not source.endswith(".cu"))  # the slowest first
+        ]
+        # CXX in the environment changes the compiler, but not the linker, which is the compiler with other flags.
+        linker = self.compiler.linker_so_cxx
+        first = next((index for index, word in enumerate(linker) if word.startswith("-")), len(linker))
+        plan.rule("link", [*self.compiler.compiler_cxx, *linker[first:]], f"$in -o $out {shell(libraries)}")
+        library = plan.build("link", objects, "_C.so")
+        plan.run(find_ninja(), self.parallel)
+        return library
 
     def _compiles_with(self, flag: str) -> bool:
-        """Whether a small OpenMP program compiles and links; not having the header or the library says no."""
+        """Whether a small OpenMP program compiles and links, which needs the header and the library too."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n")
-            try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=[flag])
-            except (BaseError, CCompilerError):
-                return False
-        return True
+            command = [*self.compiler.compiler_cxx, flag, str(source), "-o", str(Path(folder, "probe"))]
+            return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def find_nvcc() -> tuple[str | None, str]:
-    """The path of nvcc, or None and the reason why there is none."""
+@dataclass(frozen=True)
+class Cuda:
+    """How the CUDA engine is compiled and linked."""
+
+    nvcc: str
+    release: str
+    folders: tuple[str, ...]  # of the toolkit's libraries
+
+    @property
+    def description(self) -> str:
+        return f"nvcc {self.release} for " + ", ".join(f"sm_{target}" for target in CUDA_TARGETS)
+
+    @property
+    def command(self) -> list[str]:
+        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+        codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+        return [self.nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *codes]
+
+    @property
+    def libraries(self) -> list[str]:
+        # The symbols are hidden, because torch may have loaded another runtime and each must keep to its own.
+        runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        return [*(f"-L{folder}" for folder in self.folders), *runtime]
+
+
+def find_cuda() -> Cuda:
+    """The CUDA toolkit, as its nvcc describes itself. Raises NoCuda if there is none that can be used."""
     if os.environ.get("TAMINGFAST_CUDA") == "0":
-        return None, "TAMINGFAST_CUDA=0 was set"
+        raise NoCuda("TAMINGFAST_CUDA=0 was set")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [str(Path(home, "bin")) for home in (*homes, "/usr/local/cuda") if home]
-    own, common = os.pathsep.join(folders[:-1]), folders[-1]
-    found = (own and shutil.which("nvcc", path=own)) or shutil.which("nvcc") or shutil.which("nvcc", path=common)
-    return found or None, "nvcc was not found"
+    named = os.pathsep.join(str(Path(home, "bin")) for home in homes if home)
+    nvcc = (named and shutil.which("nvcc", path=named)) or shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        raise NoCuda("nvcc was not found")
+    release = re.search(r"release ([\d.]+)", answer(nvcc, "--version"))
+    if release is None:
+        raise NoCuda("nvcc --version names no release")
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", answer(nvcc, "--dryrun", "-c", "probe.cu"), re.MULTILINE)
+    if libraries is None:
+        raise NoCuda("nvcc --dryrun names no libraries")
+    folders = re.findall(r'-L([^"\s]+)', libraries.group(1))
+    return Cuda(nvcc, release.group(1), tuple(folder for folder in folders if not folder.endswith("stubs")))
+
+
+def answer(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints. Raises NoCuda if it fails."""
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NoCuda(f"nvcc cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise NoCuda(f"nvcc {' '.join(arguments)} failed with exit status {done.returncode}")
+    return done.stdout + done.stderr
+
+
+def find_ninja() -> str:
+    """The path of ninja. An environment's scripts need not be on PATH when its Python runs."""
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    found = shutil.which("ninja", path=os.pathsep.join(folders))
+    if found is None:
+        raise ExecError("ninja was not found; install it with `pip install ninja`")
+    return found
+
+
+def find_pybind11() -> str:
+    """The folder of pybind11's headers."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise ExecError("pybind11 was not found; install it with `pip install pybind11`") from error
+    return pybind11.get_include()
+
+
+class Plan:
+    """A ninja file under construction, for objects and a library in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines = [f"builddir = {escape(str(folder))}"]
+
+    def rule(self, name: str, command: Sequence[str], arguments: str) -> None:
+        """A rule that runs ``command`` with ``arguments``, in which ninja's variables are expanded."""
+        self.lines += [f"rule {name}", f"  command = {shell(command)} {arguments}", f"  description = {name} $out"]
+        if "$out.d" in arguments:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: str, flags: Sequence[str] = ()) -> Path:
+        """Adds an object; returns its path."""
+        made = self.build(rule, [Path(source)], f"{source}.o")
+        if flags:
+            self.lines.append(f"  flags = {shell(flags)}")
+        return made
+
+    def build(self, rule: str, inputs: Sequence[Path], output: str) -> Path:
+        """Adds a file that ``rule`` makes of ``inputs``; returns its path."""
+        made = self.folder / output
+        self.lines.append(f"build {escape(str(made))}: {rule} {' '.join(escape(str(path)) for path in inputs)}")
+        return made
+
+    def run(self, ninja: str, jobs: int | None) -> None:
+        """Makes what is out of date. Raises CompileError with the first error."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "build.ninja"
+        file.write_text("\n".join([*self.lines, ""]), encoding="utf-8")
+        command = [ninja, "-f", str(file), *(["-j", str(jobs)] if jobs else [])]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        )
+        print(done.stdout, end="", file=sys.stderr)
+        if done.returncode != 0:
+            lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            errors = [line for line in lines if re.search(r"\berror\b|not found", line, re.IGNORECASE)]
+            raise CompileError((errors or lines[-1:] or ["ninja failed"])[0])
+
+
+def shell(words: Sequence[str]) -> str:
+    """A command line for the shell, in a ninja file."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def escape(path: str) -> str:
+    """A path in a ninja file."""
+    return re.sub(r"([$ :])", r"$\1", path)
 
 
 setup(
     packages=[*find_packages(include=["tamingfast", "tamingfast.*"]), "tamingfast.kernels"],
     package_dir={"tamingfast": "tamingfast", "tamingfast.kernels": "kernels"},
-    ext_modules=[Pybind11Extension("tamingfast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES], cxx_std=17)],
+    ext_modules=[Extension("tamingfast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES], language="c++")],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -1,10 +1,9 @@
 """Decoding of large images in bands: seconds, peak memory and deviation from the whole image.
 
-A decoder with the f = 16 geometry of the paper's ImageNet model and a quarter of its width, random weights, which leave
-normalisation and attention nothing to average out. Each way runs in a process of its own, whose peak resident memory,
-less what it held before, is reported. The deviation is measured where the image also fits whole; in 8-bit steps of an
-image whose values span what the whole image's do. TAMINGFAST_BENCH_PIXELS sets the side (default 1024),
-TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
+A decoder with the f = 16 geometry of the paper's ImageNet model, a quarter of its width and random weights. Each way
+runs in a process of its own; the increase of its peak resident memory is reported. The deviation is measured if the
+image also fits whole, in steps of 1/255 of the range of the whole image's values. TAMINGFAST_BENCH_PIXELS sets the side
+(default 1024), TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import sys
 
 SIDE = int(os.environ.get("TAMINGFAST_BENCH_PIXELS", "1024"))
 CH = int(os.environ.get("TAMINGFAST_BENCH_CH", "32"))
-#: Bytes for a pixel at the paper's width: an image of 4096 x 4096 in 3 GiB, and whole in 48.
+#: Bytes per pixel at the paper's width, in bands and whole: 3 GiB and 48 GiB for 4096 x 4096 pixels.
 BYTES, WHOLE_BYTES = 192, 3072
 
 SCRIPT = """
 import json, resource, sys, time, torch
 from tamingfast.engines import bands
-from tamingfast.models.vqgan import Decoder
+from tamingfast.models.autoencoder import Decoder
 
 side, ch, memory, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)
@@ -43,7 +42,7 @@ print(json.dumps({"seconds": spent, "peak_bytes": peak}))
 
 def decode(side: int, memory: int, out) -> dict:
     words = [sys.executable, "-c", SCRIPT, str(side), str(CH), str(memory), str(out)]
-    # glibc keeps what is freed below 32 MiB, as the maps of small images are.
+    # glibc keeps freed blocks below 32 MiB, such as the feature maps of small images.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
     run = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     return json.loads(run.stdout)

@@ -1,4 +1,4 @@
-"""A whole training step of each stage with the Triton kernels and with torch's fused operators, both under autocast."""
+"""A training step of each stage with the Triton kernels and with torch's fused operators, both under autocast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gpu
 import pytest
 import torch
 
-from tamingfast import ops
 from tamingfast.models.gpt import GPT
 from tamingfast.models.vqgan import VQModel
 from tamingfast.ops import backends
@@ -23,7 +22,7 @@ def prior(n_unmasked: int) -> tuple:
 
 
 def first_stage() -> tuple:
-    """The paper's f=16 VQGAN without its adversarial and perceptual losses, which no kernel of ours computes."""
+    """The paper's f=16 VQGAN without its adversarial and perceptual losses, for which there are no kernels."""
     ddconfig = {
         "double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
         "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0,
@@ -60,7 +59,8 @@ def test_training_step(case, channels_last):
         return value.detach()
 
     def torchs(x: torch.Tensor) -> torch.Tensor:
-        with backends.use(None), mock.patch.object(ops, "_on_triton", return_value=False):
+        absent = backends.Availability(False, "left out, to time torch")
+        with backends.use(None), mock.patch.dict(backends.PROBES, triton=lambda: absent):
             return step(x)
 
     torch.testing.assert_close(step(inputs[0]), torchs(inputs[0]), rtol=2e-2, atol=0)

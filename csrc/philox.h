@@ -1,15 +1,11 @@
-// Philox4x32-10 and the sampler's noise. tamingfast/ops/choice.py states the same definition in torch.
+// Philox4x32-10 and the sampler's noise; tamingfast/ops/choice.py has the same definition in torch.
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TAMINGFAST_BOTH __host__ __device__
-#else
-#define TAMINGFAST_BOTH
-#endif
+#include "host_device.h"
 
 namespace tamingfast {
 
@@ -17,7 +13,7 @@ struct Words {
   std::uint32_t at[4];
 };
 
-TAMINGFAST_BOTH inline Words philox4x32(Words counter, std::uint32_t key0, std::uint32_t key1) {
+TAMINGFAST_HOST_DEVICE inline Words philox4x32(Words counter, std::uint32_t key0, std::uint32_t key1) {
   std::uint32_t* c = counter.at;
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t product0 = static_cast<std::uint64_t>(c[0]) * 0xD2511F53u;
@@ -32,21 +28,22 @@ TAMINGFAST_BOTH inline Words philox4x32(Words counter, std::uint32_t key0, std::
   return counter;
 }
 
-// Where a token stands; its noise depends on this, the seed and the vocabulary entry, on nothing else.
+// A token's image and grid position. Its noise depends on these, the seed and the vocabulary entry alone.
 struct Place {
   std::uint32_t image;
   std::uint32_t row;
   std::uint32_t column;
 };
 
-// Words of the vocabulary entries 4 * block .. 4 * block + 3.
-TAMINGFAST_BOTH inline Words noise_words(std::uint64_t seed, const Place& place, std::uint32_t block) {
+// The random words of vocabulary entries 4 * block to 4 * block + 3.
+TAMINGFAST_HOST_DEVICE inline Words noise_words(std::uint64_t seed, const Place& place, std::uint32_t block) {
   return philox4x32({{block, place.column, place.row, place.image}}, static_cast<std::uint32_t>(seed),
                     static_cast<std::uint32_t>(seed >> 32));
 }
 
-// Standard Gumbel noise of one word. The logarithms are float64, so that rounding gives the same float32 everywhere.
-TAMINGFAST_BOTH inline float gumbel(std::uint32_t word) {
+// Standard Gumbel noise from one random word. The logarithms are taken in float64, so that rounding to float32 gives
+// the same bits on every machine.
+TAMINGFAST_HOST_DEVICE inline float gumbel(std::uint32_t word) {
   const double u = (static_cast<double>(word >> 8) + 0.5) * 0x1p-24;
   return static_cast<float>(-::log(-::log(u)));
 }

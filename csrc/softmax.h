@@ -1,15 +1,17 @@
-// The online softmax: parts of a sum of weighted exponentials, joined without overflow.
+// The online softmax: partial sums of weighted exponentials that merge without overflow.
 // Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.
 #pragma once
 
 #include <cmath>
 
-#include "philox.h"
+#include "host_device.h"
 
 namespace tamingfast {
 
-// What a sum of exponentials relative to `own` is multiplied by to be relative to `common`, which is at least as large;
-// -infinity is the maximum of nothing.
-TAMINGFAST_BOTH inline float rescale(float own, float common) { return own == common ? 1.0f : expf(own - common); }
+// The factor that rescales a sum of exponentials from its own maximum to a common one, which is at least as large. An
+// empty sum has the maximum -infinity.
+TAMINGFAST_HOST_DEVICE inline float rescale(float own, float common) {
+  return own == common ? 1.0f : expf(own - common);
+}
 
 }  // namespace tamingfast

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Landscape photographs from four Debian packages, for training and measuring on real photographs of several megapixels.
-# Optional: nothing else needs them. Usage: docs/fetch_landscapes.sh DIRECTORY (Debian or Ubuntu, no root).
-# One photograph is one file, so `name=folder path=DIRECTORY` splits training and validation by photograph.
+# Landscape photographs of several megapixels from four Debian packages, for training and evaluation.
+# Optional: nothing else depends on them. Usage: docs/fetch_landscapes.sh DIRECTORY (Debian or Ubuntu, without root).
+# Each file is one photograph, so `name=folder path=DIRECTORY` splits training and validation by photograph.
 set -eu
 [ $# -eq 1 ] || { echo "usage: $0 DIRECTORY" >&2; exit 2; }
 mkdir -p "$1"
@@ -14,7 +14,7 @@ for package in *.deb; do
     dpkg-deb -x "$package" "${package%%_*}"
 done
 
-keep() { # name of the package, file, name to give it
+keep() { # package name, file, new name
     cp "$2" "$out/$1-$3"
 }
 find lomiri-wallpapers-16.04 -type f \( -name '*.jpg' -o -name '*.png' \) |

@@ -1,1 +1,1 @@
-"""The Triton kernels of tamingfast; importing this package imports nothing, each kernel file imports Triton itself."""
+"""The Triton kernels of tamingfast. Importing the package imports nothing; each kernel file imports Triton."""

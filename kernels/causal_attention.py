@@ -6,28 +6,33 @@ Forward, for query block Q_i over its visible key blocks: ``S = Q_i K_jᵀ · sc
 Exponentials are to the base 2, so scale carries log₂ e and LSE is a base-2 logarithm.
 
 Query r sees key c where ``c <= r``, or both are below n_unmasked. For a query block [m, m + M) the visible keys end at
-m + M, or at n_unmasked if that is later and m lies below it; tiles beyond are never visited, and only tiles that the
-border crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits, whose counter is
-(row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass draws it again in any tiling.
+m + M, or at n_unmasked if that is later and m is below it; tiles beyond that are skipped, and only tiles that the
+boundary crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits whose counter is
+(row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass redraws it in any tiling.
+
+Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy what
+has another. dK and dV are allocated alike and share their strides.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
+from typing import Any, TypedDict
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, capability, dot, float32_precision, launch
+from .common import LOG2_E, Arguments, capability, dot, float32_precision, launch
 
 _ROUNDS = tl.constexpr(7)  # enough to pass every known statistical test (Salmon et al. 2011, table 2)
 
 
 @triton.jit
 def _dropout_mask(seed, i_bh, o_row, col, threshold, BR: tl.constexpr, BC: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """True where a weight is kept: [BR, BC], or [BC, BR] if TRANSPOSED. One Philox call serves four columns."""
+    """True where a weight is kept: [BR, BC], or [BC, BR] if TRANSPOSED. One Philox call yields four columns."""
     o_quad = col // 4 + tl.arange(0, BC // 4)
     if TRANSPOSED:
         zero = (o_quad[:, None] * 0 + o_row[None, :] * 0).to(tl.uint32)  # [BC / 4, BR]
@@ -44,20 +49,20 @@ def _dropout_mask(seed, i_bh, o_row, col, threshold, BR: tl.constexpr, BC: tl.co
 
 @triton.jit
 def _head(i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Offset of a head. By itself the compiler notes only strides that 16 divides; heads may be 88 wide."""
+    """Offset of a head. The compiler itself only tracks divisibility by 16, and heads may be 88 wide."""
     return tl.multiple_of(i_b * stride_b + i_h * stride_h, ALIGN)
 
 
 @triton.jit
-def _tile(first, o_t, o_d, stride_t, stride_d, ALIGN: tl.constexpr):
-    """Offsets of the positions first + o_t. Inside a tile they fit 32 bits, that of the tile is taken in 64."""
+def _tile(first, o_t, o_d, stride_t, ALIGN: tl.constexpr):
+    """Offsets of the positions first + o_t: that of the tile in 64 bits, those inside it in 32."""
     start = tl.multiple_of(tl.cast(first, tl.int64) * stride_t, ALIGN)
-    return start + (tl.multiple_of(o_t[:, None] * stride_t, [ALIGN, ALIGN]) + o_d[None, :] * stride_d)
+    return start + (tl.multiple_of(o_t[:, None] * stride_t, [ALIGN, ALIGN]) + o_d[None, :])
 
 
 @triton.jit
 def _key_range(m, T, n_unmasked, BM: tl.constexpr, BN: tl.constexpr):
-    """Of the query block from m on: where its wholly visible key tiles end, and where its visible keys end."""
+    """For the query block that starts at m: the end of the fully visible key tiles, and the end of the visible keys."""
     end = tl.maximum(tl.minimum(m + BM, T), tl.where(m < n_unmasked, n_unmasked, 0))
     full = tl.maximum(m + 1, tl.where(m + BM <= n_unmasked, n_unmasked, 0))
     return tl.minimum(full, end) // BN * BN, end
@@ -71,17 +76,15 @@ def _visible(o_row, o_col, n_unmasked):
 @triton.jit
 def _attend(
     b_acc, b_l, b_m, b_q, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, T,
-    stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
+    stride_kt, stride_vt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into the running maximum, sum and output of one query block."""
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
     m_d = o_d < D
     for n in range(begin, end, BN):
-        p_kt = p_k + _tile(n, o_n, o_d, stride_kt, stride_kd, ALIGN)
-        p_vt = p_v + _tile(n, o_n, o_d, stride_vt, stride_vd, ALIGN)
+        p_kt, p_vt = p_k + _tile(n, o_n, o_d, stride_kt, ALIGN), p_v + _tile(n, o_n, o_d, stride_vt, ALIGN)
         if MASKED:
             m_kv = (n + o_n < T)[:, None] & m_d[None, :]
             b_k, b_v = tl.load(p_kt, mask=m_kv, other=0.0), tl.load(p_vt, mask=m_kv, other=0.0)  # [BN, BD]
@@ -92,7 +95,7 @@ def _attend(
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)  # [BM, BN]
         if MASKED:
             b_s = tl.where(_visible(o_m[:, None], n + o_n[None, :], n_unmasked), b_s, float("-inf"))
-        # Key 0 is in the first tile and every query sees it, so the maximum is finite from there on.
+        # Every query sees key 0, which is in the first tile, so the maximum is finite from then on.
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
         b_p = tl.exp2(b_s * scale - b_m_new[:, None])
         b_alpha = tl.exp2(b_m - b_m_new)
@@ -107,21 +110,21 @@ def _attend(
 @triton.jit
 def _forward_kernel(
     q, k, v, o, lse, seed, scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BM)
     i_bh = tl.program_id(0) // blocks
-    i_m = blocks - 1 - tl.program_id(0) % blocks  # the longest rows first, so that the last wave is short
+    i_m = blocks - 1 - tl.program_id(0) % blocks  # longest rows first, so that the last wave is short
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     m = i_m * BM
     o_m = m + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
     o_t = tl.arange(0, BM)
-    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, stride_qd, ALIGN)
+    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, ALIGN)
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
     p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN)
     p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN)
@@ -132,21 +135,21 @@ def _forward_kernel(
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_acc, b_l, b_m = _attend(
         b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
+        stride_kt, stride_vt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_acc, b_l, b_m = _attend(
         b_acc, b_l, b_m, b_q, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
+        stride_kt, stride_vt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_o = b_acc * (kept_scale / b_l)[:, None]
-    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, stride_od, ALIGN)
+    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, ALIGN)
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q)
     tl.store(lse + i_bh.to(tl.int64) * T + o_m, b_m + tl.log2(b_l), mask=o_m < T)
 
 
 @triton.jit
 def _delta_kernel(
-    o, do, delta, H, T, stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
+    o, do, delta, H, T, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta[b, h, t] = Σ_d o · do."""
@@ -157,8 +160,8 @@ def _delta_kernel(
     o_t, o_d = tl.arange(0, BM), tl.arange(0, BD)
     o_m = m + o_t
     mask = (o_m < T)[:, None] & (o_d < D)[None, :]
-    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, stride_od, ALIGN)
-    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, stride_gd, ALIGN)
+    p_o = o + _head(i_b, i_h, stride_ob, stride_oh, ALIGN) + _tile(m, o_t, o_d, stride_ot, ALIGN)
+    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, ALIGN)
     b_o, b_do = tl.load(p_o, mask=mask, other=0.0), tl.load(p_do, mask=mask, other=0.0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
     tl.store(delta + i_bh.to(tl.int64) * T + o_m, b_delta, mask=o_m < T)
@@ -167,21 +170,20 @@ def _delta_kernel(
 @triton.jit
 def _fold_queries(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, seed, i_bh, o_n, n, begin, end, n_unmasked, threshold, kept_scale,
-    T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
+    T, stride_qt, stride_gt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries [begin, end) give to dK and dV of one key block; tiles are keys by queries."""
+    """Add the contribution of the queries [begin, end) to dK and dV of one key block; tiles are keys by queries."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     o_tile = tl.arange(0, BM)
     for m in range(begin, end, BM):
         o_m = m + o_tile
         m_m = o_m < T
-        # Queries past the end load zeros, and so add nothing to either product.
+        # Queries past the end load zeros, which add nothing to either product.
         m_q = m_m[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + _tile(m, o_tile, o_d, stride_qt, stride_qd, ALIGN), mask=m_q, other=0.0)  # [BM, BD]
-        b_do = tl.load(p_do + _tile(m, o_tile, o_d, stride_gt, stride_gd, ALIGN), mask=m_q, other=0.0)
+        b_q = tl.load(p_q + _tile(m, o_tile, o_d, stride_qt, ALIGN), mask=m_q, other=0.0)  # [BM, BD]
+        b_do = tl.load(p_do + _tile(m, o_tile, o_d, stride_gt, ALIGN), mask=m_q, other=0.0)
         b_lse = tl.load(p_lse + o_m, m_m, 0.0)
         b_delta = tl.load(p_delta + o_m, m_m, 0.0)
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BN, BM], tl.float32), PRECISION)  # [BN, BM]
@@ -203,9 +205,8 @@ def _fold_queries(
 @triton.jit
 def _key_gradient_kernel(
     q, k, v, do, lse, delta, dk, dv, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dkb, stride_dkh, stride_dkt, stride_dkd, stride_dvb, stride_dvh, stride_dvt, stride_dvd,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +217,8 @@ def _key_gradient_kernel(
     o_t, o_d = tl.arange(0, BN), tl.arange(0, BD)
     o_n = n + o_t
     m_kv = (o_n < T)[:, None] & (o_d < D)[None, :]
-    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN) + _tile(n, o_t, o_d, stride_kt, stride_kd, ALIGN)
-    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN) + _tile(n, o_t, o_d, stride_vt, stride_vd, ALIGN)
+    p_k = k + _head(i_b, i_h, stride_kb, stride_kh, ALIGN) + _tile(n, o_t, o_d, stride_kt, ALIGN)
+    p_v = v + _head(i_b, i_h, stride_vb, stride_vh, ALIGN) + _tile(n, o_t, o_d, stride_vt, ALIGN)
     b_k, b_v = tl.load(p_k, mask=m_kv, other=0.0), tl.load(p_v, mask=m_kv, other=0.0)  # [BN, BD]
     p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN)
     p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN)
@@ -225,42 +226,38 @@ def _key_gradient_kernel(
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     b_seed = tl.load(seed) if DROPOUT else 0
-    # Queries from `full` on see the whole key block; a block inside the prefix is seen whole by all.
+    # Queries from `full` on see the whole key block; all queries see a block inside the prefix.
     begin = tl.where(n < n_unmasked, 0, n // BM * BM)
     full = tl.minimum((n + BN + BM - 2) // BM * BM, (T + BM - 1) // BM * BM)
     full = tl.where(n + BN <= n_unmasked, 0, full)
     b_dk, b_dv = _fold_queries(
         b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, begin, full, n_unmasked, threshold,
-        kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION,
-        ALIGN,
+        kept_scale, T, stride_qt, stride_gt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_dk, b_dv = _fold_queries(
         b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, b_seed, i_bh, o_n, n, full, T, n_unmasked, threshold,
-        kept_scale, T, stride_qt, stride_qd, stride_gt, stride_gd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION,
-        ALIGN,
+        kept_scale, T, stride_qt, stride_gt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
-    p_dk = dk + _head(i_b, i_h, stride_dkb, stride_dkh, ALIGN) + _tile(n, o_t, o_d, stride_dkt, stride_dkd, ALIGN)
-    p_dv = dv + _head(i_b, i_h, stride_dvb, stride_dvh, ALIGN) + _tile(n, o_t, o_d, stride_dvt, stride_dvd, ALIGN)
-    tl.store(p_dk, (b_dk * grad_scale).to(dk.dtype.element_ty), mask=m_kv)
-    tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_kv)
+    o_kv = _head(i_b, i_h, stride_dkb, stride_dkh, ALIGN) + _tile(n, o_t, o_d, stride_dkt, ALIGN)
+    tl.store(dk + o_kv, (b_dk * grad_scale).to(dk.dtype.element_ty), mask=m_kv)
+    tl.store(dv + o_kv, b_dv.to(dv.dtype.element_ty), mask=m_kv)
 
 
 @triton.jit
 def _fold_keys(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, seed, i_bh, o_m, begin, end, n_unmasked, threshold, kept_scale, T,
-    stride_kt, stride_kd, stride_vt, stride_vd, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
+    stride_kt, stride_vt, scale, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys [begin, end) give to dQ of one query block."""
+    """Add the contribution of the keys [begin, end) to dQ of one query block."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     o_tile = tl.arange(0, BN)
     for n in range(begin, end, BN):
         o_n = n + o_tile
         m_kv = (o_n < T)[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + _tile(n, o_tile, o_d, stride_kt, stride_kd, ALIGN), mask=m_kv, other=0.0)  # [BN, BD]
-        b_v = tl.load(p_v + _tile(n, o_tile, o_d, stride_vt, stride_vd, ALIGN), mask=m_kv, other=0.0)
+        b_k = tl.load(p_k + _tile(n, o_tile, o_d, stride_kt, ALIGN), mask=m_kv, other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + _tile(n, o_tile, o_d, stride_vt, ALIGN), mask=m_kv, other=0.0)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32), PRECISION)
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         if MASKED:
@@ -276,9 +273,8 @@ def _fold_keys(
 @triton.jit
 def _query_gradient_kernel(
     q, k, v, do, lse, delta, dq, seed, scale, grad_scale, n_unmasked, threshold, kept_scale, H, T,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -289,8 +285,8 @@ def _query_gradient_kernel(
     o_t, o_d = tl.arange(0, BM), tl.arange(0, BD)
     o_m = m + o_t
     m_q = (o_m < T)[:, None] & (o_d < D)[None, :]
-    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, stride_qd, ALIGN)
-    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, stride_gd, ALIGN)
+    p_q = q + _head(i_b, i_h, stride_qb, stride_qh, ALIGN) + _tile(m, o_t, o_d, stride_qt, ALIGN)
+    p_do = do + _head(i_b, i_h, stride_gb, stride_gh, ALIGN) + _tile(m, o_t, o_d, stride_gt, ALIGN)
     b_q, b_do = tl.load(p_q, mask=m_q, other=0.0), tl.load(p_do, mask=m_q, other=0.0)  # [BM, BD]
     b_lse = tl.load(lse + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
     b_delta = tl.load(delta + i_bh.to(tl.int64) * T + o_m, o_m < T, 0.0)
@@ -300,32 +296,32 @@ def _query_gradient_kernel(
     b_seed = tl.load(seed) if DROPOUT else 0
     full, end = _key_range(m, T, n_unmasked, BM, BN)
     b_dq = _fold_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold, kept_scale, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, 0, full, n_unmasked, threshold,
+        kept_scale, T, stride_kt, stride_vt, scale, D, BD, BM, BN, False, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
     b_dq = _fold_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold, kept_scale, T,
-        stride_kt, stride_kd, stride_vt, stride_vd, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, b_seed, i_bh, o_m, full, end, n_unmasked, threshold,
+        kept_scale, T, stride_kt, stride_vt, scale, D, BD, BM, BN, True, DROPOUT, PRECISION, ALIGN,
     )  # fmt: skip
-    p_dq = dq + _head(i_b, i_h, stride_dqb, stride_dqh, ALIGN) + _tile(m, o_t, o_d, stride_dqt, stride_dqd, ALIGN)
+    p_dq = dq + _head(i_b, i_h, stride_dqb, stride_dqh, ALIGN) + _tile(m, o_t, o_d, stride_dqt, ALIGN)
     tl.store(p_dq, (b_dq * grad_scale).to(dq.dtype.element_ty), mask=m_q)
 
 
 @functools.cache
 def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: int) -> list[triton.Config]:
-    """The tilings that are tried for ``width``, the padded head width, on compute capability ``major``, safest first.
+    """The tilings to try for ``width``, the padded head width, on compute capability ``major``; the smallest first.
 
-    Those that the compiler would spill registers for are left out; asynchronous matrix units, from 9 on, save some.
+    Tilings whose registers would spill are left out. From 9 on, matrix units read shared memory, which saves registers.
     """
     wide = width > 64
-    if dtype == torch.float32:  # exact products run on the plain cores, from registers
+    if dtype == torch.float32:  # exact products run on the CUDA cores, from registers
         tiles = {
             "forward": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
             "keys": [(16, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
             "queries": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
         }[kernel]
     else:
-        small = major < 9  # whose matrix units take their operands from registers
+        small = major < 9  # matrix units take their operands from registers
         narrow_keys = [(32, 64, 8, 2), (32 if wide else 64, 32, 4, 2)]
         tiles = {
             "forward": [(64, 32 if wide else 64, 4, 3), (128, 32 if small and wide else 64, 8, 3)],
@@ -344,18 +340,43 @@ def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: 
 
 
 def _layout(**tensors: torch.Tensor) -> dict[str, int]:
-    """Strides of the tensors, and the power of two up to 16 that divides those between heads and positions."""
+    """Strides of (B, H, T, D) tensors except the last, which is 1, and the power of two up to 16 that divides them."""
     arguments, align = {}, 16
     for name, tensor in tensors.items():
-        for axis, size, step in zip("bhtd", tensor.shape, tensor.stride(), strict=True):
+        for axis, size, step in zip("bht", tensor.shape, tensor.stride(), strict=False):
             arguments[f"stride_{name}{axis}"] = step
-            if axis != "d" and size > 1:
+            if size > 1:
                 align = math.gcd(align, step)
     return arguments | {"ALIGN": align}
 
 
-def _shared(q: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float) -> dict:
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its last stride is 1, as the kernels demand, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, in the layout of x as far as the last stride can be 1."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 or x.shape[-1] <= 1 else x.new_empty(x.shape)
+
+
+class _Shared(TypedDict):
     """The arguments that all kernels but delta's take."""
+
+    scale: float
+    n_unmasked: int
+    threshold: int
+    kept_scale: float
+    H: int
+    T: int
+    D: int
+    BD: int
+    DROPOUT: bool
+    PRECISION: str
+
+
+def _shared(q: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float) -> _Shared:
     _, heads, length, width = q.shape
     return {
         "scale": scale * LOG2_E,
@@ -371,24 +392,26 @@ def _shared(q: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float) ->
     }
 
 
-def _key(q: torch.Tensor, arguments: dict) -> tuple:
-    """Problems that may share a tiling: lengths and numbers of heads count by their powers of two."""
+def _key(q: torch.Tensor, shared: _Shared) -> tuple[Hashable, ...]:
+    """Equal for problems that share a tiling; lengths and numbers of heads are rounded up to powers of two."""
     batch, heads, length, _ = q.shape
     return (
-        str(q.dtype), arguments["D"], arguments["DROPOUT"], arguments["PRECISION"], arguments["n_unmasked"] > 0,
+        str(q.dtype), shared["D"], shared["DROPOUT"], shared["PRECISION"], shared["n_unmasked"] > 0,
         triton.next_power_of_2(length), triton.next_power_of_2(batch * heads),
     )  # fmt: skip
 
 
-def _launch_over_blocks(kernel, name: str, block: str, q: torch.Tensor, arguments: dict) -> None:
-    """One program for each head and block of positions, whose size is the meta-parameter ``block``."""
+def _launch_over_blocks(
+    kernel: triton.JITFunction, name: str, block: str, q: torch.Tensor, shared: _Shared, arguments: Arguments
+) -> None:
+    """One program for each head and block of positions; the meta-parameter ``block`` is the block's size."""
     batch, heads, length, _ = q.shape
     launch(
         kernel,
         lambda meta: (batch * heads * triton.cdiv(length, meta[block]),),
-        _configs(name, arguments["BD"], q.dtype, arguments["DROPOUT"], capability(q.device)[0]),
-        _key(q, arguments),
-        arguments,
+        _configs(name, shared["BD"], q.dtype, shared["DROPOUT"], capability(q.device)[0]),
+        _key(q, shared),
+        {**arguments, **shared},
     )
 
 
@@ -402,18 +425,27 @@ def _forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output like q, and the base-2 log-sum-exp float32 (B, H, T). ``scale`` is positive, seed int64 (1,)."""
-    out = torch.empty_like(q)
+    """Output like q, and the base-2 log-sum-exp, float32 (B, H, T). ``scale`` is positive, seed int64 (1,)."""
+    out = _empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed}
-    arguments |= _shared(q, n_unmasked, dropout_p, scale) | _layout(q=q, k=k, v=v, o=out)
-    _launch_over_blocks(_forward_kernel, "forward", "BM", q, arguments)
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    shared = _shared(q, n_unmasked, dropout_p, scale)
+    arguments = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "seed": seed, **_layout(q=q, k=k, v=v, o=out)}
+    _launch_over_blocks(_forward_kernel, "forward", "BM", q, shared, arguments)
     return out, lse
 
 
 @_forward.register_fake
-def _(q, k, v, seed, n_unmasked, dropout_p, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_unmasked: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("tamingfast::triton_causal_attention_backward", mutates_args=())
@@ -431,7 +463,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     batch, heads, length, width = q.shape
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = _empty_gradients(q, k)
+    grad, q, k, v = _unit(grad), _unit(q), _unit(k), _unit(v)
     delta = torch.empty_like(lse)
     shared = _shared(q, n_unmasked, dropout_p, scale)
     launch(
@@ -439,31 +472,47 @@ def _backward(
         lambda meta: (batch * heads * triton.cdiv(length, meta["BM"]),),
         [triton.Config({"BM": 64}, num_warps=4)],
         (),
-        {"o": out, "do": grad, "delta": delta, "H": heads, "T": length, "D": width}
-        | {"BD": shared["BD"]}
-        | _layout(o=out, g=grad),
-    )
+        {
+            "o": out, "do": grad, "delta": delta, "H": heads, "T": length, "D": width, "BD": shared["BD"],
+            **_layout(o=out, g=grad),
+        },
+    )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": delta, "seed": seed, "grad_scale": scale}
-    inputs |= shared
-    common = {"q": q, "k": k, "v": v, "g": grad}
-    keys = inputs | {"dk": dk, "dv": dv} | _layout(**common, dk=dk, dv=dv)
-    _launch_over_blocks(_key_gradient_kernel, "keys", "BN", q, keys)
-    queries = inputs | {"dq": dq} | _layout(**common, dq=dq)
-    _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, queries)
+    keys = {**inputs, "dk": dk, "dv": dv, **_layout(q=q, k=k, v=v, g=grad, dk=dk)}
+    _launch_over_blocks(_key_gradient_kernel, "keys", "BN", q, shared, keys)
+    queries = {**inputs, "dq": dq, **_layout(q=q, k=k, v=v, g=grad, dq=dq)}
+    _launch_over_blocks(_query_gradient_kernel, "queries", "BM", q, shared, queries)
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, seed, n_unmasked, dropout_p, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_unmasked: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_gradients(q, k)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _empty_gradients(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialised dq like q, and dk and dv like k."""
+    return _empty_like(q), _empty_like(k), _empty_like(k)
+
+
+# ctx is torch's, with attributes that are ours.
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, seed, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, seed)
 
 
-def _gradients(ctx, grad, _):
+def _gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
 
 
@@ -478,13 +527,14 @@ def causal_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of (B, H, T, D) tensors, all float16, bfloat16 or float32, with D at most 128; returns the like of q.
+    """Attention of (B, H, T, D) tensors, all float16, bfloat16 or float32, with D at most 128; returns one like q.
 
-    Any strides, any T. The dropout seed comes from torch's generator of the device, without waiting for it, so the
-    call can be captured in a CUDA graph. float32 products are exact unless torch's may use tf32.
+    Any T and any strides; a last stride other than 1 costs a copy. The dropout seed is drawn on the device from torch's
+    generator, without synchronising, so a CUDA graph can capture the call. float32 products are exact unless torch
+    allows tf32 in its own.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:  # the running maximum is taken before scaling, which a negative scale would turn around
+    if scale <= 0:  # the kernel takes the running maximum before scaling, which a negative scale would invert
         q, scale = q * scale, 1.0
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     return _forward(q, k, v, seed, n_unmasked, dropout_p, scale)[0]

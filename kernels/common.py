@@ -1,4 +1,4 @@
-"""What the kernels share: launching with tuned configurations, and dot products that the interpreter gets right."""
+"""Shared by the kernels: launches with tuned configurations, and a dot product that also works interpreted."""
 
 from __future__ import annotations
 
@@ -6,44 +6,50 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
 
-# Triton decides when a kernel is defined, so the variable counts only at import.
+# Triton reads the variable when a kernel is defined, so it counts at import only.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2_E = 1.4426950408889634
 _WARM_UP_MS, _MEASURE_MS = 5, 20  # per configuration
+_MULTIPROCESSORS_INTERPRETED = 4
+
+#: The grid of a launch, from the meta-parameters of its configuration.
+Grid: TypeAlias = Callable[[dict[str, int]], tuple[int, ...]]
+#: Tensors and numbers of a launch, by the kernel's parameter names.
+Arguments: TypeAlias = Mapping[str, object]
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b``. The interpreter holds bfloat16 as integers and would multiply those."""
+    """``acc + a @ b``. The interpreter stores bfloat16 as integers and would multiply those."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def launch(
-    kernel: Any,
-    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    kernel: triton.JITFunction,
+    grid: Grid,
     configs: Sequence[triton.Config],
     key: tuple[Hashable, ...],
-    arguments: dict[str, Any],
+    arguments: Arguments,
 ) -> None:
-    """Launch ``kernel`` on the stream of its tensors with the fastest of ``configs``, found once for each ``key``.
+    """Launch ``kernel`` on the device of its tensors with the fastest of ``configs``, measured once for each ``key``.
 
-    ``grid`` gets the meta-parameters of the configuration. The kernel must not read what it writes, because tuning runs
-    it many times. The choice is kept on disk for each kind of device. While a CUDA graph is captured nothing can be
-    timed, so an unknown key then takes the first configuration, which must fit every device that we support. The
-    configurations must follow from the key and the device.
+    Tuning runs the kernel many times, so it must not read what it writes. The choice is stored on disk for each kind of
+    device. Nothing can be timed while a CUDA graph is captured: an unknown key then takes the first configuration,
+    which must fit every supported device. The configurations must be a function of the key and the device.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     if INTERPRETED:
@@ -54,17 +60,22 @@ def launch(
         _run(kernel, grid, config, arguments)
 
 
-def _run(kernel: Any, grid: Callable, config: triton.Config, arguments: dict[str, Any]) -> None:
+def _run(kernel: triton.JITFunction, grid: Grid, config: triton.Config, arguments: Arguments) -> None:
     size = grid(config.kwargs)
     if min(size) > 0:
         kernel[size](**arguments, **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-_choices: dict[tuple, triton.Config] = {}
+# Chosen in this process: (kernel, device index, key) -> configuration.
+_choices: dict[tuple[triton.JITFunction, int, tuple[Hashable, ...]], triton.Config] = {}
 
 
 def _choose(
-    kernel: Any, grid: Callable, configs: Sequence[triton.Config], key: tuple, arguments: dict[str, Any]
+    kernel: triton.JITFunction,
+    grid: Grid,
+    configs: Sequence[triton.Config],
+    key: tuple[Hashable, ...],
+    arguments: Arguments,
 ) -> triton.Config:
     here = (kernel, torch.cuda.current_device(), key)
     if here in _choices:
@@ -87,9 +98,7 @@ def _choose(
     return configs[best]
 
 
-def _milliseconds(kernel: Any, grid: Callable, config: triton.Config, arguments: dict[str, Any]) -> float:
-    from triton.testing import do_bench
-
+def _milliseconds(kernel: triton.JITFunction, grid: Grid, config: triton.Config, arguments: Arguments) -> float:
     try:
         return do_bench(
             lambda: _run(kernel, grid, config, arguments), warmup=_WARM_UP_MS, rep=_MEASURE_MS, return_mode="median"
@@ -100,19 +109,21 @@ def _milliseconds(kernel: Any, grid: Callable, config: triton.Config, arguments:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; the interpreter is given a small number to exercise splitting."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Multiprocessors of the device; a small number for the interpreter, so that its tests split work too."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS_INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; the interpreter's is the oldest, whose tilings are the smallest."""
+    """Compute capability; for the interpreter the oldest supported, which has the smallest tiles."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def float32_precision() -> str:
-    """The precision of float32 dot products: exact, unless torch's own matrix products may use tf32."""
+    """Precision of float32 dot products: "ieee", or "tf32" where torch's own matrix products may use it."""
     matmul = torch.backends.cuda.matmul
-    # Where torch has the first, the second raises once anybody has set the first.
+    # torch versions with fp32_precision raise on reading allow_tf32 once fp32_precision has been set.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"

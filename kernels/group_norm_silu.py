@@ -3,14 +3,16 @@
 Backward, with ``g = do · sigmoid(y) (1 + y (1 - sigmoid(y)))``: ``dw = Σ g x̂``, ``db = Σ g`` over images and positions,
 ``dx = rstd (g w - mean(g w) - x̂ mean(g w x̂))`` with means over the group. Statistics and sums are float32.
 
-A tensor is seen as (image, channel, position) with three strides, so that contiguous and channels-last tensors are read
-in place. A group that fits one program is read once. Larger ones take three launches: sums of each channel over pieces
-of the positions, as many pieces as fill the device; their combination for each group; and the element-wise rest. The
-pieces' moments are combined by Chan et al. 1983 (eq. 2.1), and each piece is summed relative to the mean of its first
-tile, so that a large mean does not eat the variance.
+A tensor is addressed as (image, channel, position) with three strides, so contiguous and channels-last tensors are read
+in place. A group that fits into one program is read once. Larger groups take three launches: sums of each channel over
+pieces of the positions, with enough pieces to fill the device; their combination for each group; and the element-wise
+rest. The pieces' moments are combined by Chan et al. 1983 (eq. 2.1), and each piece is summed relative to the mean of
+its first tile, so that a large mean does not cancel the variance.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +34,7 @@ def _activate(b_y, SILU: tl.constexpr):
 
 @triton.jit
 def _through_activation(b_grad, b_y, SILU: tl.constexpr):
-    """Gradient of y from that of the output."""
+    """Gradient of y from the gradient of the output."""
     if SILU:
         b_sigmoid = tl.sigmoid(b_y)
         b_grad = b_grad * b_sigmoid * (1.0 + b_y * (1.0 - b_sigmoid))
@@ -41,11 +43,11 @@ def _through_activation(b_grad, b_y, SILU: tl.constexpr):
 
 @triton.jit
 def _group_tile(C, S, CG: tl.constexpr, stride_n, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr):
-    """Of this program's whole group: image, group, channels [BC], offsets and mask [BC, BS]."""
+    """For this program's group: image, channels [BC] and their mask, offsets and mask of the elements [BC, BS]."""
     n, g = tl.program_id(0) // (C // CG), tl.program_id(0) % (C // CG)
     o_c, o_s = tl.arange(0, BC), tl.arange(0, BS)
     mask = (o_c < CG)[:, None] & (o_s < S)[None, :]
-    channel = g * CG + o_c  # CG is a constant, so that the compiler sees how far channels are aligned
+    channel = g * CG + o_c  # CG is a constant, so the compiler knows the alignment of channels
     offset = n.to(tl.int64) * stride_n + channel.to(tl.int64)[:, None] * stride_c + o_s[None, :] * stride_s
     return n, tl.where(o_c < CG, channel, 0), o_c < CG, offset, mask
 
@@ -74,7 +76,7 @@ def _whole_backward_kernel(
     x, grad, weight, bias, mean, rstd, dx, scaled, plain, C, S, stride_n, stride_c, stride_s,
     SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """dx, and for each image and channel ``scaled`` Σ g x̂ and ``plain`` Σ g."""
+    """dx, and for each image and channel ``scaled`` = Σ g x̂ and ``plain`` = Σ g."""
     n, o_c, m_c, offset, mask = _group_tile(C, S, CG, stride_n, stride_c, stride_s, BC, BS)
     b_mean, b_rstd = tl.load(mean + tl.program_id(0)), tl.load(rstd + tl.program_id(0))
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
@@ -94,7 +96,7 @@ def _whole_backward_kernel(
 
 @triton.jit
 def _piece(C, pieces, stride_n, stride_c, BC: tl.constexpr):
-    """Of this program: image, channels [BC] and their mask, piece, offset [BC, 1] of the first position."""
+    """For this program: image, channels [BC] and their mask, piece, offset [BC, 1] of the first position."""
     i_piece = tl.program_id(0) % pieces
     blocks = tl.cdiv(C, BC)
     i_c = tl.program_id(0) // pieces % blocks
@@ -108,7 +110,7 @@ def _piece(C, pieces, stride_n, stride_c, BC: tl.constexpr):
 def _moments_kernel(
     x, mean, spread, C, S, span, pieces, stride_n, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Of each image, piece of span positions and channel: the mean, and the sum of squared differences from it."""
+    """For each image, piece of ``span`` positions and channel: the mean, and the sum of squared deviations from it."""
     n, o_c, m_c, i_piece, o_x = _piece(C, pieces, stride_n, stride_c, BC)
     begin = i_piece * span
     end = tl.minimum(begin + span, S)
@@ -134,7 +136,7 @@ def _moments_kernel(
 
 @triton.jit
 def _piece_sums(C, S, CG: tl.constexpr, span, pieces, BP: tl.constexpr, BC: tl.constexpr):
-    """Of this program's group: channels [BC], their mask, offsets and mask [BP, BC] of its sums, lengths [BP, 1]."""
+    """For this program's group: image, channels [BC], mask, offsets and mask [BP, BC] of sums, lengths [BP, 1]."""
     n, g = tl.program_id(0) // (C // CG), tl.program_id(0) % (C // CG)
     o_p, o_c = tl.arange(0, BP), tl.arange(0, BC)
     mask = (o_p < pieces)[:, None] & (o_c < CG)[None, :]
@@ -162,7 +164,7 @@ def _gradient_sums_kernel(
     x, grad, weight, bias, mean, rstd, scaled, plain, C, S, span, pieces, stride_n, stride_c, stride_s,
     SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Of each image, piece and channel: ``scaled`` Σ g x̂ and ``plain`` Σ g."""
+    """For each image, piece and channel: ``scaled`` = Σ g x̂ and ``plain`` = Σ g."""
     n, o_c, m_c, i_piece, o_x = _piece(C, pieces, stride_n, stride_c, BC)
     begin = i_piece * span
     end = tl.minimum(begin + span, S)
@@ -209,9 +211,9 @@ def _elementwise_kernel(
     x, grad, weight, bias, mean, rstd, group_scaled, group_plain, out, C, S, tiles, stride_n, stride_c, stride_s,
     BACKWARD: tl.constexpr, SILU: tl.constexpr, CG: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The output from x and the statistics, or BACKWARD dx from those, grad and the group's means."""
+    """The output from x and the statistics; if BACKWARD, dx from these, grad and the group's means."""
     n, o_c, m_c, i_tile, o_x = _piece(C, tiles, stride_n, stride_c, BC)
-    # Backwards, because the sums ended with the last positions, some of which the cache still holds.
+    # In reverse, because the cache may still hold the last positions, where the sums ended.
     o_s = (tiles - 1 - i_tile) * BS + tl.arange(0, BS)
     mask = m_c[:, None] & (o_s < S)[None, :]
     offset = o_x + o_s.to(tl.int64)[None, :] * stride_s
@@ -233,16 +235,16 @@ def _elementwise_kernel(
 
 
 class _Plan:
-    """How the tensor x (N, C, H, W) is cut, and the launches that differ only by their kernel."""
+    """How the tensor x (N, C, H, W) is split, and a launch method for each kind of split."""
 
-    def __init__(self, x: torch.Tensor, groups: int):
+    def __init__(self, x: torch.Tensor, groups: int) -> None:
         self.images, channels, height, width = x.shape
         positions, size = height * width, channels // groups
         self.channels_last = x.stride(1) == 1 and positions > 1
         self.shape = {"C": channels, "S": positions}
         self.size = size
         self.groups = self.images * groups
-        # Of a dense tensor, positions have one stride: that of the width, or of the height where the width is 1.
+        # In a dense tensor one stride covers all positions.
         self.strides = {"stride_n": channels * positions, "stride_c": 1, "stride_s": channels}
         if not self.channels_last:
             self.strides = {"stride_n": channels * positions, "stride_c": positions, "stride_s": 1}
@@ -263,34 +265,30 @@ class _Plan:
         self.cut = {"span": span, "pieces": self.pieces}
         self.piece_tile = {"CG": size, "BP": power(self.pieces), "BC": power(size)}
 
-    def whole(self, kernel, **arguments) -> None:
-        """One program for each group, which it holds."""
+    def whole(self, kernel: triton.JITFunction, **arguments: object) -> None:
+        """One program for each group, which it holds in registers."""
         self._launch(kernel, self.groups, 4, arguments | self.strides | self.group_tile)
 
-    def over_pieces(self, kernel, **arguments) -> None:
+    def over_pieces(self, kernel: triton.JITFunction, **arguments: object) -> None:
         """One program for each image, block of channels and piece of the positions."""
         self._launch(kernel, self.blocks * self.pieces, 4, arguments | self.cut | self.strides | self.tile)
 
-    def over_groups(self, kernel, **arguments) -> None:
-        """One program for each group, which combines its pieces."""
+    def over_groups(self, kernel: triton.JITFunction, **arguments: object) -> None:
+        """One program for each group, which combines the group's pieces."""
         self._launch(kernel, self.groups, 2, arguments | self.cut | self.piece_tile)
 
-    def over_tiles(self, kernel, **arguments) -> None:
-        """One program for each tile."""
-        self._launch(
-            kernel,
-            self.blocks * self.tiles,
-            4,
-            arguments | {"tiles": self.tiles, "CG": self.size} | self.strides | self.tile,
-        )
+    def over_tiles(self, kernel: triton.JITFunction, **arguments: object) -> None:
+        """One program for each image, block of channels and tile of the positions."""
+        arguments |= {"tiles": self.tiles, "CG": self.size} | self.strides | self.tile
+        self._launch(kernel, self.blocks * self.tiles, 4, arguments)
 
-    def _launch(self, kernel, programs: int, warps: int, arguments: dict) -> None:
+    def _launch(self, kernel: triton.JITFunction, programs: int, warps: int, arguments: dict[str, object]) -> None:
         config = triton.Config({}, num_warps=warps, num_stages=2)
-        launch(kernel, lambda meta: (programs,), [config], (), arguments | self.shape)
+        launch(kernel, lambda meta: (programs,), [config], (), {**arguments, **self.shape})
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself if it is contiguous or channels-last, else a contiguous copy."""
+    """x itself if contiguous or channels-last, else a contiguous copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
@@ -300,7 +298,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output in the layout of the dense x, and float32 (N, groups) means and reciprocal deviations."""
+    """Output in the layout of x, which is dense; means and reciprocal standard deviations, float32 (N, groups)."""
     plan = _Plan(x, groups)
     weight, bias = weight.contiguous(), bias.contiguous()
     out = torch.empty_like(x)
@@ -319,7 +317,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, weight, bias, groups, eps, silu):
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(x), mean, rstd
 
@@ -338,8 +338,8 @@ def _backward(
     plan = _Plan(x, mean.shape[1])
     layout = torch.channels_last if plan.channels_last else torch.contiguous_format
     dx = torch.empty_like(x)
-    inputs = {"x": x, "grad": grad.contiguous(memory_format=layout), "mean": mean, "rstd": rstd, "SILU": silu}
-    inputs |= {"weight": weight.contiguous(), "bias": bias.contiguous()}
+    wide = {"weight": weight.contiguous(), "bias": bias.contiguous()}
+    inputs = {"x": x, "grad": grad.contiguous(memory_format=layout), "mean": mean, "rstd": rstd, "SILU": silu, **wide}
     sums = {name: x.new_empty(x.shape[:2], dtype=torch.float32) for name in ("scaled", "plain")}
     if plan.fits:
         plan.whole(_whole_backward_kernel, dx=dx, **inputs, **sums)
@@ -351,7 +351,7 @@ def _backward(
             _combine_gradients_kernel,
             piece_scaled=pieces[0],
             piece_plain=pieces[1],
-            weight=inputs["weight"],
+            weight=wide["weight"],
             **sums,
             **means,
         )
@@ -360,17 +360,28 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, x, weight, bias, mean, rstd, silu):
+def _(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+# ctx is torch's, with attributes that are ours.
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     x, weight, bias, _, _, ctx.silu = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _gradients(ctx, grad, _mean, _rstd):
+def _gradients(
+    ctx: Any, grad: torch.Tensor, _mean: torch.Tensor | None, _rstd: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.silu), None, None, None
 
 
@@ -385,8 +396,9 @@ def group_norm_silu(
     eps: float = 1e-6,
     silu: bool = True,
 ) -> torch.Tensor:
-    """x (N, C, H, W) in float16, bfloat16 or float32, kept contiguous or channels-last; weight and bias (C,), floating.
+    """GroupNorm and SiLU of x (N, C, H, W) in float16, bfloat16 or float32; weight and bias (C,) of any floating dtype.
 
-    Returns the type of x also where the weights are wider, as mixed-precision training wants it. C divides by groups.
+    Contiguous and channels-last tensors keep their layout. Returns the dtype of x even where the weights are wider, as
+    mixed-precision training needs it. ``groups`` divides C.
     """
     return _forward(_dense(x), weight, bias, groups, eps, silu)[0]

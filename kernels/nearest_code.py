@@ -1,21 +1,23 @@
 """Nearest codebook entry in squared Euclidean distance (van den Oord et al. 2017, eq. 1), and its training form.
 
-Exact at the price of a fast scan. The scan ranks codes by ``|c|²/2 - z·c``, both taken relative to the codebook's mean,
-which removes a common offset. Each float32 factor is split into two bfloat16 ones, ``x = hi + lo``, and the product is
-``hi·hi + hi·lo + lo·hi`` on the matrix units. A score then errs by at most
+A fast scan, then an exact decision where the scan cannot decide. The scan ranks codes by ``|c|²/2 - z·c``, both
+relative to the codebook's mean, which removes a common offset. Each float32 factor is split into two bfloat16 values,
+``x = hi + lo``, and the product is ``hi·hi + hi·lo + lo·hi`` on the matrix units. The error of a score is at most
 
     e = (D + 8) 2⁻²¹ (|z| max|c| + max|c|²) + 2⁻¹⁴ |z| max|c| + (D + 8) 2⁻¹²⁴
 
 2⁻²¹ bounds the steps of three float32 sums on matrix units that truncate (Fasi et al. 2021, Numerical behavior of
-NVIDIA tensor cores), centring and the norms being in the 8; 2⁻¹⁴ what splitting drops, even where conversion
-truncates; the last term underflow. A code that scores 2 e above the best is farther in truth. The scan keeps the best
-two codes and the third score: of two codes within 2 e the float64 distances decide, and where a third comes as near,
-or float32 may have overflowed or vanished, the row is searched again in float64. So near-duplicate codes and large
-offsets cost time, never exactness. Nothing of size N x K is ever held: the scratch is the split inputs, as large as
-the inputs themselves.
+NVIDIA tensor cores), and the 8 covers centring and the norms; 2⁻¹⁴ bounds what splitting drops, even if conversion
+truncates; the last term is underflow. A code whose score is more than 2 e above the best is farther away. The scan
+keeps the best two codes and the third score. Between two codes within 2 e the float64 distances decide; where a third
+is as near, or float32 may have overflowed or underflowed, the row is searched again in float64. So near-duplicate codes
+and large offsets cost time, never exactness. Nothing of size N x K is held: the scratch memory is the split inputs, as
+large as the inputs themselves.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,13 +25,13 @@ import triton.language as tl
 
 from .common import dot, launch
 
-_UNIQUE = tl.constexpr(-1)  # no other code may be the nearest
-_MANY = tl.constexpr(-2)  # more than two may be
+_UNIQUE = tl.constexpr(-1)  # no other code can be the nearest
+_MANY = tl.constexpr(-2)  # more than two codes can be
 
 
 @triton.jit
 def _address(row, S, stride_b, stride_s):
-    """Offset of vectors that are numbered through (B, S), each with its own stride."""
+    """Offset of the vector at index ``row`` of the flattened (B, S), whose axes have strides of their own."""
     return (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
 
 
@@ -64,7 +66,7 @@ def _scan_kernel(
     z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, N, K,
     D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Best code of each vector, and its rival: another code, _UNIQUE if there is none, _MANY if there are several."""
+    """Best code of each vector, and its rival: another code within the error, _UNIQUE if none, _MANY if several."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
@@ -90,7 +92,7 @@ def _scan_kernel(
         b_norm = tl.load(c_norm + n + o_n, mask=m_n, other=0.0)
         largest = tl.maximum(largest, b_norm)
         b_s = tl.where(m_n[None, :], 0.5 * b_norm[None, :] - b_s, inf)  # [BM, BN]
-        # The three least scores of the tile, merged with the three least so far.
+        # Merge the three least scores of the tile with the three least so far.
         t_best, j_best = tl.min(b_s, 1, return_indices=True)
         b_s = tl.where(o_n[None, :] == j_best[:, None], inf, b_s)
         t_second, j_second = tl.min(b_s, 1, return_indices=True)
@@ -110,7 +112,7 @@ def _scan_kernel(
     size = tl.where(max_norm > 1e-30, product + max_norm, inf)
     margin = (D + 8) * (2.0**-20 * size + 2.0**-123) + 2.0**-13 * product  # 2 e
     limit = tl.where(size < 1e37, best + margin, inf)
-    # Written so that NaN, from an overflow, counts as near.
+    # The comparisons count NaN, from an overflow, as near.
     b_rival = tl.where(second > limit, _UNIQUE, i_second)
     b_rival = tl.where(third > limit, b_rival, _MANY)
     tl.store(index + o_m, i_best.to(tl.int64), mask=m_m)
@@ -136,7 +138,7 @@ def _settle_kernel(
     stride_qb, stride_qs, stride_qd, D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Decide what the scan left open, in float64; FUSED: gather codes, distances and how often each is used."""
+    """Settle in float64 what the scan left open; if FUSED, also gather codes, sum distances and count uses."""
     first = tl.program_id(0) * BR
     o_r = first + tl.arange(0, BR)
     m_r = o_r < N
@@ -153,7 +155,7 @@ def _settle_kernel(
     if tl.min(b_rival, 0) == _MANY:
         for r in range(0, tl.minimum(BR, N - first)):
             if tl.load(rival + first + r) == _MANY:
-                # A whole tile of copies of one vector, because a tile of codes is what comes against it.
+                # A tile of copies of one vector, to compare with a tile of codes.
                 o_k = tl.arange(0, BK)
                 p_row = z + _address(first + r + o_k * 0, S, stride_b, stride_s)
                 best = tl.full([BK], float("inf"), tl.float64)
@@ -165,7 +167,7 @@ def _settle_kernel(
                     better = m_k & (b_d < best)
                     best, i_best = tl.where(better, b_d, best), tl.where(better, k + o_k, i_best)
                 winner = tl.min(tl.where(best == tl.min(best, 0), i_best, K), 0)
-                # K is left where every distance is NaN; such a row has no nearest code, but its index must be valid.
+                # winner is K if every distance is NaN: no code is nearest, but the index must be valid.
                 b_index = tl.where(o_r == first + r, tl.where(winner < K, winner, 0), b_index)
     tl.store(index + o_r, b_index, mask=m_r)
     if FUSED:
@@ -188,7 +190,7 @@ def _codebook_gradient_kernel(
     z, codebook, order, end, counts, scale, out, S, stride_b, stride_s, stride_d, stride_ck, stride_cd,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out_k = scale · Σ (c_k - z_i) over the vectors i of code k, which ``order`` lists code by code."""
+    """out_k = scale · Σ (c_k - z_i) over the vectors i of code k; ``order`` lists the vectors code by code."""
     k = tl.program_id(0).to(tl.int64)
     o_d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
     m_d = o_d < D
@@ -207,7 +209,7 @@ def _codebook_gradient_kernel(
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, dict[str, int]]:
-    """A view (B, D, S) of x (B, D, *) or (N, D), B·S, S, and its strides; the positions of x must have one stride."""
+    """A view (B, D, S) of x (B, D, *) or (N, D), B·S, S, and its strides; one stride must cover the positions of x."""
     flat = x.flatten(2) if x.ndim > 2 else x.t()[None]  # (B, D, S)
     strides = dict(zip(("stride_b", "stride_d", "stride_s"), flat.stride(), strict=True))
     return flat, flat.shape[0] * flat.shape[2], flat.shape[2], strides
@@ -225,10 +227,11 @@ def _split(x: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         lambda meta: (triton.cdiv(rows, meta["BR"]),),
         [triton.Config({"BR": 32}, num_warps=4)],
         (),
-        {"x": flat, "mean": mean, "hi": hi, "lo": lo, "norm": norm, "R": rows, "S": positions, "D": width}
-        | {"DP": padded, "BD": block}
-        | strides,
-    )
+        {
+            "x": flat, "mean": mean, "hi": hi, "lo": lo, "norm": norm, "R": rows, "S": positions, "D": width,
+            "DP": padded, "BD": block, **strides,
+        },
+    )  # fmt: skip
     return hi, lo, norm, padded
 
 
@@ -237,7 +240,7 @@ def _block(width: int) -> int:
 
 
 def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(index int64, rival int32) of `_scan_kernel`, before rivals are settled."""
+    """(index int64, rival int32) of `_scan_kernel`, rivals not settled yet."""
     mean = codebook.mean(0, dtype=torch.float32)
     z_hi, z_lo, z_norm, padded = _split(z, mean)
     c_hi, c_lo, c_norm, _ = _split(codebook, mean)
@@ -250,32 +253,43 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
         lambda meta: (triton.cdiv(n, meta["BM"]),),
         [triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages) for bm, bn, warps, stages in tiles],
         (width, triton.next_power_of_2(k), triton.next_power_of_2(n)),
-        {"z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm, "index": index}
-        | {"rival": rival, "N": n, "K": k, "D": width, "DP": padded, "BD": _block(width)},
-    )
+        {
+            "z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm,
+            "index": index, "rival": rival, "N": n, "K": k, "D": width, "DP": padded, "BD": _block(width),
+        },
+    )  # fmt: skip
     return index, rival
 
 
-def _search(z: torch.Tensor, codebook: torch.Tensor, fused: dict | None = None) -> torch.Tensor:
-    """Indices int64 (N,) of z (B, D, *); ``fused`` names the outputs of the training form, z_q among them."""
+class _Outputs(NamedTuple):
+    """What the training form adds to the indices."""
+
+    z_q: torch.Tensor
+    distance: torch.Tensor
+    counts: torch.Tensor
+
+
+def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = None) -> torch.Tensor:
+    """Indices int64 (N,) of z (B, D, *); the training form writes ``fused`` too."""
     index, rival = _scan(z, codebook)
     flat, rows, positions, strides = _rows(z)
-    out = {"z_q": None, "distance": None, "counts": None} if fused is None else dict(fused)
+    out: dict[str, torch.Tensor | None] = {"z_q": None, "distance": None, "counts": None}
     quantised = strides
     if fused is not None:
-        out["z_q"], _, _, quantised = _rows(out["z_q"])
+        z_q, _, _, quantised = _rows(fused.z_q)
+        out = {"z_q": z_q, "distance": fused.distance, "counts": fused.counts}
     launch(
         _settle_kernel,
         lambda meta: (triton.cdiv(rows, meta["BR"]),),
         [triton.Config({"BR": 32, "BK": 32}, num_warps=4)],
         (),
-        {"z": flat, "codebook": codebook, "index": index, "rival": rival, "N": rows, "S": positions}
-        | {"K": len(codebook), "D": z.shape[1], "FUSED": fused is not None, "BD": min(64, _power(z.shape[1]))}
-        | {"stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1)}
-        | strides
-        | {f"stride_q{axis}": quantised[f"stride_{axis}"] for axis in "bsd"}
-        | out,
-    )
+        {
+            "z": flat, "codebook": codebook, "index": index, "rival": rival, "N": rows, "S": positions,
+            "K": len(codebook), "D": z.shape[1], "FUSED": fused is not None, "BD": min(64, _power(z.shape[1])),
+            "stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1), **strides,
+            **{f"stride_q{axis}": quantised[f"stride_{axis}"] for axis in "bsd"}, **out,
+        },
+    )  # fmt: skip
     return index
 
 
@@ -289,21 +303,21 @@ def _nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 @_nearest_code.register_fake
-def _(z, codebook):
+def _(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return z.new_empty(z.shape[0], dtype=torch.int64)
 
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index int64 (N,) of the entry of codebook (K, D) nearest to each row of z (N, D), ties to the lowest.
+    """Index of the entry of codebook (K, D) nearest to each row of z (N, D), ties to the lowest; int64 (N,).
 
-    Any floating dtypes and strides. Finiteness is not checked, which would make the host wait: a row that holds NaN or
-    an infinity gets some index below K.
+    Any floating dtypes and strides. Finiteness is not checked, because the host would have to wait for the device: a
+    row with NaN or infinity gets some index below K.
     """
     return _nearest_code(z.detach(), codebook.detach())
 
 
 def _outputs(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-    """Uninitialised codes in the layout of z, and the type in which distances are summed."""
+    """Uninitialised codes in the layout of z, and the dtype in which distances are summed."""
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     return torch.empty_like(z, dtype=dtype), torch.promote_types(dtype, torch.float32)
 
@@ -316,25 +330,26 @@ def _quantize(
     z_q, dtype = _outputs(z, codebook)
     distance = torch.empty(z.numel() // z.shape[1], dtype=dtype, device=z.device)
     counts = torch.zeros(len(codebook), dtype=torch.int64, device=z.device)
-    index = _search(z, codebook, {"z_q": z_q, "distance": distance, "counts": counts})
+    index = _search(z, codebook, _Outputs(z_q, distance, counts))
     error = distance.mean() / z.shape[1]
     return z_q, index, error, error.clone(), counts
 
 
 @_quantize.register_fake
-def _(z, codebook):
+def _(
+    z: torch.Tensor, codebook: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     z_q, dtype = _outputs(z, codebook)
-    rows = z.numel() // z.shape[1]
-    integers = {"dtype": torch.int64}
-    error = [z.new_empty((), dtype=dtype) for _ in range(2)]
-    return z_q, z.new_empty(rows, **integers), *error, z.new_empty(len(codebook), **integers)
+    index = z.new_empty(z.numel() // z.shape[1], dtype=torch.int64)
+    counts = z.new_empty(len(codebook), dtype=torch.int64)
+    return z_q, index, z.new_empty((), dtype=dtype), z.new_empty((), dtype=dtype), counts
 
 
 @torch.library.custom_op("tamingfast::triton_codebook_gradient", mutates_args=())
 def _codebook_gradient(
     z: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """scale · Σ (c_k - z_i) for each code k: sorted first, so that the sum has one order and needs no atomics."""
+    """scale · Σ (c_k - z_i) for each code k; vectors are sorted first, which fixes the order and avoids atomics."""
     flat, _, positions, strides = _rows(z)
     width = z.shape[1]
     out = torch.empty(codebook.shape, dtype=codebook.dtype, device=z.device)
@@ -343,27 +358,38 @@ def _codebook_gradient(
         lambda meta: (len(codebook), triton.cdiv(width, min(128, _power(width)))),
         [triton.Config({"BR": 16}, num_warps=4)],
         (),
-        {"z": flat, "codebook": codebook, "order": torch.argsort(index, stable=True), "end": counts.cumsum(0)}
-        | {"counts": counts, "scale": scale, "out": out, "S": positions, "D": width, "BD": min(128, _power(width))}
-        | {"stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1)}
-        | strides,
-    )
+        {
+            "z": flat, "codebook": codebook, "order": torch.argsort(index, stable=True), "end": counts.cumsum(0),
+            "counts": counts, "scale": scale, "out": out, "S": positions, "D": width, "BD": min(128, _power(width)),
+            "stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1), **strides,
+        },
+    )  # fmt: skip
     return out
 
 
 @_codebook_gradient.register_fake
-def _(z, codebook, index, counts, scale):
+def _(
+    z: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     return codebook.new_empty(codebook.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+# ctx is torch's, with attributes that are ours.
+def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
     z, codebook = inputs
     z_q, index, _, _, counts = output
     ctx.mark_non_differentiable(index, counts)
     ctx.save_for_backward(z, codebook, z_q, index, counts)
 
 
-def _gradients(ctx, grad_z_q, _index, grad_to_codes, grad_to_latents, _counts):
+def _gradients(
+    ctx: Any,
+    grad_z_q: torch.Tensor,
+    _index: torch.Tensor | None,
+    grad_to_codes: torch.Tensor,
+    grad_to_latents: torch.Tensor,
+    _counts: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     z, codebook, z_q, index, counts = ctx.saved_tensors
     grad_z = grad_codebook = None
     if ctx.needs_input_grad[0]:
@@ -379,11 +405,11 @@ _quantize.register_autograd(_gradients, setup_context=_setup_context)
 def quantize(
     z: torch.Tensor, codebook: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Replace the vectors of z (B, D, *) or (N, D) by their nearest codes: search and training terms in one pass.
+    """Vectors of z (B, D, *) or (N, D) replaced by their nearest codes: search and training terms in one pass.
 
-    Returns ``(z_q, indices, to_codes, to_latents, counts)`` as `tamingfast.ops.quantize` does: the codes
-    in the shape and layout of z, whose gradient passes straight through to z; int64 (N,); twice the mean squared
-    difference, once with its gradient for z and once for the codebook; int64 (K,).
+    Returns ``(z_q, indices, to_codes, to_latents, counts)``: the codes in the shape and layout of z, whose gradient
+    passes straight through to z; int64 (N,); the mean squared difference twice, with a gradient for z and with one for
+    the codebook; how often each code was chosen, int64 (K,).
     """
     if z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last):
         return _quantize(z, codebook)

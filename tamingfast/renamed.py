@@ -1,7 +1,6 @@
-"""Module names that earlier versions had: old imports and the targets of saved configs keep working.
+"""Module names of earlier versions, so that old imports and the targets of saved configs keep working.
 
-Strings only. The table is read when an import of ``tamingfast.<old name>`` finds no module, and by
-`tamingfast.checkpoints.compat.resolve`.
+Strings only. The table is read by imports of ``tamingfast.<old name>`` and by `tamingfast.checkpoints.compat`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-#: old name -> new name, both below ``tamingfast.``; modules below an old package are listed themselves.
+#: old name -> new name, both below ``tamingfast.``; the modules of an old package have entries of their own.
 RENAMED: dict[str, str] = {
     "apply": "tasks",
     "apply.conditioning": "tasks.conditioning",
@@ -33,9 +32,9 @@ RENAMED: dict[str, str] = {
     "cuda_engine.rows": "engines.cuda.rows",
     "cuda_engine.weights": "engines.cuda.weights",
     "data.batches": "data.loading",
-    "data.kinds": "data.conditions.kinds",
+    "data.kinds": "data.conditions",
     "data.scenes": "data.conditions.scenes",
-    "engine": "engines.cpu",
+    "engine": "engines",
     "inspection": "tasks.inspection",
     "losses": "models.losses",
     "models.bands": "engines.bands",
@@ -52,13 +51,13 @@ RENAMED: dict[str, str] = {
 
 
 def new_name(module: str) -> str:
-    """Today's dotted name of a module of this package; any other name as it is."""
+    """Today's dotted name for an old one of this package; any other name unchanged."""
     package, _, rest = module.partition(".")
     return f"{package}.{RENAMED[rest]}" if package == __package__ and rest in RENAMED else module
 
 
 class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives the module of today for the name of yesterday; the last finder, so it costs nothing while none is used."""
+    """Imports the module of today under its old name."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -72,10 +71,11 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import machinery has just replaced it by that of the old name
+        module.__spec__ = self._spec  # which the import machinery has just replaced by that of the old name
 
 
 def install() -> None:
     """Make old names importable. Called once, when the package is imported."""
     if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
-        sys.meta_path.append(_OldNames())
+        # The first finder: the others would load a module below an old package a second time, under its old name.
+        sys.meta_path.insert(0, _OldNames())

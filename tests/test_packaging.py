@@ -1,13 +1,16 @@
-"""What an installation gives, and what the distributed archives carry."""
+"""What an installation provides, what the archives contain, and how the extension is built."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata
@@ -15,8 +18,11 @@ from pathlib import Path
 
 import pytest
 
+import tamingfast
+
 ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.so", "*.egg-info", "__pycache__", "tests")
+TOOLS = ("ninja", "pybind11", "setuptools")
 
 
 def modules() -> set[str]:
@@ -29,8 +35,13 @@ def data_files() -> set[str]:
     return {str(path.relative_to(ROOT)) for path in ROOT.glob("tamingfast/configs/**/*.yaml")} | {"tamingfast/py.typed"}
 
 
-def setup(source: Path, *command: str, **environment: str) -> None:
-    """Run setup.py with the build tools of this environment, quietly unless it fails."""
+def native_files() -> set[str]:
+    endings = ("cpp", "cu", "h", "inl")
+    return {str(path.relative_to(ROOT)) for ending in endings for path in ROOT.glob(f"csrc/**/*.{ending}")}
+
+
+def setup(source: Path, *command: str, **environment: str) -> str:
+    """Runs setup.py with the build tools of this environment; what it prints."""
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", *command],
         cwd=source,
@@ -40,79 +51,186 @@ def setup(source: Path, *command: str, **environment: str) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources as a checkout has them."""
-    for tool in ("setuptools", "pybind11"):
-        pytest.importorskip(tool, reason=f"{tool} builds the archives; pip fetches its own for an installation")
+    """A copy of the sources as in a checkout."""
+    for tool in TOOLS:
+        pytest.importorskip(tool, reason=f"{tool} is needed for a build without isolation")
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tamingfast", ignore=IGNORED))
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_are_a_part_of_the_package():
     assert importlib.import_module("tamingfast.kernels").__name__ == "tamingfast.kernels"
-    assert metadata.version("tamingfast") == "0.1.0"
 
 
-def test_metadata_keeps_open_ranges_and_the_extras():
-    facts = metadata.metadata("tamingfast")
-    assert set(facts.get_all("Provides-Extra")) == {"train", "evaluate", "demo", "peers", "test"}
-    assert facts["Requires-Python"] == ">=3.10"
-    required = metadata.requires("tamingfast")
-    assert "torch>=2.6" in required
-    assert not [line for line in required if "==" in line.split(";")[0]]
+def test_the_command_can_be_called():
     (command,) = metadata.entry_points(group="console_scripts", name="tamingfast")
-    assert command.value == "tamingfast.cli:main"
+    assert callable(command.load())
 
 
-def test_constraints_pin_every_direct_requirement():
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = {re.match(r"[\w-]+", line).group() for line in metadata.requires("tamingfast")}
-    not_installed_by_make = {
-        "torch-fidelity",
-        "flash-kmeans",
-        "transformers",
-        "vector-quantize-pytorch",
-        "x-transformers",
+def test_requirements_are_open_ranges():
+    required = metadata.requires("tamingfast")
+    assert required
+    assert not [line for line in required if "==" in line.split(";")[0]]
+
+
+def test_extras_that_the_documentation_names_exist():
+    pages = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("tamingfast/**/*.py")]
+    named = {
+        extra
+        for page in pages
+        for extras in re.findall(r"(?:tamingfast|['\s]\.)\[([a-z,]+)\]", page.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
     }
-    assert wanted - pinned == not_installed_by_make
+    assert named
+    assert named <= set(metadata.metadata("tamingfast").get_all("Provides-Extra"))
 
 
-def test_source_archive_carries_everything_that_a_build_needs(source):
+def test_constraints_pin_what_make_installs_of_the_package():
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    required = [line for line in metadata.requires("tamingfast") if not re.search("extra == (?!.test)", line)]
+    tools = ast.literal_eval(re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M).group(1))
+    assert {re.match(r"[\w-]+", line).group() for line in (*required, *tools)} <= pinned
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+def test_source_archive_has_everything_that_a_build_needs(source):
     setup(source, "sdist")
     (archive,) = (source / "dist").glob("*.tar.gz")
+    assert archive.name == f"tamingfast-{tamingfast.__version__}.tar.gz"
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    native = {
-        str(path.relative_to(ROOT)) for suffix in ("cpp", "cu", "h", "inl") for path in ROOT.glob(f"csrc/**/*.{suffix}")
-    }
     kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*.py")}
     package = {name for name in modules() if not name.startswith("tamingfast/kernels/")}
-    assert not (native | kernels | package | data_files() | {"setup.py", "pyproject.toml", "LICENSE"}) - names
+    assert not (native_files() | kernels | package | data_files() | {"setup.py", "pyproject.toml", "LICENSE"}) - names
 
 
-def test_wheel_without_a_compiler_carries_the_package_and_the_reason(source):
+def test_wheel_without_a_compiler_has_the_package_and_the_reason(source):
     setup(source, "bdist_wheel", CC="no-such-compiler", CXX="no-such-compiler")
     (archive,) = (source / "dist").glob("*.whl")
+    assert archive.name.split("-")[1] == tamingfast.__version__
     with zipfile.ZipFile(archive) as wheel:
         names = set(wheel.namelist())
         assert not (modules() | data_files()) - names
         assert not [name for name in names if name.startswith(("kernels", "tests", "benchmarks", "csrc"))]
         assert not [name for name in names if name.startswith("tamingfast/_C.") and not name.endswith(".txt")]
-        assert "no-such-compiler" in wheel.read("tamingfast/_C.failure.txt").decode()
+        assert "'no-such-compiler' was not found" in wheel.read("tamingfast/_C.failure.txt").decode()
 
 
-def test_a_failed_build_is_an_error_where_the_extension_is_required(source):
-    required = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "TAMINGFAST_REQUIRE_NATIVE": "1"}
-    with pytest.raises(AssertionError, match="no-such-compiler"):
-        setup(source, "build_ext", "--build-lib", "build/required", **required)
+# --- the extension ----------------------------------------------------------------------------------------------------
 
 
-def test_failing_cuda_is_an_error_where_it_was_asked_for(source, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho this nvcc fails; exit 3\n")
-    nvcc.chmod(0o755)
-    with pytest.raises(AssertionError, match="returned non-zero exit status 3"):
-        setup(source, "build_ext", "--build-lib", "build/asked", CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")
+@pytest.fixture
+def compiler(tmp_path) -> Path:
+    """A compiler that makes empty files with their true dependencies, and writes its arguments to `log` beside it."""
+    real = shutil.which("g++")
+    if real is None:
+        pytest.skip("g++ finds the dependencies")
+    text = f"""echo "$*" >> "{tmp_path}/log"
+case " $* " in *" -MF "*) exec "{real}" "$@" -MM;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
+"""
+    return program(tmp_path / "c++", text)
+
+
+def build(source: Path, compiler: Path, target: str = "build/lib", **environment: str) -> str:
+    """Builds the extension; the arguments of every call of the compiler, one a line."""
+    log = compiler.with_name("log")
+    log.unlink(missing_ok=True)
+    setup(source, "build_ext", "--build-lib", target, CC=str(compiler), CXX=str(compiler), **environment)
+    assert not (source / target / "tamingfast" / "_C.failure.txt").exists()
+    assert list((source / target / "tamingfast").glob("_C.*"))
+    return log.read_text()
+
+
+def compiled(calls: str) -> set[str]:
+    return set(re.findall(r" -c (\S+) ", calls))
+
+
+def test_only_what_has_changed_is_compiled_again(source, compiler):
+    def again() -> set[str]:
+        return compiled(build(source, compiler, TAMINGFAST_CUDA="0"))
+
+    assert again() == {name for name in native_files() if name.endswith(".cpp") and "/cuda/" not in name}
+    assert again() == set()
+    os.utime(source / "csrc" / "cpu" / "limits.cpp")
+    assert again() == {"csrc/cpu/limits.cpp"}
+    os.utime(source / "csrc" / "philox.h")
+    assert again() == {"csrc/bindings.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/engine.cpp"}
+
+
+UNUSUAL = {
+    "fails": ("echo this nvcc fails; exit 3", "nvcc --version failed with exit status 3"),
+    "another release": ('echo "nvcc wrapper"', "nvcc --version names no release"),
+    "another plan": ('echo "release 12.4, V12.4.99"', "nvcc --dryrun names no libraries"),
+    "compiles nothing": (
+        'case "$*" in *-MF*) exit 1;; esac; echo "release 12.4, V12.4.99"; echo "#$ LIBRARIES= -L/opt/cuda"',
+        "the build with nvcc failed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), UNUSUAL.values(), ids=UNUSUAL)
+def test_an_unusual_nvcc_means_no_cuda_and_says_why(source, compiler, tmp_path, text, reason):
+    program(tmp_path / "bin" / "nvcc", text)
+    calls = build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="")
+    assert f'-DTAMINGFAST_NO_CUDA="{reason}"' in calls
+    with pytest.raises(AssertionError, match="TAMINGFAST_CUDA=1 asks for the CUDA engine, but "):
+        build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")
+
+
+def test_cuda_sources_are_compiled_by_nvcc_and_linked(source, compiler, tmp_path):
+    text = """case "$*" in
+*--version*) echo "release 12.4, V12.4.99";;
+*--dryrun*) echo '#$ LIBRARIES= "-L/opt/cuda/lib/stubs" "-L/opt/cuda/lib"' >&2;;
+esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
+"""
+    program(tmp_path / "bin" / "nvcc", text)
+    calls = build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")
+    assert '-DTAMINGFAST_CUDA="nvcc 12.4 for sm_80, sm_90"' in calls
+    link = calls.splitlines()[-1]
+    assert "-L/opt/cuda/lib " in link and "stubs" not in link and "-lcudart_static" in link
+    assert all(f"{name}.o" in link for name in native_files() if name.endswith((".cpp", ".cu")))
+
+
+def test_a_failed_build_leaves_its_first_error_or_fails_where_the_extension_is_required(source, tmp_path):
+    text = """case "$*" in *" -c "*engine.cpp*) echo "engine.cpp:7:1: error: refused" >&2; exit 1;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
+"""
+    compiler = str(program(tmp_path / "c++", text))
+    command = ("build_ext", "--build-lib", "build/failing")
+    chosen = {"CC": compiler, "CXX": compiler, "TAMINGFAST_CUDA": "0"}
+    setup(source, *command, **chosen)
+    (note,) = (source / "build" / "failing" / "tamingfast").iterdir()
+    assert note.name == "_C.failure.txt"
+    assert note.read_text() == "engine.cpp:7:1: error: refused\n"
+    with pytest.raises(AssertionError, match="error: refused"):
+        setup(source, *command, **chosen, TAMINGFAST_REQUIRE_NATIVE="1")
+
+
+def test_without_ninja_the_error_says_what_to_install(monkeypatch):
+    """An error that `run` turns into the note, as every other failure."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    script = runpy.run_path("setup.py")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(script["ExecError"], match="ninja was not found; install it with `pip install ninja`"):
+        script["find_ninja"]()

@@ -1,4 +1,4 @@
-#include "../engine.h"
+#include "engine.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,8 +8,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
+#include <string>
 
+#include "../guard.h"
+#include "choose.h"
 #include "memory.h"
 #include "team.h"
 
@@ -18,11 +20,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kPassRows = 512;  // token rows that go through the weights together
+constexpr std::int64_t kPassRows = 512;  // tokens per pass over the weights
 constexpr std::int64_t kMaxThreads = 256;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
 
-// What the system would still give, or infinity where it does not tell.
+// Bytes that the system can still allocate, or infinity if it does not say.
 double available_memory() {
 #if defined(__linux__)
   if (std::FILE* file = std::fopen("/proc/meminfo", "r")) {
@@ -50,7 +52,7 @@ struct PackedMatrix {
   Matrix view{};
 };
 
-// (n,) float32, zeros up to a whole panel.
+// (n,) float32, zero-padded to a whole panel.
 struct Vector {
   Memory data;
   const float* at() const { return data.as<float>(); }
@@ -64,14 +66,15 @@ Vector padded(const float* values, std::int64_t n) {
 
 std::int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::bfloat16 ? 2 : 1; }
 
-// Linear layers that read the same input, one below the other.
+// Linear layers with the same input and number of outputs, stacked into one.
 struct Stack {
   std::vector<Linear> parts;
-  std::int64_t rows;  // of each
+  std::int64_t rows;  // of each part
   const float* row(std::int64_t i, std::int64_t k) const { return parts[i / rows].weight + i % rows * k; }
 };
 
-// Of an output channel. int8 has no NaN, so where a weight is not finite the scale is NaN and makes the output so.
+// The quantisation scale of an output channel. int8 cannot represent NaN, so a weight that is not finite makes the
+// scale, and thereby the output, NaN.
 float int8_scale(const float* weight, std::int64_t k) {
   float most = 0.0f;
   for (std::int64_t i = 0; i < k; ++i) {
@@ -120,28 +123,6 @@ struct Layer {
   PackedMatrix qkv, proj, up, down;
 };
 
-// One row of a pass: a token at its position in its slot.
-struct Row {
-  std::int64_t slot, position, token;
-};
-
-// Consecutive rows of one slot.
-struct Run {
-  std::int64_t slot, start, row, count;
-};
-
-void check(bool good, const std::string& message) {
-  if (!good) throw std::invalid_argument(message);
-}
-
-std::string got(const std::string& name, std::int64_t value, const std::string& expected) {
-  return name + ": got " + std::to_string(value) + ", expected " + expected;
-}
-
-void check_range(const std::string& name, std::int64_t value, std::int64_t least, std::int64_t most) {
-  check(value >= least && value <= most, got(name, value, std::to_string(least) + " to " + std::to_string(most)));
-}
-
 }  // namespace
 
 struct Engine::State {
@@ -149,10 +130,8 @@ struct Engine::State {
   Dtype dtype;
   const Kernels& kernels;
   int threads;
-  std::int64_t width;   // n_embd rounded up to whole panels
-  std::int64_t hidden;  // 4 n_embd, likewise
-  std::int64_t qkv_width;
-  std::int64_t vocab;  // likewise
+  // n_embd, 4 n_embd, 3 n_embd and vocab_size, rounded up to whole panels.
+  std::int64_t width, hidden, qkv_width, vocab;
   std::int64_t head_dim;
 
   Memory tok_emb, pos_emb;  // (vocab_size, width), (block_size, width)
@@ -161,12 +140,12 @@ struct Engine::State {
   PackedMatrix head;
   std::size_t weight_bytes = 0;
 
-  // Per layer, slot and head: keys, then values.
+  // For each layer, slot and head: keys, then values.
   Memory cache;
   std::int64_t slots = 0, capacity = 0, keys_bytes = 0, head_bytes = 0;
   std::vector<std::int64_t> lengths;
 
-  // Scratch of a pass; rows have strides that are no power of two, so that they do not share cache sets.
+  // Scratch of a pass. Row strides are no powers of two, so that rows do not compete for the same cache sets.
   std::int64_t scratch_rows = 0, logits_room = 0;
   Memory x, activation, qkv, joined, inner, logits;
   std::vector<Memory> attention_scratch;
@@ -179,20 +158,21 @@ struct Engine::State {
   State(const Geometry& g, Dtype dtype_, const Kernels& k) : geometry(g), dtype(dtype_), kernels(k) {}
 
   void load(const GPTWeights& weights);
-  void check_feeds(const std::vector<Feed>& feeds) const;
+  void check_spans(const std::vector<Span>& spans, const std::int64_t* tokens) const;
+  void check_decode(const DecodeParams& d) const;
   void make_scratch(std::int64_t rows, std::int64_t logits_rows);
-  void feed(const std::vector<Feed>& feeds, Logits logits, float* out, const Poll& poll);
+  void feed(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
 
   struct Pass;
   void run(Pass& pass);
   void work(Pass& pass, int thread, int of);
   void embed(const Pass& pass, Range rows);
   void normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias, int thread, int of);
-  void multiply(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows, Epilogue epilogue,
-                Memory& out, std::int64_t ldo, int thread, int of);
+  void linear(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows, Epilogue epilogue,
+              Memory& out, std::int64_t ldo, int thread, int of);
   void attend(const Pass& pass, std::int64_t layer, int thread, int of);
   void head_logits(Pass& pass, int thread, int of);
-  void choose_rows(const Decoding& decoding, std::int64_t i, const std::vector<std::int64_t>& who, const float* logits);
+  void choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who, const float* logits);
 
   char* cache_of(std::int64_t layer, std::int64_t slot, std::int64_t head) const {
     return cache.as<char>() + ((layer * slots + slot) * geometry.n_head + head) * head_bytes;
@@ -202,13 +182,20 @@ struct Engine::State {
   int usable_threads() const { return forked() ? 1 : threads; }
 };
 
-// Rows that go through all layers together.
+// Tokens that go through all layers together: one row for each.
 struct Engine::State::Pass {
-  std::vector<Row> rows;
-  std::vector<Run> runs;
-  std::vector<std::int64_t> asked;  // rows whose logits are wanted
-  float* out = nullptr;             // (asked, vocab_size)
+  std::vector<Span> spans;
+  std::vector<std::int64_t> first_rows;         // of each span
+  std::vector<std::int64_t> tokens, positions;  // of each row
+  std::vector<std::int64_t> asked;              // rows whose logits are wanted
+  float* out = nullptr;                         // (asked, vocab_size)
   const Poll* poll = nullptr;
+
+  std::int64_t rows() const { return static_cast<std::int64_t>(tokens.size()); }
+  void clear() {
+    for (auto* values : {&first_rows, &tokens, &positions, &asked}) values->clear();
+    spans.clear();
+  }
 };
 
 void Engine::State::load(const GPTWeights& weights) {
@@ -218,9 +205,9 @@ void Engine::State::load(const GPTWeights& weights) {
   qkv_width = round_up(3 * c, kPanel);
   vocab = round_up(geometry.vocab_size, kPanel);
   head_dim = c / geometry.n_head;
-  const double linear = 12.0 * c * c * geometry.n_layer + static_cast<double>(geometry.vocab_size) * c;
+  const double matrices = 12.0 * c * c * geometry.n_layer + static_cast<double>(geometry.vocab_size) * c;
   const double tables = static_cast<double>(geometry.vocab_size + geometry.block_size) * width * 4.0;
-  require_memory("weights", linear * element_size(dtype) + tables);
+  require_memory("weights", matrices * element_size(dtype) + tables);
   const auto table = [&](const float* from, std::int64_t rows) {
     Memory memory(rows * width * sizeof(float));
     for (std::int64_t i = 0; i < rows; ++i)
@@ -273,8 +260,8 @@ void Engine::State::make_scratch(std::int64_t rows, std::int64_t logits_rows) {
 
 void Engine::State::embed(const Pass& pass, Range rows) {
   for (std::int64_t r = rows.first; r < rows.last; ++r) {
-    const float* token = tok_emb.as<float>() + pass.rows[r].token * width;
-    const float* position = pos_emb.as<float>() + pass.rows[r].position * width;
+    const float* token = tok_emb.as<float>() + pass.tokens[r] * width;
+    const float* position = pos_emb.as<float>() + pass.positions[r] * width;
     float* to = x.as<float>() + r * stride(width);
     for (std::int64_t i = 0; i < width; ++i) to[i] = token[i] + position[i];
   }
@@ -289,28 +276,28 @@ void Engine::State::normalize(const float* from, std::int64_t rows, const Vector
   barrier.wait(of, [] {});
 }
 
-void Engine::State::multiply(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows,
-                             Epilogue epilogue, Memory& out, std::int64_t ldo, int thread, int of) {
+void Engine::State::linear(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows,
+                           Epilogue epilogue, Memory& out, std::int64_t ldo, int thread, int of) {
   const Range panels = share(matrix.view.count, thread, of);
-  kernels.multiply(dtype, {input.as<char>(), ldx, rows, epilogue, out.as<char>(), ldo}, matrix.view, panels.first,
-                   panels.last);
+  kernels.linear(dtype, {input.as<char>(), ldx, rows, epilogue, out.as<char>(), ldo}, matrix.view, panels.first,
+                 panels.last);
   barrier.wait(of, [] {});
 }
 
 void Engine::State::attend(const Pass& pass, std::int64_t layer, int thread, int of) {
   const std::int64_t c = geometry.n_embd, heads = geometry.n_head, ldq = stride(qkv_width);
-  const Range tasks = share(static_cast<std::int64_t>(pass.runs.size()) * heads, thread, of);
+  const Range tasks = share(static_cast<std::int64_t>(pass.spans.size()) * heads, thread, of);
   for (std::int64_t task = tasks.first; task < tasks.last; ++task) {
-    const Run& run = pass.runs[task / heads];
-    const std::int64_t head_index = task % heads;
-    char* keys = cache_of(layer, run.slot, head_index);
-    const float* q = qkv.as<float>() + run.row * ldq + head_index * head_dim;
-    for (std::int64_t i = 0; i < run.count; ++i)
-      kernels.remember(dtype, q + i * ldq + c, q + i * ldq + 2 * c, head_dim, run.start + i, keys, keys + keys_bytes);
-    char* out = joined.as<char>() + (run.row * stride(width) + head_index * head_dim) * activation_size();
+    const Span& span = pass.spans[task / heads];
+    const std::int64_t row = pass.first_rows[task / heads], head_index = task % heads;
+    char* keys = cache_of(layer, span.slot, head_index);
+    const float* q = qkv.as<float>() + row * ldq + head_index * head_dim;
+    for (std::int64_t i = 0; i < span.count; ++i)
+      kernels.append(dtype, q + i * ldq + c, q + i * ldq + 2 * c, head_dim, span.start + i, keys, keys + keys_bytes);
+    char* out = joined.as<char>() + (row * stride(width) + head_index * head_dim) * activation_size();
     const bool more = task + 1 < tasks.last;
-    const char* next = more ? cache_of(layer, pass.runs[(task + 1) / heads].slot, (task + 1) % heads) : keys;
-    kernels.attend(dtype, {q, ldq, run.count, run.start, geometry.n_unmasked, head_dim, keys, keys + keys_bytes, next,
+    const char* next = more ? cache_of(layer, pass.spans[(task + 1) / heads].slot, (task + 1) % heads) : keys;
+    kernels.attend(dtype, {q, ldq, span.count, span.start, geometry.n_unmasked, head_dim, keys, keys + keys_bytes, next,
                            attention_scratch[thread].as<float>(), out, stride(width)});
   }
   barrier.wait(of, [] {});
@@ -324,7 +311,7 @@ void Engine::State::head_logits(Pass& pass, int thread, int of) {
     kernels.layer_norm(dtype, x.as<float>() + pass.asked[i] * stride(width), geometry.n_embd, ln_f_weight.at(),
                        ln_f_bias.at(), activation.as<char>() + i * stride(width) * activation_size());
   barrier.wait(of, [] {});
-  multiply(head, activation, stride(width), count, Epilogue::store, logits, stride(vocab), thread, of);
+  linear(head, activation, stride(width), count, Epilogue::store, logits, stride(vocab), thread, of);
   if (!pass.out) return;
   for (std::int64_t i = mine.first; i < mine.last; ++i)
     std::memcpy(pass.out + i * geometry.vocab_size, logits.as<float>() + i * stride(vocab),
@@ -332,79 +319,80 @@ void Engine::State::head_logits(Pass& pass, int thread, int of) {
 }
 
 void Engine::State::work(Pass& pass, int thread, int of) {
-  const std::int64_t rows = static_cast<std::int64_t>(pass.rows.size()), ld = stride(width);
+  const std::int64_t rows = pass.rows(), ld = stride(width);
   embed(pass, share(rows, thread, of));
   barrier.wait(of, [] {});
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     normalize(x.as<float>(), rows, layer.ln1_weight, layer.ln1_bias, thread, of);
-    multiply(layer.qkv, activation, ld, rows, Epilogue::store, qkv, stride(qkv_width), thread, of);
+    linear(layer.qkv, activation, ld, rows, Epilogue::store, qkv, stride(qkv_width), thread, of);
     attend(pass, static_cast<std::int64_t>(i), thread, of);
-    multiply(layer.proj, joined, ld, rows, Epilogue::add, x, ld, thread, of);
+    linear(layer.proj, joined, ld, rows, Epilogue::add, x, ld, thread, of);
     normalize(x.as<float>(), rows, layer.ln2_weight, layer.ln2_bias, thread, of);
-    multiply(layer.up, activation, ld, rows, Epilogue::gelu, inner, stride(hidden), thread, of);
+    linear(layer.up, activation, ld, rows, Epilogue::gelu, inner, stride(hidden), thread, of);
     if (thread == 0 && *pass.poll && Clock::now() - polled > kPollEvery) {
       if ((*pass.poll)()) stop = true;
       polled = Clock::now();
     }
-    multiply(layer.down, inner, stride(hidden), rows, Epilogue::add, x, ld, thread, of);
-    if (stop) return;  // set before the barrier above, so all threads see it alike
+    linear(layer.down, inner, stride(hidden), rows, Epilogue::add, x, ld, thread, of);
+    if (stop) return;  // set before the barrier above, so that all threads return together
   }
   head_logits(pass, thread, of);
 }
 
 void Engine::State::run(Pass& pass) {
-  make_scratch(static_cast<std::int64_t>(pass.rows.size()), static_cast<std::int64_t>(pass.asked.size()));
+  make_scratch(pass.rows(), static_cast<std::int64_t>(pass.asked.size()));
   stop = false;
   parallel(usable_threads(), [&](int thread, int of) { work(pass, thread, of); });
   if (stop) throw Interrupted();
-  for (const Run& run : pass.runs) lengths[run.slot] = run.start + run.count;
+  for (const Span& span : pass.spans) lengths[span.slot] = span.start + span.count;
 }
 
-void Engine::State::check_feeds(const std::vector<Feed>& feeds) const {
+void Engine::State::check_spans(const std::vector<Span>& spans, const std::int64_t* tokens) const {
   std::vector<bool> seen(slots, false);
-  for (const Feed& feed : feeds) {
-    check_range("slot", feed.slot, 0, slots - 1);
-    check(!seen[feed.slot], got("slot", feed.slot, "every slot at most once in a step"));
-    seen[feed.slot] = true;
-    check(feed.count >= 1, got("tokens of slot " + std::to_string(feed.slot), feed.count, "at least one"));
-    check(feed.start >= 0 && feed.start <= lengths[feed.slot],
-          got("start", feed.start,
-              "0 to " + std::to_string(lengths[feed.slot]) + ", the length of slot " + std::to_string(feed.slot)));
-    check(feed.count <= capacity - feed.start,
-          got("position", feed.start + feed.count - 1,
-              "at most " + std::to_string(capacity - 1) + ", the last that the cache holds"));
-    check(feed.start == 0 || feed.start >= geometry.n_unmasked,
-          got("start", feed.start,
-              "0 or from " + std::to_string(geometry.n_unmasked) +
-                  " on: the unmasked prefix sees itself whole, so it is fed in one piece"));
-    for (std::int64_t i = 0; i < feed.count; ++i) check_range("token", feed.tokens[i], 0, geometry.vocab_size - 1);
+  for (const Span& span : spans) {
+    require_range("slot", span.slot, 0, slots - 1);
+    require(!seen[span.slot], "slot", span.slot, "every slot at most once in a step");
+    seen[span.slot] = true;
+    const std::string slot = "slot " + std::to_string(span.slot), held = std::to_string(lengths[span.slot]);
+    require(span.count >= 1, "tokens of " + slot, span.count, "at least one");
+    require(span.start >= 0 && span.start <= lengths[span.slot], "start", span.start,
+            "0 to " + held + ", the length of " + slot);
+    require(span.count <= capacity - span.start, "position", span.start + span.count - 1,
+            "at most " + std::to_string(capacity - 1) + ", the last that the cache holds");
+    require(span.start == 0 || span.start >= geometry.n_unmasked, "start", span.start,
+            "0 or from " + std::to_string(geometry.n_unmasked) +
+                " on; feed the unmasked prefix in one piece, because its tokens attend to one another");
+    for (std::int64_t i = 0; i < span.count; ++i) require_range("token", *tokens++, 0, geometry.vocab_size - 1);
   }
 }
 
-// Cuts the feeds into passes. The unmasked prefix stays in one, because its first token attends to its last.
-void Engine::State::feed(const std::vector<Feed>& feeds, Logits wanted, float* out, const Poll& poll) {
-  for (const Feed& feed : feeds) lengths[feed.slot] = feed.start;
+// Splits the spans into passes. The unmasked prefix stays in one pass, because its first token attends to its last.
+void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tokens, Logits wanted, float* out,
+                         const Poll& poll) {
+  for (const Span& span : spans) lengths[span.slot] = span.start;
   std::int64_t done_rows = 0;
   std::size_t at = 0;
-  std::int64_t taken = 0;  // of feeds[at]
+  std::int64_t taken = 0;  // tokens of spans[at] that are in a pass
   Pass pass;
   pass.poll = &poll;
-  while (at < feeds.size()) {
-    pass.rows.clear(), pass.runs.clear(), pass.asked.clear();
-    while (at < feeds.size() && static_cast<std::int64_t>(pass.rows.size()) < kPassRows) {
-      const Feed& feed = feeds[at];
-      const std::int64_t room = kPassRows - static_cast<std::int64_t>(pass.rows.size());
-      const std::int64_t whole = feed.start + taken == 0 ? geometry.n_unmasked : 0;
-      const std::int64_t count = std::min(feed.count - taken, std::max(room, whole));
-      pass.runs.push_back({feed.slot, feed.start + taken, static_cast<std::int64_t>(pass.rows.size()), count});
-      for (std::int64_t i = taken; i < taken + count; ++i) {
-        if (wanted == Logits::all || (wanted == Logits::last && i == feed.count - 1))
-          pass.asked.push_back(static_cast<std::int64_t>(pass.rows.size()));
-        pass.rows.push_back({feed.slot, feed.start + i, feed.tokens[i]});
-      }
+  while (at < spans.size()) {
+    pass.clear();
+    while (at < spans.size() && pass.rows() < kPassRows) {
+      const Span& span = spans[at];
+      const std::int64_t start = span.start + taken, room = kPassRows - pass.rows();
+      const std::int64_t whole = start == 0 ? geometry.n_unmasked : 0;
+      const std::int64_t count = std::min(span.count - taken, std::max(room, whole));
+      pass.spans.push_back({span.slot, start, count});
+      pass.first_rows.push_back(pass.rows());
       taken += count;
-      if (taken == feed.count) ++at, taken = 0;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const bool last = taken == span.count && i == count - 1;
+        if (wanted == Logits::all || (wanted == Logits::last && last)) pass.asked.push_back(pass.rows());
+        pass.tokens.push_back(*tokens++);
+        pass.positions.push_back(start + i);
+      }
+      if (taken == span.count) ++at, taken = 0;
     }
     pass.out = out ? out + done_rows * geometry.vocab_size : nullptr;
     done_rows += static_cast<std::int64_t>(pass.asked.size());
@@ -414,14 +402,14 @@ void Engine::State::feed(const std::vector<Feed>& feeds, Logits wanted, float* o
 
 Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
   const std::int64_t most = std::int64_t{1} << 24;
-  check_range("vocab_size", g.vocab_size, 1, most);
-  check_range("block_size", g.block_size, 1, most);
-  check_range("n_layer", g.n_layer, 0, 10000);
-  check_range("n_embd", g.n_embd, 1, std::int64_t{1} << 20);
-  check_range("n_head", g.n_head, 1, g.n_embd);
-  check(g.n_embd % g.n_head == 0, got("n_head", g.n_head, "a divisor of n_embd=" + std::to_string(g.n_embd)));
-  check_range("n_unmasked", g.n_unmasked, 0, g.block_size);
-  check_range("threads", threads, 1, kMaxThreads);
+  require_range("vocab_size", g.vocab_size, 1, most);
+  require_range("block_size", g.block_size, 1, most);
+  require_range("n_layer", g.n_layer, 0, 10000);
+  require_range("n_embd", g.n_embd, 1, std::int64_t{1} << 20);
+  require_range("n_head", g.n_head, 1, g.n_embd);
+  require(g.n_embd % g.n_head == 0, "n_head", g.n_head, "a divisor of n_embd=" + std::to_string(g.n_embd));
+  require_range("n_unmasked", g.n_unmasked, 0, g.block_size);
+  require_range("threads", threads, 1, kMaxThreads);
   state_ = std::make_unique<State>(g, dtype, kernels_for(isa));
   state_->threads = threads;
   state_->load(weights);
@@ -437,14 +425,14 @@ std::int64_t Engine::slots() const { return state_->slots; }
 std::int64_t Engine::capacity() const { return state_->capacity; }
 
 void Engine::set_threads(int threads) {
-  check_range("threads", threads, 1, kMaxThreads);
+  require_range("threads", threads, 1, kMaxThreads);
   state_->threads = threads;
 }
 
 void Engine::reserve(std::int64_t slots, std::int64_t length) {
   State& s = *state_;
-  check_range("slots", slots, 1, std::int64_t{1} << 24);
-  check_range("length", length, 1, s.geometry.block_size);
+  require_range("slots", slots, 1, std::int64_t{1} << 24);
+  require_range("length", length, 1, s.geometry.block_size);
   const std::int64_t size = s.dtype == Dtype::float32 ? 4 : 2;
   const std::int64_t positions = round_up(length, kBlock);
   const std::int64_t keys = round_up(positions * round_up(s.head_dim, 2) * size, 64);
@@ -461,40 +449,41 @@ void Engine::reserve(std::int64_t slots, std::int64_t length) {
 }
 
 std::int64_t Engine::length(std::int64_t slot) const {
-  check_range("slot", slot, 0, state_->slots - 1);
+  require_range("slot", slot, 0, state_->slots - 1);
   return state_->lengths[slot];
 }
 
 void Engine::truncate(std::int64_t slot, std::int64_t length) {
-  check_range("slot", slot, 0, state_->slots - 1);
-  check_range("length", length, 0, state_->lengths[slot]);
+  require_range("slot", slot, 0, state_->slots - 1);
+  require_range("length", length, 0, state_->lengths[slot]);
   state_->lengths[slot] = length;
 }
 
 void Engine::copy(std::int64_t source, std::int64_t target, std::int64_t length) {
   State& s = *state_;
-  check_range("source", source, 0, s.slots - 1);
-  check_range("target", target, 0, s.slots - 1);
-  check_range("length", length, 0, s.lengths[source]);
+  require_range("source", source, 0, s.slots - 1);
+  require_range("target", target, 0, s.slots - 1);
+  require_range("length", length, 0, s.lengths[source]);
   if (source != target)
     for (std::int64_t layer = 0; layer < s.geometry.n_layer; ++layer)
       std::memcpy(s.cache_of(layer, target, 0), s.cache_of(layer, source, 0), s.head_bytes * s.geometry.n_head);
   s.lengths[target] = length;
 }
 
-std::int64_t Engine::logits_rows(const std::vector<Feed>& feeds, Logits logits) const {
+std::int64_t Engine::logits_rows(const std::vector<Span>& spans, Logits logits) const {
   std::int64_t rows = 0;
-  for (const Feed& feed : feeds) rows += logits == Logits::all ? feed.count : logits == Logits::last ? 1 : 0;
+  for (const Span& span : spans) rows += logits == Logits::all ? span.count : logits == Logits::last ? 1 : 0;
   return rows;
 }
 
-void Engine::step(const std::vector<Feed>& feeds, Logits logits, float* out, const Poll& poll) {
-  state_->check_feeds(feeds);
-  state_->feed(feeds, logits, out, poll);
+void Engine::step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out,
+                  const Poll& poll) {
+  state_->check_spans(spans, tokens);
+  state_->feed(spans, tokens, logits, out, poll);
 }
 
 // Chooses step i of the sequences `who` from their rows of logits.
-void Engine::State::choose_rows(const Decoding& d, std::int64_t i, const std::vector<std::int64_t>& who,
+void Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who,
                                 const float* logits) {
   const std::int64_t count = static_cast<std::int64_t>(who.size());
   std::atomic<bool> nan{false}, nothing{false};
@@ -504,7 +493,7 @@ void Engine::State::choose_rows(const Decoding& d, std::int64_t i, const std::ve
       const std::int64_t b = who[r];
       const Place place{d.images[b], d.rows[i], d.columns[i]};
       const std::int64_t token =
-          choose(logits + r * geometry.vocab_size, d.choices, d.options, place, choice_scratch[thread]);
+          choose(logits + r * geometry.vocab_size, d.choices, d.choice, place, choice_scratch[thread]);
       if (token == kChoiceNan) nan = true;
       if (token == kChoiceNothing) nothing = true;
       if (token >= 0) d.sequences[b * d.length + d.steps[i]] = token;
@@ -512,46 +501,51 @@ void Engine::State::choose_rows(const Decoding& d, std::int64_t i, const std::ve
   });
   if (nan || nothing)
     throw std::domain_error(std::string("logits hold ") + (nan ? "NaN" : "only -inf") +
-                            " in some row, so no token can be chosen: check the weights.");
+                            " in some row, so no token can be chosen: check the weights");
 }
 
-void Engine::decode(const Decoding& d, const Poll& poll, const Progress& progress) {
-  State& s = *state_;
-  const Geometry& g = s.geometry;
-  check_range("choices", d.choices, 1, g.vocab_size);
-  std::vector<bool> seen(s.slots, false);
+void Engine::State::check_decode(const DecodeParams& d) const {
+  require_range("choices", d.choices, 1, geometry.vocab_size);
+  require(d.fed >= 0, "fed", d.fed, "at least 0");
+  std::vector<bool> seen(slots, false);
   for (std::int64_t b = 0; b < d.batch; ++b) {
-    check_range("slot", d.slots[b], 0, s.slots - 1);
-    check(!seen[d.slots[b]], got("slot", d.slots[b], "every slot at most once"));
+    require_range("slot", d.slots[b], 0, slots - 1);
+    require(!seen[d.slots[b]], "slot", d.slots[b], "every slot at most once");
     seen[d.slots[b]] = true;
-    check(d.fed <= s.lengths[d.slots[b]], got("fed", d.fed, "at most the length of every slot"));
+    require(d.fed <= lengths[d.slots[b]], "fed", d.fed, "at most the length of every slot");
   }
-  check(d.fed >= 0, got("fed", d.fed, "0 or more"));
   for (std::int64_t i = 0; i < d.count; ++i) {
-    check_range("steps", d.steps[i], i == 0 ? 1 : d.steps[i - 1] + 1, d.length - 1);
-    check(d.steps[i] <= s.capacity,
-          got("steps", d.steps[i], "at most " + std::to_string(s.capacity) + ", one more than the cache holds"));
+    require_range("steps", d.steps[i], i == 0 ? 1 : d.steps[i - 1] + 1, d.length - 1);
+    require(d.steps[i] <= capacity, "steps", d.steps[i],
+            "at most " + std::to_string(capacity) + ", one more than the cache holds");
   }
-  std::vector<std::int64_t> fed(d.batch, d.fed);
-  std::vector<Feed> feeds;
-  std::vector<std::int64_t> who;
+}
+
+void Engine::decode(const DecodeParams& d, const Poll& poll, const Progress& progress) {
+  State& s = *state_;
+  s.check_decode(d);
+  std::vector<std::int64_t> fed(d.batch, d.fed), tokens, who;
+  std::vector<Span> spans;
   std::vector<float> logits;
   s.polled = Clock::now();
   for (std::int64_t i = 0; i < d.count; ++i) {
     const std::int64_t length = d.steps[i];
-    feeds.clear(), who.clear();
+    spans.clear(), tokens.clear(), who.clear();
     for (std::int64_t b = 0; b < d.batch; ++b) {
       if (!d.wanted[b * d.count + i]) continue;
-      std::int64_t start = std::min(fed[b], length - 1);  // a kept prefix may hold all that is needed but the logits
-      if (start < g.n_unmasked) start = 0;
-      feeds.push_back({d.slots[b], start, d.sequences + b * d.length + start, length - start});
+      // The last token is fed again if the slot holds it already, because its logits are needed.
+      std::int64_t start = std::min(fed[b], length - 1);
+      if (start < s.geometry.n_unmasked) start = 0;
+      const std::int64_t* sequence = d.sequences + b * d.length;
+      spans.push_back({d.slots[b], start, length - start});
+      tokens.insert(tokens.end(), sequence + start, sequence + length);
       who.push_back(b);
       fed[b] = length;
     }
-    if (!feeds.empty()) {
-      s.check_feeds(feeds);
-      logits.resize(feeds.size() * g.vocab_size);
-      s.feed(feeds, Logits::last, logits.data(), poll);
+    if (!spans.empty()) {
+      s.check_spans(spans, tokens.data());
+      logits.resize(spans.size() * s.geometry.vocab_size);
+      s.feed(spans, tokens.data(), Logits::last, logits.data(), poll);
       s.choose_rows(d, i, who, logits.data());
     }
     if (progress) progress(i + 1);

@@ -1,6 +1,6 @@
 #include "isa.h"
 
-#include <stdexcept>
+#include "../guard.h"
 
 namespace tamingfast {
 namespace {
@@ -43,7 +43,7 @@ Isa parse_isa(const std::string& name) {
     if (name == entry.name) return entry.isa;
     known += std::string(known.empty() ? "" : ", ") + entry.name;
   }
-  throw std::invalid_argument("isa: got '" + name + "', expected auto or one that this processor runs (" + known + ")");
+  refuse("isa", "'" + name + "'", "auto or what this processor runs: " + known);
 }
 
 }  // namespace tamingfast

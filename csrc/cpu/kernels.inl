@@ -1,10 +1,11 @@
-// Included once for each instruction set, with TF_ISA (a namespace), TF_LANES (floats in a vector) and TF_DOT (whether
-// bfloat16 dot products are there). Nothing of the C++ library is used: an inline function of it, compiled here for a
-// newer processor, could be the one that the linker keeps for all.
+// Included once per instruction set, with TF_ISA (the namespace), TF_LANES (floats per vector) and TF_DOT (whether
+// there are bfloat16 dot products). Uses nothing from the C++ standard library: the linker might keep an inline
+// function that was compiled here, for a newer instruction set, as the only copy, and older processors would then
+// execute it.
 #include <stdint.h>
 #include <string.h>
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12, on its own _mm512_undefined_epi32
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 reports its own _mm512_undefined_epi32
 #endif
 #if TF_LANES > 4
 #include <immintrin.h>
@@ -12,7 +13,7 @@
 
 #include "kernels.h"
 
-// In a vector register, so that the compiler takes no part of a chain of operations away.
+// Pins v in a vector register so that the chain is not optimised away.
 #if defined(__x86_64__)
 #define TF_KEEP(v) "+v"(v)
 #elif defined(__aarch64__)
@@ -26,11 +27,11 @@ namespace TF_ISA {
 namespace {
 
 constexpr int kLanes = TF_LANES;
-constexpr int kPieces = static_cast<int>(kPanel) / kLanes;          // vectors in a row of a panel
-constexpr int kBlockPieces = static_cast<int>(kBlock) / kLanes;     // vectors in a block of positions
-constexpr int kWide = kLanes == 16 ? kPieces : 2;                   // vectors of a tile that has several rows
-constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 5 : 4;  // sums of a tile fill the registers
-constexpr int64_t kRowBlock = 96;                                   // rows whose activations stay in L2
+constexpr int kPieces = static_cast<int>(kPanel) / kLanes;          // vectors per row of a panel
+constexpr int kBlockPieces = static_cast<int>(kBlock) / kLanes;     // vectors per block of positions
+constexpr int kWide = kLanes == 16 ? kPieces : 2;                   // vectors per row of a tile with several rows
+constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 5 : 4;  // so that a tile's sums fill the registers
+constexpr int64_t kRowBlock = 96;                                   // rows whose activations fit into L2
 constexpr bool kDot = TF_DOT;
 
 typedef float Floats __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
@@ -44,8 +45,8 @@ inline Floats pick(Ints condition, Floats yes, Floats no) {
   return (Floats)((condition & (Ints)yes) | (~condition & (Ints)no));
 }
 
-// a * b + c with one rounding, the same on every instruction set: where the compiler has no fused instruction, in
-// float64, whose second rounding hardly ever shows. Elementwise work uses it, so that bfloat16 roundings agree.
+// a * b + c with a single rounding on every instruction set. Without a fused instruction it is computed in float64,
+// where the second rounding almost never matters. Elementwise work uses it, so that results round to the same bfloat16.
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if TF_LANES > 4 || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return a * b + c;
@@ -58,7 +59,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 // --- bfloat16 and int8 -----------------------------------------------------------------------------------------------
 
-// To the nearest, ties to even; NaN stays NaN. In the upper half of each word, the lower is zero.
+// Rounds to nearest, ties to even; NaN stays NaN. The result is in the upper half of each word, the lower half is zero.
 inline Words round_bfloat16(Floats v) {
   const Words bits = (Words)v;
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -114,7 +115,7 @@ inline Floats load_int8(const int8_t* p) {
 #endif
 }
 
-// An activation, in the type that the products of these weights read.
+// Stores activations in the type that linear layers with these weights read.
 inline void store_activation(Dtype dtype, void* out, int64_t i, Floats v) {
   if (dtype == Dtype::float32)
     store(static_cast<float*>(out) + i, v);
@@ -124,7 +125,7 @@ inline void store_activation(Dtype dtype, void* out, int64_t i, Floats v) {
     store(static_cast<float*>(out) + i, (Floats)round_bfloat16(v));
 }
 
-// `n` activations; nothing past them is written.
+// Stores exactly n activations and writes nothing behind them.
 inline void store_activations(Dtype dtype, void* out, int64_t at, const float* values, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store_activation(dtype, out, at + i, load(values + i));
@@ -146,10 +147,10 @@ inline void store_bfloat16s(uint16_t* out, const float* values, int64_t n) {
 
 // --- elementary functions --------------------------------------------------------------------------------------------
 
-// exp to about 1 ulp for any x up to 88; below -87 it stays at exp(-87), which is 1e-38. NaN stays NaN.
+// exp(x) to about 1 ulp for x <= 88. Clamps below -87, where exp is 1e-38. NaN stays NaN.
 inline Floats exponential(Floats x) {
   x = pick(x < -87.0f, spread(-87.0f), x);
-  const Floats shifted = fused(x, spread(1.44269504f), spread(12582912.0f));  // the rounded quotient, in the low bits
+  const Floats shifted = fused(x, spread(1.44269504f), spread(12582912.0f));  // x / ln 2, rounded, in the low bits
   const Floats n = shifted - 12582912.0f;
   const Floats r = fused(n, spread(-1.42860677e-6f), fused(n, spread(-0.693145752f), x));  // ln 2 in two parts
   Floats p = spread(1.0f / 5040);
@@ -159,7 +160,7 @@ inline Floats exponential(Floats x) {
   return p * (Floats)power;
 }
 
-// x Phi(x), with erf by formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
+// GELU, x Phi(x), with erf by formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
 inline Floats gelu(Floats x) {
   const Floats z = x * 0.70710678f;
   const Floats size = (Floats)((Words)z & 0x7fffffffu);
@@ -171,7 +172,7 @@ inline Floats gelu(Floats x) {
   return 0.5f * x * pick(x < 0.0f, tail, 2.0f - tail);
 }
 
-// Sixteen partial sums, folded in halves: the same order for every vector length.
+// Sixteen partial sums, added pairwise by halves, in the same order for every vector length.
 struct Sums {
   Floats piece[kBlockPieces];
 
@@ -209,13 +210,13 @@ void layer_norm(Dtype dtype, const float* x, int64_t n, const float* gain, const
     store_activation(dtype, out, i, fused((load(x + i) - mean) * scale, load(gain + i), load(bias + i)));
 }
 
-// --- matrix products -------------------------------------------------------------------------------------------------
+// --- linear layers ---------------------------------------------------------------------------------------------------
 
-// Where weight (k, channel) of a panel lies, in elements.
+// Element offset of weight (k, channel) within its panel.
 inline int64_t place_of(Dtype dtype, int64_t k, int64_t channel) {
   if (dtype == Dtype::float32 || (dtype == Dtype::int8 && !kDot)) return k * kPanel + channel;
   if (dtype == Dtype::bfloat16) return k / 2 * 2 * kPanel + 2 * channel + k % 2;
-  // A vector of 64 bytes, of which each group of 8 becomes, beside its group of upper halves, 8 bfloat16 in a row.
+  // dot_tile unpacks a vector of 64 bytes in groups of 8, interleaving low and high halves into 8 bfloat16 each.
   const int64_t group = channel % 16 / 4 * 2 + channel / 16;
   return k / 2 * 2 * kPanel + group * 8 + channel % 4 * 2 + k % 2;
 }
@@ -234,11 +235,11 @@ void pack(Dtype dtype, const float* weight, int64_t rows, int64_t k, const float
     }
 }
 
-// Weights to bring into the cache meanwhile: of the same panel further on, or, where several tiles of rows pass a panel
-// that the first of them has brought, each tile its part of the next panel, so that memory never rests.
+// Prefetches weights while a tile computes, so that memory is never idle: a single tile of rows fetches ahead in its
+// own panel; if several tiles read the same panel, each fetches its share of the next one.
 struct Ahead {
   const char* at;
-  int64_t stride;  // bytes for each turn of a tile's loop
+  int64_t stride;  // bytes per iteration of a tile's loop
 
   template <int64_t Bytes>
   [[gnu::always_inline]] inline void fetch() {
@@ -248,7 +249,7 @@ struct Ahead {
 };
 
 #if TF_DOT
-// The bfloat16 of 0 .. 127, low and high bytes, to be looked up by the magnitude of an int8.
+// Lookup tables from the magnitude of an int8 (0 to 127) to the low and high byte of its bfloat16.
 struct Halves {
   __m512i low[2], high[2];
   Halves() {
@@ -308,8 +309,8 @@ template <Dtype D, int Rows>
 }
 #endif
 
-// Rows x (Pieces vectors) sums, kept in registers over the whole inner dimension. Of a pair the odd one is added first,
-// as the dot product does.
+// A tile of Rows x (Pieces vectors) sums, kept in registers over the whole inner dimension. The odd element of a pair
+// is added first, as the dot product instruction does.
 template <Dtype D, int Rows, int Pieces>
 [[gnu::always_inline]] inline void float_tile(const float* x, int64_t ldx, int64_t k, const void* panel, int64_t offset,
                                               Ahead ahead, float* sums) {
@@ -364,7 +365,7 @@ inline void any_tile(int rows, const void* x, int64_t ldx, int64_t k, const void
   tile<D, Rows>(x, ldx, k, panel, ahead, sums);
 }
 
-inline void finish(Dtype dtype, const Product& p, const Matrix& m, const float* sums, int64_t panel, int64_t row) {
+inline void finish(Dtype dtype, const LinearParams& p, const Matrix& m, const float* sums, int64_t panel, int64_t row) {
   for (int v = 0; v < kPieces; ++v) {
     const int64_t channel = panel * kPanel + v * kLanes;
     const int64_t at = row * p.ldo + channel;
@@ -380,9 +381,9 @@ inline void finish(Dtype dtype, const Product& p, const Matrix& m, const float* 
 }
 
 template <Dtype D>
-void multiply_typed(const Product& p, const Matrix& m, int64_t first, int64_t last) {
+void linear_typed(const LinearParams& p, const Matrix& m, int64_t first, int64_t last) {
   const int64_t element = D != Dtype::float32 && kDot ? 2 : 4;
-  const int64_t turn = kPanel * (D == Dtype::int8 ? 2 : 4);  // bytes of weights in a turn of a tile's loop
+  const int64_t turn = kPanel * (D == Dtype::int8 ? 2 : 4);  // bytes of weights per iteration of a tile's loop
   float sums[kTileRows * kPanel];
   for (int64_t block = 0; block < p.rows; block += kRowBlock) {
     const int64_t end = block + kRowBlock < p.rows ? block + kRowBlock : p.rows;
@@ -403,15 +404,15 @@ void multiply_typed(const Product& p, const Matrix& m, int64_t first, int64_t la
   }
 }
 
-void multiply(Dtype dtype, const Product& p, const Matrix& m, int64_t first, int64_t last) {
-  if (dtype == Dtype::float32) return multiply_typed<Dtype::float32>(p, m, first, last);
-  if (dtype == Dtype::bfloat16) return multiply_typed<Dtype::bfloat16>(p, m, first, last);
-  multiply_typed<Dtype::int8>(p, m, first, last);
+void linear(Dtype dtype, const LinearParams& p, const Matrix& m, int64_t first, int64_t last) {
+  if (dtype == Dtype::float32) return linear_typed<Dtype::float32>(p, m, first, last);
+  if (dtype == Dtype::bfloat16) return linear_typed<Dtype::bfloat16>(p, m, first, last);
+  linear_typed<Dtype::int8>(p, m, first, last);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-void remember(Dtype dtype, const float* k, const float* v, int64_t d, int64_t position, void* keys, void* values) {
+void append(Dtype dtype, const float* k, const float* v, int64_t d, int64_t position, void* keys, void* values) {
   const int64_t block = position / kBlock, lane = position % kBlock, width = round_up(d, kBlock);
   if (dtype == Dtype::float32) {
     float* to = static_cast<float*>(keys) + block * d * kBlock + lane;
@@ -429,7 +430,7 @@ void remember(Dtype dtype, const float* k, const float* v, int64_t d, int64_t po
   store_bfloat16s(static_cast<uint16_t*>(values) + position * width, v, d);
 }
 
-// Scores of Queries rows against `Blocks` blocks of positions.
+// Scores of Queries rows against Blocks blocks of positions.
 template <int Queries, int Blocks>
 [[gnu::always_inline]] inline void score_blocks(const float* q, int64_t ldq, int64_t d, const float* keys,
                                                 float* scores, int64_t lds) {
@@ -457,7 +458,7 @@ template <int Queries, int Blocks>
       const Words pair = *reinterpret_cast<const Words*>(at);
       for (int r = 0; r < Queries; ++r) {
 #if TF_DOT
-        const Words rounded = (Words)spread(q[r * ldq + i / 2]);  // pairs, see round_queries
+        const Words rounded = (Words)spread(q[r * ldq + i / 2]);  // a pair, see round_queries
         sum[r][b] = dot(sum[r][b], (__m512i)pair, (__m512i)rounded);
 #else
         sum[r][b] += q[r * ldq + i + 1] * (Floats)(pair & 0xffff0000u);
@@ -472,7 +473,8 @@ template <int Queries, int Blocks>
 inline Floats load_stored(const float* p) { return load(p); }
 inline Floats load_stored(const uint16_t* p) { return load_bfloat16(p); }
 
-// The sum over positions of weight times values, those at even and at odd positions apart, for two chains of additions.
+// Sums weights times values over the positions. Even and odd positions accumulate separately, which gives two
+// independent chains of additions.
 template <int Queries, int Pieces, class Stored>
 [[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, int64_t length, const Stored* values,
                                                 int64_t width, const char* ahead, float (*out)[kPanel * 2]) {
@@ -491,7 +493,7 @@ template <int Queries, int Pieces, class Stored>
     for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[0][r][v] + sum[1][r][v]);
 }
 
-// In place: scores to exp(scale (score - largest)) over the first n, 0 from there to the end. Returns 1 / their sum.
+// Replaces the first n scores by exp(scale (score - largest)) and the rest, up to `end`, by 0. Returns 1 / the sum.
 inline float softmax(float* scores, int64_t n, int64_t end, float scale) {
   for (int64_t i = n; i < round_up(n, kBlock); ++i) scores[i] = -__builtin_inff();
   Floats most[kBlockPieces];
@@ -517,17 +519,17 @@ inline float softmax(float* scores, int64_t n, int64_t end, float scale) {
   return 1.0f / sum.total();
 }
 
-// The queries as the score loops read them: rows of d floats, or of d / 2 pairs of bfloat16.
-inline void round_queries(Dtype dtype, const Attention& a, int64_t row, int queries, int64_t d, float* rounded) {
+// Rounds queries to what the score loops read: rows of d floats, or of d / 2 pairs of bfloat16.
+inline void round_queries(Dtype dtype, const AttentionParams& a, int64_t row, int queries, int64_t d, float* rounded) {
   for (int r = 0; r < queries; ++r) {
-    rounded[r * d + d - 1] = 0.0f;  // what d has more than the head
+    rounded[r * d + d - 1] = 0.0f;  // the padding of an odd head
     if (kDot && dtype != Dtype::float32) rounded[r * d + d / 2 - 1] = 0.0f;
     store_activations(dtype, rounded + r * d, 0, a.q + (row + r) * a.ldq, a.d);
   }
 }
 
 template <class Stored, int Queries>
-void attend_rows(Dtype dtype, const Attention& a, int64_t row, int64_t stop) {
+void attend_rows(Dtype dtype, const AttentionParams& a, int64_t row, int64_t stop) {
   const int64_t d = sizeof(Stored) == 4 ? a.d : round_up(a.d, 2);
   const int64_t width = round_up(a.d, kBlock);
   const Stored* keys = static_cast<const Stored*>(a.keys);
@@ -570,29 +572,29 @@ void attend_rows(Dtype dtype, const Attention& a, int64_t row, int64_t stop) {
     const int64_t end = width - first < 3 * kBlock ? width - first : 3 * kBlock;
     for (int r = 0; r < Queries; ++r)
       for (int64_t i = 0; i < end; i += kLanes) store(out[r] + i, load(out[r] + i) * over[r]);
-    // Heads lie side by side without padding, so the last values of one must not reach into the next.
+    // Heads are adjacent without padding, so the last vector of one must not spill into the next.
     const int64_t wanted = a.d - first < end ? a.d - first : end;
     for (int r = 0; r < Queries; ++r) store_activations(dtype, a.out, (row + r) * a.ldo + first, out[r], wanted);
   }
 }
 
 template <class Stored>
-void attend_typed(Dtype dtype, const Attention& a) {
+void attend_typed(Dtype dtype, const AttentionParams& a) {
   const int64_t stop = a.start + a.rows;
   int64_t row = 0;
   for (; row + kQueries <= a.rows; row += kQueries) attend_rows<Stored, kQueries>(dtype, a, row, stop);
   for (; row < a.rows; ++row) attend_rows<Stored, 1>(dtype, a, row, stop);
 }
 
-void attend(Dtype dtype, const Attention& a) {
+void attend(Dtype dtype, const AttentionParams& a) {
   if (dtype == Dtype::float32) return attend_typed<float>(dtype, a);
   attend_typed<uint16_t>(dtype, a);
 }
 
-// --- the limit -------------------------------------------------------------------------------------------------------
+// --- peak arithmetic -------------------------------------------------------------------------------------------------
 
 double exercise(Dtype dtype, int64_t times) {
-  constexpr int kSums = 16;  // chains enough to hide the latency of each
+  constexpr int kSums = 16;  // enough independent chains to hide the latency of one operation
   Floats sum[kSums] = {};
   Floats x = spread(0.5f), y = spread(0.25f);
   (void)dtype;
@@ -612,7 +614,7 @@ double exercise(Dtype dtype, int64_t times) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {kDot, pack, multiply, layer_norm, remember, attend, exercise};
+const Kernels kernels = {kDot, pack, linear, layer_norm, append, attend, exercise};
 
 }  // namespace TF_ISA
 }  // namespace tamingfast

@@ -13,7 +13,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The most work per second of several repeats; all threads start and end together.
+// The highest rate over the repeats, in units of work per second; all threads start and end together.
 template <class Work>
 double best_rate(int threads, int repeats, Work&& work) {
   double best = 0.0;
@@ -40,7 +40,7 @@ double read_bandwidth(std::size_t bytes, int threads, int repeats) {
   return best_rate(threads, repeats, [&](int thread, int of) {
     const Range mine = share(words, thread, of);
     const std::uint64_t* at = memory.as<std::uint64_t>();
-    std::uint64_t sum[8] = {};  // a word of each line is enough to have it fetched
+    std::uint64_t sum[8] = {};  // reading one word fetches the whole cache line
     for (std::int64_t i = mine.first; i + 64 <= mine.last; i += 64) {
       for (int j = 0; j < 8; ++j) {
         __builtin_prefetch(at + i + 8 * j + 512, 0, 3);

@@ -1,4 +1,4 @@
-// What this machine can do at most, measured: benchmarks report their figures as shares of it.
+// Measures the peak rates of this machine; benchmarks report their figures as a share of these.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,12 @@
 
 namespace tamingfast {
 
-// Bytes per second that `threads` threads read together from memory, from an array of that size in huge pages.
+// Bytes per second that `threads` threads together read from an array of `bytes` in huge pages; the best of the
+// repeats.
 double read_bandwidth(std::size_t bytes, int threads, int repeats);
 
-// Floating-point operations per second of `threads` threads in registers: multiply-adds, or with bfloat16 and int8
-// where the instruction set has them dot products of bfloat16.
+// Floating-point operations per second of `threads` threads, with operands in registers: multiply-adds, or for bfloat16
+// and int8 bfloat16 dot products if the instruction set has them. The best of the repeats.
 double arithmetic_rate(Dtype dtype, int threads, int repeats, Isa isa);
 
 }  // namespace tamingfast

@@ -1,4 +1,4 @@
-// Large allocations: zeroed, aligned, in huge pages where the system has them.
+// Large allocations: zeroed, aligned, and in huge pages if the system has them.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 inline std::string bytes_text(double bytes) { return std::to_string(static_cast<long long>(bytes)) + " bytes"; }
 
-// Zeroed memory that the kernel may back with huge pages: weights are streamed, and page walks cost bandwidth.
+// Zeroed memory, which Linux is advised to back with huge pages: weights are streamed, and page walks cost bandwidth.
 class Memory {
  public:
   Memory() = default;
@@ -31,7 +31,9 @@ class Memory {
     const std::size_t alignment = size >= kHugePage ? kHugePage : 64;
     const std::size_t whole = (size + alignment - 1) / alignment * alignment;
     data_.reset(static_cast<char*>(std::aligned_alloc(alignment, whole)));
-    if (!data_) throw OutOfMemory("memory: " + bytes_text(static_cast<double>(size)) + " were refused by the system");
+    if (!data_)
+      throw OutOfMemory("memory: " + bytes_text(static_cast<double>(size)) +
+                        " are needed, but the system refused them");
 #if defined(__linux__)
     if (alignment == kHugePage) madvise(data_.get(), whole, MADV_HUGEPAGE);
 #endif

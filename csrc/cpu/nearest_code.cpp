@@ -1,15 +1,17 @@
-// The scan is the expanded square |c|^2/2 - z.c in float32 as a register-tiled matrix product, whose error is bounded
-// for each row. Codes whose score lies within that bound of the best stay rivals, and rivals are settled by their
-// distances in float64. So the answer is the float64 argmin at nearly the price of the product: large common offsets
-// (taken out by centring on the codebook's mean) and near-duplicate codes cost time, never exactness.
+// A register-tiled matrix product scores all codes in float32 by the expanded square |c|^2/2 - z.c, with an error bound
+// for each row. Codes whose score lies within the bound of the best are rivals, which are compared by their distances
+// in float64. The result is therefore the argmin in float64, at nearly the cost of the product: near-duplicate codes
+// cost time, never exactness, and so do large common offsets, which centring on the codebook's mean removes.
 #include "nearest_code.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "../guard.h"
 
 namespace tamingfast {
 namespace {
@@ -25,17 +27,17 @@ struct Codebook {
   std::int64_t d;
   std::vector<float> mean;        // (d,)
   std::vector<float> panels;      // (k / width, d, width): mean - code, a panel of `width` codes side by side
-  std::vector<float> half_norms;  // (k,) |code - mean|^2 / 2; infinity for the padding of the last panel
-  double max_norm = 0.0;          // of code - mean
+  std::vector<float> half_norms;  // (k,) |code - mean|^2 / 2; infinity in the padding of the last panel
+  double max_norm = 0.0;          // the largest |code - mean|
 };
 
 struct Row {
   float best;
-  float margin;  // a code whose score exceeds best + margin is certainly farther than the best one
+  float margin;  // a code whose score exceeds best + margin cannot be the nearest
   int rivals;
   std::int64_t rival[kMaxRivals];
   float score[kMaxRivals];
-  std::int64_t winner;  // among the rivals settled so far; -1 before any
+  std::int64_t winner;  // the nearest of the rivals compared in float64 so far, or -1
   double winner_distance;
 };
 
@@ -44,7 +46,7 @@ struct Scratch {
   std::vector<Row> rows;  // (kRowsPerChunk,)
 };
 
-// |centred|^2 of centred[i * stride] = sign * (values[i] - mean[i]).
+// Sets centred[i * stride] = sign * (values[i] - mean[i]) and returns the squared norm.
 double center(const float* values, const std::vector<float>& mean, float sign, float* centred, std::int64_t stride) {
   const std::int64_t d = static_cast<std::int64_t>(mean.size());
   double norm = 0.0;
@@ -65,9 +67,7 @@ Codebook pack(const NearestCodeParams& p, int width, [[maybe_unused]] int thread
     for (std::int64_t i = 0; i < p.d; ++i) sum[i] += p.codebook[j * p.d + i];
   book.mean.resize(p.d);
   for (std::int64_t i = 0; i < p.d; ++i) {
-    if (!std::isfinite(sum[i]))
-      throw std::invalid_argument("codebook: got NaN or infinity in column " + std::to_string(i) +
-                                  ", expected finite numbers");
+    if (!std::isfinite(sum[i])) refuse("codebook", "NaN or infinity in column " + std::to_string(i), "finite numbers");
     book.mean[i] = static_cast<float>(sum[i] / p.k);
   }
   book.panels.assign(panels * width * p.d, 0.0f);
@@ -84,7 +84,7 @@ Codebook pack(const NearestCodeParams& p, int width, [[maybe_unused]] int thread
   return book;
 }
 
-// Four fixed partial sums in plain float64: the value is the same whatever instruction set scanned.
+// Four partial sums in plain float64, so that the value does not depend on the instruction set of the scan.
 double exact_distance(const float* z, const float* code, std::int64_t d) {
   double sum[4] = {0.0, 0.0, 0.0, 0.0};
   std::int64_t i = 0;
@@ -100,10 +100,9 @@ double exact_distance(const float* z, const float* code, std::int64_t d) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Twice the largest error that a score can have, over all codes. With u = 2^-24: centring, the product of length d in
-// any order, the half norm and their sum err by at most (d + 8) u (|z| max|c| + max|c|^2) (Higham, Accuracy and
-// Stability of Numerical Algorithms, section 3.1); the last term covers underflow. Infinity where a score might
-// overflow.
+// Twice the largest error of any code's score. With u = 2^-24, the error of centring, the product of length d in any
+// order, the half norm and their sum is at most (d + 8) u (|z| max|c| + max|c|^2) (Higham, Accuracy and Stability of
+// Numerical Algorithms, section 3.1); the last term covers underflow. Infinity if a score might overflow.
 float score_margin(double z_norm, const Codebook& book) {
   const double size = z_norm * book.max_norm + book.max_norm * book.max_norm;
   if (!(size < 1e37)) return kInfinity;
@@ -111,7 +110,7 @@ float score_margin(double z_norm, const Codebook& book) {
   return static_cast<float>(2.0 * terms * (0x1p-24 * size + std::numeric_limits<float>::min()));
 }
 
-// False when the row holds NaN or an infinity.
+// Returns false if the row holds NaN or an infinity.
 bool begin_row(const float* z, const Codebook& book, float* centred, Row& row) {
   const double norm = center(z, book.mean, 1.0f, centred, 1);
   row.best = kInfinity;
@@ -119,14 +118,15 @@ bool begin_row(const float* z, const Codebook& book, float* centred, Row& row) {
   row.rivals = 0;
   row.winner = -1;
   row.winner_distance = std::numeric_limits<double>::infinity();
-  // A finite value can overflow when the mean is taken off, so only a norm that is not finite tells nothing.
+  // Subtracting the mean can overflow finite values, so a norm that is not finite does not prove that z is not.
   return std::isfinite(norm) || std::all_of(z, z + book.d, [](float value) { return std::isfinite(value); });
 }
 
+// Compares the rivals in float64 and keeps the nearest.
 void settle(const float* z, const Codebook& book, Row& row) {
   for (int r = 0; r < row.rivals; ++r) {
     const double distance = exact_distance(z, book.rows + row.rival[r] * book.d, book.d);
-    // Rivals come in the order of their indices, so a strict comparison leaves ties to the lowest.
+    // Rivals are in order of their indices, so a strict comparison gives ties to the lowest.
     if (row.winner < 0 || distance < row.winner_distance) {
       row.winner = row.rival[r];
       row.winner_distance = distance;
@@ -135,7 +135,7 @@ void settle(const float* z, const Codebook& book, Row& row) {
   row.rivals = 0;
 }
 
-// Takes the rivals among the `count` codes from `first` on; called only when one of their scores may be the best.
+// Adds the rivals among codes first to first + count - 1. Called only if one of them may be the nearest.
 void admit(const float* z, const Codebook& book, std::int64_t first, int count, const float* scores, Row& row) {
   float best = row.best;
   for (int j = 0; j < count; ++j) best = std::min(best, scores[j]);
@@ -149,15 +149,15 @@ void admit(const float* z, const Codebook& book, std::int64_t first, int count, 
   }
   row.rivals = kept;
   for (int j = 0; j < count; ++j) {
-    if (scores[j] > limit) continue;  // NaN, from an overflow, stays a rival
+    if (scores[j] > limit) continue;  // written so that NaN, from an overflow, stays a rival
     if (row.rivals == kMaxRivals) settle(z, book, row);
     row.rival[row.rivals] = first + j;
     row.score[row.rivals++] = scores[j];
   }
 }
 
-// Scores of `Rows` vectors against one panel of `Width` codes, kept in registers over the whole of d. Vectors of the
-// compiler's own extension, because its automatic vectoriser spills such tiles.
+// Scores Rows vectors against one panel of Width codes, with sums kept in registers over the whole of d. Uses the
+// compiler's vector extension, because automatic vectorisation spills such tiles.
 template <int Rows, int Width, int Lanes>
 [[gnu::always_inline]] inline void score_tile(const float* z, std::int64_t d, const float* panel,
                                               const float* half_norms, float* scores) {
@@ -176,8 +176,8 @@ template <int Rows, int Width, int Lanes>
     for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(scores + r * Width + v * Lanes) = sum[r][v];
 }
 
-// One chunk of at most kRowsPerChunk rows against every panel. The panel stays in L1 while the rows pass by; the
-// scratch is whole, so a last tile may score rows past `count`, which nobody reads.
+// Scans every panel for one chunk of at most kRowsPerChunk rows; a panel stays in L1 while all rows read it. The
+// scratch always holds a full chunk, so the last tile may score rows beyond `count`, which are ignored.
 template <int Rows, int Width, int Lanes>
 [[gnu::always_inline]] inline void scan_chunk(const float* z, int count, const Codebook& book, Scratch& scratch) {
   float scores[Rows * Width];
@@ -236,7 +236,7 @@ void nearest_code(const NearestCodeParams& p, Isa isa) {
   const std::int64_t useful = std::min<std::int64_t>(std::max<std::int64_t>(chunks, 1), kMaxThreads);
   const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, useful));
   const Codebook book = pack(p, path.width, threads);
-  // All memory is had before the parallel region, which no exception may leave.
+  // All memory is allocated before the parallel region, which no exception may leave.
   std::vector<Scratch> scratch(threads);
   for (Scratch& own : scratch) {
     own.z.assign(kRowsPerChunk * p.d, 0.0f);
@@ -266,7 +266,7 @@ void nearest_code(const NearestCodeParams& p, Isa isa) {
       }
     }
   }
-  if (!finite) throw std::invalid_argument("z: got NaN or infinity, expected finite numbers");
+  if (!finite) refuse("z", "NaN or infinity", "finite numbers");
 }
 
 }  // namespace tamingfast

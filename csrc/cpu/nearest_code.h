@@ -14,11 +14,11 @@ struct NearestCodeParams {
   std::int64_t n;
   std::int64_t k;  // at least 1
   std::int64_t d;  // at least 1
-  int threads;     // at least 1; the result does not depend on it
+  int threads;     // at least 1; does not affect the result
 };
 
-// Beside its arguments it holds one packed copy of the codebook and a fixed scratch per thread, never n x k values.
-// Throws std::invalid_argument that names the argument when z or codebook holds NaN or an infinity.
+// Allocates one packed copy of the codebook and a fixed amount of scratch per thread, never n x k values.
+// Throws std::invalid_argument, which names the argument, if z or codebook holds NaN or an infinity.
 void nearest_code(const NearestCodeParams& params, Isa isa);
 
 }  // namespace tamingfast

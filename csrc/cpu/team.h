@@ -1,4 +1,4 @@
-// The threads of one parallel region: shares of the work, and a barrier that spins, because phases last microseconds.
+// Threads of a parallel region: how they share the work, and a barrier that spins because phases last microseconds.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,7 @@ inline int processors() {
 
 class Barrier {
  public:
-  // Must be called by all `threads`; `idle` runs while waiting.
+  // Every one of the `threads` must call this; `idle` is called repeatedly while waiting.
   template <class Idle>
   void wait(int threads, Idle&& idle) {
     if (threads == 1) return;
@@ -48,7 +48,7 @@ class Barrier {
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       idle();
       relax();
-      // Somebody else may need this processor for the last one to arrive; certainly so with more threads than
+      // The last thread may need this processor to arrive, and certainly does if there are more threads than
       // processors.
       if (spins > (threads <= processors() ? 4000 : 0)) yield_processor();
     }
@@ -68,7 +68,7 @@ inline Range share(std::int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// A child process after fork() has none of its parent's OpenMP threads, and waiting for them would hang.
+// Whether this is a forked child: it lacks its parent's OpenMP threads, and waiting for them would hang.
 inline bool forked() {
 #if defined(__unix__) || defined(__APPLE__)
   static const pid_t loaded_by = getpid();
@@ -78,7 +78,7 @@ inline bool forked() {
 #endif
 }
 
-// Runs body(thread, threads) on up to that many threads at once.
+// Runs body(thread, of) on at most `threads` threads at once; `of` is how many there are.
 template <class Body>
 void parallel(int threads, Body&& body) {
 #ifdef _OPENMP

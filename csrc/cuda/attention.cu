@@ -1,4 +1,4 @@
-// Attention of single query rows over cached keys and values, split along the sequence.
+// Attention of single query rows to cached keys and values, split along the sequence.
 // Source of the split: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference", 2023.
 #include "../softmax.h"
 #include "device.h"
@@ -7,25 +7,25 @@ namespace tamingfast::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAtOnce = 4;  // positions whose keys and values a group of lanes asks for together
-constexpr int kLeast = 64;  // positions that are worth a block
-constexpr int kWidest = 256;
-constexpr int kResident = 5;  // blocks of a multiprocessor: few enough for all that is asked for together
+constexpr int kAtOnce = 4;    // positions whose keys and values a group of lanes loads together
+constexpr int kLeast = 64;    // fewest positions per block
+constexpr int kWidest = 256;  // of a head
+constexpr int kResident = 5;  // blocks per multiprocessor: few enough that all outstanding loads have registers
 
-// Runs of a split's shared memory, for groups of `Lanes` lanes, each of which looks at one position at a time.
+// Shared memory of a split: the partial softmax of each group of Lanes lanes. A group handles one position at a time.
 template <int Lanes>
 struct Shared {
   static constexpr int kGroups = kThreads / Lanes;
   float most[kGroups];
   float sum[kGroups];
   float out[kGroups][Lanes * kVector];
-  int last;  // whether this block finishes the row
+  int last;  // whether this block was the last to arrive
 };
 
-// Counts a block that has written its part, behind a barrier, and tells whether it is the last of `active`; all threads
-// may then read all parts. The barriers order the block's other threads before and after its first one, whose addition
-// releases what they wrote and acquires what the blocks counted before have released: the order of PTX's memory model
-// ("Causality Order") is transitive over both, so that no other thread needs a fence.
+// Counts the calling block as done with its part and returns whether it is the last of `active` blocks; if so, all its
+// threads may read all parts. The barriers order the other threads of the block before and after the first one, whose
+// addition releases their writes and acquires those of the blocks that arrived earlier. Causality order in PTX's memory
+// model is transitive over barriers and atomics, so that no other thread needs a fence.
 __device__ inline bool last_of(unsigned active, std::uint32_t* arrived, int* answer) {
   __syncthreads();
   if (threadIdx.x == 0) *answer = add_acq_rel(arrived, 1u) + 1 == active;
@@ -33,11 +33,11 @@ __device__ inline bool last_of(unsigned active, std::uint32_t* arrived, int* ans
   return *answer;
 }
 
-// How the parts of a softmax are joined, one of which each lane of a warp has: -infinity and 0 where there is none.
+// How to merge partial softmaxes, one per lane of a warp. A lane without one has the maximum -infinity and the sum 0.
 struct Joint {
-  float most;    // of all parts and what was there before
-  float weight;  // of the lane's part
-  float sum;     // of all parts
+  float most;    // the maximum of all parts and of `before`
+  float weight;  // the factor of this lane's part
+  float sum;     // of all parts, relative to `most`
 };
 
 __device__ inline Joint join_parts(float most, float sum, float before) {
@@ -48,11 +48,11 @@ __device__ inline Joint join_parts(float most, float sum, float before) {
   return joint;
 }
 
-// Joins the splits of a row and head, in their order, whichever block came last.
+// Merges the splits of a row and head, always in the same order, whichever block arrives last.
 template <class T>
 __device__ void join_splits(const AttentionParams& p, int row, int head, int active) {
-  constexpr int kTogether = 16;              // splits that are asked for at once
-  constexpr int kEach = kWidest / kThreads;  // elements of a thread
+  constexpr int kTogether = 16;              // splits that are loaded together
+  constexpr int kEach = kWidest / kThreads;  // elements per thread
   const std::int64_t pair = static_cast<std::int64_t>(row) * p.heads + head;
   const int size = p.stride + 2, lane = threadIdx.x % kWarp;
   float most = -INFINITY, sum = 0.0f, out[kEach] = {};
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident) attention_kernel(Attentio
   const int slot = p.slot[row], position = p.position[row], count = p.last[row] + 1;
   const int share = (count + p.splits - 1) / p.splits, each = share > kLeast ? share : kLeast;
   const int active = (count + each - 1) / each;
-  // None is negative; but so all three have been asked for together, and none only behind the branch.
+  // None of them is negative. The test makes the compiler load all three before the branch, not one after it.
   if (split >= active || (slot | position) < 0) return;
   const int begin = split * each, end = begin + each < count ? begin + each : count;
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kResident) attention_kernel(Attentio
   unpack(of_row(own), q);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) q[j] *= scale;
-  // Who looks at the new position takes it from the row, so that nobody waits until it is in the cache.
+  // The group that handles the new position takes it from the row, so that nobody waits for the cache to be written.
   const bool appends = p.append && begin <= position && position < end && (position - begin) % kGroups == group;
   Packed<T> new_key = zeros<T>(), new_value = zeros<T>();
   if (appends) new_key = of_row(own + whole), new_value = of_row(own + 2 * whole);
@@ -221,8 +221,8 @@ void launch_lanes(const AttentionParams& p, const Queue& queue) {
 
 }  // namespace
 
-void attention(Number number, const AttentionParams& params, const Queue& queue) {
-  for_number(number, [&](auto sample) {
+void attention(Dtype dtype, const AttentionParams& params, const Queue& queue) {
+  for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     if (params.stride <= 8 * kVector) return launch_lanes<T, 8>(params, queue);
     if (params.stride <= 16 * kVector) return launch_lanes<T, 16>(params, queue);
@@ -230,8 +230,8 @@ void attention(Number number, const AttentionParams& params, const Queue& queue)
   });
 }
 
-void append(Number number, const AttentionParams& params, const Queue& queue) {
-  for_number(number, [&](auto sample) {
+void append(Dtype dtype, const AttentionParams& params, const Queue& queue) {
+  for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     launch("cache append", &append_kernel<T>, dim3(params.rows), kThreads, 0, queue, params);
   });

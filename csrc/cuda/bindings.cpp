@@ -2,9 +2,10 @@
 
 #include <cstring>
 #include <map>
-#include <stdexcept>
 #include <string>
+#include <type_traits>
 
+#include "../guard.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -12,65 +13,54 @@ namespace py = pybind11;
 namespace tamingfast::cuda {
 namespace {
 
-const std::map<std::string, Number> kNumbers{
-    {"float32", Number::float32}, {"bfloat16", Number::bfloat16}, {"float16", Number::float16}};
+const std::map<std::string, Dtype> kDtypes{
+    {"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16}, {"float16", Dtype::float16}};
 const std::map<std::string, Epilogue> kEpilogues{{"store", Epilogue::store},
                                                  {"gelu", Epilogue::gelu},
                                                  {"add", Epilogue::add},
                                                  {"store_float", Epilogue::store_float}};
 
-[[noreturn]] void refuse(const std::string& name, const std::string& got, const std::string& expected) {
-  throw std::invalid_argument(name + ": got " + got + ", expected " + expected);
+template <class T>
+const char* kind() {
+  if (std::is_same_v<T, std::string>) return "a string";
+  if (std::is_same_v<T, bool>) return "a bool";
+  return std::is_integral_v<T> ? "an integer in range" : "a number";
 }
 
-// The arguments of a call by name; each is asked for once.
+// The keyword arguments of a call.
 class Arguments {
  public:
   explicit Arguments(const py::kwargs& values) : values_(values) {}
 
   template <class T>
   T get(const char* name) const {
-    if (!values_.contains(name)) throw std::invalid_argument(std::string(name) + ": missing");
+    if (!values_.contains(name)) refuse(name, "nothing", kind<T>());
     try {
       return py::cast<T>(values_[name]);
     } catch (const py::cast_error&) {
-      throw py::type_error(std::string(name) + ": got " + std::string(py::repr(values_[name])));
+      throw py::type_error(std::string(name) + ": got " + std::string(py::repr(values_[name])) + ", expected " +
+                           kind<T>());
     }
   }
 
   int size(const char* name, std::int64_t least = 1, std::int64_t most = 0x7fffffff) const {
     const auto value = get<std::int64_t>(name);
-    if (value < least || value > most)
-      refuse(name, std::to_string(value), std::to_string(least) + " to " + std::to_string(most));
+    require_range(name, value, least, most);
     return static_cast<int>(value);
   }
 
   template <class T = void>
   T* pointer(const char* name, std::uintptr_t alignment = 16) const {
-    const auto address = optional<T>(name, alignment);
-    if (!address) refuse(name, "a null pointer", "an address");
-    return address;
+    return pointer_at<T>(name, get<std::uintptr_t>(name), alignment, false);
   }
 
   template <class T = void>
   T* optional(const char* name, std::uintptr_t alignment = 16) const {
-    const auto address = get<std::uintptr_t>(name);
-    if (address % alignment != 0)
-      refuse(name, std::to_string(address), "an address that is a multiple of " + std::to_string(alignment));
-    return reinterpret_cast<T*>(address);
+    return pointer_at<T>(name, get<std::uintptr_t>(name), alignment, true);
   }
 
-  template <class Value>
-  Value named(const char* name, const std::map<std::string, Value>& known) const {
-    const auto wanted = get<std::string>(name);
-    const auto found = known.find(wanted);
-    if (found != known.end()) return found->second;
-    std::string names;
-    for (const auto& entry : known) names += (names.empty() ? "" : ", ") + entry.first;
-    refuse(name, "'" + wanted + "'", "one of " + names);
-  }
-
-  Number number() const { return named("dtype", kNumbers); }
+  Dtype dtype() const { return named("dtype", get<std::string>("dtype"), kDtypes); }
+  Epilogue epilogue() const { return named("epilogue", get<std::string>("epilogue"), kEpilogues); }
   Queue queue() const {
     return {static_cast<int>(get<std::int64_t>("device")), reinterpret_cast<void*>(get<std::uintptr_t>("stream"))};
   }
@@ -85,19 +75,19 @@ void bound_linear(const py::kwargs& kwargs) {
   p.rows = a.size("rows", 1, kMostLinearRows);
   p.inner = a.size("inner");
   p.columns = a.size("columns");
-  if (p.inner % 8 != 0) refuse("inner", std::to_string(p.inner), "a multiple of 8");
+  require(p.inner % 8 == 0, "inner", p.inner, "a multiple of 8");
   p.x = a.pointer("x");
   p.ldx = a.size("ldx");
-  if (p.ldx % 8 != 0) refuse("ldx", std::to_string(p.ldx), "a multiple of 8");
+  require(p.ldx % 8 == 0, "ldx", p.ldx, "a multiple of 8");
   p.gain = a.optional<float>("gain");
   if (p.gain) p.shift = a.pointer<float>("shift");
   p.epsilon = a.get<float>("epsilon");
   p.weight = a.pointer("weight");
   p.bias = a.optional<float>("bias", alignof(float));
-  p.epilogue = a.named("epilogue", kEpilogues);
+  p.epilogue = a.epilogue();
   p.out = a.pointer("out");
   p.ldo = a.size("ldo");
-  linear(a.number(), p, a.queue());
+  linear(a.dtype(), p, a.queue());
 }
 
 AttentionParams cached_rows(const Arguments& a) {
@@ -106,7 +96,7 @@ AttentionParams cached_rows(const Arguments& a) {
   p.heads = a.size("heads", 1, 65535);
   p.width = a.size("width", 1, 256);
   p.stride = a.size("stride", p.width, 256);
-  if (p.stride % 8 != 0) refuse("stride", std::to_string(p.stride), "a multiple of 8");
+  require(p.stride % 8 == 0, "stride", p.stride, "a multiple of 8");
   p.capacity = a.size("capacity");
   p.qkv = a.pointer("qkv", 2);
   p.ldq = a.size("ldq");
@@ -129,12 +119,12 @@ void bound_attention(const py::kwargs& kwargs) {
   }
   p.out = a.pointer("out", 2);
   p.ldo = a.size("ldo");
-  attention(a.number(), p, a.queue());
+  attention(a.dtype(), p, a.queue());
 }
 
 void bound_append(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
-  append(a.number(), cached_rows(a), a.queue());
+  append(a.dtype(), cached_rows(a), a.queue());
 }
 
 void bound_add_norm(const py::kwargs& kwargs) {
@@ -152,7 +142,7 @@ void bound_add_norm(const py::kwargs& kwargs) {
   p.epsilon = a.get<float>("epsilon");
   p.out = a.pointer("out");
   p.ldo = a.size("ldo");
-  add_norm(a.number(), p, a.queue());
+  add_norm(a.dtype(), p, a.queue());
 }
 
 void bound_bias_gelu(const py::kwargs& kwargs) {
@@ -163,7 +153,7 @@ void bound_bias_gelu(const py::kwargs& kwargs) {
   p.x = a.pointer("x");
   p.ldx = a.size("ldx");
   p.bias = a.pointer<float>("bias", alignof(float));
-  bias_gelu(a.number(), p, a.queue());
+  bias_gelu(a.dtype(), p, a.queue());
 }
 
 void bound_choose(const py::kwargs& kwargs) {
@@ -187,7 +177,7 @@ void bound_choose(const py::kwargs& kwargs) {
   p.x = a.pointer<float>("x", alignof(float));
   p.ldx = a.size("ldx");
   p.errors = a.pointer<std::int32_t>("errors", alignof(std::int32_t));
-  choose(a.number(), p, a.queue());
+  choose(a.dtype(), p, a.queue());
 }
 
 py::bytes options_bytes(bool greedy, double temperature, std::int64_t top_k, double top_p, std::uint64_t seed,
@@ -205,18 +195,20 @@ py::bytes options_bytes(bool greedy, double temperature, std::int64_t top_k, dou
 
 }  // namespace
 
-// Arguments are given by name: those of the structures in kernels.h, addresses as integers; `dtype` names their type,
-// `device` and `stream` say where they run.
+// The functions take keyword arguments, named as the fields of the structures in kernels.h, with addresses as integers;
+// `dtype` names the element type, `device` and `stream` form the Queue.
 void bind(py::module_& module) {
-  module.def("linear", &bound_linear, "One to eight rows through a linear layer; see LinearParams in kernels.h.");
-  module.def("attention", &bound_attention, "Attention of rows over cached positions; see AttentionParams.");
-  module.def("append", &bound_append, "Writes keys and values of rows into the cache; see AttentionParams.");
-  module.def("add_norm", &bound_add_norm, "Residual sum and layer norm of rows; see AddNormParams.");
-  module.def("bias_gelu", &bound_bias_gelu, "Bias and exact GELU of rows in place; see GeluParams.");
-  module.def("choose", &bound_choose, "Chooses the rows' next tokens; `dtype` is the logits'; see ChooseParams.");
+  module.def("linear", &bound_linear, "Linear layer of one to eight rows; see LinearParams in kernels.h.");
+  module.def("attention", &bound_attention, "Attention of rows to cached positions; see AttentionParams in kernels.h.");
+  module.def("append", &bound_append,
+             "Writes the keys and values of rows into the cache; see AttentionParams in kernels.h.");
+  module.def("add_norm", &bound_add_norm, "Residual sum and layer norm of rows; see AddNormParams in kernels.h.");
+  module.def("bias_gelu", &bound_bias_gelu, "Bias and exact GELU of rows, in place; see GeluParams in kernels.h.");
+  module.def("choose", &bound_choose,
+             "Chooses the next token of each row; `dtype` is that of the logits; see ChooseParams in kernels.h.");
   module.def("options_bytes", &options_bytes, py::arg("greedy"), py::arg("temperature"), py::arg("top_k"),
              py::arg("top_p"), py::arg("seed"), py::arg("choices"),
-             "The options of `choose` as they lie on the device. top_k 0 and top_p 1 keep all.");
+             "The options of `choose` as bytes to copy to the device. top_k 0 and top_p 1 keep all entries.");
   module.def(
       "devices",
       [] {

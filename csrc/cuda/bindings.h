@@ -1,4 +1,4 @@
-// Binds the CUDA engine's kernels as functions of a module.
+// Binds the CUDA engine's kernels to a module.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,23 +1,23 @@
-// The token choice: temperature, top-k, top-p, Gumbel-max. choose.h is its twin on the host.
+// The token choice on the device: temperature, top-k, top-p, Gumbel-max. cpu/choose.h is the host's implementation.
 //
-// Thresholds are found by radix selection over the ordered bits of the scores, eight bits a pass: top-k counts entries,
-// top-p adds up probabilities in fixed point, so that no order of additions changes a bit. Shared memory adds 32 bits
-// at a time without a loop, so that sums are kept in two halves.
+// Thresholds are found by radix selection over the ordered bits of the scores, eight bits per pass. top-k counts
+// entries; top-p sums probabilities in fixed point, so that the order of additions does not matter. Shared memory has
+// native 32-bit atomic additions only, so sums are kept in two halves.
 #include "device.h"
 
 namespace tamingfast::cuda {
 namespace {
 
-using Mass = unsigned long long;  // of probability, relative to the best entry's
+using Mass = unsigned long long;  // a probability in fixed point, relative to that of the best entry
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kDigits = 256, kDigitBits = 8;
-constexpr int kQuad = 4;               // entries that share a Philox block
-constexpr int kMostCached = 16 << 10;  // entries whose scores are kept in shared memory
-static_assert(kThreads == kDigits, "a thread clears a digit");
+constexpr int kQuad = 4;               // entries per Philox block
+constexpr int kMostCached = 16 << 10;  // vocabularies up to this size have their scores in shared memory
+static_assert(kThreads == kDigits, "each thread clears one digit");
 
 struct Shared {
-  std::uint32_t low[kDigits], high[kDigits];  // of the mass of each digit, which `Split` joins
+  std::uint32_t low[kDigits], high[kDigits];  // halves of the mass of each digit, see Split
   Mass above;
   std::uint32_t key;
   int found;
@@ -26,10 +26,10 @@ struct Shared {
   Candidate best[kWarps];
 };
 
-// How masses are made and cut, so that neither half of the sum of so many can overflow.
+// How masses are scaled and split, so that neither half overflows when `entries` of them are summed.
 struct Split {
   int bits;  // of the low half
-  int best;  // the best entry's mass is two to the power of it
+  int best;  // log2 of the best entry's mass
 
   explicit __device__ Split(std::int64_t entries) {
     int log = 0;
@@ -48,7 +48,7 @@ struct Split {
   }
 };
 
-// Every thread gets the best candidate of the block, and whether any thread saw NaN (then a NaN score).
+// Returns the block's best candidate to every thread; its score is NaN if any thread saw NaN.
 __device__ Candidate block_best(Candidate mine, bool nan, Shared& shared) {
   if (nan) mine.score = NAN;
 #pragma unroll
@@ -72,11 +72,11 @@ __device__ Candidate block_best(Candidate mine, bool nan, Shared& shared) {
 struct Threshold {
   bool found;
   std::uint32_t key;
-  Mass above;  // of the entries with higher keys
+  Mass above;  // total mass of the entries with higher keys
 };
 
-// The highest key for which `reached(mass of the entries with that key and higher ones)`, if there is one.
-// `entry(v, key, mass)` tells whether entry v takes part, and its key and mass.
+// Finds the highest key for which reached(mass) holds, with the mass of all entries of that key and above.
+// entry(v, key, mass) sets the key and mass of entry v and returns whether it takes part.
 template <class Entry, class Reached>
 __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reached& reached, Shared& shared) {
   const Split split(entries);
@@ -93,12 +93,12 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
       if (same) split.add(shared, static_cast<int>(key >> shift & (kDigits - 1)), mass);
     }
     __syncthreads();
-    if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on, so that the highest come first
+    if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on: the highest first
       constexpr int kEach = kDigits / kWarp;
       const int lane = threadIdx.x, first = (kWarp - 1 - lane) * kEach;
       Mass mine = 0;
       for (int i = 0; i < kEach; ++i) mine += split.sum(shared, first + i);
-      Mass through = mine;  // of this lane's digits and all higher ones
+      Mass through = mine;  // the mass of this lane's digits and all higher ones
       for (int step = 1; step < kWarp; step *= 2) {
         const Mass before = __shfl_up_sync(kAllLanes, through, step);
         if (lane >= step) through += before;
@@ -121,7 +121,7 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
   return at;
 }
 
-// What is kept: higher keys, and the entries of this key below an index.
+// The entries to keep: all with higher keys, and those with this key below an index.
 struct Kept {
   std::uint32_t key;
   std::int64_t before;
@@ -130,7 +130,8 @@ struct Kept {
   }
 };
 
-// The shortest run of kept entries, best first and lowest index first among equals, whose probability exceeds p.
+// Narrows `kept` to the nucleus: the fewest entries, best first and lowest index first among equals, whose probability
+// exceeds p.
 template <class Score>
 __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept kept, float best, Shared& shared) {
   const float mass_of_best = static_cast<float>(Mass{1} << Split(entries).best);
@@ -138,7 +139,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
     const float value = score(v);
     key = order_key(value);
     const float relative = expf(value - best);
-    mass = relative > 0.0f ? static_cast<Mass>(relative * mass_of_best) : 0;  // also where infinities made it NaN
+    mass = relative > 0.0f ? static_cast<Mass>(relative * mass_of_best) : 0;  // 0 also if infinities made it NaN
     return kept.holds(key, v);
   };
   Mass mine = 0;
@@ -160,7 +161,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
   }
   const int count = block_sum(equals, shared.counts);
   each = block_sum(equals ? each : Mass{0}, shared.sums) / block_sum(equals ? 1 : 0, shared.counts);
-  int low = 1, high = count;  // the least number of equals that crosses
+  int low = 1, high = count;  // bisects for the fewest equal entries that reach p
   while (low < high) {
     const int middle = (low + high) / 2;
     if (reached(at.above + middle * each))
@@ -169,7 +170,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
       low = middle + 1;
   }
   if (low == count) return {at.key, kept.before};
-  std::int64_t from = 1, to = entries;  // the least index below which there are so many
+  std::int64_t from = 1, to = entries;  // bisects for the lowest index below which there are that many
   while (from < to) {
     const std::int64_t middle = (from + to) / 2;
     int below = 0;
@@ -182,7 +183,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
   return {at.key, from};
 }
 
-// The chosen entry, kChoiceNan or kChoiceNothing; the same in every thread.
+// Returns the chosen entry, kChoiceNan or kChoiceNothing to every thread.
 template <class T>
 __device__ std::int64_t choose_entry(const T* logits, const Options& options, const Place& place, Shared& shared) {
   const Choice& choice = options.choice;
@@ -251,8 +252,8 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
     token = choose_entry(static_cast<const T*>(p.logits) + row * p.ldl, *p.options, place, shared);
     if (token < 0 && threadIdx.x == 0) atomicOr(p.errors, token == kChoiceNan ? kFoundNan : kFoundNothing);
   }
-  if (token < 0 || token >= p.vocab) token = 0;  // an error is known, so it only has to be harmless
-  __syncthreads();                               // all have read what is written now
+  if (token < 0 || token >= p.vocab) token = 0;  // the error is reported, so any valid token will do
+  __syncthreads();                               // before overwriting what other threads read
   if (threadIdx.x == 0) {
     p.sequence[at] = token;
     p.position[row] = static_cast<std::int32_t>(next);
@@ -264,8 +265,8 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
 
 }  // namespace
 
-void choose(Number logits, const ChooseParams& params, const Queue& queue) {
-  for_number(logits, [&](auto sample) {
+void choose(Dtype logits, const ChooseParams& params, const Queue& queue) {
+  for_dtype(logits, [&](auto sample) {
     using T = decltype(sample);
     const std::size_t scores = (params.vocab < kMostCached ? params.vocab : kMostCached) * sizeof(float);
     launch("token choice", &choose_kernel<T>, dim3(params.rows), kThreads, sizeof(Shared) + scores, queue, params);

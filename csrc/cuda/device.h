@@ -1,7 +1,7 @@
-// What the kernels share: numbers of each type, vectors of them, reductions, shared memory, checked launches.
+// What the kernels share: element types, vectors, reductions, shared memory, checked launches.
 //
-// The kernels keep to a subset of CUDA that tests/cuda_on_host runs on the CPU: full warps in every shuffle, all shared
-// memory dynamic, launches through `launch`.
+// The kernels use only the subset of CUDA that tests/cuda_on_host can run on the CPU: shuffles of full warps, dynamic
+// shared memory only, launches through `launch` only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@ namespace tamingfast::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kVector = 8;  // elements that a thread reads at a time
+constexpr int kVector = 8;  // elements that a thread loads at once
 
 struct Bf16 {
   std::uint16_t bits;
@@ -47,7 +47,7 @@ __device__ inline Half from_float<Half>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
-// kVector elements as they lie in memory, 16-byte aligned.
+// kVector elements in their memory representation; addresses are multiples of 16 bytes.
 template <class T>
 struct Packed {
   static constexpr int kWords = kVector * sizeof(T) / sizeof(uint4);
@@ -62,7 +62,7 @@ __device__ inline Packed<T> load(const T* from) {
   return packed;
 }
 
-// Of what is read once and never written by a kernel: it goes first when the caches need room.
+// Loads data that is read once and never written by a kernel, to be evicted from the caches first.
 template <class T>
 __device__ inline Packed<T> load_streaming(const T* from) {
   Packed<T> packed;
@@ -77,7 +77,7 @@ __device__ inline void store(T* to, const Packed<T>& packed) {
   for (int i = 0; i < Packed<T>::kWords; ++i) reinterpret_cast<uint4*>(to)[i] = packed.words[i];
 }
 
-// From any address, zeros from the `count`-th element on.
+// Loads `count` elements from any address and fills up with zeros.
 template <class T>
 __device__ inline Packed<T> gather(const T* from, int count) {
   T values[kVector];
@@ -121,7 +121,7 @@ __device__ inline void unpack(const Packed<T>& packed, float (&to)[kVector]) {
 // Exact GELU.
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
-// The same bits in every lane.
+// Every lane gets the same bits.
 __device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
@@ -134,7 +134,7 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Every thread gets the total. `scratch` has a place for each warp, and is free again after the next barrier.
+// Returns the total to every thread. `scratch` has one element per warp and may be reused after the call.
 template <class Value>
 __device__ Value block_sum(Value value, Value* scratch) {
 #pragma unroll
@@ -147,8 +147,8 @@ __device__ Value block_sum(Value value, Value* scratch) {
   return total;
 }
 
-// Adds to what is at `at`, which it gives. Releases to the device what happened before, in PTX's sense, and acquires
-// what those have released that added before. Source: PTX ISA, "Memory Consistency Model".
+// atomicAdd with acquire-release order at device scope; returns the old value. Source: PTX ISA, "Memory Consistency
+// Model".
 __device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t value) {
 #ifdef __CUDA_ARCH__
   std::uint32_t before;
@@ -159,15 +159,15 @@ __device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t val
 #endif
 }
 
-// A block's shared memory, of the size that it was launched with; it holds anything.
+// The block's dynamic shared memory, as untyped bytes.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   return shared_bytes;
 }
 
-// Lets the next kernel of the stream start, and waits for the results of the one before. Every thread of every kernel
-// comes here first; what it reads before can only be weights. Source: CUDA C++ Programming Guide, "Programmatic
-// Dependent Launch and Synchronization".
+// Lets the next kernel of the stream start, then waits for the results of the previous one. Every thread of every
+// kernel calls this before it reads anything but weights. Source: CUDA C++ Programming Guide, "Programmatic Dependent
+// Launch and Synchronization".
 __device__ inline void follow() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -177,13 +177,13 @@ __device__ inline void follow() {
 
 inline void check(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // the next call is not to find it
+  cudaGetLastError();  // clears it for the next call
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 
-// Whether kernels start while the one before still runs: where the device can, and graphs take it over.
+// Whether a kernel may start while the previous one still runs: the device supports it, and so do captured graphs.
 #define TAMINGFAST_EARLY_VERSION 12030
 #if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
 inline bool starts_early(int device) {
@@ -192,7 +192,7 @@ inline bool starts_early(int device) {
     return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
   }();
   int major = 0;
-  check("the compute capability", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check("reading the compute capability", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   return driver >= TAMINGFAST_EARLY_VERSION && major >= 9;
 }
 #endif
@@ -230,11 +230,11 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   checked(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-// Calls `work` with a value of the type that `number` stands for.
+// Calls work(value) with a value of the C++ type that represents `dtype`.
 template <class Work>
-void for_number(Number number, const Work& work) {
-  if (number == Number::float32) return work(0.0f);
-  if (number == Number::bfloat16) return work(Bf16{});
+void for_dtype(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::float32) return work(0.0f);
+  if (dtype == Dtype::bfloat16) return work(Bf16{});
   work(Half{});
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA runtime tells about the machine.
+// Queries the CUDA runtime about the machine.
 #include "device.h"
 
 namespace tamingfast::cuda {
@@ -10,7 +10,7 @@ Devices devices() {
     cudaGetLastError();
     return {0, cudaGetErrorString(status)};
   }
-  return {count, count > 0 ? "" : "the driver knows none"};
+  return {count, count > 0 ? "" : "the driver reports none"};
 }
 
 }  // namespace tamingfast::cuda

@@ -1,4 +1,4 @@
-// Linear layers of one to eight rows, bound by the reading of the weights.
+// Linear layers of one to eight rows, limited by the bandwidth at which weights are read.
 #include <type_traits>
 
 #include "device.h"
@@ -7,30 +7,30 @@ namespace tamingfast::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kStep = kThreads * kVector;  // of the inner dimension that a block covers at a time
+constexpr int kStep = kThreads * kVector;  // elements of the inner dimension that a block covers at once
 
-// Output columns of a block. Activations are read once for each block, so many rows need many columns; and a norm is
-// computed by every block, so there shall be few.
+// Output columns per block. Every block reads all activations, so many rows call for many columns per block. Every
+// block also computes the norm, which calls for few blocks.
 template <int Rows, bool Norm>
 constexpr int kColumns = Norm || Rows == 8 ? 8
                          : Rows == 1       ? 2
                                            : 4;
 
-// Blocks that a multiprocessor shall hold at least, which bounds the registers: few enough for what is asked for ahead
-// to stay in them.
+// Fewest resident blocks per multiprocessor, which bounds the registers per thread: few enough that all outstanding
+// loads have registers.
 template <class T, int Rows>
 constexpr int kResident = Rows == 8                    ? 2
                           : Rows > 1 && sizeof(T) == 4 ? 3
                                                        : 4;
 
-// Of the input; what is beyond the last row is not stored.
+// A row of the input. Rows beyond the last one repeat it, because their outputs are not stored.
 template <class Input>
 __device__ inline const Input* row_of(const LinearParams& p, int row) {
   return static_cast<const Input*>(p.x) + (row < p.rows ? row : p.rows - 1) * p.ldx;
 }
 
-// Adds up each of the N values over the lanes of a warp. Lanes halve their values as they exchange them, so that lane i
-// ends with the totals whose indices `folded_index` gives in the first N / 32 values, at least one.
+// Sums each of N values over the lanes of a warp. In each step lanes exchange half of their values, so that a lane ends
+// with N / 32 totals, or one if N < 32, in its first values. folded_index gives the index of the first of them.
 template <int Step, int N, int Size>
 __device__ inline void fold(float (&values)[Size]) {
   if constexpr (Step > 0) {
@@ -59,12 +59,12 @@ __device__ inline int folded_index(int lane) {
   return index;
 }
 
-// Adds up each of the N values over the block: `total` of `of_warps`, which is (kWarps, N), then gives them.
+// Sums each of N values over each warp and writes the sums to `of_warps`, (kWarps, N), from which `total` adds them up.
 template <int N>
 __device__ inline void add_up(float (&values)[N], float* of_warps) {
   fold<kWarp / 2, N>(values);
   const int index = folded_index<N>(threadIdx.x % kWarp);
-  constexpr int kAlike = N < kWarp ? kWarp / N : 1;  // lanes that hold the same total
+  constexpr int kAlike = N < kWarp ? kWarp / N : 1;  // lanes with the same total
   if (threadIdx.x % kAlike == 0)
 #pragma unroll
     for (int i = 0; i < (N > kWarp ? N / kWarp : 1); ++i) of_warps[threadIdx.x / kWarp * N + index + i] = values[i];
@@ -79,13 +79,13 @@ __device__ inline float total(const float* of_warps, int index) {
   return sum;
 }
 
-// Of each row; the additions have the same order however many rows there are.
+// Statistics of each row; the order of additions does not depend on the number of rows.
 template <int Rows>
 struct Moments {
-  float mean[Rows], over[Rows];  // the mean, and one over the deviation
+  float mean[Rows], over[Rows];  // the mean and one over the standard deviation
 };
 
-// `held` is what each thread has of the rows' first step. `scratch` is two times (kWarps, Rows).
+// `held` is the thread's first vector of each row. `scratch` is (2, kWarps, Rows).
 template <int Rows>
 __device__ Moments<Rows> moments(const LinearParams& p, const Packed<float> (&held)[Rows], float* scratch) {
   const int first = threadIdx.x * kVector;
@@ -135,19 +135,19 @@ template <class T, int Rows, bool Norm>
 __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(LinearParams p) {
   using Input = std::conditional_t<Norm, float, T>;
   constexpr int Columns = kColumns<Rows, Norm>, Sums = Rows * Columns;
-  constexpr int Ahead = 8 / Columns;  // steps that are asked for together
-  // Whether the inputs stay in registers until they are multiplied; else they are read again, from the nearest cache.
+  constexpr int Ahead = 8 / Columns;  // steps that are loaded together
+  // Whether inputs stay in registers until they are multiplied; otherwise they are read again, from the L1 cache.
   constexpr bool kHolds = !Norm || Rows <= 2;
   float* of_warps = reinterpret_cast<float*>(shared_memory());  // (kWarps, Sums)
   const int first = blockIdx.x * Columns;
   const auto weight = [&](int c) {
-    const int column = first + c < p.columns ? first + c : p.columns - 1;  // what is beyond is not stored
+    const int column = first + c < p.columns ? first + c : p.columns - 1;  // columns beyond are not stored
     return static_cast<const T*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
   };
   Packed<T> weights[Ahead][Columns];
   Packed<float> gain, shift;
   Packed<Input> inputs[Ahead][Rows];
-  const auto ask_weights = [&](int base) {
+  const auto load_weights = [&](int base) {
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
       }
     }
   };
-  const auto ask_inputs = [&](int base) {
+  const auto load_inputs = [&](int base) {
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
@@ -169,26 +169,26 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
         inputs[a][row] = i < p.inner ? load(row_of<Input>(p, row) + i) : zeros<Input>();
     }
   };
-  const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of the output that this thread stores
+  const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of the output of this thread
   const bool stores = threadIdx.x < Sums && row < p.rows && column < p.columns;
   const std::int64_t at = row * p.ldo + column;
-  ask_weights(0);  // before the norm and the end of the kernel before, which then cost no time of the memory
+  load_weights(0);  // before the norm and the end of the previous kernel, so that the memory is busy meanwhile
   const float bias = stores && p.bias ? p.bias[column] : 0.0f;
   follow();
-  ask_inputs(0);
+  load_inputs(0);
   const float there = stores && p.epilogue == Epilogue::add ? static_cast<const float*>(p.out)[at] : 0.0f;
   Moments<Rows> of;
   if constexpr (Norm) of = moments(p, inputs[0], of_warps + kWarps * Sums);
   float sums[Sums] = {};
   for (int base = 0; base < p.inner; base += Ahead * kStep) {
     if (base > 0) {
-      ask_weights(base);
-      if constexpr (kHolds) ask_inputs(base);
+      load_weights(base);
+      if constexpr (kHolds) load_inputs(base);
     }
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
-      if (base + a * kStep >= p.inner) break;  // for the whole block
-      if constexpr (!kHolds) ask_inputs(base);
+      if (base + a * kStep >= p.inner) break;  // for all threads of the block
+      if constexpr (!kHolds) load_inputs(base);
       float x[Rows][kVector];
 #pragma unroll
       for (int row = 0; row < Rows; ++row) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             const float value = (x[row][j] - of.mean[row]) * of.over[row] * by[j] + plus[j];
-            x[row][j] = to_float(from_float<T>(value));  // as other batches round it
+            x[row][j] = to_float(from_float<T>(value));  // rounded as in larger batches
           }
         }
       }
@@ -237,8 +237,8 @@ void launch_norm(const LinearParams& p, const Queue& queue) {
 
 }  // namespace
 
-void linear(Number number, const LinearParams& params, const Queue& queue) {
-  for_number(number, [&](auto sample) {
+void linear(Dtype dtype, const LinearParams& params, const Queue& queue) {
+  for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     params.gain ? launch_norm<T, true>(params, queue) : launch_norm<T, false>(params, queue);
   });

@@ -1,4 +1,4 @@
-// What happens to whole rows beside the matrix products of large batches.
+// Row-wise operations between the matrix products of large batches.
 #include "device.h"
 
 namespace tamingfast::cuda {
@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_norm_kernel(AddNormParams p) {
   follow();
-  float* scratch = reinterpret_cast<float*>(shared_memory());  // one for each warp
+  float* scratch = reinterpret_cast<float*>(shared_memory());  // one element per warp
   const std::int64_t row = blockIdx.x;
   float* x = p.x + row * p.ldx;
   const T* y = p.y ? static_cast<const T*>(p.y) + row * p.ldy : nullptr;
@@ -54,16 +54,16 @@ __global__ void __launch_bounds__(kThreads) gelu_kernel(GeluParams p) {
 
 }  // namespace
 
-void add_norm(Number number, const AddNormParams& params, const Queue& queue) {
-  for_number(number, [&](auto sample) {
+void add_norm(Dtype dtype, const AddNormParams& params, const Queue& queue) {
+  for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     launch("residual and norm", &add_norm_kernel<T>, dim3(params.rows), kThreads, kThreads / kWarp * sizeof(float),
            queue, params);
   });
 }
 
-void bias_gelu(Number number, const GeluParams& params, const Queue& queue) {
-  for_number(number, [&](auto sample) {
+void bias_gelu(Dtype dtype, const GeluParams& params, const Queue& queue) {
+  for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     launch("bias and GELU", &gelu_kernel<T>, dim3(params.rows, pieces(params.width, kThreads * kVector)), kThreads, 0,
            queue, params);

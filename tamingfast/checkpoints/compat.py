@@ -1,7 +1,7 @@
-"""The original repository's dotted names, and where each lives here.
+"""The original's dotted names and their counterparts here.
 
-Configs say ``target: taming.models.vqgan.VQModel``; third-party code imports the same names.
-`resolve` turns such a name into our class, `install` makes the imports work.
+Configs contain ``target: taming.models.vqgan.VQModel``, and third-party code imports such names. `resolve` finds our
+class for such a name, `install` makes the imports work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from tamingfast.renamed import new_name
 
 _MODELS = "tamingfast.models"
+_CONFIG = "tamingfast.checkpoints.config"
+_LISTS = "tamingfast.data.image_lists"
 
 #: original module -> {original name: "our.module:name"}
 NAMES: dict[str, dict[str, str]] = {
@@ -26,9 +28,9 @@ NAMES: dict[str, dict[str, str]] = {
         "Net2NetTransformer": f"{_MODELS}.prior:Net2NetTransformer",
         "disabled_train": f"{_MODELS}.prior:disabled_train",
     },
-    "taming.models.dummy_cond_stage": {"DummyCondStage": f"{_MODELS}.conditioning:DummyCondStage"},
+    "taming.models.dummy_cond_stage": {"DummyCondStage": f"{_MODELS}.condition_stages:DummyCondStage"},
     "taming.modules.diffusionmodules.model": {
-        name: f"{_MODELS}.vqgan:{name}"
+        name: f"{_MODELS}.autoencoder:{name}"
         for name in ("Encoder", "Decoder", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Normalize")
     },
     "taming.modules.discriminator.model": {
@@ -37,12 +39,12 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.util": {
         "ActNorm": f"{_MODELS}.discriminator:ActNorm",
-        "Labelator": f"{_MODELS}.conditioning:Labelator",
-        "SOSProvider": f"{_MODELS}.conditioning:SOSProvider",
+        "Labelator": f"{_MODELS}.condition_stages:Labelator",
+        "SOSProvider": f"{_MODELS}.condition_stages:SOSProvider",
     },
-    "taming.modules.misc.coord": {"CoordStage": f"{_MODELS}.conditioning:CoordStage"},
+    "taming.modules.misc.coord": {"CoordStage": f"{_MODELS}.condition_stages:CoordStage"},
     "taming.modules.vqvae.quantize": {
-        # The second is what the original's VQModel imports under the first one's name.
+        # The original's VQModel imports the second under the name of the first.
         "VectorQuantizer": f"{_MODELS}.quantize:OneHotVectorQuantizer",
         "VectorQuantizer2": f"{_MODELS}.quantize:VectorQuantizer",
         "GumbelQuantize": f"{_MODELS}.quantize:GumbelQuantize",
@@ -61,7 +63,7 @@ NAMES: dict[str, dict[str, str]] = {
         "KMeans": f"{_MODELS}.color_clusters:KMeans",
     },
     "taming.modules.transformer.permuter": {
-        name: f"tamingfast.models.orderings:{name}"
+        name: f"{_MODELS}.orderings:{name}"
         for name in (
             "AbstractPermuter",
             "Identity",
@@ -75,50 +77,65 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "taming.modules.losses.vqperceptual": {
         **{
-            name: f"tamingfast.models.losses:{name}"
+            name: f"{_MODELS}.losses:{name}"
             for name in ("DummyLoss", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "vanilla_d_loss")
         },
-        # latent-diffusion takes these from here, with `import *`.
-        "LPIPS": "tamingfast.models.lpips:LPIPS",
+        # latent-diffusion imports these from here with `import *`.
+        "LPIPS": f"{_MODELS}.lpips:LPIPS",
         "NLayerDiscriminator": f"{_MODELS}.discriminator:NLayerDiscriminator",
         "weights_init": f"{_MODELS}.discriminator:weights_init",
         "F": "torch.nn:functional",
         "nn": "torch:nn",
     },
-    "taming.modules.losses": {"DummyLoss": "tamingfast.models.losses:DummyLoss"},
+    "taming.modules.losses": {"DummyLoss": f"{_MODELS}.losses:DummyLoss"},
     "taming.modules.losses.segmentation": {
-        name: f"tamingfast.models.losses:{name}" for name in ("BCELoss", "BCELossWithQuant")
+        name: f"{_MODELS}.losses:{name}" for name in ("BCELoss", "BCELossWithQuant")
     },
-    "taming.modules.losses.lpips": {"LPIPS": "tamingfast.models.lpips:LPIPS"},
+    "taming.modules.losses.lpips": {"LPIPS": f"{_MODELS}.lpips:LPIPS"},
     "taming.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "taming.data.custom": {
-        "CustomTrain": "tamingfast.data.folders:CustomTrain",
-        "CustomTest": "tamingfast.data.folders:CustomTest",
+        "CustomTrain": f"{_LISTS}:CustomTrain",
+        "CustomTest": f"{_LISTS}:CustomTest",
     },
-    "main": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
-    "taming.util": {"instantiate_from_config": "tamingfast.checkpoints.config:instantiate_from_config"},
+    "main": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
+    "taming.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
 }
 
 
 def resolve(target: str) -> Any:
-    """The object that a config's dotted ``target`` names, ours where the original's name is known.
+    """The object of a dotted name: our counterpart for the original's names, else what is imported under that name.
 
-    Raises KeyError when the name belongs to the original but has no counterpart here, and ImportError or
-    AttributeError when it is somebody else's and cannot be imported.
+    Raises KeyError for a name of the original without counterpart, and ImportError, AttributeError or ValueError for
+    any other name that cannot be imported.
     """
+    module, name = _home(target)
+    return getattr(importlib.import_module(module), name)
+
+
+def is_ours(target: str) -> bool:
+    """Whether a dotted name belongs to `tamingfast.models`: today's name, an older one, or one of the original."""
+    try:
+        module, _ = _home(target)
+    except KeyError:
+        return True  # `resolve` says that it has no counterpart
+    return module.startswith(f"{_MODELS}.")
+
+
+def _home(target: str) -> tuple[str, str]:
+    """Module and name that a dotted name stands for, without importing anything."""
     module, _, name = target.rpartition(".")
     if module in NAMES:
         module, name = NAMES[module][name].split(":")
     elif module.startswith("taming."):
         raise KeyError(target)
-    return getattr(importlib.import_module(new_name(module)), name)
+    return new_name(module), name
 
 
 def install() -> None:
     """Register ``taming.*`` in `sys.modules`, so that code and configs written for the original find our classes.
 
-    Classes are looked up on first use. An installed ``taming`` package is shadowed until the process ends.
-    The original's top-level ``main`` is left alone: a program's own ``main`` may bear that name.
+    Classes are looked up on first use. An installed ``taming`` package is hidden until the process ends. The original's
+    top-level ``main`` is not registered, because a program may have a ``main`` of its own.
     """
     for path in NAMES:
         if not path.startswith("taming"):
@@ -128,24 +145,26 @@ def install() -> None:
             _ensure_module(".".join(parts[:depth]))
 
 
-def _ensure_module(path: str) -> None:
-    existing = sys.modules.get(path)
-    if existing is not None and getattr(existing, "__tamingfast__", False):
-        return
-    module = types.ModuleType(path, f"Stand-in for {path}, served by tamingfast.")
-    module.__tamingfast__ = True
-    module.__path__ = []  # marks a package, so that submodules can be imported from it
-    module.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
-    known = NAMES.get(path, {})
+class _StandIn(types.ModuleType):
+    """A module of the original whose names are looked up in `NAMES`."""
 
-    def lookup(name: str) -> Any:
-        if name in known:
+    def __init__(self, path: str) -> None:
+        super().__init__(path, f"Stand-in for {path}, provided by tamingfast.")
+        self.__path__: list[str] = []  # makes it a package, from which submodules can be imported
+        self.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
+        self.__all__ = list(NAMES.get(path, {}))
+
+    def __getattr__(self, name: str) -> Any:
+        path = self.__name__
+        if name in NAMES.get(path, {}):
             return resolve(f"{path}.{name}")
         raise AttributeError(f"tamingfast has no counterpart of {path}.{name}")
 
-    module.__getattr__ = lookup
-    module.__all__ = list(known)
-    sys.modules[path] = module
+
+def _ensure_module(path: str) -> None:
+    if isinstance(sys.modules.get(path), _StandIn):
+        return
+    module = sys.modules[path] = _StandIn(path)
     parent, _, leaf = path.rpartition(".")
     if parent:
         setattr(sys.modules[parent], leaf, module)

@@ -1,9 +1,9 @@
-"""A run directory on disk: what a training run leaves, so that it can be opened, and continued bit for bit.
+"""The directory of a training run: its files and their names, from which it can be opened and continued bit for bit.
 
-``state.pt`` alone is enough to continue: it holds the weights, the optimizers and the position in the data, and
-is replaced in one step. ``weights.safetensors`` is the export for everybody else and is written after it, so a
-run killed between the two has an export that is merely older, never a state whose halves disagree.
-No state of a random generator is kept: every draw is keyed by (seed, step, rank), see `tamingfast.training.loop`.
+``state.pt`` alone is enough to continue: it contains the weights, the optimizers and the position in the data, and is
+replaced atomically. ``weights.safetensors`` is an export for all other uses, written after it, so a run that is killed
+between the two has an older export but a consistent state. No random state is stored, because every draw is keyed by
+(seed, step, rank); see `tamingfast.training.loop`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tamingfast.checkpoints.weights import load_into
+from tamingfast.checkpoints.weights import load_into, save_weights
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 
@@ -27,18 +27,17 @@ FORMAT = 1
 
 
 def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]) -> None:
-    """Write ``state.pt``, then ``weights.safetensors``, each atomically; ``progress`` is plain numbers.
+    """Write ``state.pt``, then ``weights.safetensors``, each atomically.
 
-    Raises UserError, leaving the files of the previous checkpoint alone, when a weight is not finite.
+    ``progress`` has plain numbers, among them "step", "epoch" and "seconds". If a weight is not finite, raises
+    UserError and keeps the previous checkpoint.
     """
-    from tamingfast.checkpoints import save_weights
-
     weights = model.state_dict()
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(
-                f"the weight '{key}' is not finite after step {progress['step']}; the last good checkpoint in {out} "
-                "was kept: continue it with --resume and a lower training.learning_rate"
+                f"{key}: got values that are not finite after step {progress['step']}, expected finite weights; "
+                f"continue from the last good checkpoint in {out} with --resume and a lower training.learning_rate"
             )
     state = {
         "format": FORMAT,
@@ -52,27 +51,26 @@ def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
 
 
 def config_file(out: str | os.PathLike) -> Path:
-    """The config that the run in ``out`` began with; UserError when there is no run."""
-    path = Path(out) / CONFIG
-    if not path.is_file():
-        raise UserError(f"{out} holds no run to resume; start it without --resume")
-    return path
+    """The path of the config of the run in ``out``; UserError if no run has been started there."""
+    if not begun(Path(out)):
+        raise UserError(f"{out}: got no run in this directory, expected one to resume; start it without --resume")
+    return Path(out) / CONFIG
 
 
 def begun(out: Path) -> bool:
-    """Whether ``out`` holds a run, be it one without a state yet, or colours, which have none."""
-    return (out / CONFIG).exists()
+    """Whether a run has been started in ``out``, even if it has no state yet."""
+    return (out / CONFIG).is_file()
 
 
 def exists(out: Path) -> bool:
-    """Whether ``out`` holds a state to continue from."""
+    """Whether there is a state in ``out`` to continue from."""
     return (out / STATE).is_file()
 
 
 def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Load ``state.pt`` into the model and its optimizers; returns the ``progress`` that was saved.
+    """Load ``state.pt`` into the model and its optimizers, and return the saved ``progress``.
 
-    Raises UserError when the file is damaged, of another format, or of another model.
+    Raises UserError if the file is damaged or belongs to another format or model.
     """
     path = out / STATE
     try:
@@ -80,11 +78,12 @@ def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
         found = state["format"]
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}); start a new run in another directory"
+            f"{path}: got an unreadable file ({type(error).__name__}), expected the state of a run; start a new run in "
+            "another directory"
         ) from error
     if found != FORMAT:
-        raise UserError(f"{path} has format {found}, expected {FORMAT}; continue it with the version that wrote it")
-    # A model that has drawn label maps has grown a buffer of colours, which the drawing makes anew.
+        raise UserError(f"{path}: got format {found}, expected {FORMAT}; continue it with the version that wrote it")
+    # A model registers `colorize` when it first draws label maps.
     load_into(model, state["model"], path, optional=("colorize",))
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -92,37 +91,41 @@ def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 
 
 def progress(out: str | os.PathLike) -> dict[str, Any]:
-    """Where the run in ``out`` stands: step, epoch, seconds of training time and more. UserError without a state."""
+    """The progress of the run in ``out``: step, epoch, seconds of training and more. UserError without a state."""
     path = Path(out) / STATE
     if not path.is_file():
-        raise UserError(f"{out} holds no {STATE}; give the directory of a training run that reached a checkpoint")
+        raise UserError(
+            f"{out}: got a directory without {STATE}, expected that of a training run that reached a checkpoint"
+        )
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
 
 
 class Metrics:
-    """``metrics.jsonl``: one JSON object a line with step, epoch, split and values; appended to and flushed."""
+    """``metrics.jsonl``: one JSON object per line with step, epoch, split and values, flushed after each."""
 
     def __init__(self, out: Path, keep_bytes: int):
-        """Open the file of run ``out``, cut to its first ``keep_bytes`` bytes: the lines the checkpoint knows of."""
+        """Open the file of the run in ``out`` for appending, truncated to ``keep_bytes``, the checkpoint's `size`."""
         self._stream = open(out / METRICS, "ab")  # noqa: SIM115 (closed by close)
         self._stream.truncate(min(keep_bytes, os.fstat(self._stream.fileno()).st_size))
 
     def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
+        """Append a line."""
         line = json.dumps({"step": step, "epoch": epoch, "split": split, **values})
         self._stream.write(line.encode() + b"\n")
         self._stream.flush()
 
     def size(self) -> int:
-        """Bytes that are safely on disk."""
+        """Length of the file in bytes, all of it on disk."""
         os.fsync(self._stream.fileno())
         return os.fstat(self._stream.fileno()).st_size
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
 
 
 def read_metrics(out: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` as dicts, of one split or of all."""
+    """The lines of a run's ``metrics.jsonl`` as dicts, of all splits or of one."""
     with open(Path(out) / METRICS, encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
     return [line for line in lines if split in (None, line["split"])]

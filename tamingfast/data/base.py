@@ -1,90 +1,126 @@
-"""What the datasets share: randomness keyed by integers, the [-1, 1] scale and checks of settings."""
+"""What every dataset here offers to the code that reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from tamingfast.errors import UserError
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-# x / 127.5 - 1 rounded once from double precision, as the original repository's loaders compute it.
-_UNIT_SCALE = (np.arange(256) / 127.5 - 1.0).astype(np.float32)
+from tamingfast.data.conditions import Kind
 
 
-def _mix(x: Any) -> Any:
-    """The output function of SplitMix64, for Python integers and for uint64 arrays (which wrap anyway)."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+class ConditionRecord(TypedDict, total=False):
+    """What a token file records about its condition tokens; files made by other means may leave entries out.
 
-
-def random_bits(seed: int, epoch: int, index: np.ndarray | Sequence[int], draw: int = 0) -> np.ndarray:
-    """uint64 (n,): 64 random bits for each index, a pure function of (seed, epoch, index, draw).
-
-    The index-th output of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", 2014) whose key is mixed from the other three. Arithmetic on integers only: the same on every
-    machine and in every version of every library, which the streams of numpy's and torch's generators do not
-    promise.
+    Attributes:
+        key: of the condition in a batch.
+        vocab_size: number of codes.
+        first_stage: fingerprint of the first stage that made the tokens.
+        data: settings of the kind of condition (`tamingfast.data.conditions.settings_of`).
     """
-    key = 0
-    for word in (seed, epoch, draw):
-        key = _mix((key + int(word) + _GOLDEN) & _MASK)
-    steps = np.asarray(index).astype(np.uint64).reshape(-1) + np.uint64(1)
-    return _mix(steps * np.uint64(_GOLDEN) + np.uint64(key))
+
+    key: str
+    vocab_size: int
+    first_stage: str
+    data: dict[str, Any]
 
 
-def random_integers(bits: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
-    """int64 (n,) in [0, bound) from ``random_bits``; ``bound`` is below 2**32."""
-    return (((bits >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+class EpochDataset(Dataset[dict[str, Any]]):
+    """A map-style dataset whose items may change from epoch to epoch, through ``set_epoch`` alone.
 
+    An item is a dict with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and ``file_path_`` str, or with
+    tokens instead (`tamingfast.data.tokens`); conditions are further entries. Subclasses define ``__len__`` and
+    ``__getitem__``.
 
-def random_units(bits: np.ndarray) -> np.ndarray:
-    """float64 (n,) in [0, 1) from ``random_bits``."""
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
-def to_unit_scale(pixels: np.ndarray) -> torch.Tensor:
-    """float32 tensor in [-1, 1] of the same shape as the uint8 array ``pixels``."""
-    return torch.from_numpy(_UNIT_SCALE[pixels])
-
-
-def positive(name: str, value: Any) -> int:
-    """``value`` when it is a whole number of at least 1, else UserError naming the setting."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise UserError(
-            f"{name} is {value!r}, but a whole number of at least 1 is expected: correct it in the data settings"
-        )
-    return int(value)
-
-
-class EpochDataset(Dataset):
-    """A map-style dataset whose items may differ from one epoch to the next, by ``set_epoch`` alone."""
+    Attributes:
+        epoch: the epoch that items are drawn for.
+        classes: names of the classes, by ``class_label``; None if the data have no labels.
+        kind: the kind of condition that items hold under ``kind.key``; None without one.
+        grid: (rows, columns) of items that are token grids; None for images.
+        vocab_size: number of codes of token grids; None for images.
+        metadata: what a token file records about its origin; empty for images.
+        condition: what a token file records about the condition tokens that it holds; None without them.
+    """
 
     epoch: int = 0
+    classes: Sequence[str] | None = None
+    kind: Kind | None = None
+    grid: tuple[int, int] | None = None
+    vocab_size: int | None = None
+    metadata: Mapping[str, str] = {}
+    condition: ConditionRecord | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """One phrase about the contents, for reports and token files."""
+        return type(self).__name__
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that later items belong to."""
+        """Choose the epoch that the next items belong to."""
         self.epoch = int(epoch)
 
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """The items ``indices`` (n,), collated: tensors and lists with one row per index."""
+        return default_collate([self[int(index)] for index in indices])
+
+    def warn_broken(self) -> None:
+        """Log the files found unreadable since the last call; nothing for data that are not read file by file."""
+
     def _check(self, index: int) -> int:
-        length = len(self)  # type: ignore[arg-type]
+        length = len(self)
         if not -length <= index < length:
-            raise IndexError(f"index {index} is outside a dataset of {length} items")
+            raise IndexError(f"index {index} is out of range for a dataset of {length} items")
         return int(index) % length
 
 
-class ArrayDataset(EpochDataset):
-    """A dataset held in memory, which gathers a whole batch at once; an item is a batch of one.
+class _Foreign(EpochDataset):
+    """Any other map-style dataset: what it lacks of an `EpochDataset` is added, what it has is used."""
 
-    Subclasses define ``__len__`` and ``batch(indices)``, which gives a dict of tensors and lists with one row
-    per index.
+    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
+        self.dataset = dataset
+        for name in ("epoch", "classes", "kind", "grid", "vocab_size", "metadata", "condition"):
+            setattr(self, name, getattr(dataset, name, getattr(self, name)))
+
+    @property
+    def description(self) -> str:
+        return getattr(self.dataset, "description", type(self.dataset).__name__)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        return self.dataset.batch(indices) if hasattr(self.dataset, "batch") else super().batch(indices)
+
+    def warn_broken(self) -> None:
+        if hasattr(self.dataset, "warn_broken"):
+            self.dataset.warn_broken()
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its subclasses
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index]
+
+
+def as_epoch_dataset(dataset: Dataset[dict[str, Any]]) -> EpochDataset:
+    """``dataset`` with every attribute of an `EpochDataset`, itself if it is one.
+
+    The one place that asks a dataset from elsewhere (a config's ``target``, a caller's own class) what it has.
+    """
+    return dataset if isinstance(dataset, EpochDataset) else _Foreign(dataset)
+
+
+class ArrayDataset(EpochDataset):
+    """A dataset in memory that gathers a whole batch at once; an item is a batch of one.
+
+    Subclasses define ``__len__`` and ``batch``.
     """
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:

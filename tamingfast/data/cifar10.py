@@ -21,11 +21,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from tamingfast.data.base import ArrayDataset, random_bits, random_integers, to_unit_scale
+from tamingfast.data.base import ArrayDataset
+from tamingfast.data.randomness import random_bits, random_integers
+from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.files import digest
+from tamingfast.progress import bar
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -46,6 +48,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 18
 
+#: Images uint8 (n, 32, 32, 3), labels int64 (n,) and file names of one data file or split.
+_Part = tuple[np.ndarray, np.ndarray, list[str]]
+
 
 def build(
     size: int = 32,
@@ -59,17 +64,16 @@ def build(
 ) -> tuple[Cifar10, Cifar10]:
     """(train, validation): 50000 training images (mirrored at random with ``flip``), 10000 test images.
 
-    ``path`` is the archive, a directory that holds it, or the directory that was extracted from it (or its
-    parent); without it the archive is taken from the user's cache, after downloading it there from ``url``
-    when it is not. Whatever is read is verified first: the archive by ``md5``, extracted files by
-    ``member_md5``. ``images_per_batch`` is the number of images in each of the six files. These three and
-    ``url`` are the official ones unless given.
+    ``path`` is the archive, a directory that contains it, or the directory extracted from it (or its parent). By
+    default the archive is taken from the user's cache, and downloaded from ``url`` first if it is not there. Everything
+    is verified before it is used: the archive by ``md5``, extracted files by ``member_md5``. ``images_per_batch`` is
+    the number of images in each of the six files.
 
-    Raises UserError for a size other than 32, a missing path, a failed download, a wrong checksum, and for an
-    archive that lacks a file or holds anything but the official format.
+    Raises UserError for a size other than 32, a missing path, a failed download, a wrong checksum, and for an archive
+    that lacks a file or is not in the official format.
     """
     if size != 32:
-        raise UserError(f"size is {size!r}, but CIFAR10 images are 32x32: set size=32 or choose another dataset")
+        raise UserError(f"size: got {size!r}, expected 32, the size of CIFAR10's images; or choose another dataset")
     source = _locate(path, url, md5)
     members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
     batches = {name: _parse(name, content, images_per_batch) for name, content in members}
@@ -79,7 +83,7 @@ def build(
 
 
 class Cifar10(ArrayDataset):
-    """Images kept as uint8 (N, 32, 32, 3); ``class_label`` is the place in ``classes``."""
+    """Images kept in memory as uint8 (N, 32, 32, 3); ``class_label`` indexes ``classes``."""
 
     classes = CLASSES
 
@@ -94,8 +98,12 @@ class Cifar10(ArrayDataset):
         flip: bool = False,
     ) -> None:
         self.images, self.labels, self.names = images, labels, names
-        self.seed, self.flip = seed, flip
-        self.description = f"CIFAR10, {split} split, {len(images)} images of 32x32"
+        self.split, self.seed, self.flip = split, seed, flip
+
+    @property
+    def description(self) -> str:
+        """One phrase about the images, for reports and token files."""
+        return f"CIFAR10, {self.split} split, {len(self.images)} images of 32x32"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,39 +122,39 @@ class Cifar10(ArrayDataset):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``tamingfast`` in XDG_CACHE_HOME, which is ~/.cache unless it is set."""
+    """Where downloads are kept: ``tamingfast`` in $XDG_CACHE_HOME, which defaults to ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tamingfast"
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Fetch ``url`` into ``target``, which appears only once all bytes are there and their MD5 is ``md5``.
+    """Fetch ``url`` into ``target``, which appears only when complete and with the MD5 sum ``md5``.
 
-    Bytes are collected in ``target`` + ".partial"; when an earlier attempt left such a file the server is
-    asked for the rest only. Raises UserError when the server cannot be reached, refuses, stops early, or
-    sends other bytes.
+    Bytes are collected in ``target`` + ".partial"; if an earlier attempt left such a file, only the rest is requested.
+    Raises UserError when the server cannot be reached, refuses, stops early, or sends other bytes.
     """
     partial = target.with_name(target.name + ".partial")
-    by_hand = f"or fetch {url} by other means and pass its location as path=..."
+    by_hand = "or fetch the file by other means and give its location as path=..."
     try:
         expected = _fetch(url, partial)
     except urllib.error.HTTPError as error:
         raise UserError(
-            f"{url} was answered with HTTP {error.code} ({error.reason}): try again later, {by_hand}"
+            f"{url}: got HTTP {error.code} ({error.reason}), expected the archive; try again later, {by_hand}"
         ) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{url} cannot be downloaded ({reason}): connect to the network and run again, {by_hand}"
+            f"{url}: got no answer ({reason}), expected the archive; connect to the network and run again, {by_hand}"
         ) from error
     received = partial.stat().st_size
     if expected is not None and received < expected:
-        raise UserError(f"{url} stopped after {received} of {expected} bytes: run again to fetch the rest, {by_hand}")
+        raise UserError(
+            f"{url}: got {received} bytes, expected {expected} bytes; run again to fetch the rest, {by_hand}"
+        )
     found = digest(partial, "md5")
     if found != md5:
         partial.unlink()
         raise UserError(
-            f"{url} gave {received} bytes with MD5 {found}, but {md5} is expected: run again to"
-            f" download anew, {by_hand}"
+            f"{url}: got {received} bytes with MD5 {found}, expected MD5 {md5}; run again to download anew, {by_hand}"
         )
     with open(partial, "rb+") as stream:
         os.fsync(stream.fileno())
@@ -154,7 +162,7 @@ def download(url: str, target: Path, md5: str) -> None:
 
 
 def _fetch(url: str, partial: Path) -> int | None:
-    """Append to ``partial`` what it lacks; return the size of the whole when the server tells it."""
+    """Append what ``partial`` lacks; returns the total size if the server gives it."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -163,7 +171,7 @@ def _fetch(url: str, partial: Path) -> int | None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
-        # The partial file is already as long as the whole or longer, so it is judged by its checksum.
+        # The partial file is at least as long as the whole file; its checksum decides.
         return None
     with response:
         if response.status != 206:
@@ -172,7 +180,7 @@ def _fetch(url: str, partial: Path) -> int | None:
         total = None if length is None else have + int(length)
         with (
             open(partial, "ab" if have else "wb") as stream,
-            tqdm(desc="CIFAR10", total=total, initial=have, unit="B", unit_scale=True, delay=1) as progress,
+            bar("B", total, desc="CIFAR10", initial=have, unit_scale=True, delay=1) as progress,
         ):
             while chunk := response.read(_CHUNK_BYTES):
                 stream.write(chunk)
@@ -192,7 +200,7 @@ def _locate(path: str | os.PathLike | None, url: str, md5: str) -> Path:
         return given
     if not given.exists():
         raise UserError(
-            f"{given} does not exist: give the path of {ARCHIVE_NAME}, or leave the path out to download it"
+            f"path={given}: got a path that does not exist, expected {ARCHIVE_NAME}; leave the path out to download it"
         )
     for candidate in (given / FOLDER_NAME, given / ARCHIVE_NAME):
         if candidate.exists():
@@ -200,7 +208,7 @@ def _locate(path: str | os.PathLike | None, url: str, md5: str) -> Path:
     if any((given / name).exists() for name in MEMBER_MD5):
         return given
     raise UserError(
-        f"{given} holds neither {FOLDER_NAME} nor {ARCHIVE_NAME}: give the directory or the archive that does"
+        f"path={given}: got a directory without {FOLDER_NAME} and {ARCHIVE_NAME}, expected one of them in it"
     )
 
 
@@ -209,20 +217,26 @@ def _from_archive(archive: Path, md5: str) -> Iterator[tuple[str, bytes]]:
     found = digest(archive, "md5")
     if found != md5:
         raise UserError(
-            f"{archive} has MD5 {found}, but {md5} is expected: it is incomplete or another file, so"
-            " delete it and download it again"
+            f"{archive}: got MD5 {found}, expected {md5}; the file is incomplete or another one, so delete it and "
+            "download it again"
         )
     wanted = {f"{FOLDER_NAME}/{name}": name for name in MEMBER_MD5}
     try:
         with tarfile.open(archive, "r:*") as tar:
             for member in tar:
                 name = wanted.pop(member.name.removeprefix("./"), None) if member.isfile() else None
-                if name is not None:
-                    yield name, tar.extractfile(member).read()
+                content = None if name is None else tar.extractfile(member)
+                if name is not None and content is not None:
+                    yield name, content.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} is not a readable tar archive ({error}): download {ARCHIVE_NAME} again") from error
+        raise UserError(
+            f"{archive}: got a file that cannot be read as a tar archive ({error}), expected {ARCHIVE_NAME}; download "
+            "it again"
+        ) from error
     if wanted:
-        raise UserError(f"{archive} lacks {', '.join(wanted)}: download {ARCHIVE_NAME} again")
+        raise UserError(
+            f"{archive}: got an archive without {', '.join(wanted)}, expected {ARCHIVE_NAME}; download it again"
+        )
 
 
 def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
@@ -232,27 +246,27 @@ def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[
             content = (folder / name).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{folder} lacks a readable {name} ({error.strerror}): extract {ARCHIVE_NAME} again"
+                f"{folder / name}: got no readable file ({error.strerror}), expected one; extract {ARCHIVE_NAME} again"
             ) from error
         found = hashlib.md5(content).hexdigest()
         if found != member_md5.get(name):
             raise UserError(
-                f"{folder / name} has MD5 {found}, but {member_md5.get(name)} is expected: extract {ARCHIVE_NAME} again"
+                f"{folder / name}: got MD5 {found}, expected {member_md5.get(name)}; extract {ARCHIVE_NAME} again"
             )
         yield name, content
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and numpy arrays, and refuses every other global."""
+    """Unpickles containers, numbers, strings and numpy arrays; refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = _allowed_globals()
         if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it wants a persistent object")
+        raise pickle.UnpicklingError("it refers to a persistent object")
 
 
 @functools.cache
@@ -271,14 +285,14 @@ def _unpickle(stream: BinaryIO) -> Any:
     return _ArrayUnpickler(stream, encoding="bytes").load()
 
 
-def _parse(name: str, content: bytes, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images uint8 (count, 32, 32, 3), labels int64 (count,) and file names of one data file."""
+def _parse(name: str, content: bytes, count: int) -> _Part:
+    """The ``count`` images of one data file."""
     try:
         batch = _unpickle(io.BytesIO(content))
     except Exception as error:  # a broken or hostile pickle may raise anything
         reason = str(error) or type(error).__name__
         raise UserError(
-            f"CIFAR10's {name} is refused ({reason}): only arrays and lists are expected in it, so download it again"
+            f"{name}: got a pickle that is refused ({reason}), expected only arrays and lists; download it again"
         ) from error
     fields = batch if isinstance(batch, dict) else {}
     data, labels, names = (fields.get(key) for key in (b"data", b"labels", b"filenames"))
@@ -286,16 +300,16 @@ def _parse(name: str, content: bytes, count: int) -> tuple[np.ndarray, np.ndarra
         isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)
     ):
         raise UserError(
-            f"CIFAR10's {name} lacks data (uint8), labels or filenames: give the official python version of the archive"
+            f"{name}: got a file without data (uint8), labels or filenames, expected one of CIFAR10's python version; "
+            f"download {ARCHIVE_NAME}"
         )
     if data.shape != (count, 3072) or len(labels) != count or len(names) != count:
         raise UserError(
-            f"CIFAR10's {name} has data of shape {data.shape}, {len(labels)} labels and {len(names)}"
-            " file names,"
-            f" but ({count}, 3072), {count} and {count} are expected: download it again"
+            f"{name}: got data of shape {data.shape}, {len(labels)} labels and {len(names)} file names, expected "
+            f"({count}, 3072), {count} and {count}; download it again"
         )
     if not all(isinstance(label, int) and 0 <= label < len(CLASSES) for label in labels):
-        raise UserError(f"CIFAR10's {name} has labels outside 0 to {len(CLASSES) - 1}: download it again")
+        raise UserError(f"{name}: got labels out of range, expected 0 to {len(CLASSES) - 1}; download it again")
     images = data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, np.array(labels, np.int64), [f"{name}/{_text(file)}" for file in names]
 
@@ -304,7 +318,7 @@ def _text(value: bytes | str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _join(parts: list[tuple[np.ndarray, np.ndarray, list[str]]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _join(parts: list[_Part]) -> _Part:
     images, labels, names = zip(*parts, strict=True)
     return (
         np.ascontiguousarray(np.concatenate(images)),

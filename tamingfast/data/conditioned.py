@@ -1,22 +1,28 @@
-"""Images with what they are conditioned on: plain folders, and conditions computed from the images themselves."""
+"""Images with conditions: plain folders of both, or conditions computed from the images themselves."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from tamingfast.data.base import positive
-from tamingfast.data.conditions.kinds import Kind, make
-from tamingfast.data.folders import ImageFiles, View, existing_directory, scan, validation_names, walk, warn_skipped
+from tamingfast.data.checks import existing_directory, positive
+from tamingfast.data.conditions import SETTINGS, Kind, make
+from tamingfast.data.folders import Skipped, scan, validation_names, walk
+from tamingfast.data.image_files import ImageFiles, warn_skipped
+from tamingfast.data.rgb import View
 from tamingfast.errors import UserError
 
 IMAGES, CONDITIONS = "images", "conditions"
 _NAMED = 5
+
+#: (name, image file, file of its condition or None).
+Pair = tuple[str, str, str | None]
 
 
 def build(
@@ -29,64 +35,70 @@ def build(
     short_side: int | None = None,
     random_crop: bool = True,
     flip: bool = True,
-    labels: int | None = None,
-    depth_range: Sequence[float] | None = None,
-    factor: int | None = None,
-    sigma: float | None = None,
-    segments: int | None = None,
-    classes: Sequence[str] | str | None = None,
-    tokens: int | None = None,
-    objects: int | None = None,
-    crop_tokens: bool | None = None,
-    attributes: Sequence[str] | None = None,
+    **settings: Any,
 ) -> tuple[ConditionedImages, ConditionedImages]:
     """(train, validation) of the images under ``path``, each with its condition of ``kind``.
 
-    Kinds with files, ``segmentation``, ``depth``, ``keypoints``, ``boxes`` and ``centers``, need ``path/images`` and
-    beside it ``path/conditions`` with one file for each image, of the same name but for its ending and in the same
-    sub-folder.
-    ``edges``, ``lowres``, ``superpixels`` and ``coord`` are computed from images in ``path/images``, or in ``path``
-    where there is no such folder. From ``labels`` on, arguments are settings of kinds (`tamingfast.data.conditions`).
+    Kinds read from files (``segmentation``, ``depth``, ``keypoints``, ``boxes`` and ``centers``) need ``path/images``
+    and next to it ``path/conditions``, with one file per image that has the same sub-folder and the same name up to the
+    extension. ``edges``, ``lowres``, ``superpixels`` and ``coord`` are computed from the images in ``path/images``, or
+    in ``path`` if there is no such folder. ``settings`` are those of the kinds (`tamingfast.data.conditions.SETTINGS`).
 
     The shorter side of an image is resized to ``short_side``, by default ``size``, before a square of ``size`` is
     cropped; a condition goes through the same scaling, crop and flip. Everything else is as in
-    `tamingfast.data.folders.build`, but for classes, which are not looked for.
+    `tamingfast.data.folders.build`, except that sub-folders are not classes.
 
-    Raises UserError for images without a condition and conditions without an image, settings that the kind does not
-    have, and as `tamingfast.data.folders.build`; a condition's content is checked when it is read.
+    Raises UserError for images without a condition and conditions without an image, for settings that the kind does not
+    have, and as `tamingfast.data.folders.build`. A condition's content is checked when it is read.
     """
     size = positive("size", size)
     if short_side is not None and positive("short_side", short_side) < size:
-        raise UserError(f"short_side is {short_side}, but images are cut to size={size}: give at least that")
-    options = dict(labels=labels, depth_range=depth_range, factor=factor, sigma=sigma, segments=segments)
-    options |= dict(classes=classes, tokens=tokens, objects=objects, crop_tokens=crop_tokens, attributes=attributes)
-    chosen = make(kind, options)
+        raise UserError(f"short_side: got {short_side}, expected at least size={size}, to which images are cropped")
+    chosen = make(kind, settings)
     chosen.check(size)
     root = existing_directory("path", path)
     pairs, broken = _pairs(root, chosen)
+    held_broken: list[Skipped] = []
     if validation_path is None:
         held = validation_names([name for name, _, _ in pairs], validation_fraction, root)
-        validation, held_broken = [pair for pair in pairs if pair[0] in held], []
+        validation = [pair for pair in pairs if pair[0] in held]
         pairs = [pair for pair in pairs if pair[0] not in held]
     else:
         validation, held_broken = _pairs(existing_directory("validation_path", validation_path), chosen)
     warn_skipped(broken + held_broken)
 
-    def dataset(found: list[tuple[str, str, str | None]], skipped: list[tuple[str, str]], **how: Any):
-        _, paths, sources = zip(*found, strict=True)
+    def dataset(found: Sequence[Pair], skipped: Sequence[Skipped], **options: Any) -> ConditionedImages:
+        paths, sources = [image for _, image, _ in found], [source for _, _, source in found]
         return ConditionedImages(
-            paths, chosen, sources, size=size, short_side=short_side, seed=seed, broken=skipped, **how
+            paths, chosen, sources, size=size, short_side=short_side, seed=seed, broken=skipped, **options
         )
 
     return dataset(pairs, broken, random_crop=random_crop, flip=flip), dataset(validation, held_broken)
 
 
-class ConditionedImages(ImageFiles):
-    """`ImageFiles` whose items also hold a condition under ``kind.key``: float32 (H, W, C), or tokens int64 (n,).
+def _with_settings(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with each setting of the kinds as a parameter of its own."""
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return signature.replace(
+        parameters=[
+            *named,
+            *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SETTINGS),
+        ]
+    )
 
-    ``sources`` are the files of the conditions of ``paths``, None where the kind needs none. Indexing raises UserError
+
+# `tamingfast.data.build` checks the keys of a config by this signature, and only the registry lists the settings.
+build.__signature__ = _with_settings(inspect.signature(build))  # type: ignore[attr-defined]  # see inspect.signature
+
+
+class ConditionedImages(ImageFiles):
+    """`ImageFiles` whose items also have a condition under ``kind.key``: float32 (H, W, C), or tokens int64 (n,).
+
+    ``sources`` are the files of the conditions of ``paths``, None for kinds without files. Indexing raises UserError
     naming the file of a condition that cannot be used.
     """
+
+    kind: Kind
 
     def __init__(
         self, paths: Sequence[str], kind: Kind, sources: Sequence[str | None] | None = None, **options: Any
@@ -97,7 +109,7 @@ class ConditionedImages(ImageFiles):
 
     @property
     def description(self) -> str:
-        """What the images are, for reports and token files."""
+        """One phrase about the images, for reports and token files."""
         return f"{super().description}, with {self.kind.key}"
 
     def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
@@ -105,8 +117,8 @@ class ConditionedImages(ImageFiles):
         return super()._item(number, image, view) | {self.kind.key: torch.from_numpy(condition)}
 
 
-def _pairs(root: Path, kind: Kind) -> tuple[list[tuple[str, str, str | None]], list[tuple[str, str]]]:
-    """[(name, image file, file of its condition or None)], and [(path, reason)] of images that do not open."""
+def _pairs(root: Path, kind: Kind) -> tuple[list[Pair], list[Skipped]]:
+    """The images under ``root`` with their conditions, and the images that do not open."""
     folder = root / IMAGES
     if not kind.from_file:
         folder = folder if folder.is_dir() else root
@@ -115,8 +127,8 @@ def _pairs(root: Path, kind: Kind) -> tuple[list[tuple[str, str, str | None]], l
     for part in (folder, root / CONDITIONS):
         if not part.is_dir():
             raise UserError(
-                f"{root} has no folder {part.name!r}, but {IMAGES} and {CONDITIONS} side by side are expected: put the "
-                f"files of both there under the same names"
+                f"{root}: got a directory without {part.name!r}, expected the folders {IMAGES!r} and {CONDITIONS!r}; "
+                "put the files of both there under the same names"
             )
     files, broken = scan(folder)
     names = [name for name in walk(root / CONDITIONS) if name.lower().endswith(kind.suffixes)]
@@ -130,19 +142,22 @@ def _pairs(root: Path, kind: Kind) -> tuple[list[tuple[str, str, str | None]], l
 
 
 def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """File names by their path without the extension."""
     found: dict[str, str] = {}
     for name in names:
         stem = Path(name).with_suffix("").as_posix()
         if stem in found:
-            raise UserError(f"{folder} holds both {found[stem]} and {name}, so {stem} names two files: remove one")
+            raise UserError(f"{folder}: got both {found[stem]} and {name}, expected one file named {stem}; remove one")
         found[stem] = name
     return found
 
 
-def _check_matched(folder: Path, files: dict[str, str], others: Any, wanted: str) -> None:
+def _check_matched(folder: Path, files: Mapping[str, str], others: Iterable[str], wanted: str) -> None:
+    """UserError for ``files`` of ``folder`` whose stem is not among ``others``."""
     alone = [files[stem] for stem in sorted(files.keys() - set(others))]
     if alone:
         named = ", ".join(alone[:_NAMED]) + (f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else "")
         raise UserError(
-            f"no {wanted} has the name of {named} in {folder}: add what is missing, or remove what is left over"
+            f"{folder}: got {named}, expected an equally named {wanted} for each; add what is missing, or remove what "
+            "is left over"
         )

@@ -6,62 +6,64 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from tamingfast.data.base import ArrayDataset, positive, random_bits, random_integers
+from tamingfast.data.base import ArrayDataset, as_epoch_dataset
+from tamingfast.data.checks import positive
+from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.errors import UserError
 
 
 def cut(datasets: tuple[Dataset, Dataset], side: int, seed: int = 0) -> tuple[Crops, Crops]:
-    """(train, validation) of squares of ``side`` pixels from (train, validation) images.
+    """(train, validation): squares of ``side`` pixels from (train, validation) images.
 
-    A training image gives one square at random, by (seed, epoch, index); a validation image gives all that fit side by
-    side, in an order in which the first few stand for all. Raises UserError when an image is smaller.
+    A training image gives one random square, by (seed, epoch, index). A validation image gives every square of its
+    tiling, in an order whose beginning represents all of them. Raises UserError when an image is smaller than a square.
     """
     return Crops(datasets[0], side, seed), Crops(datasets[1], side, tiles=True)
 
 
 class Crops(ArrayDataset):
-    """Squares of ``side`` pixels of a dataset's ``image`` (H, W, 3); everything else of an item stays as it is.
+    """Squares of ``side`` pixels of a dataset's ``image`` (H, W, 3); the rest of an item stays as it is.
 
-    With ``tiles`` the items are all squares that fit side by side, shuffled once and for all; else item k is a square
-    at random of image k.
+    With ``tiles``, the items are the squares of every image's tiling, shuffled once and for all; otherwise item k is a
+    random square of image k.
     """
 
     def __init__(self, images: Dataset, side: int, seed: int = 0, tiles: bool = False) -> None:
-        self.images, self.side, self.seed = images, positive("crop", side), seed
-        height, width = images[0]["image"].shape[:2]
+        self.images, self.side, self.seed = as_epoch_dataset(images), positive("crop", side), seed
+        height, width = self.images[0]["image"].shape[:2]
         if side > min(height, width):
-            raise UserError(f"crop is {side}, but the images are {height}x{width} pixels: choose a smaller one")
+            raise UserError(
+                f"crop: got {side}, expected at most the images' shorter side of {min(height, width)} pixels"
+            )
         self._order: np.ndarray | None = None
         if tiles:
             self._columns = width // side
-            squares = np.arange(len(images) * (height // side) * self._columns)
+            squares = np.arange(len(self.images) * (height // side) * self._columns)
             self._order = np.argsort(random_bits(0, 0, squares), kind="stable")
-        self.classes = getattr(images, "classes", None)
+        self.classes = self.images.classes
 
     @property
     def description(self) -> str:
-        """What the images are, for reports and token files."""
-        whole = getattr(self.images, "description", type(self.images).__name__)
-        return f"{self.side}x{self.side} cuts of {whole}"
+        """One phrase about the images, for reports and token files."""
+        return f"{self.side}x{self.side} cuts of {self.images.description}"
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that later items belong to."""
+        """Choose the epoch that the next items belong to."""
         super().set_epoch(epoch)
-        if hasattr(self.images, "set_epoch"):
-            self.images.set_epoch(epoch)
+        self.images.set_epoch(epoch)
 
     def warn_broken(self) -> None:
-        """Pass on what the images' dataset has to say of its files."""
-        getattr(self.images, "warn_broken", lambda: None)()
+        """Log the image files found unreadable since the last call."""
+        self.images.warn_broken()
 
     def __len__(self) -> int:
         return len(self.images) if self._order is None else len(self._order)
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         places, indices = divmod(indices if self._order is None else self._order[indices], len(self.images))
-        found = self._whole(indices)
+        found = self.images.batch(indices)
         height, width = found["image"].shape[1:3]
         if self._order is None:
             tops, lefts = (
@@ -75,8 +77,3 @@ class Crops(ArrayDataset):
             for image, top, left in zip(found["image"], tops.tolist(), lefts.tolist(), strict=True)
         ]
         return found | {"image": torch.stack(squares)}
-
-    def _whole(self, indices: np.ndarray) -> dict[str, Any]:
-        if hasattr(self.images, "batch"):
-            return self.images.batch(indices)
-        return default_collate([self.images[int(index)] for index in indices])

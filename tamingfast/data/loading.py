@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tamingfast.data.base import random_bits
+from tamingfast.data.randomness import random_bits
 from tamingfast.errors import UserError
 
 

@@ -1,14 +1,13 @@
-"""The embedded default: crops of the colour photographs inside the scikit-image and scikit-learn packages.
+"""The default data: crops of the colour photographs in the scikit-image and scikit-learn packages.
 
-Only files that lie in the installed wheels are read; nothing is downloaded. Of the colour pictures there,
-these are left out: ``motorcycle_right`` (the second eye's view of ``motorcycle_left``, which would leak
-between splits or count a scene twice), ``retina``, ``ihc`` and ``microaneurysms`` (medical images: their two
-colours and textures teach nothing about scenes), and drawings. ``rocket`` (flat sky) and
-``hubble_deep_field`` (black) have lower weights, since most of their crops show little.
+Only files of the installed wheels are read; nothing is downloaded. Of the colour pictures there, these are left out:
+``motorcycle_right`` (the other half of the stereo pair with ``motorcycle_left``, which would leak between splits or
+count a scene twice), ``retina``, ``ihc`` and ``microaneurysms`` (medical images, whose two colours and textures teach
+nothing about scenes), and drawings. ``rocket`` (flat sky) and ``hubble_deep_field`` (black) have lower weights, because
+most of their crops show little.
 
-The split is by photograph. ``chelsea`` and ``coffee`` are for validation: fur, glaze and wood whose colours
-also occur in the six that are trained on, whereas ``rocket`` alone has a blue sky and so is needed for
-training.
+The split is by photograph. ``chelsea`` and ``coffee`` are for validation: the colours of their fur, glaze and wood also
+occur in the six training photographs, whereas only ``rocket`` has a blue sky and is therefore needed for training.
 
 Sources: astronaut, hubble_deep_field (NASA, public domain); chelsea, coffee (Stefan van der Walt, Rachel
 Michetti, CC0); rocket (SpaceX, public domain); motorcycle (Middlebury 2014 stereo benchmark); china (Daniel
@@ -27,13 +26,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tamingfast.data.base import ArrayDataset, positive, random_bits, random_integers, random_units, to_unit_scale
+from tamingfast.data.base import ArrayDataset
+from tamingfast.data.checks import positive
+from tamingfast.data.randomness import random_bits, random_integers, random_units
+from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Photograph:
-    """Where a photograph lies, its weight in the choice among the others, and which split it belongs to."""
+    """A photograph's file in a package, its weight in the random choice, and its split."""
 
     name: str
     package: str
@@ -54,15 +56,14 @@ PHOTOGRAPHS = (
 )
 CLASSES = tuple(photograph.name for photograph in PHOTOGRAPHS)
 
-# Shorter side of a scaled photograph in units of the crop's side: from nearly the whole scene to a sixteenth
-# of it.
+# Shorter side of a scaled photograph in units of the crop's side: from nearly the whole scene to a sixteenth of it.
 SCALES = (1.125, 1.5, 2.0, 2.5, 3.0, 4.0)
 SMALLEST_SIDE = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """One photograph at one scale: its place in PHOTOGRAPHS, and uint8 (H, W, 3)."""
+    """One photograph at one scale: its index in PHOTOGRAPHS, and uint8 (H, W, 3)."""
 
     label: int
     pixels: np.ndarray
@@ -71,18 +72,17 @@ class Plane:
 def build(size: int = 32, seed: int = 0, length: int | None = None, flip: bool = True) -> tuple[PhotoCrops, PhotoGrid]:
     """(train, validation): random crops of six photographs and a fixed grid of crops of two others.
 
-    ``size`` is the side of a crop in pixels (at most 300, the shorter side of the smallest photograph, since
-    nothing is enlarged), ``length`` the number of training crops per epoch (by default as many as positions
-    of a grid with stride size / 4), ``flip`` mirrors half of the training crops.
+    ``size`` is the side of a crop in pixels: at most 300, the shorter side of the smallest photograph, because nothing
+    is enlarged. ``length`` is the number of training crops per epoch, by default the number of positions on a grid with
+    stride size / 4. ``flip`` mirrors half of the training crops.
 
-    Raises UserError for a size or length out of range and when a package or one of its photographs is
-    missing.
+    Raises UserError for a size or length out of range and when a package or one of its photographs is missing.
     """
     size = positive("size", size)
     if size > SMALLEST_SIDE:
         raise UserError(
-            f"size is {size}, but the photographs can be cut to at most {SMALLEST_SIDE}: choose a"
-            " smaller size or the folder dataset"
+            f"size: got {size}, expected at most {SMALLEST_SIDE}, the shorter side of the smallest photograph; choose "
+            "a smaller size or the folder dataset"
         )
     planes = [(photograph, plane) for photograph in PHOTOGRAPHS for plane in _planes(photograph, size)]
     train = [plane for photograph, plane in planes if not photograph.validation]
@@ -91,7 +91,7 @@ def build(size: int = 32, seed: int = 0, length: int | None = None, flip: bool =
 
 
 class _Crops(ArrayDataset):
-    """Square crops of planes; ``class_label`` is the photograph's place in ``classes``, the names of all."""
+    """Square crops of planes; ``class_label`` indexes ``classes``, the names of all photographs."""
 
     classes = CLASSES
 
@@ -105,11 +105,11 @@ class _Crops(ArrayDataset):
 
     @property
     def description(self) -> str:
-        """What the images are, for reports and token files."""
+        """One phrase about the images, for reports and token files."""
         return f"{self.size}x{self.size} crops of the photographs {', '.join(self.photographs)}"
 
     def _room(self) -> np.ndarray:
-        """int64 (planes, 2): number of rows and of columns at which a crop may begin."""
+        """int64 (planes, 2): number of rows and of columns at which a crop can start."""
         return np.array([plane.pixels.shape[:2] for plane in self.planes]) - self.size + 1
 
     def _cut(self, which: np.ndarray, tops: np.ndarray, lefts: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class _Crops(ArrayDataset):
 
 
 class PhotoCrops(_Crops):
-    """Crops at random: photograph (by weight), scale (evenly), place and flip, by (seed, epoch, index)."""
+    """Random crops: photograph (by weight), scale (uniform), position and flip, by (seed, epoch, index)."""
 
     def __init__(
         self, planes: Sequence[Plane], size: int, seed: int = 0, length: int | None = None, flip: bool = True
@@ -148,7 +148,7 @@ class PhotoCrops(_Crops):
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         choice, row, column, mirror = (random_bits(self.seed, self.epoch, indices, draw) for draw in range(4))
-        # The last entry of the cumulative weights may round below a draw, hence the minimum.
+        # The minimum, because the last cumulative weight may be rounded to below a draw.
         which = np.minimum(np.searchsorted(self._cumulative, random_units(choice), side="right"), len(self.planes) - 1)
         tops, lefts = (
             random_integers(row, self._bounds[which, 0]),
@@ -158,9 +158,9 @@ class PhotoCrops(_Crops):
 
 
 class PhotoGrid(_Crops):
-    """Every crop of the sparsest even grid that covers each plane whole, the same in every epoch.
+    """Every crop of the sparsest even grid that covers each whole plane, the same in every epoch.
 
-    The order is shuffled once and for all, so that the first crops already show all photographs and scales.
+    The order is shuffled once and for all, so that the first crops already represent all photographs and scales.
     """
 
     def __init__(self, planes: Sequence[Plane], size: int) -> None:
@@ -183,9 +183,9 @@ class PhotoGrid(_Crops):
 
 
 def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (height, width, C), each pixel the mean over the part of uint8 (H, W, C) that it covers.
+    """uint8 (height, width, C), each pixel the mean over the area of uint8 (H, W, C) that it covers.
 
-    Pixels on a border count by the covered fraction, so that no ratio of sizes makes details beat.
+    Pixels on a border count by the covered fraction, so that no ratio of sizes causes moiré.
     """
     rows, columns = _coverage(pixels.shape[0], height), _coverage(pixels.shape[1], width)
     mean = np.einsum("yY,YXc->yXc", rows, pixels.astype(np.float64), optimize=True)
@@ -194,7 +194,7 @@ def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _coverage(source: int, target: int) -> np.ndarray:
-    """float64 (target, source): the share of each source cell in each target cell; rows sum to 1."""
+    """float64 (target, source): the fraction of each target cell that each source cell covers; rows sum to 1."""
     edges = np.arange(target + 1)[:, None] * (source / target)
     cells = np.arange(source)[None, :]
     overlap = np.minimum(edges[1:], cells + 1) - np.maximum(edges[:-1], cells)
@@ -207,7 +207,7 @@ def _even(room: int, stride: int) -> list[int]:
 
 
 def _planes(photograph: Photograph, size: int) -> list[Plane]:
-    """The photograph at the scales that do not enlarge it, and as it is when that is within their range."""
+    """The photograph at every scale that does not enlarge it, and at its own if that is within their range."""
     pixels = _read(photograph)
     height, width = pixels.shape[:2]
     native = min(height, width)
@@ -226,13 +226,12 @@ def _planes(photograph: Photograph, size: int) -> list[Plane]:
 
 
 def _read(photograph: Photograph) -> np.ndarray:
-    # The package is located but not imported: its loaders may download, and importing it costs a second.
+    # The package is located but not imported: importing it takes a second, and its loaders may download.
     spec = importlib.util.find_spec(photograph.package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the photos dataset needs the package that provides {photograph.package!r}, which is not"
-            " installed:"
-            ' run pip install "tamingfast[train]".'
+            f"{photograph.package}: got no such package, expected it for the photos dataset; run "
+            'pip install "tamingfast[train]"'
         )
     path = Path(spec.submodule_search_locations[0]) / photograph.file
     try:
@@ -240,6 +239,6 @@ def _read(photograph: Photograph) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(
-            f"the photograph {photograph.name} cannot be read from {path} ({error}):"
-            ' reinstall the package with pip install --force-reinstall "tamingfast[train]".'
+            f"{path}: got a file that cannot be read ({error}), expected the photograph {photograph.name}; run "
+            'pip install --force-reinstall "tamingfast[train]"'
         ) from error

@@ -1,11 +1,10 @@
 """Runs encoders and decoders on images whose feature maps do not fit into memory, in bands of rows.
 
-Where an image fits it is processed whole. Else it goes through the network one convolution at a time: what a
-convolution needs is read in bands of rows, with the row above and the row below, normalised, convolved, and written to
-the next map, whose means and variances are summed up as it is written, for the normalisation that follows. So nothing
-is computed twice, no seam can arise, and the result is the whole image's up to rounding. A map that memory does not
-hold lies in a scratch file meanwhile (for a GPU in the host's memory, where there is room). Attention, which the
-lowest resolutions have, runs whole.
+An image that fits runs whole. Otherwise it goes through the network one convolution at a time: the input is read in
+bands of rows with one row more above and below, normalised, convolved and written to the next feature map, whose means
+and variances are accumulated on the way for the normalisation that follows. So nothing is computed twice, there are no
+seams, and the result equals the whole image's up to rounding. Feature maps that exceed the memory are kept in a scratch
+file, or for a GPU in the host's memory if it has room. Attention, found at the lowest resolutions only, runs whole.
 """
 
 from __future__ import annotations
@@ -22,63 +21,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tamingfast.engines.layers import (
+    DOWNSAMPLE_PADDING,
+    Attention,
+    Convolution,
+    Downsample,
+    Layer,
+    LayeredNetwork,
+    Norm,
+    Residual,
+    Shape,
+    Upsample,
+    shapes,
+)
 from tamingfast.errors import UserError
-from tamingfast.models.vqgan import AttnBlock, Decoder, Downsample, Encoder, GroupNorm, ResnetBlock, Upsample, VQModel
 from tamingfast.ops.backends import available_memory
 
-#: Maps of its size that a unit needs at its peak when it runs whole: input, normalised input, output, and a library's
-#: copies of two; with attention the queries, keys and values and what becomes of them.
+#: Peak memory of a layer that runs whole, in feature maps of its larger side: input, normalised input, output and a
+#: library's copies of two; for attention also queries, keys, values and what is computed from them.
 MAPS, ATTENTION_MAPS = 6, 10
-#: Bytes of a band, at most: glibc returns blocks beyond 32 MiB to the system each time, and gets them back zeroed.
+#: Largest band in bytes: glibc returns blocks beyond 32 MiB to the system each time and gets them back zeroed.
 BAND = 24 << 20
-#: Bands that a convolution needs at its peak.
+#: Peak memory of a convolution in bands.
 BAND_MAPS = 8
 
-Shape = tuple[int, int, int]  # channels, height, width
-Progress = Callable[[int, int], Any]
+Progress = Callable[[int, int], object]
 
 
 @torch.no_grad()
-def encode_grid(stage: nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """Images (B, C, H, W) -> a first stage's tokens int64 (B, h, w); the rest as in `run`."""
-    if isinstance(stage, VQModel) and isinstance(stage.encoder, Encoder) and stage.levels == 1:
-        quant, _, (_, _, indices) = stage.quantize(stage.quant_conv(run(stage.encoder, x, memory, progress)))
-    else:
-        quant, _, (_, _, indices) = stage.encode(x)
-    return indices.view(len(x), *quant.shape[2:])
-
-
-@torch.no_grad()
-def decode_grid(stage: nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """A first stage's tokens (B, h, w) -> images (B, C, f*h, f*w); the rest as in `run`."""
-    quant = stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
-    if isinstance(stage, VQModel) and isinstance(stage.decoder, Decoder):
-        return run(stage.decoder, stage.decoder_input(quant), memory, progress)
-    return stage.decode(quant)
-
-
-@torch.no_grad()
-def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """``network(x)``, of as many images at once as fit into memory, and in bands where not even one does.
+def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    """``network(x)``, as many images at a time as memory allows, in bands if it does not even hold one.
 
     Args:
-        memory: bytes for feature maps and the result, the weights not counted; half of what is free when None.
-        progress: called as progress(done, total) with multiply-adds over all images, where they run in bands.
+        network: an encoder or a decoder.
+        x: (B, C, H, W).
+        memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
+        progress: called as progress(done, total) with multiply-adds over all images, while images run in bands.
 
     Raises:
-        UserError: not even bands of two rows fit into `memory`, or what is beyond it onto the disk.
+        UserError: ``memory`` does not hold bands of two rows, or the disk not the feature maps beyond ``memory``.
     """
-    units = _decoder_units(network) if isinstance(network, Decoder) else _encoder_units(network)
+    layers = network.layers()
     memory = available_memory(x.device) // 2 if memory is None else memory
-    shapes = _shapes(units, tuple(x.shape[1:]))
-    peaks = [_peak(unit, before, after) for unit, (before, after) in zip(units, pairwise(shapes), strict=True)]
+    sides = shapes(layers, _shape(x))
+    peaks = [_peak(layer, before, after) for layer, (before, after) in zip(layers, pairwise(sides), strict=True)]
     at_once = memory // (max(peaks) * x.element_size())
     if at_once >= len(x):
         return network(x)
     if at_once:
         return torch.cat([network(part) for part in x.split(at_once)])
-    work = [_work(unit, before, after) for unit, (before, after) in zip(units, pairwise(shapes), strict=True)]
-    total, done = sum(work) * len(x), 0
+    work = [_work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
+    total, done = sum(work) * len(x), 0.0
 
     def advance(more: float) -> None:
         nonlocal done
@@ -86,174 +79,175 @@ def run(network: Encoder | Decoder, x: Tensor, memory: int | None = None, progre
         if progress is not None:
             progress(round(done), total)
 
-    images = [_one(units, shapes, image[None], memory, work, advance) for image in x]
+    images = [_one(layers, sides, image[None], memory, work, advance) for image in x]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
-def _decoder_units(decoder: Decoder) -> list[nn.Module]:
-    units = [decoder.conv_in, decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2]
-    for level in reversed(decoder.up):
-        units += _level_units(level)
-    return units if decoder.give_pre_end else [*units, nn.Sequential(decoder.norm_out, decoder.conv_out)]
+# The next two only delegate: callers use `tamingfast.models.base.encode_grid` and `decode_grid`, or a stage's methods.
 
 
-def _encoder_units(encoder: Encoder) -> list[nn.Module]:
-    units = [encoder.conv_in]
-    for level in encoder.down:
-        units += _level_units(level)
-    mid = encoder.mid
-    return [*units, mid.block_1, mid.attn_1, mid.block_2, nn.Sequential(encoder.norm_out, encoder.conv_out)]
+@torch.no_grad()
+def encode_grid(stage: Any, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    """`tamingfast.models.base.encode_grid`."""
+    if hasattr(stage, "encode_grid"):
+        return stage.encode_grid(x, memory, progress)
+    quant, _, (_, _, indices) = stage.encode(x)
+    return indices.view(len(x), *quant.shape[2:])
 
 
-def _level_units(level: nn.Module) -> Iterator[nn.Module]:
-    for i, block in enumerate(level.block):
-        yield block
-        if level.attn:
-            yield level.attn[i]
-    for name in ("upsample", "downsample"):
-        if hasattr(level, name):
-            yield getattr(level, name)
+@torch.no_grad()
+def decode_grid(stage: Any, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    """`tamingfast.models.base.decode_grid`."""
+    if hasattr(stage, "decode_grid"):
+        return stage.decode_grid(grid, memory, progress)
+    return stage.decode(stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim)))
 
 
-def _shapes(units: Sequence[nn.Module], shape: Shape) -> list[Shape]:
-    """Of the maps before, between and after the units."""
-    shapes = [shape]
-    for unit in units:
-        channels, height, width = shapes[-1]
-        last = unit.conv2 if isinstance(unit, ResnetBlock) else unit[-1] if isinstance(unit, nn.Sequential) else unit
-        channels = last.out_channels if isinstance(last, nn.Conv2d) else channels
-        if isinstance(unit, Upsample):
-            height, width = 2 * height, 2 * width
-        elif isinstance(unit, Downsample):
-            height, width = height // 2, width // 2
-        shapes.append((channels, height, width))
-    return shapes
+def _shape(x: Tensor) -> Shape:
+    _, channels, height, width = x.shape
+    return channels, height, width
 
 
-def _peak(unit: nn.Module, before: Shape, after: Shape) -> int:
-    """Values that a unit needs when it runs whole."""
-    return (ATTENTION_MAPS if isinstance(unit, AttnBlock) else MAPS) * max(math.prod(before), math.prod(after))
+def _peak(layer: Layer, before: Shape, after: Shape) -> int:
+    """Values in memory at the peak of a layer that runs whole."""
+    maps = ATTENTION_MAPS if isinstance(layer, Attention) else MAPS
+    return maps * max(math.prod(before), math.prod(after))
 
 
-def _work(unit: nn.Module, before: Shape, after: Shape) -> int:
-    """Multiply-adds of a unit."""
-    pixels = after[1] * after[2]
-    weights = sum(parameter.numel() for parameter in unit.parameters() if parameter.ndim == 4)
-    return pixels * (weights + (2 * pixels * after[0] if isinstance(unit, AttnBlock) else 0))
+def _work(layer: Layer, after: Shape) -> int:
+    """Multiply-adds of a layer."""
+    channels, height, width = after
+    pixels = height * width
+    weights = sum(conv.weight.numel() for conv in layer.convolutions)
+    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
 
 
 def _one(
-    units: Sequence[nn.Module],
-    shapes: Sequence[Shape],
+    layers: Sequence[Layer],
+    sides: Sequence[Shape],
     x: Tensor,
     memory: int,
     work: Sequence[int],
     advance: Callable[[float], None],
 ) -> Tensor:
-    """One image (1, C, H, W) through the units, each of them whole where it fits and else in bands."""
+    """One image (1, C, H, W) through the layers, each of them whole if it fits, else in bands."""
     size = x.element_size()
-    rows = [max(math.prod(before), math.prod(after)) // after[1] for before, after in pairwise(shapes)]
-    store = _Store(memory, math.prod(shapes[-1]) * size, 2 * max(rows) * size, x)
+    rows = [max(math.prod(before), math.prod(after)) // after[1] for before, after in pairwise(sides)]
+    store = _Store(memory, math.prod(sides[-1]) * size, 2 * max(rows) * size, x)
     current: Tensor | _Map = x
-    for i, unit in enumerate(units):
-        peak = _peak(unit, shapes[i], shapes[i + 1]) * size
+    for i, layer in enumerate(layers):
+        peak = _peak(layer, sides[i], sides[i + 1]) * size
         room = store.free + (current.charged if isinstance(current, _Map) else 0)
         if peak <= room:
-            current = unit(current.whole() if isinstance(current, _Map) else current)
+            current = layer(current.whole() if isinstance(current, _Map) else current)
             advance(work[i])
-        elif isinstance(unit, AttnBlock):
+        elif isinstance(layer, Attention):
             raise _too_little(memory - room + peak, memory)
         else:
             if isinstance(current, Tensor):
-                current = store.holding(current)
-            last = i == len(units) - 1
-            current = _in_bands(unit, current, shapes[i + 1], store, last, lambda part, i=i: advance(part * work[i]))
+                current = store.adopt(current)
+
+            def advance_part(part: float, whole: int = work[i]) -> None:
+                advance(part * whole)
+
+            current = _in_bands(layer, current, sides[i + 1], store, i == len(layers) - 1, advance_part)
     return current.whole() if isinstance(current, _Map) else current
 
 
 def _too_little(needed: int, memory: int) -> UserError:
     return UserError(
-        f"an image of this size needs {-(-needed >> 20)} MiB or more, but is given {memory >> 20} MiB: give it more "
-        "memory"
+        f"memory: got {memory >> 20} MiB, expected at least {-(-needed >> 20)} MiB for an image of this size; free or "
+        "allow more memory, or take a smaller image"
     )
 
 
-def _in_bands(unit: nn.Module, x: _Map, shape: Shape, store: _Store, last: bool, told: Callable[[float], None]) -> _Map:
-    """The map after a unit, which is the one before it, overwritten, where that is possible.
+def _in_bands(
+    layer: Convolution | Residual | Upsample | Downsample,
+    x: _Map,
+    shape: Shape,
+    store: _Store,
+    last: bool,
+    advance: Callable[[float], None],
+) -> _Map:
+    """The layer's output, written over its input if possible; the input is closed or overwritten.
 
-    ``told`` is called after each band with the part of the unit's work that it was.
+    ``advance`` is called after each band with the share of the layer's work that it was.
     """
-    if isinstance(unit, ResnetBlock):
-        half = lambda part: told(part / 2)  # noqa: E731
-        h = _convolved(x, store.new(shape), unit.conv1, unit.norm1, half)
-        if unit.shortcut is None:
-            out = _convolved(h, x, unit.conv2, unit.norm2, half, beside=x)
-        else:
-            shortcut = getattr(unit, unit.shortcut)
-            out = _convolved(h, store.new(shape, last), unit.conv2, unit.norm2, half, x, shortcut)
-            x.close()
-        h.close()
-        return out
-    norm, conv = unit if isinstance(unit, nn.Sequential) else (None, unit)
+    if isinstance(layer, Residual):
+        return _residual_in_bands(layer, x, shape, store, last, lambda part: advance(part / 2))
     out = store.new(shape, last)
     for top, bottom in out.bands(x):
-        if isinstance(conv, Upsample):
-            band = _up(conv, x, top, bottom)
-        elif isinstance(conv, Downsample):
-            band = _down(conv, x, top, bottom)
+        if isinstance(layer, Upsample):
+            band = _up(layer, x, top, bottom)
+        elif isinstance(layer, Downsample):
+            band = _down(layer, x, top, bottom)
         else:
-            band = _convolve(conv, x, top, bottom, norm)
+            band = _convolve(layer.conv, x, top, bottom, layer.norm)
         out.write(top, band)
-        told((bottom - top) / shape[1])
+        advance((bottom - top) / shape[1])
     x.close()
     return out
 
 
-def _convolved(
-    source: _Map,
-    out: _Map,
-    conv: nn.Conv2d,
-    norm: GroupNorm,
-    told: Callable[[float], None],
-    beside: _Map | None = None,
-    shortcut: nn.Conv2d | None = None,
+def _residual_in_bands(
+    layer: Residual, x: _Map, shape: Shape, store: _Store, last: bool, advance: Callable[[float], None]
 ) -> _Map:
-    """``out``, which becomes conv(norm(source)), added to ``beside`` itself or through a ``shortcut``."""
-    for top, bottom in out.bands(source):
-        band = _convolve(conv, source, top, bottom, norm)
-        if beside is not None:
-            band += beside.read(top, bottom) if shortcut is None else _convolve(shortcut, beside, top, bottom)
-        out.write(top, band)
-        told((bottom - top) / out.shape[1])
+    h = _convolve_all(x, store.new(shape), layer.conv1, layer.norm1, advance)
+    if layer.shortcut is None:
+        out = _convolve_all(h, x, layer.conv2, layer.norm2, advance, skip=x)
+    else:
+        out = _convolve_all(h, store.new(shape, last), layer.conv2, layer.norm2, advance, x, layer.shortcut)
+        x.close()
+    h.close()
     return out
 
 
-def _convolve(conv: nn.Conv2d, source: _Map, top: int, bottom: int, norm: GroupNorm | None = None) -> Tensor:
+def _convolve_all(
+    source: _Map,
+    out: _Map,
+    conv: nn.Conv2d,
+    norm: Norm,
+    advance: Callable[[float], None],
+    skip: _Map | None = None,
+    shortcut: nn.Conv2d | None = None,
+) -> _Map:
+    """``out`` = conv(norm(source)) + skip, with ``skip`` through the convolution ``shortcut`` if there is one."""
+    for top, bottom in out.bands(source):
+        band = _convolve(conv, source, top, bottom, norm)
+        if skip is not None:
+            band += skip.read(top, bottom) if shortcut is None else _convolve(shortcut, skip, top, bottom)
+        out.write(top, band)
+        advance((bottom - top) / out.shape[1])
+    return out
+
+
+def _convolve(conv: nn.Conv2d, source: _Map, top: int, bottom: int, norm: Norm | None = None) -> Tensor:
     reach = conv.kernel_size[0] // 2
     band = source.padded(top - reach, bottom + reach, norm)
     return F.conv2d(band, conv.weight, conv.bias, padding=(0, reach))
 
 
-def _up(unit: Upsample, source: _Map, top: int, bottom: int) -> Tensor:
-    if not unit.with_conv:
+def _up(layer: Upsample, source: _Map, top: int, bottom: int) -> Tensor:
+    if layer.conv is None:
         return F.interpolate(source.read(top // 2, bottom // 2), scale_factor=2.0, mode="nearest")
     band = F.interpolate(source.padded(top // 2 - 1, bottom // 2 + 1), scale_factor=2.0, mode="nearest")
-    return F.conv2d(band[:, :, 1:-1], unit.conv.weight, unit.conv.bias, padding=(0, 1))
+    return F.conv2d(band[:, :, 1:-1], layer.conv.weight, layer.conv.bias, padding=(0, 1))
 
 
-def _down(unit: Downsample, source: _Map, top: int, bottom: int) -> Tensor:
-    if not unit.with_conv:
+def _down(layer: Downsample, source: _Map, top: int, bottom: int) -> Tensor:
+    if layer.conv is None:
         return F.avg_pool2d(source.read(2 * top, 2 * bottom), 2)
-    band = F.pad(source.padded(2 * top, 2 * bottom + 1), (0, 1))
-    return F.conv2d(band, unit.conv.weight, unit.conv.bias, stride=2)
+    left, right, above, below = DOWNSAMPLE_PADDING
+    band = F.pad(source.padded(2 * top - above, 2 * bottom + below), (left, right))
+    return F.conv2d(band, layer.conv.weight, layer.conv.bias, stride=layer.conv.stride)
 
 
 class _Store:
-    """The memory that one image's maps may take, and where they go beyond it.
+    """Memory for the feature maps of one image, and the scratch files beyond it.
 
     Attributes:
-        band: bytes of a band's largest map.
-        free: bytes that are left for maps, beside the result and what the bands need.
+        band: bytes of the largest feature map of a band.
+        free: bytes left for feature maps, after the result and the bands.
     """
 
     def __init__(self, memory: int, result: int, rows: int, like: Tensor) -> None:
@@ -264,110 +258,132 @@ class _Store:
             raise _too_little(memory - self.free, memory)
 
     def new(self, shape: Shape, last: bool = False) -> _Map:
-        """An empty map; the last one is the result, which always lies in memory."""
+        """An empty feature map; the ``last`` one is the result, which is always kept in memory."""
         size = math.prod(shape) * self.dtype.itemsize
         if last:
-            return _Map(self, shape, torch.empty(1, *shape, dtype=self.dtype, device=self.device), 0)
+            return _InMemory(self, shape, torch.empty(1, *shape, dtype=self.dtype, device=self.device), 0)
         if size <= self.free:
-            return _Map(self, shape, self._empty(shape, self.device), size)
+            return _InMemory(self, shape, self._empty(shape, self.device), size)
         if self.device.type != "cpu" and size <= available_memory(torch.device("cpu")) // 2:
-            return _Map(self, shape, self._empty(shape, torch.device("cpu")), 0)
+            return _InMemory(self, shape, self._empty(shape, torch.device("cpu")), 0)
         return _Scratch(self, shape, size)
 
-    def holding(self, x: Tensor) -> _Map:
-        """The map (1, C, H, W) of a unit that ran whole."""
-        found = _Map(self, tuple(x.shape[1:]), x, x.nbytes)
-        for top, bottom in found.bands(found):
-            found.note(top, found.read(top, bottom))
-        return found
+    def adopt(self, x: Tensor) -> _Map:
+        """The output (1, C, H, W) of a layer that ran whole, as a feature map."""
+        adopted = _InMemory(self, _shape(x), x, x.nbytes)
+        for top, bottom in adopted.bands(adopted):
+            adopted.count(top, adopted.read(top, bottom))
+        return adopted
 
     def _empty(self, shape: Shape, device: torch.device) -> Tensor:
         return torch.empty(1, *shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
 
 
 class _Map:
-    """A feature map in memory, written in bands from top to bottom, and the moments of its channels.
+    """A feature map that is written in bands from top to bottom, with the moments of its channels.
 
     Attributes:
         shape: channels, height, width.
+        charged: bytes of the store's memory that it takes.
     """
 
-    def __init__(self, store: _Store, shape: Shape, x: Tensor | None, charged: int) -> None:
-        self.store, self.shape, self.x, self.charged = store, shape, x, charged
+    def __init__(self, store: _Store, shape: Shape, charged: int) -> None:
+        self.store, self.shape, self.charged = store, shape, charged
         store.free -= charged
 
     def close(self) -> None:
-        """Give the memory back."""
-        self.store.free += self.charged
-        self.x = None
+        """Release the memory or the file."""
+        raise NotImplementedError
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows [top, bottom), (1, C, bottom - top, W), channels-last."""
+        raise NotImplementedError
+
+    def write(self, top: int, band: Tensor) -> None:
+        """Store rows from ``top`` on; writing row 0 starts the feature map anew."""
+        raise NotImplementedError
+
+    def whole(self) -> Tensor:
+        """All of it, (1, C, H, W), contiguous; closes the feature map."""
+        raise NotImplementedError
 
     def bands(self, source: _Map) -> Iterator[tuple[int, int]]:
-        """Rows [top, bottom) of this map, of which none needs more than a band of it or of the ``source``."""
+        """Rows [top, bottom) such that no band of this map or of ``source`` is larger than the store's."""
         height = self.shape[1]
         row = max(math.prod(self.shape), math.prod(source.shape)) // height * self.store.dtype.itemsize
         step = max(2, self.store.band // row // 2 * 2)
         for top in range(0, height, step):
             yield top, min(top + step, height)
 
-    def read(self, top: int, bottom: int) -> Tensor:
-        """Rows [top, bottom), (1, C, bottom - top, W), channels-last."""
-        return self.x[:, :, top:bottom].to(self.store.device).contiguous(memory_format=torch.channels_last)
-
-    def padded(self, top: int, bottom: int, norm: GroupNorm | None = None) -> Tensor:
-        """Rows [top, bottom), normalised, zero beyond the map's ends."""
-        inside = max(top, 0), min(bottom, self.shape[1])
-        band = self.read(*inside)
+    def padded(self, top: int, bottom: int, norm: Norm | None = None) -> Tensor:
+        """Rows [top, bottom), normalised; zero beyond the first and the last row."""
+        first, end = max(top, 0), min(bottom, self.shape[1])
+        band = self.read(first, end)
         if norm is not None:
             scale, shift = (part.to(band)[:, None, None] for part in self._affine(norm))
             band = torch.addcmul(shift, band, scale)
             band = F.silu(band, inplace=True) if norm.silu else band
-        beyond = inside[0] - top, bottom - inside[1]
+        beyond = first - top, bottom - end
         return F.pad(band, (0, 0, *beyond)) if any(beyond) else band
 
-    def write(self, top: int, band: Tensor) -> None:
-        """Put rows, from ``top`` on; writing the first begins the map anew."""
-        self.note(top, band)
-        self.x[:, :, top : top + band.shape[2]].copy_(band)
-
-    def note(self, top: int, band: Tensor) -> None:
-        """Count rows into the moments, without putting them anywhere."""
+    def count(self, top: int, band: Tensor) -> None:
+        """Add rows from ``top`` on to the moments."""
         wide = band.to(torch.promote_types(band.dtype, torch.float32))
         if top == 0:
-            # Sums of squares of what is far from zero would lose the variance.
-            self.offset = wide[:, :, 0].mean(-1)[..., None, None]
-            self.count, self.first, self.second = 0, 0.0, 0.0
-        wide = wide - self.offset
-        self.count += wide.shape[2] * wide.shape[3]
-        self.first += wide.sum((0, 2, 3)).double()
-        self.second += wide.square_().sum((0, 2, 3)).double()
+            # Sums of squares of values far from zero would lose the variance.
+            self._offset = wide[:, :, 0].mean(-1)[..., None, None]
+            self._count = 0
+            self._first = self._second = wide.new_zeros(wide.shape[1], dtype=torch.float64)
+        wide = wide - self._offset
+        self._count += wide.shape[2] * wide.shape[3]
+        self._first = self._first + wide.sum((0, 2, 3)).double()
+        self._second = self._second + wide.square_().sum((0, 2, 3)).double()
 
-    def _affine(self, norm: GroupNorm) -> tuple[Tensor, Tensor]:
-        """What a normalisation multiplies each channel by, and what it adds then: float64 (C,)."""
-        drift = self.first / self.count
-        mean = self.offset.flatten().double() + drift
-        variance = self.second / self.count - drift.square()
+    def _affine(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The normalisation as a factor and a summand for each channel: float64 (C,) each."""
+        drift = self._first / self._count
+        mean = self._offset.flatten().double() + drift
+        variance = self._second / self._count - drift.square()
         grouped = mean.view(norm.num_groups, -1)
         centre = grouped.mean(1, keepdim=True)
         spread = (variance.view_as(grouped) + (grouped - centre).square()).mean(1, keepdim=True).clamp(min=0)
         scale = norm.weight.double().view_as(grouped) / (spread + norm.eps).sqrt()
         return scale.flatten(), norm.bias.double() - (centre * scale).flatten()
 
+
+class _InMemory(_Map):
+    """A feature map in the memory of the device or of the host."""
+
+    def __init__(self, store: _Store, shape: Shape, x: Tensor, charged: int) -> None:
+        super().__init__(store, shape, charged)
+        self.x = x
+
+    def close(self) -> None:
+        self.store.free += self.charged
+        del self.x
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        return self.x[:, :, top:bottom].to(self.store.device).contiguous(memory_format=torch.channels_last)
+
+    def write(self, top: int, band: Tensor) -> None:
+        self.count(top, band)
+        self.x[:, :, top : top + band.shape[2]].copy_(band)
+
     def whole(self) -> Tensor:
-        """The map (1, C, H, W), which is given up."""
-        x = self.read(0, self.shape[1]) if self.x is None else self.x.to(self.store.device)
+        x = self.x.to(self.store.device)
         self.close()
         return x.contiguous()
 
 
 class _Scratch(_Map):
-    """A map in a file, which vanishes with it."""
+    """A feature map in a temporary file, which disappears when it is closed."""
 
     def __init__(self, store: _Store, shape: Shape, size: int) -> None:
-        super().__init__(store, shape, None, 0)
+        super().__init__(store, shape, 0)
         directory = scratch_directory()
         self.no_room = UserError(
-            f"an image of this size needs {size >> 20} MiB in {directory} beside its memory: make room, give it more "
-            "memory, or set TMPDIR to a directory with more room"
+            f"{directory}: got too little free disk space, expected {size >> 20} MiB for the feature maps of this "
+            "image; free some, allow more memory, or set TMPDIR to a directory with more space"
         )
         if shutil.disk_usage(directory).free < size:
             raise self.no_room
@@ -383,12 +399,17 @@ class _Scratch(_Map):
         return rows.permute(2, 0, 1)[None].to(self.store.device)
 
     def write(self, top: int, band: Tensor) -> None:
-        self.note(top, band)
+        self.count(top, band)
         self._transfer(self.file.write, top, band[0].permute(1, 2, 0).cpu().contiguous())
+
+    def whole(self) -> Tensor:
+        x = self.read(0, self.shape[1])
+        self.close()
+        return x.contiguous()
 
     def _transfer(self, act: Callable[[memoryview], int], top: int, rows: Tensor) -> None:
         # Read and written, not mapped: the pages of a mapping would count as the process's own memory.
-        view = memoryview(rows.view(torch.uint8).flatten().numpy())
+        view = rows.view(torch.uint8).flatten().numpy().data
         self.file.seek(top * rows[0].nbytes)
         try:
             while view.nbytes:
@@ -398,5 +419,5 @@ class _Scratch(_Map):
 
 
 def scratch_directory() -> str:
-    """Where large files may lie for a while: ``TMPDIR``, else /var/tmp, as /tmp is often a part of memory."""
+    """A directory for large temporary files: ``TMPDIR``, else /var/tmp, because /tmp is often a part of memory."""
     return os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())

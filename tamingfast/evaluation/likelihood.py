@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast import ops, tasks
-from tamingfast.data.base import to_unit_scale
+from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters

@@ -1,21 +1,32 @@
-"""What the original's models inherit from Lightning and other code uses, on a plain torch module."""
+"""What all models share: the attributes that code for the original expects, and the interface of a first stage."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from tamingfast.engines.bands import Progress
+
+#: ``(perplexity, one-hot codes, tokens int64)``; most quantisers leave the first two out.
+Info: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
+#: What the original's ``encode`` returns: quantised latents (B, D, h, w), a loss if it has one, and `Info`.
+Encoded: TypeAlias = tuple[Tensor, Tensor | None, Info]
 
 
 class Module(nn.Module):
     """A torch module with the attributes that code written for the original reads and sets.
 
-    ``learning_rate`` and ``global_step`` belong to whoever trains the model; ``logged`` holds the latest value of
-    everything that a training or validation step has reported.
+    Attributes:
+        learning_rate, global_step: set by whoever trains the model.
+        logged: the latest value of everything that a training or validation step has logged.
+        config: the sections of the model's config, set by `tamingfast.load_model`.
     """
+
+    config: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,50 +36,144 @@ class Module(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter or buffer."""
+        """The device of the first parameter or buffer, the CPU without any."""
         for tensor in (*self.parameters(), *self.buffers()):
             return tensor.device
         return torch.device("cpu")
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
-        """Remember a value; Lightning's further arguments are accepted and unused."""
+        """Store a value in ``logged``; Lightning's other arguments are ignored."""
         self.logged[name] = value.detach() if isinstance(value, Tensor) else value
 
     def log_dict(self, values: Mapping[str, Any], **kwargs: Any) -> None:
-        """Remember several values; Lightning's further arguments are accepted and unused."""
+        """Store several values in ``logged``; Lightning's other arguments are ignored."""
         for name, value in values.items():
             self.log(name, value)
 
 
-class FirstStage(Module):
-    """What turns images into tokens and back, one token for ``factor`` x ``factor`` pixels.
+class Codebook(Protocol):
+    """Where tokens have their latent vectors."""
 
-    Images of (H, W) pixels become (rows, columns) tokens, which a prior models in raster order. ``levels`` counts the
-    grids over the image that these consist of: with one, a token's row and column are its place in the image.
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Entries of flat ``indices`` (N,): (B, D, h, w) for ``shape`` = (B, h, w, D), (N, D) for None."""
+
+
+class ConditionStage(Protocol):
+    """A module that turns conditions into tokens."""
+
+    training: bool
+
+    def encode(self, c: Tensor, /) -> Encoded:
+        """Conditions -> the quantised condition, a loss if it has one, and `Info` with its tokens."""
+
+    def decode(self, c: Tensor, /) -> Tensor:
+        """The inverse of `encode`, from the quantised condition."""
+
+    def eval(self) -> Any:
+        """Switch to evaluation mode."""
+
+
+class FirstStage(Module):
+    """Turns images into tokens and back, one token for ``factor`` x ``factor`` pixels.
+
+    Images of (H, W) pixels become (rows, columns) tokens, which a prior models in raster order. ``levels`` is the
+    number of grids over the image that they form: with one, the row and column of a token are its place in the image.
     """
 
-    factor: int
-    levels = 1
+    levels: int = 1
+
+    if TYPE_CHECKING:  # some subclasses compute these, others set them, and `quantize` is often a submodule
+
+        @property
+        def factor(self) -> int:
+            """Pixels per token along one side."""
+
+        @property
+        def embed_dim(self) -> int:
+            """Width of a codebook entry."""
+
+        @property
+        def n_embed(self) -> int:
+            """Number of token values."""
+
+        @property
+        def quantize(self) -> Codebook:
+            """The codebook."""
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Images (B, C, H, W) -> `Encoded`."""
+        raise NotImplementedError
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Quantised latents (B, embed_dim, h, w) -> images (B, C, H, W)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Images (B, C, H, W) -> tokens int64 (B, rows, columns), without gradients.
+
+        Stages that can work in bands of rows keep within ``memory`` bytes of feature maps (default: half of the free
+        memory) and call ``progress(done, total)`` then; see `tamingfast.engines.bands.run`. Others ignore both.
+        """
+        return _encode_grid(self, x)
+
+    @torch.no_grad()
+    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; as `encode_grid` otherwise."""
+        return self.decode(self.codes_of(grid))
+
+    def codes_of(self, grid: Tensor) -> Tensor:
+        """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
+        return _codes(self, grid)
 
     @property
     def pixels_per_token(self) -> float:
-        """Pixels of an image over its tokens."""
+        """Pixels of an image divided by its tokens."""
         return self.factor**2 / math.prod(self.grid(self.factor, self.factor))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens (rows, columns) of an image of so many pixels; what ``factor`` does not divide is cut off."""
+        """(rows, columns) of an image of height x width pixels; pixels beyond multiples of ``factor`` are cut off."""
         return height // self.factor, width // self.factor
 
     def footprint(self, tokens: Tensor) -> Tensor:
-        """The pixels that some tokens stand for: bool (B, rows, columns) -> bool (B, 1, H, W)."""
+        """The pixels that belong to the chosen tokens: bool (B, rows, columns) -> bool (B, 1, H, W)."""
         return tokens[:, None].repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
 
+def encode_grid(
+    stage: ConditionStage | nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """`FirstStage.encode_grid` for any module that has the original's ``encode``, such as a `ConditionStage`."""
+    return stage.encode_grid(x, memory, progress) if isinstance(stage, FirstStage) else _encode_grid(stage, x)
+
+
+@torch.no_grad()
+def decode_grid(
+    stage: ConditionStage | nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """`FirstStage.decode_grid` for any module with ``decode``, ``embed_dim`` and ``quantize.get_codebook_entry``."""
+    if isinstance(stage, FirstStage):
+        return stage.decode_grid(grid, memory, progress)
+    foreign: Any = stage
+    return foreign.decode(_codes(foreign, grid))
+
+
+@torch.no_grad()
+def _encode_grid(stage: Any, x: Tensor) -> Tensor:
+    quant, _, (_, _, indices) = stage.encode(x)
+    return indices.view(len(x), *quant.shape[2:])
+
+
+def _codes(stage: Any, grid: Tensor) -> Tensor:
+    """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
+    return stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
+
+
 def at_least(least: int, **numbers: int) -> None:
-    """ValueError naming the first of the ``numbers`` below ``least``: torch builds networks of nothing in silence."""
+    """ValueError naming the first of the ``numbers`` below ``least``: torch builds networks of size 0 silently."""
     for name, value in numbers.items():
         if value < least:
-            raise ValueError(f"got {name}={value}; expected at least {least}")
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:

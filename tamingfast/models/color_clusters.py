@@ -7,10 +7,19 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.models.base import FirstStage
+from tamingfast.models.quantize import Quantised, as_grid
 
 
 class KMeans(nn.Module):
-    """``ncluster`` colours of ``nc`` channels, found in ``niter`` rounds of Lloyd's algorithm."""
+    """``ncluster`` colours of ``nc`` channels, found in ``niter`` rounds of Lloyd's algorithm.
+
+    Attributes:
+        C: the colours, (ncluster, nc).
+        initialized: uint8 (), 1 once they have been learned or loaded.
+    """
+
+    C: Tensor
+    initialized: Tensor
 
     def __init__(self, ncluster: int = 512, nc: int = 3, niter: int = 10):
         super().__init__()
@@ -25,14 +34,12 @@ class KMeans(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Learn the colours from x (N, nc); starts from random rows, moves empty clusters to random rows.
+        """Learn the colours from x (N, nc), starting from random rows; empty clusters move to random rows.
 
-        Draws from torch's generator. Raises ValueError when there are fewer rows than clusters.
+        Draws from torch's generator. Raises ValueError for another shape and for fewer rows than clusters.
         """
         if x.ndim != 2 or x.shape[1] != self.nc or len(x) < self.ncluster:
-            raise ValueError(
-                f"got points of shape {tuple(x.shape)}; expected (N, {self.nc}) with N at least {self.ncluster}"
-            )
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.nc}) with N at least {self.ncluster}")
         centres = x[torch.randperm(len(x), device=x.device)[: self.ncluster]].contiguous()
         for _ in range(self.niter):
             nearest = ops.nearest_code(x, centres)
@@ -53,10 +60,10 @@ class KMeans(nn.Module):
 
 
 class ColorClusters(FirstStage):
-    """A first stage whose tokens are pixels: `KMeans` behind the interface of `VQModel`, with f = 1."""
+    """A first stage whose tokens are pixels: `KMeans` with the interface of `VQModel`, f = 1."""
 
-    factor = 1
-    embed_dim = 3
+    factor: int = 1
+    embed_dim: int = 3
 
     def __init__(self, ncluster: int = 512, niter: int = 10):
         super().__init__()
@@ -69,22 +76,21 @@ class ColorClusters(FirstStage):
 
     @property
     def quantize(self) -> ColorClusters:
-        """Itself: the object with ``get_codebook_entry``."""
+        """The object with ``get_codebook_entry``, which is this one."""
         return self
 
-    def encode(self, x: Tensor):
+    def encode(self, x: Tensor) -> Quantised:
         """Images (B, 3, H, W) -> ``(nearest colours (B, 3, H, W), 0, (None, None, indices (B, H, W)))``."""
         indices = self.kmeans(x).view(len(x), *x.shape[2:])
         return self.kmeans.C[indices].permute(0, 3, 1, 2).contiguous(), x.new_zeros(()), (None, None, indices)
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Colours are the image already."""
+        """Colours (B, 3, H, W), which are the image already."""
         return quant
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Colours of flat ``indices`` (N,); with ``shape`` = (B, H, W, 3) as (B, 3, H, W)."""
-        colours = self.kmeans.C[indices]
-        return colours if shape is None else colours.view(shape).permute(0, 3, 1, 2).contiguous()
+        """Colours of flat ``indices`` (N,): (B, 3, H, W) for ``shape`` = (B, H, W, 3), (N, 3) for None."""
+        return as_grid(self.kmeans.C[indices], shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> ``(images in the dictionary's colours, 0)``."""

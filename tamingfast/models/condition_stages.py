@@ -1,4 +1,4 @@
-"""Condition stages that need no weights: class labels, a constant token, coordinates, ready-made tokens."""
+"""Condition stages without weights: a constant token, class labels, coordinates, tokens from the data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.models.base import at_least
+from tamingfast.models.base import Encoded, at_least
 
 
 class SOSProvider(nn.Module):
@@ -16,66 +16,66 @@ class SOSProvider(nn.Module):
         super().__init__()
         self.sos_token, self.quantize_interface = sos_token, quantize_interface
 
-    def encode(self, x: Tensor):
-        """x (B, ...) -> tokens (B, 1), in the form of a VQModel's ``encode``."""
+    def encode(self, x: Tensor) -> Encoded | Tensor:
+        """x (B, ...) -> tokens (B, 1), as ``(tokens, None, (None, None, tokens))`` with ``quantize_interface``."""
         c = torch.full((x.shape[0], 1), self.sos_token, dtype=torch.int64, device=x.device)
-        return (c, None, [None, None, c]) if self.quantize_interface else c
+        return (c, None, (None, None, c)) if self.quantize_interface else c
 
 
 class Labelator(nn.Module):
-    """A class index as one token."""
+    """A class label as one token."""
 
     def __init__(self, n_classes: int, quantize_interface: bool = True):
         super().__init__()
         at_least(1, n_classes=n_classes)
         self.n_classes, self.quantize_interface = n_classes, quantize_interface
 
-    def encode(self, c: Tensor):
-        """Labels (B,) -> tokens (B, 1); ValueError for a label outside 0 to n_classes-1."""
+    def encode(self, c: Tensor) -> Encoded | Tensor:
+        """Labels (B,) -> tokens (B, 1), as from `SOSProvider`; ValueError for a label outside 0 to n_classes-1."""
         if c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
-            raise ValueError(f"got class labels {int(c.min())} to {int(c.max())}; expected 0 to {self.n_classes - 1}")
+            raise ValueError(f"class label: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_classes - 1}")
         c = c.reshape(-1, 1).long()
-        return (c, None, [None, None, c]) if self.quantize_interface else c
+        return (c, None, (None, None, c)) if self.quantize_interface else c
 
     def decode(self, c: Tensor) -> Tensor:
-        """Tokens (B, 1) -> labels (B,); the original lacks this and fails when it draws its condition."""
+        """Tokens (B, 1) -> labels (B,); the original lacks this, so its ``log_images`` fails."""
         return c.reshape(-1)
 
 
 class CoordStage(nn.Module):
-    """Coordinates in [0, 1] as tokens: average over ``down_factor`` squares, then ``round(n_embed * c)``.
+    """Coordinates in [0, 1] as tokens: the mean over squares of side ``down_factor``, then ``round(n_embed * c)``.
 
-    Tokens reach n_embed itself, so the vocabulary needs n_embed + 1 entries.
+    The largest token is n_embed itself, so the vocabulary needs n_embed + 1 entries.
     """
 
     def __init__(self, n_embed: int, down_factor: int):
         super().__init__()
         self.n_embed, self.down_factor = n_embed, down_factor
 
-    def encode(self, c: Tensor):
-        """c (B, 1, H, W) in [0, 1] -> quantised map (B, 1, h, w) and int64 tokens of the same shape."""
+    def encode(self, c: Tensor) -> Encoded:
+        """c (B, 1, H, W) in [0, 1] -> the quantised map (B, 1, h, w) and int64 tokens of the same shape."""
         if c.ndim != 4 or c.shape[1] != 1:
-            raise ValueError(f"got coordinates of shape {tuple(c.shape)}; expected (batch, 1, height, width)")
+            raise ValueError(f"coordinates: got shape {tuple(c.shape)}, expected (batch, 1, height, width)")
         if not (c.min() >= 0.0 and c.max() <= 1.0):
-            raise ValueError(f"got coordinates from {c.min():g} to {c.max():g}; expected values in [0, 1]")
+            raise ValueError(f"coordinates: got {c.min():g} to {c.max():g}, expected values in [0, 1]")
         c = F.interpolate(c, scale_factor=1 / self.down_factor, mode="area").clamp(0.0, 1.0)
         quantised = (self.n_embed * c).round()
-        return quantised, None, [None, None, quantised.long()]
+        return quantised, None, (None, None, quantised.long())
 
     def decode(self, c: Tensor) -> Tensor:
-        """The quantised map back to coordinates at full size."""
+        """The quantised map (B, 1, h, w) -> coordinates (B, 1, H, W)."""
         return F.interpolate(c / self.n_embed, scale_factor=self.down_factor, mode="nearest")
 
 
 class DummyCondStage(nn.Module):
-    """For conditions that a dataset delivers as tokens already."""
+    """For conditions that the data set provides as tokens."""
 
     def __init__(self, conditional_key: str):
         super().__init__()
         self.conditional_key = conditional_key
 
     @staticmethod
-    def encode(c: Tensor):
+    def encode(c: Tensor) -> Encoded:
         return c, None, (None, None, c)
 
     @staticmethod

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 
 class ActNorm(nn.Module):
-    """Per-channel affine map whose first training batch sets it to zero mean and unit variance (Glow, section 3.1)."""
+    """Per-channel affine map, initialised to standardise the first training batch (Glow, section 3.1)."""
+
+    initialized: Tensor
 
     def __init__(self, num_features: int, logdet: bool = False, affine: bool = True, allow_reverse_init: bool = False):
         if not affine:
-            raise ValueError("got affine=False; ActNorm is an affine map, expected True")
+            raise ValueError("affine: got False, expected True, as ActNorm is an affine map")
         super().__init__()
         self.logdet, self.allow_reverse_init = logdet, allow_reverse_init
         self.loc = nn.Parameter(torch.zeros(1, num_features, 1, 1))
@@ -20,17 +22,21 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        """Standardise the channels of x (B, C, H, W)."""
         self.loc.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.scale.copy_(1 / (x.std((0, 2, 3), keepdim=True) + 1e-6))
         self.initialized.fill_(1)
 
-    def forward(self, x: Tensor, reverse: bool = False):
-        """x (B, C, H, W) or (B, C), same shape back; with ``logdet`` also the log-determinant (B,)."""
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, C, H, W) or (B, C) -> the same shape, forwards with ``logdet`` also the log-determinant (B,).
+
+        Raises RuntimeError if the first call in training mode is a reverse one, unless ``allow_reverse_init``.
+        """
         flat = x.ndim == 2
         x = x[:, :, None, None] if flat else x
         if self.training and not self.initialized:
             if reverse and not self.allow_reverse_init:
-                raise RuntimeError("ActNorm has seen no data; run it forwards first or set allow_reverse_init=True")
+                raise RuntimeError("ActNorm is not initialised; run it forwards first or set allow_reverse_init=True")
             self.initialize(x)
         h = x / self.scale - self.loc if reverse else self.scale * (x + self.loc)
         h = h[:, :, 0, 0] if flat else h
@@ -41,7 +47,7 @@ class ActNorm(nn.Module):
 
 
 def weights_init(module: nn.Module) -> None:
-    """Normal(0, 0.02) convolutions and Normal(1, 0.02) batch norms, as pix2pix starts its discriminator."""
+    """Initialise convolutions with Normal(0, 0.02) and batch norms with Normal(1, 0.02), as pix2pix does."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -50,7 +56,7 @@ def weights_init(module: nn.Module) -> None:
 
 
 class NLayerDiscriminator(nn.Module):
-    """``n_layers`` strided 4x4 convolutions, then two unstrided ones: a map of real/fake logits, one per patch."""
+    """``n_layers`` strided 4x4 convolutions, then two of stride 1: one real/fake logit per patch."""
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False):
         super().__init__()
@@ -59,7 +65,7 @@ class NLayerDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         for level in range(1, n_layers + 1):
             stride = 2 if level < n_layers else 1
-            # Batch norm has a bias of its own.
+            # Batch norm adds a bias.
             conv = nn.Conv2d(widths[level - 1], widths[level], 4, stride=stride, padding=1, bias=use_actnorm)
             layers += [conv, norm(widths[level]), nn.LeakyReLU(0.2, True)]
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))

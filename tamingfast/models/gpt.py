@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
+from tamingfast.engines.networks import LayerCache, TransformerConfig
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
+from tamingfast.ops import reference
+from tamingfast.ops.choice import top_k_top_p
 
 
 class GPTConfig:
-    """The numbers of a GPT: ``vocab_size block_size n_layer n_head n_embd n_unmasked`` and three dropout rates."""
+    """The sizes and dropout rates of a GPT; other keyword arguments become attributes too, as in the original."""
 
-    embd_pdrop = 0.1
-    resid_pdrop = 0.1
-    attn_pdrop = 0.1
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_unmasked: int = 0
+    embd_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
 
     def __init__(self, vocab_size: int, block_size: int, **kwargs: Any):
         self.vocab_size = vocab_size
@@ -30,19 +37,15 @@ class GPTConfig:
             setattr(self, key, value)
 
 
-#: One layer's keys and values, each (B, n_head, length, head_dim).
-LayerCache = tuple[Tensor, Tensor]
-
-
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, causal but for the first ``n_unmasked`` positions, which see one another."""
+    """Multi-head causal attention, bidirectional among the first ``n_unmasked`` positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"got n_embd={config.n_embd}, which n_head={config.n_head} does not divide")
+            raise ValueError(f"n_embd: got {config.n_embd}, expected a multiple of n_head={config.n_head}")
         self.n_head = config.n_head
-        self.n_unmasked = getattr(config, "n_unmasked", 0)
+        self.n_unmasked = config.n_unmasked
         self.block_size = config.block_size
         self.key = nn.Linear(config.n_embd, config.n_embd)
         self.query = nn.Linear(config.n_embd, config.n_embd)
@@ -53,11 +56,11 @@ class CausalSelfAttention(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """The original's buffer: 1 where a position sees another, (1, 1, block_size, block_size)."""
-        return attention_mask(self.block_size, self.n_unmasked, self.proj.weight.device)
+        """The original's buffer, 1 where a row attends to a column: float32 (1, 1, block_size, block_size)."""
+        return _mask_buffer(self.block_size, self.n_unmasked, self.proj.weight.device)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(self._split(p(x)) for p in (self.query, self.key, self.value))
+        return self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
@@ -66,12 +69,12 @@ class CausalSelfAttention(nn.Module):
         return self.resid_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, n_embd) -> the same shape."""
+        """x (B, T, n_embd) -> (B, T, n_embd)."""
         dropout = self.attn_drop.p if self.training else 0.0
         return self._join(ops.causal_attention(*self._heads(x), n_unmasked=self.n_unmasked, dropout_p=dropout))
 
     def forward_cached(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
-        """The same for the positions ``start`` onwards, whose keys and values are written to ``cache``."""
+        """As `forward` for positions from ``start`` on, whose keys and values are written to ``cache``."""
         q, k, v = self._heads(x)
         keys, values = cache
         stop = start + x.shape[1]
@@ -86,9 +89,9 @@ class CausalSelfAttention(nn.Module):
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
-        """The same for the tokens of several spans, one after the other in x (B, T, n_embd); cache (slots, B, ...).
+        """As `forward` for the concatenated spans x (B, T, n_embd); cache (slots, B, ...).
 
-        With ``last_only`` the result holds the last token of each span alone, (B, number of spans, n_embd).
+        With ``last_only`` only the last token of each span is returned: (B, number of spans, n_embd).
         """
         ends = _ends(spans)
         k, v = self._split(self.key(x)), self._split(self.value(x))
@@ -104,8 +107,8 @@ class CausalSelfAttention(nn.Module):
                 asking = q[:, :, i : i + 1] if last_only else q[:, :, begin:end]
                 outputs.append(F.scaled_dot_product_attention(asking, *seen))
             elif span.start == 0:
-                own = (part[:, :, begin:end] for part in (q, k, v))
-                outputs.append(ops.causal_attention(*own, n_unmasked=self.n_unmasked))
+                own_q, own_k, own_v = (part[:, :, begin:end] for part in (q, k, v))
+                outputs.append(ops.causal_attention(own_q, own_k, own_v, n_unmasked=self.n_unmasked))
             else:
                 rows = torch.arange(span.start, span.stop, device=x.device)
                 mask = torch.arange(span.stop, device=x.device) <= rows[:, None]
@@ -114,7 +117,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a four times wider MLP with exact GELU, each behind a LayerNorm and added to its input."""
+    """A pre-norm transformer block: attention, then an MLP of width 4 * n_embd with exact GELU."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -145,9 +148,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT2 with learned absolute positions, no weight tying and no bias in the head.
 
-    The original stores each block's attention mask; state dicts written here carry it too, and ``n_unmasked`` of a
-    loaded state dict is read off its masks.
+    As in the original, state dicts contain the attention mask of each block; ``n_unmasked`` is read from the masks of
+    a state dict that is loaded.
     """
+
+    config: TransformerConfig
 
     def __init__(
         self,
@@ -187,49 +192,47 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def get_block_size(self) -> int:
-        """The longest sequence that the model takes."""
+        """The greatest length of a sequence."""
         return self.block_size
 
-    def forward(self, idx: Tensor, embeddings: Tensor | None = None, targets: Tensor | None = None):
+    def forward(
+        self, idx: Tensor, embeddings: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens int64 (B, T) -> ``(logits (B, T, vocab_size), cross entropy or None)``.
 
-        ``embeddings`` (B, E, n_embd) come before the tokens; ``targets`` int64 (B, T) asks for the loss, in nats.
-        Raises ValueError when the sequence is longer than ``block_size``.
+        ``embeddings`` (B, E, n_embd) come before the tokens. The cross entropy, in nats, is that of ``targets`` int64
+        (B, T). Raises ValueError if the sequence is longer than ``block_size``.
         """
-        x = self.tok_emb(idx)
-        if embeddings is not None:
-            x = torch.cat((embeddings, x), dim=1)
+        x = self._embed(idx, embeddings)
         self._check_length(x.shape[1])
         x = self.drop(x + self.pos_emb[:, : x.shape[1]])
         logits = self.head(self.ln_f(self.blocks(x)))
-        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
-        return logits, loss
+        return logits, _cross_entropy(logits, targets)
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:
         """Empty keys and values for ``length`` positions (default ``block_size``): (B, n_head, length, D) each."""
         length = self.block_size if length is None else length
-        self._check_length(length)
-        shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
-        return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
+        return self._empty_cache((batch,), length)
 
     def forward_cached(self, idx: Tensor, cache: list[LayerCache], start: int) -> Tensor:
-        """Logits (B, t, vocab_size) of tokens (B, t) at positions ``start`` onwards, given what ``cache`` holds before.
+        """Logits (B, t, vocab_size) of tokens (B, t) at positions from ``start`` on, given the ``cache`` before them.
 
-        Positions that see later ones (``n_unmasked``) must come in one call with all that they see; ValueError else.
+        The unmasked prefix must come in one call, from position 0. ValueError for another start within it, and for
+        positions beyond the cache.
         """
-        stop = start + idx.shape[1]
-        if stop > cache[0][0].shape[2]:
-            raise ValueError(f"got positions up to {stop - 1}, but the cache holds {cache[0][0].shape[2]}")
+        stop, capacity = start + idx.shape[1], cache[0][0].shape[2]
+        if stop > capacity:
+            raise ValueError(f"idx: got positions up to {stop - 1}, expected at most {capacity - 1}, the cache's last")
         if 0 < start < self.config.n_unmasked:
             raise ValueError(
-                f"got start={start} inside the unmasked prefix of {self.config.n_unmasked} positions; "
-                "span it whole from 0"
+                f"start: got {start}, expected 0 or at least {self.config.n_unmasked}; feed the unmasked prefix in one "
+                "call"
             )
         return self._run_cached(self.tok_emb(idx), cache, start)
 
     def _run_cached(self, embedded: Tensor, cache: list[LayerCache], start: int) -> Tensor:
         x = embedded + self.pos_emb[:, start : start + embedded.shape[1]]
-        for block, layer in zip(self.blocks, cache, strict=True):
+        for block, layer in zip(self._blocks, cache, strict=True):
             x = block.forward_cached(x, layer, start)
         return self.head(self.ln_f(x))
 
@@ -241,73 +244,82 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         past: Sequence[Tensor] | None = None,
         past_length: int | None = None,
-    ):
-        """The original's cached step: ``(logits (B, t, vocab), loss or None, present)``.
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The original's cached step: ``(logits (B, t, vocab_size), loss or None, present)``.
 
-        ``present`` holds the new keys and values, (n_layer, 2, B, n_head, t, D); ``past`` is the list of all earlier
-        ones, of ``past_length`` positions together. Copies the whole past on each call; `forward_cached` does not.
+        ``present`` are the new keys and values, (n_layer, 2, B, n_head, t, D); ``past`` is the list of all earlier
+        ones, ``past_length`` positions in total (ValueError otherwise). Unlike `forward_cached` this copies the whole
+        past on each call.
         """
-        x = self.tok_emb(idx)
-        if embeddings is not None:
-            x = torch.cat((embeddings, x), dim=1)
+        x = self._embed(idx, embeddings)
         start = 0 if past is None else sum(part.shape[-2] for part in past)
         if past is not None and start != past_length:
-            raise ValueError(f"got past_length={past_length}, but past holds {start} positions")
+            raise ValueError(f"past_length: got {past_length}, expected {start}, the positions of past")
         cache = self.new_cache(len(x), start + x.shape[1])
         for layer, (keys, values) in enumerate(cache):
             if past is not None:
                 keys[:, :, :start], values[:, :, :start] = torch.cat([part[layer] for part in past], dim=-2)
         logits = self._run_cached(x, cache, start)
-        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
         present = torch.stack([torch.stack((keys[:, :, start:], values[:, :, start:])) for keys, values in cache])
-        return logits, loss, present
+        return logits, _cross_entropy(logits, targets), present
 
     def new_slots(self, slots: int, batch: int, length: int) -> list[LayerCache]:
         """Empty caches for `forward_ragged`: keys and values (slots, B, n_head, length, D) of each layer."""
+        return self._empty_cache((slots, batch), length)
+
+    def _empty_cache(self, leading: tuple[int, ...], length: int) -> list[LayerCache]:
         self._check_length(length)
-        shape = (slots, batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
+        shape = (*leading, self.config.n_head, length, self.config.n_embd // self.config.n_head)
         return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
 
     def forward_ragged(self, idx: Tensor, cache: list[LayerCache], spans: Sequence[Span]) -> Tensor:
         """Logits (B, number of spans, vocab_size) of the last token of each span.
 
-        ``idx`` (B, T) holds the tokens of all spans, one after the other; each span has a slot of ``cache`` of its own
-        and is as long as its positions say. What `forward_cached` says of the cache holds for each slot.
+        ``idx`` (B, T) are the concatenated tokens of all spans, no two of them of one slot. Each slot of ``cache``
+        works as the cache of `forward_cached`.
         """
-        place = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
-        x = self.tok_emb(idx) + self.pos_emb[0, place]
+        positions = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
+        x = self.tok_emb(idx) + self.pos_emb[0, positions]
         last = len(self.blocks) - 1
-        for i, (block, layer) in enumerate(zip(self.blocks, cache, strict=True)):
+        for i, (block, layer) in enumerate(zip(self._blocks, cache, strict=True)):
             x = block.forward_ragged(x, layer, spans, last_only=i == last)
         return self.head(self.ln_f(x))
 
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _embed(self, idx: Tensor, embeddings: Tensor | None) -> Tensor:
+        x = self.tok_emb(idx)
+        return x if embeddings is None else torch.cat((embeddings, x), dim=1)
+
     def _check_length(self, length: int) -> None:
         if length > self.block_size:
-            raise ValueError(
-                f"got a sequence of {length} tokens; this model takes at most block_size={self.block_size}"
-            )
+            raise ValueError(f"length: got {length} tokens, expected at most block_size={self.block_size}")
 
 
-def attention_mask(size: int, n_unmasked: int, device: torch.device) -> Tensor:
-    """1 where a position (row) sees another (column), else 0: float32 (1, 1, size, size)."""
-    mask = torch.ones(size, size, device=device).tril_()
-    mask[:n_unmasked, :n_unmasked] = 1
-    return mask.view(1, 1, size, size)
+def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
+    return None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:
+    """The attention mask as the original stores it: float32 (1, 1, size, size)."""
+    return reference.attention_mask(size, n_unmasked, device).float().view(1, 1, size, size)
 
 
 def _ends(spans: Sequence[Span]) -> list[int]:
     return list(itertools.accumulate(span.count for span in spans))
 
 
-def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    mask = attention_mask(gpt.block_size, gpt.config.n_unmasked, gpt.pos_emb.device)
+def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    mask = _mask_buffer(gpt.block_size, gpt.config.n_unmasked, gpt.pos_emb.device)
     for i in range(len(gpt.blocks)):
         state[f"{prefix}blocks.{i}.attn.mask"] = mask
 
 
-def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+def _read_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, *args: object) -> None:
     found = None
-    for i, block in enumerate(gpt.blocks):
+    for i, block in enumerate(gpt._blocks):
         mask = state.pop(f"{prefix}blocks.{i}.attn.mask", None)
         if mask is None or mask.is_meta:
             continue
@@ -320,8 +332,8 @@ def _read_masks(gpt: GPT, state: Mapping[str, Tensor], prefix: str, *args: Any) 
 def _unmasked_prefix(mask: Tensor, name: str) -> int:
     n = int(mask[0].sum())
     n = 0 if n == 1 else n  # one unmasked position is plain causal attention
-    if not torch.equal(mask.float(), attention_mask(len(mask), n, mask.device)[0, 0]):
-        raise UserError(f"'{name}' is neither causal nor causal after an unmasked prefix, which is all this GPT can do")
+    if not torch.equal(mask.float(), _mask_buffer(len(mask), n, mask.device)[0, 0]):
+        raise UserError(f"{name}: got another pattern, expected a causal mask, or one that is causal after a prefix")
     return n
 
 
@@ -329,19 +341,17 @@ def _unmasked_prefix(mask: Tensor, name: str) -> int:
 
 
 def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """Logits with all but the k largest of the last axis (and ties) at -inf."""
+    """Logits with all but the k largest of the last axis (and ties) set to -inf."""
     return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """`tamingfast.ops.choice.top_k_top_p` under the original's name; 0 and 1.0 keep everything."""
-    from tamingfast.ops.choice import top_k_top_p  # the filters' one home lies above the models
-
+    """`tamingfast.ops.choice.top_k_top_p` under the original's name; 0 and 1.0 keep all tokens."""
     return top_k_top_p(logits, top_k=top_k or None, top_p=top_p if top_p < 1.0 else None)
 
 
 def pick(logits: Tensor, sample: bool) -> Tensor:
-    """One token for each row of logits (..., vocab): drawn by torch's generator, or the likeliest; int64 (...)."""
+    """One token for each row of logits (..., vocab): drawn by torch's generator, or the most likely; int64 (...)."""
     if not sample:
         return logits.topk(1, dim=-1).indices[..., 0]
     flat = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1)
@@ -352,7 +362,10 @@ def pick(logits: Tensor, sample: bool) -> Tensor:
 def sample(
     model: GPT, x: Tensor, steps: int, temperature: float = 1.0, sample: bool = False, top_k: int | None = None
 ) -> Tensor:
-    """Continue tokens x (B, k) by ``steps``, the whole sequence (cut to the block size) through the model each time."""
+    """Continue tokens x (B, k) by ``steps``, without a cache: int64 (B, k + steps).
+
+    Each step runs the model on the last ``block_size`` tokens.
+    """
     model.eval()
     for _ in range(steps):
         logits = model(x[:, -model.get_block_size() :])[0][:, -1] / temperature
@@ -370,11 +383,11 @@ def sample_with_past(
     sample_logits: bool = True,
     top_k: int | None = None,
     top_p: float | None = None,
-    callback: Callable[[int], Any] | None = None,
+    callback: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Tokens (B, steps) that follow the condition x (B, c), with a key/value cache.
+    """Sample the tokens after the condition x (B, c), with a key/value cache: int64 (B, steps).
 
-    As in the original ``top_p`` counts only together with ``top_k``.
+    As in the original, ``top_p`` is ignored without ``top_k``.
     """
     cache, done, sequence = model.new_cache(len(x), x.shape[1] + steps), 0, x
     for n in range(steps):

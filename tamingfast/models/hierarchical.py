@@ -11,33 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import plain
-from tamingfast.models.quantize import VectorQuantizer, as_grid
-from tamingfast.models.vqgan import Decoder, Encoder, VQModel
+from tamingfast.models.autoencoder import Decoder, Encoder
+from tamingfast.models.base import FirstStage, Progress
+from tamingfast.models.quantize import Quantised, Quantizer, VectorQuantizer, as_grid
+from tamingfast.models.vqgan import VQModel
 
-#: Tokens of both grids for each token of the coarse one: itself and four of the fine one.
+#: Tokens of both grids per token of the coarse grid: that one and four of the fine grid.
 TOKENS_PER_TOP = 5
 
 
-class TwoLevelQuantizer(nn.Module):
-    """A codebook for each level. Tokens of the bottom level are numbered after those of the top level."""
+class TwoLevelQuantizer(Quantizer):
+    """One codebook per level. The tokens of the bottom level are numbered after those of the top level."""
 
     def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25):
         super().__init__()
         self.top = VectorQuantizer(n_embed, embed_dim, beta)
         self.bottom = VectorQuantizer(n_embed, embed_dim, beta)
+        self.re_embed = self.top.re_embed + self.bottom.re_embed
 
-    @property
-    def re_embed(self) -> int:
-        """Number of token values of both levels."""
-        return self.top.re_embed + self.bottom.re_embed
-
-    def forward(self, z: Tensor, level: str):
+    def forward(self, z: Tensor, level: str) -> Quantised:
         """z (B, D, h, w) of "top" or "bottom" -> ``(z_q like z, loss, (None, None, tokens int64 (B*h*w,)))``."""
         z_q, loss, (_, _, indices) = getattr(self, level)(z)
         return z_q, loss, (None, None, indices if level == "top" else indices + self.top.re_embed)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Entries of flat tokens (N,) of either level; shapes as in `VectorQuantizer.get_codebook_entry`."""
+        """As `Quantizer.get_codebook_entry`, for tokens of both levels."""
         table = torch.cat((self.top.embedding.weight, self.bottom.embedding.weight))
         return as_grid(F.embedding(indices, table), shape)
 
@@ -45,17 +43,20 @@ class TwoLevelQuantizer(nn.Module):
 class HierarchicalVQModel(VQModel):
     """VQGAN with two codebooks of ``n_embed`` entries each: a top grid of half the bottom grid's resolution.
 
-    ``ddconfig`` describes the bottom level, whose f_b is 2^(len(ch_mult)-1); ``factor`` is the top level's, twice
-    that. The image is encoded to the bottom level, that to the top level; what the top tokens decode to is seen by the
-    bottom level's quantiser and by the image's decoder beside the bottom tokens, so the bottom level holds what the
-    top level has left out. Of VQ-VAE-2 this keeps the levels and their conditioning, with the VQGAN's blocks; where
-    that upsamples the top codes a second time for the image's decoder, ours sees what the bottom level has seen.
+    ``ddconfig`` describes the bottom level, downsampled by 2^(len(ch_mult)-1); ``factor`` is that of the top level,
+    twice as much. The image is encoded to bottom features, and these to top features. The decoded top tokens are a
+    second input of the bottom level's quantiser and of the image decoder, so the bottom level encodes only what the top
+    level lacks. The levels and their conditioning are those of VQ-VAE-2, the blocks those of the VQGAN; VQ-VAE-2
+    upsamples the top codes a second time for the image decoder, which here gets the same decoded top tokens as the
+    bottom level.
 
-    The tokens of an image are one sequence, the top grid's (h, w) in raster order, then the bottom grid's (2h, 2w),
-    as rows of w: (5h, w) in all. So a prior draws the bottom tokens knowing all of the top, but only in one window.
+    The tokens of an image form one sequence: the top grid (h, w) in raster order, then the bottom grid (2h, 2w),
+    arranged in rows of w, (5h, w) in total. So a prior samples the bottom tokens given all top tokens, but only in one
+    window.
     """
 
     levels = 2
+    quantize: TwoLevelQuantizer
 
     def __init__(
         self,
@@ -80,15 +81,20 @@ class HierarchicalVQModel(VQModel):
         self.encoder_top, self.decoder_top = Encoder(**top), Decoder(**top)
         self.quant_conv_top = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv_top = nn.Conv2d(embed_dim, z_channels, 1)
-        # Both see the decoded top level beside their own input.
+        # Both also take the decoded top level.
         self.quant_conv = nn.Conv2d(2 * z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(z_channels + embed_dim, z_channels, 1)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def make_quantizer(
-        self, ddconfig: Mapping[str, Any], n_embed: int, embed_dim: int, remap: Any, sane_index_shape: bool
-    ) -> nn.Module:
+        self,
+        ddconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        remap: str | os.PathLike | None,
+        sane_index_shape: bool,
+    ) -> Quantizer:
         return TwoLevelQuantizer(n_embed, embed_dim)
 
     @property
@@ -102,17 +108,17 @@ class HierarchicalVQModel(VQModel):
         return 2 * super().factor
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the sequence of both levels' tokens."""
+        """(rows, columns) of the tokens of both levels."""
         rows, columns = super().grid(height, width)
         return TOKENS_PER_TOP * rows, columns
 
     def footprint(self, tokens: Tensor) -> Tensor:
-        """The pixels that some tokens of either level stand for: bool (B, 5h, w) -> bool (B, 1, H, W)."""
+        """The pixels that belong to the chosen tokens of either level: bool (B, 5h, w) -> bool (B, 1, H, W)."""
         top, bottom = _levels(tokens[:, None])
         half = self.factor // 2
         return super().footprint(top[:, 0]) | bottom.repeat_interleave(half, 2).repeat_interleave(half, 3)
 
-    def encode(self, x: Tensor):
+    def encode(self, x: Tensor) -> Quantised:
         """Images (B, C, H, W) -> ``(quant (B, embed_dim, 5h, w), codebook loss, (None, None, tokens (B, 5h, w)))``."""
         features = self.encoder(x)
         h_top = self.encoder_top(features)
@@ -122,8 +128,13 @@ class HierarchicalVQModel(VQModel):
         tokens = _sequence(tokens_top.view(-1, 1, *top.shape[2:]), tokens_bottom.view(-1, 1, *bottom.shape[2:]))
         return _sequence(top, bottom), loss_top + loss_bottom, (None, None, tokens[:, 0])
 
+    @torch.no_grad()
+    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Images (B, C, H, W) -> tokens int64 (B, 5h, w), always whole."""
+        return FirstStage.encode_grid(self, x)
+
     def decoder_input(self, quant: Tensor) -> Tensor:
-        """Quantised latents of both levels (B, embed_dim, 5h, w) -> what the decoder takes: (B, z_channels, 2h, 2w)."""
+        """Quantised latents of both levels (B, embed_dim, 5h, w) -> the decoder's input (B, z_channels, 2h, 2w)."""
         top, bottom = _levels(quant)
         return self.post_quant_conv(torch.cat((self._decoded_top(top), bottom), 1))
 
@@ -131,19 +142,21 @@ class HierarchicalVQModel(VQModel):
         return self.decoder_top(self.post_quant_conv_top(top))
 
     def decode_code(self, code_b: Tensor) -> Tensor:
-        """Tokens (B, 5h, w) -> images. Raises ValueError for other shapes, which do not say where a level ends."""
+        """Tokens (B, 5h, w) -> images. ValueError for other shapes, which do not show where a level ends."""
         if code_b.ndim != 3 or code_b.shape[1] % TOKENS_PER_TOP:
-            raise ValueError(f"code_b has shape {tuple(code_b.shape)}; expected (batch, {TOKENS_PER_TOP} * h, w)")
+            raise ValueError(
+                f"code_b: got shape {tuple(code_b.shape)}, expected (batch, {TOKENS_PER_TOP} * height, width)"
+            )
         return super().decode_code(code_b)
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
-        """What the first optimizer trains: all but the discriminator."""
+        """Parameters of the first optimizer: all but the discriminator's."""
         parts = (self.encoder_top, self.decoder_top, self.quant_conv_top, self.post_quant_conv_top)
         return super().autoencoder_parameters() + [parameter for part in parts for parameter in part.parameters()]
 
 
 def _sequence(top: Tensor, bottom: Tensor) -> Tensor:
-    """Grids (B, C, h, w) and (B, C, 2h, 2w) -> (B, C, 5h, w): the top's rows, then half rows of the bottom."""
+    """Grids (B, C, h, w) and (B, C, 2h, 2w) -> (B, C, 5h, w): rows of the top grid, then half rows of the bottom's."""
     return torch.cat((top, bottom.reshape(*top.shape[:2], -1, top.shape[3])), 2)
 
 

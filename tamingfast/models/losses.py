@@ -1,4 +1,4 @@
-"""What trains the first stages: reconstruction, perceptual, adversarial and codebook terms (paper eq. 4 to 7)."""
+"""Losses of the first stages: reconstruction, perceptual, adversarial and codebook terms (paper eq. 4 to 7)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
 from tamingfast.models.lpips import LPIPS
 
 
-def _drop_perceptual_weights(loss: nn.Module, state: dict, prefix: str, *args: object) -> None:
-    """Load hook: the original's checkpoints carry LPIPS's fixed weights and often the whole loss."""
+def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Load hook: the original's checkpoints contain the fixed weights of LPIPS, and often the whole loss."""
     perceptual = f"{prefix}perceptual_loss."
     dropped = prefix if isinstance(loss, DummyLoss) else perceptual
     for key in [key for key in state if key.startswith(dropped)]:
@@ -21,7 +21,7 @@ def _drop_perceptual_weights(loss: nn.Module, state: dict, prefix: str, *args: o
 
 
 class DummyLoss(nn.Module):
-    """Stands where a model is only used, not trained; a checkpoint's loss is dropped."""
+    """The loss of a model that is not trained; weights of another loss are dropped when they are loaded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: flo
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator: real logits above 1, fake ones below -1."""
+    """Hinge loss of the discriminator: zero for real logits above 1 and fake ones below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
@@ -49,11 +49,10 @@ _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 class VQLPIPSWithDiscriminator(nn.Module):
     """L1 + LPIPS + codebook loss + adversarial loss with the adaptive weight (paper eq. 6 and 7).
 
-    The discriminator joins at step ``disc_start``. ``perceptual_weights`` says where LPIPS takes its backbone from
-    (see `tamingfast.models.lpips.LPIPS`); it is built on first use and is no part of the state dict. The original lets
-    the discriminator judge every image from the first step, though its verdict counts for nothing before
-    ``disc_start``; with ``rest_before_start`` the autoencoder's loss leaves it out until then, which trains the
-    same and saves its time.
+    The adversarial terms count from step ``disc_start`` on. ``perceptual_weights`` is the source of the LPIPS backbone
+    (see `tamingfast.models.lpips.LPIPS`), which is built on first use and is no part of the state dict. Before
+    ``disc_start`` the original evaluates the discriminator and multiplies the result by zero; with
+    ``rest_before_start`` it is not evaluated then, which saves time and gives the same gradients.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
     ):
         super().__init__()
         if disc_loss not in _DISCRIMINATOR_LOSSES:
-            raise ValueError(f"got disc_loss='{disc_loss}'; expected one of {', '.join(_DISCRIMINATOR_LOSSES)}")
+            raise ValueError(f"disc_loss: got '{disc_loss}', expected one of {', '.join(_DISCRIMINATOR_LOSSES)}")
         self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
         self.perceptual_weight, self.perceptual_weights = perceptual_weight, perceptual_weights
         self.discriminator = NLayerDiscriminator(
@@ -89,16 +88,16 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
     @property
     def perceptual_loss(self) -> LPIPS:
-        """The perceptual distance, built and kept on first use, on the discriminator's device."""
-        # Held outside the module tree: its frozen weights are neither trained, saved nor switched to train mode,
-        # which in the original turned LPIPS's dropout on.
+        """The perceptual distance, built on first use, on the discriminator's device."""
+        # Kept outside the module tree, so that its frozen weights are not trained, saved or set to training mode, which
+        # in the original turns the dropout of LPIPS on.
         if "_lpips" not in self.__dict__:
             self.__dict__["_lpips"] = LPIPS(self.perceptual_weights)
         device = next(self.discriminator.parameters()).device
         return self.__dict__["_lpips"].to(device)
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-        """Ratio of the gradient norms of both losses at the decoder's last layer, at most 10^4 (paper eq. 7)."""
+        """The ratio of the gradient norms of both losses at the decoder's last layer, at most 10^4 (paper eq. 7)."""
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
         ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
@@ -115,12 +114,14 @@ class VQLPIPSWithDiscriminator(nn.Module):
         cond: Tensor | None = None,
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the autoencoder (``optimizer_idx`` 0) or the discriminator (1), and what to log under ``split/``.
+        """The loss of the autoencoder (``optimizer_idx`` 0) or the discriminator (1), and a log under ``split/``.
 
-        Images are (B, C, H, W) in [-1, 1]; ``cond`` is concatenated for a conditional discriminator.
+        Images are (B, C, H, W) in [-1, 1]; ``cond`` is concatenated for a conditional discriminator. Raises ValueError
+        if there is a condition without ``disc_conditional``, or none with it.
         """
         if (cond is not None) != self.disc_conditional:
-            raise ValueError("a condition belongs to disc_conditional=True and only to it; change one of the two")
+            got = "no condition" if cond is None else "a condition"
+            raise ValueError(f"cond: got {got}, expected one if and only if disc_conditional=True; change one of them")
         factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
         if optimizer_idx == 0:
             return self._autoencoder(codebook_loss, inputs, reconstructions, factor, last_layer, cond, split)
@@ -129,7 +130,16 @@ class VQLPIPSWithDiscriminator(nn.Module):
     def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
 
-    def _autoencoder(self, codebook_loss, inputs, reconstructions, factor, last_layer, cond, split):
+    def _autoencoder(
+        self,
+        codebook_loss: Tensor,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        factor: float,
+        last_layer: nn.Parameter | None,
+        cond: Tensor | None,
+        split: str,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         rec_loss = (inputs - reconstructions).abs()
         p_loss = inputs.new_zeros(1)
         if self.perceptual_weight > 0:
@@ -141,7 +151,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         if not resting and torch.is_grad_enabled() and reconstructions.requires_grad and last_layer is not None:
             d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
         else:
-            d_weight = inputs.new_zeros(())  # nothing to compare at rest, or without gradients, as in validation
+            d_weight = inputs.new_zeros(())  # there are no gradients to compare, as in validation
         codebook = codebook_loss.mean()
         loss = nll_loss + d_weight * factor * g_loss + self.codebook_weight * codebook
         log = {
@@ -150,7 +160,9 @@ class VQLPIPSWithDiscriminator(nn.Module):
         }  # fmt: skip
         return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
 
-    def _discriminator(self, inputs, reconstructions, factor, cond, split):
+    def _discriminator(
+        self, inputs: Tensor, reconstructions: Tensor, factor: float, cond: Tensor | None, split: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         real = self._judge(inputs.detach(), cond)
         fake = self._judge(reconstructions.detach(), cond)
         loss = factor * self.disc_loss(real, fake)
@@ -159,15 +171,15 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
 
 class BCELoss(nn.Module):
-    """Binary cross entropy between label logits and one-hot maps; returns it with an empty log."""
+    """Binary cross entropy between label logits and one-hot maps."""
 
     def forward(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and targets, both (B, n, H, W)."""
+        """Logits and targets, both (B, n, H, W) -> ``(loss, empty log)``."""
         return F.binary_cross_entropy_with_logits(prediction, target), {}
 
 
 class BCELossWithQuant(nn.Module):
-    """Binary cross entropy plus the codebook loss: what trains `VQSegmentationModel`."""
+    """Binary cross entropy plus the codebook loss: the loss of `tamingfast.models.vqgan.VQSegmentationModel`."""
 
     def __init__(self, codebook_weight: float = 1.0):
         super().__init__()

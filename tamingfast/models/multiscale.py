@@ -1,4 +1,4 @@
-"""The second stage over the scales of an image, coarse to fine (second source, section 3)."""
+"""The prior over the scales of an image, coarse to fine (second source, section 3)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from tamingfast.models.pyramid import Pyramid
 class MultiscaleTransformer(Net2NetTransformer):
     """A `Net2NetTransformer` whose sequence is a `tamingfast.models.pyramid.Pyramid` of the first stage's tokens.
 
-    ``scales`` are the factors of the pooling, coarse to fine, ``grid`` (height, width) is the finest scale in tokens;
-    the rest is the base's, whose ordering must be row major. All scales share the codebook. Where tokens are sampled
-    the pyramid is a grid of one row, (1, n): a token's noise is keyed by row 0 and its place in the sequence, which no
-    two tokens share.
+    ``scales`` are the pooling factors, coarse to fine, ``grid`` is (height, width) of the finest scale in tokens; other
+    arguments are those of the base class, without an ordering (UserError). All scales share the codebook. The canvas
+    that is sampled is a grid of one row, (1, n), so the noise of each token is keyed by row 0 and its own column.
     """
 
     def __init__(self, scales: Sequence[int], grid: Sequence[int], *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not isinstance(self.permuter, Identity):
-            raise UserError("a multiscale prior unrolls each scale row by row; leave the ordering out")
+            ordering = type(self.permuter).__name__
+            raise UserError(
+                f"permuter_config: got {ordering}, expected none for a multiscale prior, which is always row-major"
+            )
         self.pyramid = Pyramid.of(scales, *grid)
 
     @torch.no_grad()
@@ -42,15 +44,15 @@ class MultiscaleTransformer(Net2NetTransformer):
         return self.pyramid.split(sequence)[-1]
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
-        """(1, n), all scales in a row; UserError for another size than the trained one."""
+        """(1, n), all scales in a row; UserError for any size but the trained one."""
         trained = (self.pyramid.height, self.pyramid.width)
         if (height, width) != trained:
             raise UserError(
-                f"got a size of {height} x {width} tokens, but a multiscale prior draws whole images of "
-                f"{trained[0]} x {trained[1]}: leave the size out"
+                f"size: got {height} x {width} tokens, expected none, as this multiscale prior draws whole images of "
+                f"{trained[0]} x {trained[1]}; leave the size out"
             )
         return 1, self.pyramid.tokens
 
     def image_tokens(self, canvas: Tensor) -> Tensor:
-        """The finest scale (B, h, w) of a canvas (B, 1, n) of tokens, or of anything else kept for each token."""
+        """The finest scale (B, h, w) of a canvas (B, 1, n) of tokens or of other values per token."""
         return self.pyramid.split(canvas[:, 0])[-1]

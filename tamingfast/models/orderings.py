@@ -1,7 +1,7 @@
 """Orderings of the token grid: the permutations of the second source's section 3 and Figure 2.
 
-Each is a module with two buffers, as in the original: ``forward_shuffle_idx[k]`` is the row-major position of
-the k-th token of the sequence, ``backward_shuffle_idx`` its inverse.
+Each is a module with two buffers, as in the original: ``forward_shuffle_idx[k]`` is the row-major index of the k-th
+token of the sequence, ``backward_shuffle_idx`` is the inverse.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tamingfast.models.base import at_least
 
 
 class AbstractPermuter(nn.Module):
@@ -19,41 +21,43 @@ class AbstractPermuter(nn.Module):
 
 
 class Identity(AbstractPermuter):
-    """Row major, for any grid: the order stays as it is."""
+    """Row-major order, for grids of any size."""
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         return x
 
 
 class _Permutation(AbstractPermuter):
+    forward_shuffle_idx: Tensor
+    backward_shuffle_idx: Tensor
+
     def __init__(self, H: int, W: int):
         super().__init__()
-        if H < 1 or W < 1:
-            raise ValueError(f"got a grid of {H} x {W}; both sides must be at least 1")
+        at_least(1, H=H, W=W)
         forward = torch.as_tensor(np.ascontiguousarray(self.order(H, W)), dtype=torch.int64)
         self.register_buffer("forward_shuffle_idx", forward)
         self.register_buffer("backward_shuffle_idx", torch.argsort(forward))
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
-        """Row-major positions in the order in which they are visited, int64 (H*W,)."""
+        """Row-major indices in the order in which they are visited, int64 (H*W,)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         index = self.backward_shuffle_idx if reverse else self.forward_shuffle_idx
         if x.shape[1] != len(index):
-            raise ValueError(f"got a sequence of {x.shape[1]} tokens, but this ordering is for {len(index)}")
+            raise ValueError(f"x: got {x.shape[1]} tokens, expected the {len(index)} of this ordering's grid")
         return x[:, index]
 
 
 class Subsample(_Permutation):
-    """Every prefix of 4^k tokens is a subsampled grid; square grids with a power of two as side."""
+    """Every prefix of 4^k tokens is a subsampled grid; for square grids of side 2^k."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
         if H != W or H & (H - 1):
             raise ValueError(
-                f"the subsample ordering needs a square grid of side 2^k, got {H} x {W}; use another ordering"
+                f"grid: got {H} x {W}, expected a square of side 2^k for the subsample ordering; use another"
             )
         index = np.arange(H * W).reshape(1, H, W)
         while index.shape[1] > 1:
@@ -63,7 +67,7 @@ class Subsample(_Permutation):
 
 
 class ZCurve(_Permutation):
-    """Morton order: positions sorted by the interleaved bits of row and column."""
+    """Morton order: indices sorted by the interleaved bits of row and column."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
@@ -80,8 +84,8 @@ class SpiralIn(_Permutation):
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
-        # A half turn makes the walk start at the top left; peeling the first row off and turning the rest
-        # by 90 degrees keeps "the next stretch" always the first row.
+        # Turned by 180 degrees the walk starts at the top left. Removing the first row and turning the rest by 90
+        # degrees makes the next stretch the first row again.
         rest = np.arange(H * W).reshape(H, W)[::-1, ::-1].T
         stretches = []
         while rest.size:
@@ -91,7 +95,7 @@ class SpiralIn(_Permutation):
 
 
 class SpiralOut(_Permutation):
-    """The reverse of `SpiralIn`: from the centre outwards, assuming that images show a centred object."""
+    """The reverse of `SpiralIn`: from the centre outwards, where a centred object would be."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
@@ -107,7 +111,7 @@ class Random(_Permutation):
 
 
 class AlternateParsing(_Permutation):
-    """Row by row, every other row from right to left."""
+    """Row by row, every second row from right to left."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""The second stage as a whole: condition tokens, image tokens, an ordering and a GPT (paper section 3.2)."""
+"""The prior: a GPT over condition tokens and image tokens in some ordering (paper section 3.2)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,29 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.weights import init_from_ckpt
-from tamingfast.engines import bands
-from tamingfast.models.base import Module, at_least, image_from_batch
+from tamingfast.models.base import (
+    ConditionStage,
+    FirstStage,
+    Module,
+    Progress,
+    at_least,
+    decode_grid,
+    encode_grid,
+    image_from_batch,
+)
 from tamingfast.models.condition_stages import SOSProvider
-from tamingfast.models.gpt import pick, top_k_logits
-from tamingfast.models.orderings import Identity
+from tamingfast.models.gpt import GPT, pick, top_k_logits
+from tamingfast.models.orderings import AbstractPermuter, Identity
+from tamingfast.models.vqgan import VQModel
+from tamingfast.sampling import sample_grid
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """The original's replacement for ``train`` of a frozen stage: its mode stays as it is."""
+    """The original's replacement for ``train`` of a frozen stage: changes nothing."""
     return self
 
 
-def _frozen(config: Mapping[str, Any]) -> nn.Module:
+def _frozen(config: Mapping[str, Any] | str) -> Any:
     return instantiate_from_config(config).eval().requires_grad_(False)
 
 
@@ -32,11 +42,23 @@ class Net2NetTransformer(Module):
     """Autoregressive model of a first stage's tokens given a condition's tokens.
 
     Configs are ``{target, params}`` mappings. ``cond_stage_config`` may be ``"__is_first_stage__"`` or
-    ``"__is_unconditional__"`` (then the condition is one ``sos_token``). All tokens share one vocabulary; the
-    ordering of ``permuter_config`` moves image tokens only. In training a token is kept with probability ``pkeep``
-    and is drawn uniformly from the vocabulary otherwise. ``downsample_cond_size`` resizes spatial conditions before
-    they are encoded.
+    ``"__is_unconditional__"``, for which the condition is one ``sos_token``. All tokens share one vocabulary; the
+    ordering of ``permuter_config`` permutes image tokens only. In training each input token is kept with probability
+    ``pkeep``, else replaced by one drawn uniformly from the vocabulary. ``downsample_cond_size`` is the side to which
+    spatial conditions are resized before they are encoded.
+
+    Attributes:
+        first_stage_model: frozen; may be a foreign module with ``encode``, ``decode``, ``embed_dim`` and
+            ``quantize.get_codebook_entry``.
+        cond_stage_model: frozen; may be the first stage.
+        be_unconditional: whether the condition is the constant ``sos_token``.
     """
+
+    first_stage_model: FirstStage
+    cond_stage_model: ConditionStage
+    permuter: AbstractPermuter
+    transformer: GPT
+    be_unconditional: bool
 
     def __init__(
         self,
@@ -55,7 +77,7 @@ class Net2NetTransformer(Module):
     ):
         super().__init__()
         if not 0.0 <= pkeep <= 1.0:
-            raise ValueError(f"got pkeep={pkeep}; expected a probability from 0 to 1")
+            raise ValueError(f"pkeep: got {pkeep}, expected a probability from 0 to 1")
         self.be_unconditional = unconditional
         self.sos_token = sos_token
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
@@ -64,7 +86,7 @@ class Net2NetTransformer(Module):
         self.init_cond_stage_from_ckpt(cond_stage_config)
         self.permuter = Identity() if plain(permuter_config) is None else instantiate_from_config(permuter_config)
         self.transformer = instantiate_from_config(transformer_config)
-        at_least(1, n_layer=self.transformer.config.n_layer)  # without layers a token sees the last one alone
+        at_least(1, n_layer=self.transformer.config.n_layer)  # without layers a token depends on the last one only
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
@@ -73,22 +95,22 @@ class Net2NetTransformer(Module):
         init_from_ckpt(self, path, ignore_keys)
 
     def init_first_stage_from_ckpt(self, config: Mapping[str, Any]) -> None:
-        """Build the first stage, frozen; its config's own ``ckpt_path`` gives its weights."""
+        """Build the frozen first stage, with weights from the ``ckpt_path`` in its config, if any."""
         self.first_stage_model = _frozen(config)
 
     def init_cond_stage_from_ckpt(self, config: Mapping[str, Any] | str) -> None:
-        """Build the condition stage, frozen, or take the first stage or a constant token as such."""
+        """Set the condition stage: a frozen one of its own, the first stage, or a constant token."""
         if config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
         elif config == "__is_unconditional__" or self.be_unconditional:
             self.be_unconditional = True
             self.cond_stage_key = self.first_stage_key
-            self.cond_stage_model = SOSProvider(self.sos_token)
+            self.cond_stage_model = cast("ConditionStage", SOSProvider(self.sos_token))  # has nothing to decode
         else:
             self.cond_stage_model = _frozen(config)
 
     def train(self, mode: bool = True) -> Net2NetTransformer:
-        """Training mode for the transformer; the frozen stages stay in evaluation mode."""
+        """Set the mode of the transformer; the frozen stages stay in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
         self.cond_stage_model.eval()
@@ -101,9 +123,9 @@ class Net2NetTransformer(Module):
         return self.token_logits(z_indices, c_indices), z_indices
 
     def token_logits(self, z_indices: Tensor, c_indices: Tensor) -> Tensor:
-        """Logits (B, n, vocab) of each image token given those before it and the condition (B, c).
+        """Logits (B, n, vocab) of each image token given the tokens before it and the condition (B, c).
 
-        Output c-1+i belongs to image token i; the last token is never an input. In training mode ``pkeep`` applies.
+        Output c-1+i belongs to image token i; the last token is never an input. ``pkeep`` applies in training mode.
         """
         inputs = z_indices
         if self.training and self.pkeep < 1.0:
@@ -129,13 +151,13 @@ class Net2NetTransformer(Module):
         temperature: float = 1.0,
         sample: bool = False,
         top_k: int | None = None,
-        callback: Callable[[int], Any] = lambda k: None,
+        callback: Callable[[int], object] = lambda k: None,
     ) -> Tensor:
-        """Continue image tokens x (B, k) under condition tokens c (B, c) by ``steps``: int64 (B, k + steps).
+        """Continue image tokens x (B, k) given condition tokens c (B, c) by ``steps``: int64 (B, k + steps).
 
-        ``sample=False`` takes the most likely token, else torch's generator draws. ``callback(step)`` runs before each
-        step. Tokens are in the ordering's sequence. `tamingfast.sampling.sample_grid` is the faster, seeded way.
-        Raises RuntimeError in training mode and ValueError when the sequence outgrows the model.
+        Takes the most likely token, or with ``sample`` draws one with torch's generator. ``callback(step)`` runs before
+        each step. Tokens are in the order of the permuter. `tamingfast.sampling.sample_grid` is faster and seeded.
+        Raises RuntimeError in training mode and ValueError if the sequence becomes longer than the model's block size.
         """
         if self.transformer.training:
             raise RuntimeError("the model is in training mode; call .eval() before sampling")
@@ -145,9 +167,10 @@ class Net2NetTransformer(Module):
         gpt, n_unmasked = self.transformer, self.transformer.config.n_unmasked
         if steps > 0 and sequence.shape[1] + steps - 1 > gpt.block_size:
             raise ValueError(
-                f"got {sequence.shape[1]} tokens and {steps} steps; the model sees at most {gpt.block_size} positions"
+                f"steps: got {steps} after {sequence.shape[1]} tokens, expected at most "
+                f"{gpt.block_size + 1 - sequence.shape[1]} with block_size={gpt.block_size}"
             )
-        # Positions inside the unmasked prefix see those that follow, so until it is full nothing can be kept.
+        # Positions of the unmasked prefix attend to later ones, so nothing can be cached until it is complete.
         cache = gpt.new_cache(len(sequence), sequence.shape[1] + steps) if sequence.shape[1] >= n_unmasked else None
         done = 0
         for k in range(steps):
@@ -161,60 +184,63 @@ class Net2NetTransformer(Module):
         return sequence[:, c.shape[1] :]
 
     def _sample_from_noise(self, x: Tensor, c: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
-        # A model trained with pkeep 0 has never seen a true image token: one pass over noise is all there is to do.
+        # A model trained with pkeep=0 has never seen a true image token, so it gets noise and samples in one pass.
         # As in the original the noise is the condition, whose tokens look like image tokens.
         noise = c[:, x.shape[1] : -1]
         logits, _ = self.transformer(torch.cat((c, x, noise), dim=1))
         return self._draw(logits, temperature, sample, top_k)[:, c.shape[1] - 1 :]
 
     def sample_images(self, cond: Tensor, height: int, width: int, **options: Any) -> Tensor:
-        """Images (B, 3, f*height, f*width) in [-1, 1] of a grid sampled by `tamingfast.sampling.sample_grid`."""
-        from tamingfast.sampling import sample_grid  # the one upward step: a method for what sits above the models
+        """Images (B, 3, f*height, f*width) in [-1, 1] of a grid drawn with `tamingfast.sampling.sample_grid`.
 
+        ``options`` are those of `sample_grid`, after the size.
+        """
         canvas = sample_grid(self, cond, *self.canvas_size(height, width), **options)
         return self.decode_grid(self.image_tokens(canvas))
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns that `tamingfast.sampling.sample_grid` draws for an image of height x width tokens."""
+        """(rows, columns) that `tamingfast.sampling.sample_grid` draws for an image of height x width tokens."""
         return height, width
 
     def image_tokens(self, canvas: Tensor) -> Tensor:
-        """What a sampled canvas (B, rows, columns) holds for the image's own tokens (B, height, width)."""
+        """The part of a sampled canvas (B, rows, columns) that belongs to the image's tokens (B, height, width)."""
         return canvas
 
     def to_sequence(self, grid: Tensor) -> Tensor:
-        """Row-major tokens of images (B, h, w) or (B, h*w) -> the sequence (B, n) that the transformer predicts."""
+        """Row-major image tokens (B, h, w) or (B, h*w) -> the sequence (B, n) that the transformer predicts."""
         return self.permuter(grid.flatten(1))
 
     def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:
         """The inverse of `to_sequence`: (B, n) -> (B, height, width)."""
         return self.permuter(sequence, reverse=True).view(-1, height, width)
 
-    def decode_grid(
-        self, grid: Tensor, memory: int | None = None, progress: Callable[[int, int], Any] | None = None
-    ) -> Tensor:
-        """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w).
+    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Images (B, C, H, W) -> row-major tokens int64 (B, h, w); see `FirstStage.encode_grid`."""
+        return encode_grid(self.first_stage_model, x, memory, progress)
 
-        An image whose feature maps do not fit into ``memory`` bytes (None: half of what is free) is decoded in bands;
-        see `tamingfast.engines.bands`, which calls ``progress(done, total)`` then.
-        """
-        return bands.decode_grid(self.first_stage_model, grid, memory, progress)
+    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w); see `FirstStage.decode_grid`."""
+        return decode_grid(self.first_stage_model, grid, memory, progress)
+
+    def encode_condition(self, c: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Spatial conditions (B, C, H, W) -> row-major tokens int64 (B, h, w), without ``downsample_cond_size``."""
+        return encode_grid(self.cond_stage_model, c, memory, progress)
 
     @torch.no_grad()
     def decode_condition(self, grid: Tensor) -> Tensor:
-        """Row-major tokens (B, h, w) of a spatial condition -> the condition (B, C, H, W) that they stand for."""
+        """Row-major tokens (B, h, w) of a spatial condition -> the condition (B, C, H, W)."""
         stage = self.cond_stage_model
-        return bands.decode_grid(stage, grid) if hasattr(stage, "quantize") else stage.decode(grid[:, None].float())
+        return decode_grid(stage, grid) if hasattr(stage, "quantize") else stage.decode(grid[:, None].float())
 
     @torch.no_grad()
     def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> ``(quantised latents, tokens int64 (B, n) in the ordering's sequence)``."""
+        """Images -> ``(quantised latents, tokens int64 (B, n) in the order of the permuter)``."""
         quant, _, info = self.first_stage_model.encode(x)
         return quant, self.to_sequence(info[2].reshape(len(quant), *quant.shape[2:]))
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditions -> ``(quantised condition, tokens int64 (B, c))``; what c is depends on the condition stage."""
+        """Conditions, as the condition stage takes them -> ``(quantised condition, tokens int64 (B, c))``."""
         if self.downsample_cond_size > -1:
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         quant, _, (_, _, indices) = self.cond_stage_model.encode(c)
@@ -222,7 +248,7 @@ class Net2NetTransformer(Module):
 
     @torch.no_grad()
     def decode_to_img(self, index: Tensor, zshape: Sequence[int]) -> Tensor:
-        """Tokens in the ordering's sequence -> images; ``zshape`` = (B, D, h, w) is the latents' shape."""
+        """Tokens in the order of the permuter -> images; ``zshape`` = (B, D, h, w) is the shape of the latents."""
         index = self.to_grid(index.reshape(zshape[0], -1), *zshape[2:])
         quant = self.first_stage_model.quantize.get_codebook_entry(
             index.reshape(-1), (zshape[0], zshape[2], zshape[3], zshape[1])
@@ -235,10 +261,10 @@ class Net2NetTransformer(Module):
         batch: Mapping[str, Tensor],
         temperature: float | None = None,
         top_k: int | None = None,
-        callback: Callable[[int], Any] | None = None,
+        callback: Callable[[int], object] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Four images of a batch: inputs, reconstructions, conditions and three kinds of samples."""
+        """Inputs, reconstructions, conditions and three kinds of samples for up to four images of a batch."""
         x, c = (value.to(self.device) for value in self.get_xc(batch, 4))
         quant_z, z = self.encode_to_z(x)
         quant_c, c_indices = self.encode_to_c(c)
@@ -253,11 +279,10 @@ class Net2NetTransformer(Module):
 
         images = {"inputs": x, "reconstructions": self.decode_to_img(z, quant_z.shape)}
         if self.cond_stage_key == "segmentation":
-            labels = c.shape[1]
-            logits = self.cond_stage_model.decode(quant_c)
-            for name, value in (("conditioning_rec", logits), ("conditioning", c)):
-                one_hot = F.one_hot(value.argmax(1), labels).permute(0, 3, 1, 2).float()
-                images[name] = self.cond_stage_model.to_rgb(one_hot)
+            stage = cast("VQModel", self.cond_stage_model)
+            for name, value in (("conditioning_rec", stage.decode(quant_c)), ("conditioning", c)):
+                one_hot = F.one_hot(value.argmax(1), c.shape[1]).permute(0, 3, 1, 2).float()
+                images[name] = stage.to_rgb(one_hot)
         elif self.cond_stage_key != "image" and not self.be_unconditional:
             images["conditioning_rec"], images["conditioning"] = self.cond_stage_model.decode(quant_c), c
         images["samples_half"] = draw(n // 2, True, top_k)
@@ -281,21 +306,21 @@ class Net2NetTransformer(Module):
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """`shared_step`, reported as ``train/loss``."""
+        """`shared_step`, logged as ``train/loss``."""
         loss = self.shared_step(batch, batch_idx)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """`shared_step`, reported as ``val/loss``."""
+        """`shared_step`, logged as ``val/loss``."""
         loss = self.shared_step(batch, batch_idx)
         self.log("val/loss", loss)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW(0.9, 0.95) at ``self.learning_rate``; only weights of linear layers decay (0.01)."""
+        """AdamW(0.9, 0.95) at ``self.learning_rate``, with weight decay 0.01 on the weights of linear layers only."""
         linear = {id(module.weight) for module in self.transformer.modules() if isinstance(module, nn.Linear)}
-        # Sorted by name, as the original sorts them: optimizer states of its checkpoints are positional.
+        # Sorted by name as in the original, whose checkpoints refer to parameters by position.
         named = sorted(self.transformer.named_parameters())
         groups = [
             {"params": [p for _, p in named if id(p) in linear], "weight_decay": 0.01},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -10,11 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.models.base import at_least
+from tamingfast.models.base import Info, at_least
+
+#: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
+Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
 
 
-class _Remap:
-    """Index bookkeeping for a codebook of which only the entries listed in a file are used."""
+class Quantizer(nn.Module):
+    """A codebook, of which optionally only the entries listed in a file are used.
+
+    Attributes:
+        re_embed: number of token values.
+        used: the codebook indices that the tokens stand for, int64 (re_embed,); only with a ``remap`` file.
+    """
+
+    re_embed: int
+    used: Tensor
+    remap: str | os.PathLike | None = None
 
     def _init_remap(self, n: int, remap: str | os.PathLike | None, unknown_index: str | int) -> None:
         self.remap = remap
@@ -28,31 +41,38 @@ class _Remap:
             self.unknown_index = self.re_embed
             self.re_embed += 1
 
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Entries of flat ``indices`` (N,): (B, D, h, w) for ``shape`` = (B, h, w, D), (N, D) for None."""
+        raise NotImplementedError
+
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Codebook indices to positions in ``used``; unlisted ones become random, the extra or a given index."""
+        """Codebook indices -> positions in ``used``, of unlisted ones as ``unknown_index`` says.
+
+        That is "random", "extra" (one more token value, for all of them) or a fixed index.
+        """
         order = torch.argsort(self.used)
         used = self.used[order].to(inds)
-        slot = torch.searchsorted(used, inds).clamp_(max=len(used) - 1)
-        new = order.to(inds)[slot]
-        unknown = used[slot] != inds
+        nearest = torch.searchsorted(used, inds).clamp_(max=len(used) - 1)
+        new = order.to(inds)[nearest]
+        unknown = used[nearest] != inds
         if self.unknown_index == "random":
             new[unknown] = torch.randint(0, self.re_embed, (int(unknown.sum()),), device=new.device)
         else:
-            new[unknown] = self.unknown_index
+            new[unknown] = int(self.unknown_index)
         return new
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Positions in ``used`` back to codebook indices; the extra position means entry 0 of ``used``."""
+        """Positions in ``used`` -> codebook indices; the extra position stands for entry 0 of ``used``."""
         used = self.used.to(inds)
         return used[torch.where(inds < len(used), inds, torch.zeros_like(inds))]
 
 
-class VectorQuantizer(_Remap, nn.Module):
+class VectorQuantizer(Quantizer):
     """Replace each latent vector by the nearest of ``n_e`` codebook entries of width ``e_dim``.
 
-    The original's ``VectorQuantizer2``. Loss: ``|sg[z_q] - z|^2`` and ``|z_q - sg[z]|^2``, one of them weighted by
-    ``beta``: the paper weighs the first (commitment); ``legacy=True`` weighs the second, as all published
-    checkpoints were trained. Indices come as (B*h*w,), or (B, h, w) with ``sane_index_shape``.
+    The original's ``VectorQuantizer2``. Loss: ``|sg[z_q] - z|^2 + |z_q - sg[z]|^2`` with a factor ``beta`` on one
+    term: on the first (commitment) in the paper, on the second with ``legacy=True``, as in the training of all
+    published checkpoints. Indices have the shape (B*h*w,), or (B, h, w) with ``sane_index_shape``.
     """
 
     def __init__(
@@ -73,14 +93,20 @@ class VectorQuantizer(_Remap, nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
         self._init_remap(n_e, remap, unknown_index)
 
-    def forward(self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False):
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> Quantised:
         """z (B, e_dim, h, w) -> ``(z_q like z, loss, (None, None, indices int64))``.
 
         The gradient of ``z_q`` passes straight through to ``z``. ``temp``, ``rescale_logits`` and ``return_logits``
-        exist for interchange with `GumbelQuantize` and must keep their defaults (ValueError).
+        are those of `GumbelQuantize`, for a common signature; ValueError unless they have their defaults.
         """
-        if temp not in (None, 1.0) or rescale_logits or return_logits:
-            raise ValueError("temp, rescale_logits and return_logits have no meaning here; use GumbelQuantize for them")
+        for name, value, default in (
+            ("temp", 1.0 if temp is None else temp, 1.0), ("rescale_logits", rescale_logits, False),
+            ("return_logits", return_logits, False),
+        ):  # fmt: skip
+            if value != default:
+                raise ValueError(f"{name}: got {value}, expected the default; use GumbelQuantize")
         z_q, indices, to_codes, to_latents, _ = ops.quantize(z, self.embedding.weight)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
         if self.remap is not None:
@@ -90,21 +116,23 @@ class VectorQuantizer(_Remap, nn.Module):
         return z_q, loss, (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Entries of flat ``indices`` (N,); with ``shape`` = (B, h, w, D) as (B, D, h, w), else (N, D)."""
+        """As `Quantizer.get_codebook_entry`."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         return as_grid(self.embedding(indices), shape)
 
 
 class OneHotVectorQuantizer(VectorQuantizer):
-    """The original's first ``VectorQuantizer``: the same codes and loss, returned with what it computed on the way."""
+    """The original's first ``VectorQuantizer``: the same codes and loss, with perplexity and one-hot codes."""
 
     def __init__(self, n_e: int, e_dim: int, beta: float):
         super().__init__(n_e, e_dim, beta)
 
-    def forward(self, z: Tensor):
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> Quantised:
         """As `VectorQuantizer`, but ``(z_q, loss, (perplexity (), one-hot (B*h*w, n_e), indices (B*h*w, 1)))``."""
-        z_q, loss, (_, _, indices) = super().forward(z)
+        z_q, loss, (_, _, indices) = super().forward(z, temp, rescale_logits, return_logits)
         encodings = F.one_hot(indices, self.n_e).to(z.dtype)
         return z_q, loss, (_perplexity(encodings), encodings, indices[:, None])
 
@@ -115,18 +143,18 @@ def _perplexity(encodings: Tensor) -> Tensor:
 
 
 def as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-    """Rows (N, D) as (B, D, h, w) for ``shape`` = (B, h, w, D), unchanged for None."""
+    """Rows (N, D) -> (B, D, h, w) for ``shape`` = (B, h, w, D), unchanged for None."""
     return z_q if shape is None else z_q.view(shape).permute(0, 3, 1, 2).contiguous()
 
 
 class EmbeddingEMA(nn.Module):
-    """A codebook moved by exponential averages of what is assigned to it (van den Oord et al. 2017, appendix A.1)."""
+    """A codebook of moving averages of the latents assigned to its entries (van den Oord et al. 2017, appendix A.1)."""
 
     def __init__(self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5):
         super().__init__()
         self.decay, self.eps, self.update = decay, eps, True
         weight = torch.randn(num_tokens, codebook_dim)
-        # Parameters rather than buffers: that is what the original's checkpoints and optimizers see.
+        # Parameters rather than buffers, as in the original's checkpoints and optimizers.
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.cluster_size = nn.Parameter(torch.zeros(num_tokens), requires_grad=False)
         self.embed_avg = nn.Parameter(weight.clone(), requires_grad=False)
@@ -136,7 +164,7 @@ class EmbeddingEMA(nn.Module):
 
     @torch.no_grad()
     def move(self, z: Tensor, indices: Tensor) -> None:
-        """Fold the assignment of z (N, D) to ``indices`` (N,) into the averages and the codebook."""
+        """Update the averages and the codebook by latents z (N, D), assigned to entries ``indices`` (N,)."""
         counts = torch.bincount(indices, minlength=len(self.weight)).to(self.cluster_size.dtype)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, z.to(self.embed_avg.dtype))
         self.cluster_size.lerp_(counts, 1 - self.decay)
@@ -146,8 +174,8 @@ class EmbeddingEMA(nn.Module):
         self.weight.copy_(self.embed_avg / smoothed[:, None])
 
 
-class EMAVectorQuantizer(_Remap, nn.Module):
-    """`VectorQuantizer` whose codebook follows running means instead of gradients."""
+class EMAVectorQuantizer(Quantizer):
+    """A `VectorQuantizer` whose codebook follows moving averages instead of gradients."""
 
     def __init__(
         self,
@@ -164,7 +192,7 @@ class EMAVectorQuantizer(_Remap, nn.Module):
         self.embedding = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
         self._init_remap(n_embed, remap, unknown_index)
 
-    def forward(self, z: Tensor):
+    def forward(self, z: Tensor) -> Quantised:
         """z (B, D, h, w) -> ``(z_q like z, loss, (perplexity, one-hot (B*h*w, n), indices (B*h*w,)))``."""
         z = z.permute(0, 2, 3, 1)
         flat = z.reshape(-1, self.codebook_dim)
@@ -180,14 +208,14 @@ class EMAVectorQuantizer(_Remap, nn.Module):
         return z_q, loss, (_perplexity(encodings), encodings, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """As in `VectorQuantizer`; the original's class lacks it, so its priors could not decode."""
+        """As `Quantizer.get_codebook_entry`; the original's class lacks it, so its priors could not decode."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         return as_grid(self.embedding(indices), shape)
 
 
-class GumbelQuantize(_Remap, nn.Module):
-    """Choose codes by straight-through Gumbel-softmax (Jang et al. 2016) over logits of a 1x1 convolution."""
+class GumbelQuantize(Quantizer):
+    """Codes chosen by straight-through Gumbel-softmax (Jang et al. 2016) from the logits of a 1x1 convolution."""
 
     def __init__(
         self,
@@ -209,11 +237,11 @@ class GumbelQuantize(_Remap, nn.Module):
         self.use_vqinterface = use_vqinterface
         self._init_remap(n_embed, remap, unknown_index)
 
-    def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False):
+    def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False) -> tuple[Any, ...]:
         """z (B, num_hiddens, h, w) -> ``(z_q (B, D, h, w), kl loss, (None, None, indices (B, h, w)))``.
 
-        Draws Gumbel noise from torch's generator, in evaluation too, as the original does. With ``return_logits``
-        the logits follow; without the VQ interface the third value is the indices alone.
+        Draws Gumbel noise from torch's generator, in evaluation mode too, as the original does. With
+        ``return_logits`` the logits are a fourth value; without the VQ interface the third is the indices alone.
         """
         hard = self.straight_through if self.training else True
         logits = self.proj(z)
@@ -235,9 +263,8 @@ class GumbelQuantize(_Remap, nn.Module):
         return (*result, logits) if return_logits else result
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Entries of flat ``indices`` (N,); with ``shape`` = (B, h, w, D) as (B, D, h, w), else (N, D)."""
+        """As `Quantizer.get_codebook_entry`, but the width of the codebook counts, not the D of ``shape``."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        # The caller's last entry is its own idea of the width; ours is the codebook's.
         grid = None if shape is None else (*shape[:3], self.embedding_dim)
         return as_grid(self.embed(indices), grid)

@@ -1,6 +1,6 @@
-"""The plain-torch definition of every op: the truth that each kernel is tested against, and what runs without one.
+"""The definition of every op in plain torch: kernels are tested against it, and it runs where no kernel can.
 
-These functions take what :mod:`tamingfast.ops` has checked; call them there.
+These functions do not check their arguments; call them through :mod:`tamingfast.ops`, which does.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Scores of one chunk of nearest_code: 2^21 float64 values are 16 MiB.
-_CHUNK_SCORES = 2**21
+#: What `quantize` returns: (z_q, indices, to_codes, to_latents, counts).
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+_CHUNK_SCORES = 2**21  # of nearest_code: 16 MiB in float64
 
 
 def attention_mask(length: int, n_unmasked: int, device: torch.device | None = None) -> torch.Tensor:
-    """Boolean (length, length), True where query i (row) sees key j (column): j <= i, or both below n_unmasked."""
+    """bool (length, length), True where query i (row) sees key j (column): j <= i, or both below n_unmasked."""
     position = torch.arange(length, device=device)
     return (position[:, None] >= position) | (torch.maximum(position[:, None], position) < n_unmasked)
 
@@ -30,8 +32,8 @@ def causal_attention(
 ) -> torch.Tensor:
     """``dropout(softmax(q kᵀ · scale + mask)) v`` with (B, H, T, D) tensors; scale is 1/√D unless given.
 
-    The GPT2 attention (Radford et al. 2019) with the prefix of Taming Transformers (Esser et al. 2021): see
-    :func:`attention_mask`. Where T < n_unmasked the prefix ends at T.
+    The attention of GPT2 (Radford et al. 2019) with the unmasked prefix of Taming Transformers (Esser et al. 2021), see
+    :func:`attention_mask`. A prefix longer than T ends at T.
     """
     scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     visible = attention_mask(q.shape[-2], n_unmasked, q.device)
@@ -43,15 +45,15 @@ def causal_attention(
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """``argmin_j ‖z_i - c_j‖²`` in float64, ties to the lowest index: (N, D), (K, D) -> int64 (N,).
 
-    Rows go through in chunks, so memory is bounded. The scan expands the square; where a second code comes within
-    the rounding error of that formula, the row's distances are summed from the differences themselves.
-    ValueError names the argument that holds NaN or an infinity.
+    Rows are processed in chunks, which bounds memory. The scan expands the square; where a second code is within the
+    rounding error of that formula, the row's distances are computed again from the differences.
+    ValueError names the argument that holds NaN or infinity.
     """
     for name, values in (("z", z), ("codebook", codebook)):
         if not torch.isfinite(values).all():
             raise ValueError(f"{name}: got NaN or infinity, expected finite numbers")
     codes = codebook.double()
-    center = codes.mean(0)  # large common offsets would eat the digits of the expanded square
+    center = codes.mean(0)  # a large common offset would cancel most digits of the expanded square
     centred = codes - center
     half_norms = centred.square().sum(1) / 2
     largest = centred.norm(dim=1).max()
@@ -71,24 +73,23 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def quantize(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Vectors replaced by their nearest codes, and what trains both (van den Oord et al. 2017, eq. 2 and 3).
+def quantize(z: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor | None = None) -> Quantized:
+    """Vectors replaced by their nearest codes, and the losses that train both (van den Oord et al. 2017, eq. 2 and 3).
 
     z: (B, D, *) or (N, D), codebook: (K, D). Returns ``(z_q, indices, to_codes, to_latents, counts)``: the codes in
-    the shape and layout of z, with the gradient of z (straight-through); int64 (N,), of z's vectors in the order
-    (B, *); the mean of ``(sg[z_q] - z)²`` and of ``(z_q - sg[z])²``, in float32 at least; how often each code was
-    chosen, int64 (K,).
-    Given ``indices``, it does not search.
+    the shape and layout of z, with the gradient of z (straight-through); int64 (N,) over the vectors in the order
+    (B, *); the means of ``(sg[z_q] - z)²`` and ``(z_q - sg[z])²``, in float32 or wider; how often each code was
+    chosen, int64 (K,). ``indices`` replaces the search.
     """
     latents = z.movedim(1, -1)
     if indices is None:
         indices = nearest_code(latents.reshape(-1, z.shape[1]), codebook)
-    # Not codebook[indices], whose gradient CPU threads add up in an order that varies from run to run.
+    # Not codebook[indices]: CPU threads sum its gradient in an order that varies from run to run.
     codes = F.embedding(indices, codebook).view(latents.shape)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     to_codes = (codes.detach().to(dtype) - latents.to(dtype)).square().mean()
     to_latents = (codes.to(dtype) - latents.detach().to(dtype)).square().mean()
-    # The value is the code itself; z + (codes - z) would differ from it by rounding.
+    # Exactly the code; z + (codes - z) would differ from it by rounding.
     z_q = codes.detach() + (latents - latents.detach())
     counts = torch.zeros(len(codebook), dtype=torch.int64, device=z.device)
     counts.index_add_(0, indices, torch.ones_like(indices))

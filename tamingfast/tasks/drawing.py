@@ -89,7 +89,7 @@ def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: bands.Progress 
     Raises UserError unless both sides are multiples of f, and for models that `check_windowed` refuses.
     """
     grid_size(check_windowed(model), *x.shape[2:])
-    return bands.encode_grid(first_stage_of(model), x, progress=progress)
+    return first_stage_of(model).encode_grid(x, progress=progress)
 
 
 def photo_canvas(model: Net2NetTransformer, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tamingfast.checkpoints.weights import fingerprint
+from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.data import conditions as kinds
 from tamingfast.data import loader
-from tamingfast.data.conditions import kinds
+from tamingfast.data.base import ConditionRecord
 from tamingfast.data.tokens import smallest, write_tokens
-from tamingfast.engines import bands
 from tamingfast.errors import UserError
-from tamingfast.models.base import FirstStage
+from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
 from tamingfast.models.condition_stages import CoordStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
@@ -80,26 +80,18 @@ def check_encodable(data: Mapping[str, Any]) -> None:
         )
 
 
-@runtime_checkable
-class _Coded(Protocol):
-    """A stage whose tokens are below ``n_embed``."""
-
-    @property
-    def n_embed(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class _Conditions:
     """The spatial conditions of a data set: their key in its batches, and the stage that makes tokens of them."""
 
     key: str
-    stage: nn.Module
+    stage: FirstStage | CoordStage
 
     @property
     def vocab_size(self) -> int:
-        return _codes(self.stage) + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
+        return self.stage.n_embed + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
 
-    def description(self, dataset: Dataset) -> dict[str, Any]:
+    def description(self, dataset: Dataset) -> ConditionRecord:
         """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
         kind = getattr(dataset, "kind", None)
         return {
@@ -144,11 +136,11 @@ def _write(
         for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
             x = _images(items["image"], stage)
             grid_size(model, *x.shape[2:])  # raises for images of which a part would be lost
-            tokens = bands.encode_grid(stage, x)
+            tokens = stage.encode_grid(x)
             if classes is not None:
                 labels.extend(items["class_label"].tolist())
             if conditions is not None:
-                found = bands.encode_grid(conditions.stage, _images(items[conditions.key], stage))
+                found = encode_grid(conditions.stage, _images(items[conditions.key], stage))
                 written.append(smallest(found.view(tokens.shape).cpu().numpy(), conditions.vocab_size))
             yield tokens.cpu().numpy()
             counter.update(len(x))
@@ -157,7 +149,7 @@ def _write(
     return write_tokens(
         path,
         grids(),
-        _codes(stage),
+        stage.n_embed,
         class_label=None if classes is None else labels,
         metadata=metadata,
         classes=classes,
@@ -170,10 +162,11 @@ def _images(batch: Tensor, stage: FirstStage) -> Tensor:
     return batch.permute(0, 3, 1, 2).to(stage.device)
 
 
-def _codes(stage: nn.Module) -> int:
-    if not isinstance(stage, _Coded):
-        raise UserError(f"model: got a {type(stage).__name__}, whose tokens are not counted, expected a first stage")
-    return stage.n_embed
+def _counted(stage: ConditionStage) -> FirstStage | CoordStage:
+    """A stage whose number of codes a token file can state."""
+    if not isinstance(stage, FirstStage | CoordStage):
+        raise UserError(f"cond_stage: got a {type(stage).__name__}, expected a first stage or coordinates")
+    return stage
 
 
 def _conditions_of(model: nn.Module, dataset: Dataset, stage: FirstStage | None) -> _Conditions | None:
@@ -183,12 +176,12 @@ def _conditions_of(model: nn.Module, dataset: Dataset, stage: FirstStage | None)
     if kind is not None:
         check_encodable(kinds.settings_of(kind))
     if stage is None and isinstance(model, Net2NetTransformer) and is_spatial(model):
-        found = _Conditions(model.cond_stage_key, model.cond_stage_model)
+        found = _Conditions(model.cond_stage_key, _counted(model.cond_stage_model))
     elif stage is not None:
         found = _Conditions(str(getattr(stage, "image_key", "image")), stage)
     elif key == kinds.Coordinates.key:
         first = first_stage_of(model)
-        return _Conditions(key, CoordStage(_codes(first) - 1, first.factor))
+        return _Conditions(key, CoordStage(first.n_embed - 1, first.factor))
     elif key is None:
         return None
     else:

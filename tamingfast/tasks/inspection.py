@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from tamingfast.checkpoints.config import at, plain, trained_side
-from tamingfast.checkpoints.load import embedded_config, metadata_of, neighbouring_config, weights_path
-from tamingfast.checkpoints.weights import fingerprint, read_checkpoint, state_dict_of
+from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.checkpoints.locate import embedded_config, metadata_of, neighbouring_config, weights_path
+from tamingfast.checkpoints.weights import read_checkpoint, state_dict_of
 from tamingfast.data.tokens import FORMAT, TokenDataset
 
 

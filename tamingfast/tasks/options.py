@@ -69,4 +69,4 @@ class DrawingOptions:
 
     def running(self) -> dict[str, Any]:
         """The options of `sample_grid` that do not decide the tokens."""
-        return {"backend": self.engine}
+        return {"engine": self.engine}

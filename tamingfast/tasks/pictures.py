@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from tamingfast import images
-from tamingfast.data.folders import EXTENSIONS, read_rgb
+from tamingfast.data.rgb import EXTENSIONS, read_rgb
 from tamingfast.errors import UserError
 from tamingfast.tasks.sizes import image_size
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamingfast.engines import bands
 from tamingfast.images import to_uint8
 from tamingfast.tasks.figures import l1, psnr
 from tamingfast.tasks.models import Model, first_stage_of, opened
@@ -71,5 +70,5 @@ def reconstructed(model: nn.Module, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _through(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     stage = first_stage_of(model)
-    tokens = bands.encode_grid(stage, x)
-    return tokens, bands.decode_grid(stage, tokens).clamp(-1, 1)
+    tokens = stage.encode_grid(x)
+    return tokens, stage.decode_grid(tokens).clamp(-1, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tamingfast.data import loader
-from tamingfast.data.base import random_bits
+from tamingfast.data.randomness import random_bits
 from tamingfast.errors import UserError
 from tamingfast.training.distributed import World
 from tamingfast.training.settings import Training
@@ -117,8 +117,9 @@ def validation_batches(dataset: Dataset, settings: Training, device: torch.devic
 
 def grid_of(dataset: Dataset, stage: nn.Module, key: str = "image") -> tuple[int, int]:
     """Tokens (rows, columns) of a dataset's images under a first stage, or of its token grids."""
-    if hasattr(dataset, "grid"):
-        return tuple(dataset.grid)
+    grid = getattr(dataset, "grid", None)
+    if grid is not None:
+        return tuple(grid)
     height, width = dataset[0][key].shape[:2]
     if height % stage.factor or width % stage.factor:
         raise UserError(

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain, trained_side
 from tamingfast.checkpoints.weights import fingerprint, load_into
-from tamingfast.data.conditions.kinds import Kind, label_colors
+from tamingfast.data.conditions import Kind, label_colors
 from tamingfast.data.conditions.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
 from tamingfast.models.multiscale import MultiscaleTransformer

@@ -284,7 +284,7 @@ def build_datasets(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _token_datasets(section: Mapping[str, Any]) -> tuple[Any, Any]:
-    from tamingfast.data.conditions.kinds import SETTINGS
+    from tamingfast.data.conditions import SETTINGS
     from tamingfast.data.tokens import TokenDataset
 
     # The last ones, which a run keeps from the file, say what its conditions are.

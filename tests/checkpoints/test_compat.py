@@ -1,7 +1,8 @@
-"""Code and configs that say ``taming.*``."""
+"""Names of the original and of earlier versions, and the configs that contain them."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -10,15 +11,52 @@ import pytest
 import tamingfast
 from tamingfast.checkpoints import compat, config
 from tamingfast.errors import UserError
+from tamingfast.renamed import RENAMED, new_name
 
 
-def test_every_name_resolves():
-    for module, names in compat.NAMES.items():
-        for name in names:
-            assert compat.resolve(f"{module}.{name}") is not None
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [(f"{module}.{name}", home) for module, names in compat.NAMES.items() for name, home in names.items()],
+)
+def test_every_name_of_the_original_resolves(name, home):
+    module, _, member = home.partition(":")
+    assert new_name(module) == module  # today's name, not an older one
+    assert compat.resolve(name) is getattr(importlib.import_module(module), member)
 
 
-def test_install_in_a_fresh_process():
+@pytest.mark.parametrize("old", RENAMED)
+def test_every_old_module_name_is_the_new_module(old):
+    new = importlib.import_module(f"tamingfast.{RENAMED[old]}")
+    assert importlib.import_module(f"tamingfast.{old}") is new
+    assert new.__name__ == new.__spec__.name == f"tamingfast.{RENAMED[old]}"
+    assert RENAMED[old] not in RENAMED  # no chains
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "tamingfast.models.vqgan.VQModel", "tamingfast.losses.DummyLoss", "tamingfast.orderings.SpiralOut",
+        "tamingfast.models.conditioning.Labelator", "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    ],
+)  # fmt: skip
+def test_networks_under_all_their_names_are_allowed(target):
+    config.check_targets({"target": target}, trusted=False)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system", "torch.nn.Linear", "main.instantiate_from_config", "taming.modules.losses.vqperceptual.F",
+        "tamingfast.checkpoints.convert", "tamingfast.backends.pick_device", "tamingfast.models.gpt.sample",
+        "tamingfast.models.gpt.GPTConfig",
+    ],
+)  # fmt: skip
+def test_all_else_is_refused(target):
+    with pytest.raises(UserError, match=f"target: got '{target}', which is not run"):
+        config.check_targets({"params": [{"target": target}]}, trusted=False)
+
+
+def test_install_in_a_new_process():
     code = """
 import tamingfast.checkpoints.compat; tamingfast.checkpoints.compat.install(); tamingfast.checkpoints.compat.install()
 from taming.models.vqgan import VQModel, GumbelVQ
@@ -55,7 +93,7 @@ def test_public_names():
     ("target", "match"),
     [
         ("taming.models.vqgan.VQModell", "did you mean 'taming.models.vqgan.VQModel'"),
-        ("taming.nothing.Here", "no counterpart"),
+        ("taming.nothing.Here", "expected a name of the original that has a counterpart"),
         ("nosuchpackage.Thing", "cannot be imported"),
         ("Thing", "cannot be imported"),
     ],
@@ -77,11 +115,11 @@ def test_unknown_parameters_name_the_nearest():
 
 
 def test_yaml_errors(tmp_path):
-    with pytest.raises(UserError, match="no config file"):
+    with pytest.raises(UserError, match="none.yaml: got no file, expected a YAML config"):
         config.load_yaml(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    with pytest.raises(UserError, match="not readable YAML"):
+    with pytest.raises(UserError, match="bad.yaml: got unreadable YAML"):
         config.load_yaml(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
-    with pytest.raises(UserError, match="no mapping"):
+    with pytest.raises(UserError, match="list.yaml: got no mapping"):
         config.load_yaml(tmp_path / "list.yaml")

@@ -1,11 +1,10 @@
-// Enough of CUDA to compile csrc/cuda/*.cu with an ordinary C++ compiler and to run the kernels on the CPU, for tests.
+// The part of CUDA that is needed to compile csrc/cuda/*.cu with an ordinary C++ compiler and test it on the CPU.
 //
-// This folder stands in for CUDA's include directory. Blocks run one after another, a block's threads as fibers of one
-// thread of the system: each runs until it waits at a barrier or a shuffle, then the next one goes on. So data races
-// between blocks do not happen here; a missing barrier shows when the order of the threads is reversed, which
-// `set_reversed` does, and shared memory is filled with NaN before each block. What a kernel must not do is found out:
-// barriers that only a part of a block reaches, shuffles that a part of a warp misses, writes past the shared memory
-// that the launch asked for. What only a GPU can show is not: order between blocks, coalescing, speed.
+// This folder replaces CUDA's include directory. Blocks run one after another, and the threads of a block are fibers of
+// one system thread: each runs until it waits at a barrier or shuffle, then the next one continues. A missing barrier
+// shows when the threads run in reverse order (`set_reversed`), and shared memory is filled with NaN before each block.
+// Detected errors: barriers that only part of a block reaches, shuffles that only part of a warp reaches, and writes
+// beyond the shared memory of the launch. Only a GPU shows races between blocks, coalescing and speed.
 #pragma once
 
 #include <math.h>
@@ -37,10 +36,10 @@ namespace cuda_on_host {
 
 constexpr std::size_t kSharedLimit = 227 * 1024;  // of compute capability 9.0
 
-// Runs `thread` in every thread of every block; the error as CUDA would tell it, null when there is none.
+// Calls `thread` for every thread of every block. Returns CUDA's message for an invalid launch, or null.
 const char* run(dim3 grid, dim3 block, std::size_t shared, std::size_t allowed, const std::function<void()>& thread);
 void barrier();
-// Lane `source` of the warp gives its `bytes` at `value`, at most 8, to this one.
+// Replaces the `bytes` (at most 8) at `value` by those of lane `source` of the same warp.
 void exchange(void* value, std::size_t bytes, unsigned source, unsigned mask);
 void set_reversed(bool reversed);
 

@@ -88,18 +88,18 @@ def test_conditions_stand_beside_their_images(tmp_path):
     assert dataset.condition == said
     batch = dataset.batch(np.array([11, 0]))
     assert np.array_equal(batch["edges_indices"].numpy(), np.concatenate(conditions)[[11, 0]].reshape(2, -1))
-    with pytest.raises(ValueError, match="conditions hold 8 grids, but indices 12"):
+    with pytest.raises(ValueError, match="conditions: got 8 grids, expected 12"):
         write_tokens(path, grids(12, 50), 50, conditions=conditions[:2], condition=said)
-    with pytest.raises(ValueError, match="conditions reach from . to 29., but 0 to 289"):
+    with pytest.raises(ValueError, match="conditions: got tokens from . to 29., expected 0 to 289"):
         write_tokens(path, grids(12, 50), 50, conditions=conditions, condition={**said, "vocab_size": 290})
     marks = {"format": FORMAT, "vocab_size": "8"}
     tensors = {name: torch.zeros(2, 3, 3, dtype=torch.int16) for name in ("indices", "conditions")}
     save_file(tensors, path, metadata=marks)
-    with pytest.raises(UserError, match="does not say what its conditions are"):
+    with pytest.raises(UserError, match="got conditions without a record of what they are"):
         TokenDataset(path)
     tensors["conditions"][1, 0, 0] = 5
     save_file(tensors, path, metadata={**marks, "condition": json.dumps({**said, "vocab_size": 5})})
-    with pytest.raises(UserError, match="has the token 5 .* but 0 to 4"):
+    with pytest.raises(UserError, match="got the token 5 .* expected 0 to 4"):
         TokenDataset(path)
 
 
@@ -123,21 +123,27 @@ def test_workers_and_copies_map_the_file_again(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"indices": np.full((1, 2, 2), 8)}, "reach from 8 to 8, but 0 to 7", id="too large"),
-        pytest.param({"indices": np.full((1, 2, 2), -1)}, "reach from -1", id="negative"),
+        pytest.param({"indices": np.full((1, 2, 2), 8)}, "got tokens from 8 to 8, expected 0 to 7", id="too large"),
+        pytest.param({"indices": np.full((1, 2, 2), -1)}, "got tokens from -1", id="negative"),
         pytest.param({"indices": np.zeros((1, 2, 2))}, "dtype float64", id="float"),
         pytest.param({"indices": np.zeros((2, 2), int)}, r"shape \(2, 2\)", id="not grids"),
-        pytest.param({"indices": []}, "hold no grid", id="empty"),
+        pytest.param({"indices": []}, "got no grids", id="empty"),
         pytest.param(
-            {"indices": [np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int)]}, "all must agree", id="shapes differ"
+            {"indices": [np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int)]},
+            "expected equal shapes",
+            id="shapes differ",
         ),
-        pytest.param({"class_label": [1, 2]}, "2 values .* but 3 integers", id="labels too few"),
-        pytest.param({"class_label": [0.5, 1, 2]}, "integers are expected", id="labels float"),
-        pytest.param({"class_label": [0, 1, 2], "classes": ["a", "b"]}, "from 0 to 2, but 0 to 1", id="label unnamed"),
-        pytest.param({"class_label": [0, -1, 2]}, "from -1 to 2", id="label negative"),
-        pytest.param({"metadata": {"flips": True}}, "not a string", id="metadata type"),
-        pytest.param({"metadata": {"format": "x"}}, "reserved", id="metadata reserved"),
-        pytest.param({"vocab_size": 0}, "vocab_size is 0", id="vocabulary"),
+        pytest.param({"class_label": [1, 2]}, "2 values .* expected 3 integers", id="labels too few"),
+        pytest.param({"class_label": [0.5, 1, 2]}, "expected 3 integers", id="labels float"),
+        pytest.param(
+            {"class_label": [0, 1, 2], "classes": ["a", "b"]}, "got 0 to 2, expected 0 to 1", id="label unnamed"
+        ),
+        pytest.param({"class_label": [0, -1, 2]}, "got -1 to 2", id="label negative"),
+        pytest.param({"metadata": {"flips": True}}, "got 'flips': True, expected strings", id="metadata type"),
+        pytest.param(
+            {"metadata": {"format": "x"}}, "expected strings under keys other than format", id="metadata reserved"
+        ),
+        pytest.param({"vocab_size": 0}, "vocab_size: got 0", id="vocabulary"),
     ],
 )
 def test_wrong_arguments_leave_no_file(tmp_path, arguments, message):
@@ -169,23 +175,23 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path):
     content = path.read_bytes()
     for keep in (0, 4, 8, 300, len(content) - 1):
         path.write_bytes(content[:keep])
-        with pytest.raises(UserError, match="truncated or not a safetensors file"):
+        with pytest.raises(UserError, match="got a truncated file or no safetensors file"):
             TokenDataset(path)
 
 
 def test_files_that_are_not_token_files_are_refused(tmp_path):
     path = tmp_path / "tokens.safetensors"
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="got no such file"):
         TokenDataset(path)
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="no safetensors file"):
         TokenDataset(tmp_path)
     path.write_bytes(b"no tokens at all")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="no safetensors file"):
         TokenDataset(path)
     good = {"indices": torch.zeros(2, 3, 3, dtype=torch.int16)}
     marks = {"format": FORMAT, "vocab_size": "8"}
     save_file(good, path)
-    with pytest.raises(UserError, match="without the marks of a token file"):
+    with pytest.raises(UserError, match="without the metadata format="):
         TokenDataset(path)
     for tensors in (
         {"weight": torch.zeros(2)},
@@ -204,12 +210,12 @@ def test_values_out_of_range_and_another_vocabulary_are_refused(tmp_path):
     marks = {"format": FORMAT, "vocab_size": "8"}
     for token in (8, -3):
         save_file({"indices": torch.tensor([[[1, token]]], dtype=torch.int16)}, path, metadata=marks)
-        with pytest.raises(UserError, match=f"has the token {token} in grids 0 to 0, but 0 to 7 is expected"):
+        with pytest.raises(UserError, match=f"got the token {token} in grids 0 to 0, expected 0 to 7"):
             TokenDataset(path)
     tensors = {"indices": torch.zeros(1, 2, 2, dtype=torch.int16), "class_label": torch.tensor([2])}
     save_file(tensors, path, metadata={**marks, "classes": json.dumps(["a", "b"])})
-    with pytest.raises(UserError, match="class labels from 2 to 2, but 0 to 1"):
+    with pytest.raises(UserError, match="class labels from 2 to 2, expected 0 to 1"):
         TokenDataset(path)
     write_tokens(path, grids(2, 8), 8)
-    with pytest.raises(UserError, match="a vocabulary of 8, but 16 is expected"):
+    with pytest.raises(UserError, match="a vocabulary of 8 tokens, expected 16"):
         TokenDataset(path, vocab_size=16)

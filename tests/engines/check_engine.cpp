@@ -1,12 +1,12 @@
-// Drives the engine and nearest_code without Python, so that sanitizers see only our code (tests/test_engine.py).
+// Drives the engine and nearest_code without Python, so that sanitizers see only our code; run by test_cpu.py.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
+#include "cpu/engine.h"
 #include "cpu/nearest_code.h"
-#include "engine.h"
 
 using namespace tamingfast;
 
@@ -22,7 +22,8 @@ const float* random_array(std::int64_t n) {
   return arrays.back().data();
 }
 
-void require(bool good, const char* what) {
+// Ends the program unless `good`.
+void expect(bool good, const char* what) {
   if (good) return;
   std::fprintf(stderr, "failed: %s\n", what);
   std::exit(1);
@@ -49,20 +50,19 @@ std::vector<std::int64_t> decode(Engine& engine, std::int64_t batch, std::int64_
   for (std::int64_t b = 0; b < batch; ++b) slots.push_back(b), images[b] = static_cast<std::uint32_t>(b);
   for (std::int64_t i = 1; i < length; ++i) steps.push_back(i), places[i] = static_cast<std::uint32_t>(i);
   const std::vector<std::uint8_t> wanted(batch * steps.size(), 1);
-  Decoding decoding{batch,
-                    slots.data(),
-                    sequences.data(),
-                    length,
-                    0,
-                    static_cast<std::int64_t>(steps.size()),
-                    steps.data(),
-                    wanted.data(),
-                    places.data(),
-                    places.data(),
-                    images.data(),
-                    engine.geometry().vocab_size,
-                    {false, 0.9f, 10, 0.9, 7}};
-  engine.decode(decoding, [] { return false; }, [](std::int64_t) {});
+  DecodeParams params{};
+  params.batch = batch;
+  params.slots = slots.data();
+  params.sequences = sequences.data();
+  params.length = length;
+  params.count = static_cast<std::int64_t>(steps.size());
+  params.steps = steps.data();
+  params.wanted = wanted.data();
+  params.rows = params.columns = places.data();
+  params.images = images.data();
+  params.choices = engine.geometry().vocab_size;
+  params.choice = {false, 0.9f, 10, 0.9, 7};
+  engine.decode(params, [] { return false; }, [](std::int64_t) {});
   return sequences;
 }
 
@@ -72,19 +72,19 @@ void check(const Geometry& g) {
     for (const std::string& isa : supported_isas()) {
       Engine one(weights, g, dtype, 1, parse_isa(isa)), three(weights, g, dtype, 3, parse_isa(isa));
       const auto alone = decode(one, 1, g.block_size), together = decode(three, 3, g.block_size);
-      require(std::equal(alone.begin(), alone.end(), together.begin()), "the same tokens alone and in a batch");
+      expect(std::equal(alone.begin(), alone.end(), together.begin()), "the same tokens alone and in a batch");
       std::vector<float> logits(g.block_size * g.vocab_size);
-      one.step({{0, 0, alone.data(), g.block_size}}, Logits::all, logits.data(), [] { return false; });
-      for (const float value : logits) require(std::isfinite(value), "finite logits");
+      one.step({{0, 0, g.block_size}}, alone.data(), Logits::all, logits.data(), [] { return false; });
+      for (const float value : logits) expect(std::isfinite(value), "finite logits");
       three.copy(0, 2, g.block_size / 2);
       three.truncate(0, 0);
       bool refused = false;
       try {
-        three.step({{9, 0, alone.data(), 1}}, Logits::none, nullptr, [] { return false; });
+        three.step({{9, 0, 1}}, alone.data(), Logits::none, nullptr, [] { return false; });
       } catch (const std::invalid_argument&) {
         refused = true;
       }
-      require(refused, "a slot out of range is refused");
+      expect(refused, "an unknown slot is refused");
     }
 }
 
@@ -97,7 +97,7 @@ int main() {
   for (const std::string& isa : supported_isas()) {
     std::vector<std::int64_t> out(101, -1);
     nearest_code({random_array(101 * 7), random_array(50 * 7), out.data(), 101, 50, 7, 3}, parse_isa(isa));
-    for (const std::int64_t index : out) require(index >= 0 && index < 50, "an index of the codebook");
+    for (const std::int64_t index : out) expect(index >= 0 && index < 50, "an index of the codebook");
   }
   std::puts("good");
 }

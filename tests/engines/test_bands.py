@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tamingfast import UserError, VQModel
-from tamingfast.engines import bands
-from tamingfast.models.vqgan import Decoder, Encoder
+from tamingfast.engines import bands, layers
+from tamingfast.models.autoencoder import Decoder, Encoder
 
 GEOMETRY = dict(
     ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=32,
@@ -32,16 +32,16 @@ def network(kind: type = Decoder, **options) -> nn.Module:
 
 
 def inputs(kind: type, count: int = 1) -> torch.Tensor:
-    """An odd number of columns, and for the encoder of rows as well."""
+    """An odd number of columns, and for the encoder an odd number of rows too."""
     channels, height, width = (4, 24, 37) if kind is Decoder else (3, 97, 150)
     x = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(1))
     return x * torch.linspace(0.2, 2, width) + 3
 
 
 def peak(model: nn.Module, x: torch.Tensor) -> int:
-    units = bands._decoder_units(model) if isinstance(model, Decoder) else bands._encoder_units(model)
-    shapes = bands._shapes(units, tuple(x.shape[1:]))
-    return 4 * max(map(bands._peak, units, shapes, shapes[1:]))
+    """Bytes that the network needs at its peak when it runs whole."""
+    shapes = layers.shapes(model.layers(), tuple(x.shape[1:]))
+    return 4 * max(map(bands._peak, model.layers(), shapes, shapes[1:]))
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def test_bands_are_the_whole_image(monkeypatch, place, options, kind):
 
 
 @torch.no_grad()
-def test_what_memory_does_not_hold_lies_in_files(monkeypatch, tmp_path):
+def test_maps_beyond_memory_go_to_files(monkeypatch, tmp_path):
     model, z = network(give_pre_end=True, attn_resolutions=()), inputs(Decoder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     sizes, init = [], bands._Scratch.__init__
@@ -85,25 +85,25 @@ def test_first_stages_give_the_same_tokens_and_images():
     loss = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
     stage = VQModel(GEOMETRY, loss, n_embed=32, embed_dim=4).eval()
     x = torch.nn.functional.interpolate(torch.randn(1, 3, 12, 12), (96, 120), mode="bilinear")
-    tokens = bands.encode_grid(stage, x)
+    tokens = stage.encode_grid(x)
     assert tokens.shape == (1, 24, 30) and len(tokens.unique()) > 3
     assert torch.equal(tokens, stage.encode(x)[2][2].view(1, 24, 30))
-    assert torch.equal(bands.encode_grid(stage, x, peak(stage.encoder, x) // 2), tokens)
-    image = bands.decode_grid(stage, tokens)
+    assert torch.equal(stage.encode_grid(x, peak(stage.encoder, x) // 2), tokens)
+    image = stage.decode_grid(tokens)
     assert torch.equal(image, stage.decode_code(tokens))
     z = torch.empty(1, 4, 24, 30)
-    torch.testing.assert_close(
-        bands.decode_grid(stage, tokens, peak(stage.decoder, z) // 2), image, rtol=1e-4, atol=1e-5
-    )
+    in_bands = stage.decode_grid(tokens, peak(stage.decoder, z) // 2)
+    assert not torch.equal(in_bands, image)  # or it would have run whole
+    torch.testing.assert_close(in_bands, image, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_means_far_from_zero_keep_their_variance():
-    """A sum of squares in float32 has none of it left."""
+    """A plain sum of squares in float32 would lose it."""
     model, z = network(attn_resolutions=()), inputs(Decoder)
     model.conv_in.bias += 1000
     for block in (model.mid.block_1, model.mid.block_2, model.mid.attn_1):
-        block.register_forward_hook(lambda block, given, out: given[0])  # what adds to it, at its own scale
+        block.register_forward_hook(lambda block, given, out: given[0])  # they would bring it back to their scale
     for shortcut in (module for name, module in model.named_modules() if name.endswith("nin_shortcut")):
         shortcut.weight.fill_(1 / 64)
     expected = model.double()(z.double())
@@ -123,25 +123,25 @@ def test_what_fits_runs_whole(monkeypatch):
     assert torch.equal(bands.run(model, two, peak(model, z)), torch.cat([model(one[None]) for one in two]))
 
 
-def test_too_little_memory_is_said():
+def test_too_little_memory():
     model, z = network(), inputs(Decoder)
     for memory in (300_000, 1_500_000):  # too little for bands, and for attention
-        with pytest.raises(UserError, match=r"needs \d+ MiB or more, but is given [01] MiB"):
+        with pytest.raises(UserError, match=r"^memory: got [01] MiB, expected at least \d+ MiB"):
             bands.run(model, z, memory)
 
 
-def test_a_full_disk_is_said(monkeypatch, tmp_path):
+def test_a_full_disk(monkeypatch, tmp_path):
     model, z = network(), inputs(Decoder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with monkeypatch.context() as patch:  # it fills while it is written to
         patch.setattr(bands.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
-        with pytest.raises(UserError, match=rf"needs \d+ MiB in {tmp_path} beside its memory"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}: got too little free disk space, expected \d+ MiB"):
             bands.run(model, z, int(peak(model, z) * 0.35))
     usage = bands.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
         bands.shutil, "disk_usage", lambda path: usage._replace(free=1000) if path == str(tmp_path) else usage
     )
-    with pytest.raises(UserError, match=rf"needs \d+ MiB in {tmp_path} beside its memory"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: got too little free disk space, expected \d+ MiB"):
         bands.run(model, z, int(peak(model, z) * 0.35))
     assert not list(tmp_path.iterdir())
 
@@ -149,13 +149,13 @@ def test_a_full_disk_is_said(monkeypatch, tmp_path):
 SCRIPT = """
 import resource, sys, torch
 from tamingfast.engines import bands
-from tamingfast.models.vqgan import Decoder, Encoder
+from tamingfast.models.autoencoder import Decoder, Encoder
 torch.set_num_threads(1)
 kind = Decoder if sys.argv[1] == "decode" else Encoder
 model = kind(ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_resolutions=(16,),
              resolution=256, z_channels=8).eval()
 x = torch.randn(1, 8, 32, 48) if kind is Decoder else torch.randn(1, 3, 512, 768)
-bands.run(model, x[:, :, : x.shape[2] // 4, : x.shape[3] // 4], 10 << 20)  # loads what is loaded on first use
+bands.run(model, x[:, :, : x.shape[2] // 4, : x.shape[3] // 4], 10 << 20)  # warms up
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out = bands.run(model, x, int(sys.argv[2]))
 assert out.isfinite().all()
@@ -165,7 +165,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 ATTENTION = """
 import resource, torch
-from tamingfast.models.vqgan import AttnBlock
+from tamingfast.models.autoencoder import AttnBlock
 torch.set_num_threads(1)
 block = AttnBlock(32)
 with torch.no_grad():
@@ -176,16 +176,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def test_attention_holds_no_scores_of_all_pairs():
+def test_attention_does_not_store_the_scores_of_all_pairs():
     run = subprocess.run([sys.executable, "-c", ATTENTION], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 64**4 * 4 / 5
 
 
 @pytest.mark.parametrize("way", ["decode", "encode"])
 def test_memory_stays_within_the_budget(way):
-    """An image whose maps are seven times the budget, of networks with the f = 16 geometry."""
+    """The feature maps of the image are seven times the budget; the networks have the geometry of f = 16."""
     budget = 40 << 20
-    # glibc keeps what is freed below 32 MiB; bands are larger under budgets of gigabytes, which this stands for.
+    # glibc keeps freed blocks below 32 MiB. With realistic budgets of gigabytes, bands are larger than that.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-c", SCRIPT, way, str(budget)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

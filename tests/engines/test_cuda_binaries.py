@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA engine's kernels, read from the extension: they are there, they fit, and spill nothing."""
+"""The machine code of the CUDA engine's kernels: all are there, fit their registers and do not spill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ahead_of_time import CUOBJDUMP
 from tamingfast.ops import backends
 
 if backends.interpreted():
-    pytest.skip("nothing here is interpreted", allow_module_level=True)
+    pytest.skip("these tests have nothing to interpret", allow_module_level=True)
 
 native, reason = backends.native()
 built = native is not None and native.build_info()["cuda"] is not None
@@ -25,7 +25,7 @@ TYPES = ("float", "Bf16", "Half")
 
 @functools.cache
 def resources() -> dict[tuple[str, str], dict[str, int]]:
-    """By target and kernel with its template's arguments: registers, and bytes of stack and local memory a thread."""
+    """Registers, and bytes of stack and local memory, per thread: by target and kernel with its template arguments."""
     found: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", native.__file__], text=True)
     text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
@@ -42,20 +42,20 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 
 
 def test_the_kernels_are_built_wherever_nvcc_is_found():
-    """A source that nvcc refuses would else only be missed."""
+    """Otherwise a source that nvcc rejects would go unnoticed: the build falls back to no CUDA."""
     if native is None or os.environ.get("TAMINGFAST_CUDA") == "0":
-        pytest.skip("they were not asked for")
+        pytest.skip("the extension, or CUDA, was left out")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda") if home]
     if not (shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))):
         assert native.build_info()["no_cuda"] == "nvcc was not found"
-        pytest.skip("there is no nvcc")
+        pytest.skip("nvcc was not found")
     assert native.build_info()["cuda"] is not None, native.build_info()["no_cuda"]
 
 
 @needs_kernels
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
-@pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt reads the kernels' names")
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump")
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt, which demangles names, was not found")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_kernel_fits_and_does_not_spill(target):
     kernels = {name: values for (where, name), values in resources().items() if where == target}
@@ -70,7 +70,7 @@ def test_every_kernel_fits_and_does_not_spill(target):
 
 
 def most_registers(name: str) -> int:
-    """So that enough blocks of 128 threads share a multiprocessor, which has 64 k, to fill its memory's pipeline."""
+    """The most with which enough blocks of 128 threads share 64 k registers to saturate memory."""
     kernel, number, *rest = re.split(r"[<,>] ?", name)
     if kernel == "attention_kernel":
         return 96
@@ -80,37 +80,37 @@ def most_registers(name: str) -> int:
 
 
 @needs_kernels
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
-def test_kernels_wait_for_the_one_before_and_read_only_weights_until_then():
-    """The compiler may move loads: none but those of weights may come before the wait, and all of a linear layer's."""
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump")
+def test_kernels_load_only_weights_before_they_wait_for_the_previous_kernel():
+    """The compiler may move loads: those of a linear layer's weights, and no others, must come before the wait."""
     text = subprocess.check_output([CUOBJDUMP, "-sass", "-arch", "sm_90", native.__file__], text=True)
     kernels = re.split(r"Function : (\S+)", text)[1:]
-    assert len(kernels) == 2 * (24 + 9 + 12)  # names and their code
+    assert len(kernels) == 2 * (24 + 9 + 12)  # names alternate with code
     for name, code in zip(kernels[::2], kernels[1::2], strict=True):
         before, wait, after = code.partition("ACQBULK")
         assert wait and "PREEXIT" in before, name
         loads = 0
         if linear := re.search(r"linear_kernelI(\w+?)Li(\d)ELb(\d)E", name):
             number, rows, norm = linear.groups()
-            words = 2 if number == "f" else 1  # of 16 bytes in a vector
-            loads = 8 * words + 4 * int(norm) + 1  # of the matrix, of gain and shift, of the bias
-            if (rows, norm) == ("1", "0"):  # and all inputs of as many steps, and what is added to, before any is used
+            words = 2 if number == "f" else 1  # 16-byte words per vector
+            loads = 8 * words + 4 * int(norm) + 1  # the matrix, gain and shift, the bias
+            if (rows, norm) == ("1", "0"):  # inputs of as many steps, and what is added to, before any use
                 assert len(re.findall(r"\bLDG\.", after.partition("FFMA")[0])) >= 4 * words + 1, name
         assert len(re.findall(r"\bLDG?\.", before)) == loads, name
         assert not re.search(r"\bSTG?\.", before), name
 
 
 @needs_kernels
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton comes without cuobjdump here")
-def test_later_devices_find_code_to_compile():
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump")
+def test_later_devices_have_ptx_to_compile():
     listed = subprocess.check_output([CUOBJDUMP, "--list-ptx", native.__file__], text=True)
     assert "sm_90" in listed
 
 
 @needs_kernels
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm lists symbols")
-def test_the_runtime_is_the_extensions_own():
-    """torch may have another one loaded; neither must find the other's functions by name."""
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, which lists symbols, was not found")
+def test_the_cuda_runtime_is_not_exported():
+    """torch may have loaded another runtime; neither may resolve the other's functions by name."""
     symbols = subprocess.check_output(["nm", "-D", native.__file__], text=True)
     assert not re.findall(r"\bcuda[A-Z]\w+|\bcu[A-Z]\w+|__cuda\w+", symbols)
 

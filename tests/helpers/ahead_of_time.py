@@ -1,15 +1,14 @@
-"""Compile what a launcher would launch, for a GPU that need not be there, and read the binary's resources."""
+"""Compile what a launcher would launch, for a GPU that need not be present, and read the binary's resources."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -28,38 +27,41 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: registers of a thread, bytes of local memory of a thread, shared bytes of a block."""
+    """A compiled kernel: registers and bytes of local memory per thread, bytes of shared memory per block."""
 
     name: str
     config: str
     capability: int
     registers: int
-    local: int  # spilled registers live here, and arrays that are indexed at run time
+    local: int  # spilled registers, and arrays that are indexed at run time
     shared: int
-    sass: str
+    cubin: bytes = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.name} [{self.config}]: {self.registers} registers, {self.local} B local, {self.shared} B shared"
 
     def uses(self, instruction: str) -> bool:
-        return instruction in self.sass
+        """Whether the machine code has the instruction."""
+        return instruction in _dump(self.cubin, "--dump-sass")
 
 
-def compile_launches(call: Callable[[], Any], capability: int, module: Any, sass: bool = False) -> list[Binary]:
-    """Run ``call`` with every launch of ``module`` replaced by the compilation of all its configurations."""
+def compile_launches(call: Callable[[], object], capability: int, module: ModuleType) -> list[Binary]:
+    """Run ``call``, where every launch of ``module`` compiles all its configurations instead."""
     binaries: list[Binary] = []
 
     def record(kernel, grid, configs, key, arguments) -> None:
         for config in configs:
             assert min(grid(config.kwargs)) > 0
-            binaries.append(_compile(kernel, config, arguments, capability, sass))
+            binaries.append(_compile(kernel, config, arguments, capability))
 
     with mock.patch.object(module, "launch", record):
         call()
     return binaries
 
 
-def _compile(kernel: Any, config: triton.Config, arguments: dict[str, Any], capability: int, sass: bool) -> Binary:
+def _compile(
+    kernel: triton.JITFunction, config: triton.Config, arguments: dict[str, object], capability: int
+) -> Binary:
     values = arguments | config.kwargs
     constexprs, signature, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
@@ -74,14 +76,15 @@ def _compile(kernel: Any, config: triton.Config, arguments: dict[str, Any], capa
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    registers, local, code = _resources(compiled.asm["cubin"], sass)
+    cubin = compiled.asm["cubin"]
+    registers, local = _resources(cubin)
     text = ", ".join(f"{k}={v}" for k, v in config.kwargs.items())
     label = f"{text}, {config.num_warps} warps, {config.num_stages} stages"
-    return Binary(kernel.__name__, label, capability, registers, local, compiled.metadata.shared, code)
+    return Binary(kernel.__name__, label, capability, registers, local, compiled.metadata.shared, cubin)
 
 
-def _specialise(value: Any, constexpr: bool) -> tuple[str, Any, bool]:
-    """Type, value and divisibility by 16 of an argument, as Triton's own launcher would take it."""
+def _specialise(value: object, constexpr: bool) -> tuple[str, object, bool]:
+    """Type, value and divisibility by 16 of an argument, as Triton's own launcher would derive them."""
     if constexpr or value is None:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
@@ -93,11 +96,14 @@ def _specialise(value: Any, constexpr: bool) -> tuple[str, Any, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, value % 16 == 0
 
 
-def _resources(cubin: bytes, sass: bool) -> tuple[int, int, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", path], text=True)
-        code = subprocess.check_output([CUOBJDUMP, "--dump-sass", path], text=True) if sass else ""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    usage = _dump(cubin, "--dump-resource-usage")
     number = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
-    return number["REG"], number["STACK"] + number["LOCAL"], code
+    return number["REG"], number["STACK"] + number["LOCAL"]
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([CUOBJDUMP, option, file.name], text=True)

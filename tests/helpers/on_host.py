@@ -1,7 +1,8 @@
-"""Builds csrc/cuda for the CPU (tests/cuda_on_host) as a Python module, so that kernels run where there is no GPU."""
+"""Builds csrc/cuda for the CPU, as a Python module, so that kernels are tested on machines without a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,17 +12,26 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
+
+from tamingfast.ops import backends
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-# Fibers have stacks that the address sanitizer does not know, so it looks at the heap and at globals only.
+# The address sanitizer does not know the stacks of fibers, so it checks the heap and globals only.
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+
+#: On the CPU, with both orders of a block's threads to reveal missing barriers, and on a GPU.
+PLACES = ["host", "host, threads reversed", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _sources() -> list[Path]:
@@ -37,11 +47,11 @@ def _identity(command: list[str]) -> str:
 
 
 def build(extra: list[str]) -> Path:
-    """The module's file, built once for each state of the sources; skips the test where there is no compiler."""
+    """The module's file, rebuilt when a source or flag changes. Skips the test if there is no compiler."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        pytest.skip("there is no C++ compiler to build the kernels with")
+        pytest.skip("no C++ compiler was found")
     includes = [pybind11.get_include(), sysconfig.get_path("include"), SHIM, ROOT / "csrc"]
     command = [*compiler.split(), *FLAGS, *extra, *(f"-I{path}" for path in includes)]
     folder = ROOT / "build" / f"cuda_on_host-{_identity(command)}"
@@ -61,9 +71,54 @@ def build(extra: list[str]) -> Path:
 
 @functools.cache
 def module() -> ModuleType:
-    """The kernels' functions, on the CPU; as `tamingfast._C.cuda` has them."""
-    built = os.environ.get("TAMINGFAST_SANITIZED") or build([])  # that of the sanitizers' pass
+    """The functions of `tamingfast._C.cuda`, running on the CPU."""
+    built = os.environ.get("TAMINGFAST_SANITIZED") or build([])  # set by test_kernels_under_sanitizers
     spec = importlib.util.spec_from_file_location("cuda_on_host", built)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+class Kernels:
+    """The functions of a module of kernels. Tensors are passed as addresses and None as the null pointer."""
+
+    def __init__(self, module, device: str) -> None:
+        self.module, self.device = module, device
+
+    def __getattr__(self, name: str):
+        def call(**arguments):
+            cuda = self.device == "cuda"
+            place = dict(device=0, stream=torch.cuda.current_stream().cuda_stream if cuda else 0)
+            values = {
+                key: 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
+                for key, value in (place | arguments).items()
+            }
+            assert all(v.device.type == self.device for v in arguments.values() if isinstance(v, Tensor))
+            return getattr(self.module, name)(**values)
+
+        return call
+
+    def options(self, **values) -> Tensor:
+        return torch.frombuffer(bytearray(self.module.options_bytes(**values)), dtype=torch.uint8).to(self.device)
+
+
+@contextlib.contextmanager
+def kernels_at(place: str) -> Iterator[Kernels]:
+    """The kernels at one of `PLACES`, which is where new tensors are made meanwhile."""
+    if place == "cuda":
+        torch.set_default_device("cuda")
+        try:
+            yield Kernels(backends.native()[0].cuda, "cuda")
+        finally:
+            torch.set_default_device(None)
+        return
+    host = module()
+    host.set_reversed(place != "host")
+    try:
+        yield Kernels(host, "cpu")
+    finally:
+        host.set_reversed(False)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)

@@ -82,12 +82,36 @@ def test_views_of_a_projection_are_read_in_place_and_answered_in_its_layout(rng,
     assert out.transpose(1, 2).is_contiguous(), "the heads of one position must lie side by side for the projection"
 
 
-def test_any_strides(rng, device):
-    """A width that is not contiguous, and keys and values that repeat over the batch and the heads."""
-    q = torch.randn(2, 2, 16, 20, generator=rng).to(device).transpose(2, 3).requires_grad_()
-    k, v = (torch.randn(1, 1, 20, 16, generator=rng).to(device).expand(2, 2, 20, 16) for _ in range(2))
-    exact = reference.causal_attention(q.double(), k.double(), v.double(), 3)
-    torch.testing.assert_close(ops.causal_attention(q, k, v, 3).double(), exact, atol=1e-6, rtol=0)
+def heads(rng, layout: str) -> torch.Tensor:
+    """float32 (2, 2, 20, 16) of some layout."""
+    if layout == "width not contiguous":
+        return torch.randn(2, 2, 16, 20, generator=rng).transpose(2, 3)
+    if layout == "one head for all":
+        return torch.randn(1, 1, 20, 16, generator=rng).expand(2, 2, 20, 16)
+    if layout == "every other column":
+        return torch.randn(2, 2, 20, 32, generator=rng)[..., ::2]
+    return torch.randn(2, 2, 20, 16, generator=rng)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("width not contiguous", "one head for all", "one head for all"),
+        ("every other column", "contiguous", "width not contiguous"),
+        ("one head for all", "every other column", "contiguous"),
+    ],
+    ids=str,
+)
+def test_any_strides(rng, device, layouts):
+    """The kernels demand a unit last stride, which the launcher provides."""
+    inputs = [heads(rng, layout).to(device).requires_grad_() for layout in layouts]
+    weight = heads(rng, "width not contiguous").to(device)
+    out = ops.causal_attention(*inputs, 3)
+    exact = reference.causal_attention(*(value.double() for value in inputs), 3)
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=0)
+    gradients = (torch.autograd.grad(value, inputs, weight.to(value.dtype)) for value in (out, exact))
+    for got, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, true, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
@@ -170,11 +194,13 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(device):
         ops.causal_attention(double, double, double)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_registered_as_torch_expects(rng, device, dropout):
+@pytest.mark.parametrize(("dropout", "transposed"), [(0.0, False), (0.5, False), (0.0, True)])
+def test_registered_as_torch_expects(rng, device, dropout, transposed):
     from tamingfast.kernels import causal_attention as kernel
 
     q, k, v = split(fused(rng, 1, 1, 5, 16, torch.float32, device))
+    if transposed:
+        q, v = (value.transpose(2, 3).contiguous().transpose(2, 3) for value in (q, v))
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
     leaves = [value.detach().requires_grad_() for value in (q, k, v)]
     torch.library.opcheck(kernel._forward, (*leaves, seed, 0, dropout, 0.25))

@@ -53,7 +53,7 @@ def images():
 
 
 def test_lpips_equals_the_package(weights, images, monkeypatch):
-    """The package's own code as the truth; torchvision is replaced by the one network that it would build."""
+    """The package's code is the reference; torchvision is replaced by the one network that it would build."""
     torchvision = types.ModuleType("torchvision")
     torchvision.models = types.ModuleType("torchvision.models")
 
@@ -106,19 +106,19 @@ class _Payload:
 def test_lpips_refuses_code_and_wrong_files(tmp_path, capsys):
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(pickle.dumps({"VGG16_0": _Payload()}))
-    with pytest.raises(UserError, match="wants to run 'builtins.print'"):
+    with pytest.raises(UserError, match="it runs 'builtins.print'"):
         LPIPS(path)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="no file of VGG16 weights"):
+    with pytest.raises(UserError, match="got no file, expected VGG16 weights"):
         LPIPS(tmp_path / "none.ckpt")
     torch.save(vgg_state(0.5), tmp_path / "small.pth")
-    with pytest.raises(UserError, match="is not VGG16: its convolution 0"):
+    with pytest.raises(UserError, match="for convolution 0, expected .* that of VGG16"):
         LPIPS(tmp_path / "small.pth")
 
 
 def test_without_weights_the_reason_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match="perceptual_weights"):
+    with pytest.raises(UserError, match="perceptual_weights: got None, expected a file, as the packages"):
         LPIPS(None)
 
 
@@ -127,7 +127,7 @@ def test_without_a_network_the_reason_is_given(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=download))
-    with pytest.raises(UserError, match=r"cannot download the weights of VGG16 .*no network.* local file"):
+    with pytest.raises(UserError, match=r"cannot download the weights of VGG16 .no network.; give a local file"):
         LPIPS(None)
 
 

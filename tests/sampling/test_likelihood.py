@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpts import SHAPES, VOCAB, prior, tiny_gpt, tokens
+from gpts import SHAPES, VOCAB, prior, tokens
 from PIL import Image
 
 from tamingfast.errors import UserError
 from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token
 from tamingfast.sampling.schedule import RULES, make_schedule
-
-
-@pytest.fixture(scope="module")
-def gpt():
-    return tiny_gpt()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from conditioned import FACTOR, FROM_FILE, HEIGHT, ROWS_COLUMNS, TOKENS, WIDTH, 
 from PIL import Image
 
 from tamingfast import cli
-from tamingfast.data.conditions.kinds import Coordinates
+from tamingfast.data.conditions import Coordinates
 from tamingfast.sampling import Canvas
 
 

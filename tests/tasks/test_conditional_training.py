@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tamingfast import UserError, cli, load_model, tasks
 from tamingfast.checkpoints import run_directory
 from tamingfast.data import build, loader
-from tamingfast.data.conditions.kinds import Boxes
+from tamingfast.data.conditions import Boxes
 from tamingfast.training import loop, prior
 
 

@@ -138,8 +138,8 @@ def test_the_setting_is_a_key_of_every_preset(first_stage):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"scales": [16, 1]}, "16 does not divide a grid of 4 x 4 tokens"),
-        ({"scales": [1, 2]}, "which do not fall"),
+        ({"scales": [16, 1]}, "scales: got 16, expected divisors of a grid of 4 x 4 tokens"),
+        ({"scales": [1, 2]}, "expected strictly decreasing factors"),
         ({"scales": "all", "ordering": "z_curve"}, "prior.ordering is 'z_curve', but prior.scales unrolls"),
         ({"scales": "all", "condition": "coord"}, "prior.condition is 'coord'"),
     ],

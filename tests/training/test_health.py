@@ -113,6 +113,8 @@ def test_bad_weights_never_replace_good_ones(tmp_path):
     before = (out / "state.pt").read_bytes(), (out / "weights.safetensors").read_bytes()
     model = load_model(out)
     model.decoder.conv_out.weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(UserError, match="'decoder.conv_out.weight' is not finite after step 5.*last good checkpoint"):
+    with pytest.raises(
+        UserError, match="decoder.conv_out.weight: got values that are not finite after step 5.*last good checkpoint"
+    ):
         run_directory.save(out, model, [], {"step": 5, "epoch": 0, "seconds": 0.0})
     assert ((out / "state.pt").read_bytes(), (out / "weights.safetensors").read_bytes()) == before

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from tamingfast import UserError, checkpoints, cli, load_model
+from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
 from tamingfast.training import loop, vqgan
 
@@ -85,7 +85,7 @@ def test_asked_to_stop(stage, number, first_stage, tmp_path, monkeypatch):
 
 
 def test_killed_between_the_two_files(tmp_path, monkeypatch):
-    out, save, calls = tmp_path / "killed", checkpoints.save_weights, []
+    out, save, calls = tmp_path / "killed", run_directory.save_weights, []
 
     def dies_at_the_second(*args):
         calls.append(args)
@@ -94,7 +94,7 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
         save(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_weights", dies_at_the_second)
+        patch.setattr(run_directory, "save_weights", dies_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             tiny.train("vqgan", out, steps=9)
     assert run_directory.progress(out)["step"] == 6
@@ -148,7 +148,7 @@ def test_what_cannot_be_resumed(tmp_path):
     out = tiny.train("vqgan", tmp_path / "run", steps=2)
     with pytest.raises(UserError, match="already holds a training run; continue it with --resume"):
         tiny.train("vqgan", out)
-    with pytest.raises(UserError, match="holds no run to resume"):
+    with pytest.raises(UserError, match="got no run in this directory"):
         tiny.train("vqgan", tmp_path / "nowhere", resume=True)
     with pytest.raises(UserError, match="training.batch_size is 1 but the run in .* began with 2"):
         tiny.train("vqgan", out, resume=True, batch_size=1)
@@ -164,9 +164,9 @@ def test_damaged_states_are_named(tmp_path):
     whole = (out / "state.pt").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (out / "state.pt").write_bytes(damaged)
-        with pytest.raises(UserError, match="state.pt cannot be read"):
+        with pytest.raises(UserError, match="state.pt: got an unreadable file"):
             tiny.train("vqgan", out, resume=True)
-    with pytest.raises(UserError, match="holds no state.pt"):
+    with pytest.raises(UserError, match="got a directory without state.pt"):
         run_directory.progress(tmp_path / "nowhere")
 
 
@@ -239,7 +239,7 @@ class TestCommand:
         [
             (["--resume", "--out", "RUN", "training.batch_size=3"], "batch_size is 3 but the run in"),
             (["CONFIG", "--resume", "--out", "RUN"], "data.length is None but the run in"),
-            (["--resume", "--out", "nowhere"], "holds no run to resume"),
+            (["--resume", "--out", "nowhere"], "got no run in this directory"),
             (["--out", "nowhere", "training.steps=3"], "CONFIG: got none"),
         ],
     )

@@ -44,10 +44,10 @@ def refused(capsys, *words: object) -> str:
         ("data=folder", "write for example data.name="),
         ("model.params=3", "model.params is 3, but"),
         ("prior=class", "prior is 'class', but"),
-        ("model.params.n_embed=0", "got n_embed=0"),
-        ("model.params.embed_dim=-1", "got embed_dim=-1"),
-        ("model.params.ddconfig.z_channels=0", "got z_channels=0"),
-        ("model.params.ddconfig.num_res_blocks=-1", "got num_res_blocks=-1"),
+        ("model.params.n_embed=0", "n_embed: got 0"),
+        ("model.params.embed_dim=-1", "embed_dim: got -1"),
+        ("model.params.ddconfig.z_channels=0", "z_channels: got 0"),
+        ("model.params.ddconfig.num_res_blocks=-1", "num_res_blocks: got -1"),
         ("model.params.ddconfig.ch_mult=[]", "do not fit"),
         ("model.params.ddconfig.in_channels=1", "cannot take the training images.*to have 1 channels"),
         ("model.params.lossconfig.params.disc_in_channels=1", "cannot take the training images.*to have 1 channels"),
@@ -64,12 +64,12 @@ def test_first_stages(configs, tmp_path, capsys, override, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.params.pkeep=2"], "got pkeep=2"),
-        ([f"{GPT_PARAMS}.n_layer=0"], "got n_layer=0"),
-        ([f"{GPT_PARAMS}.n_layer=-1"], "got n_layer=-1"),
+        (["model.params.pkeep=2"], "pkeep: got 2"),
+        ([f"{GPT_PARAMS}.n_layer=0"], "n_layer: got 0"),
+        ([f"{GPT_PARAMS}.n_layer=-1"], "n_layer: got -1"),
         ([f"{GPT_PARAMS}.block_size=3"], "at most block_size=3"),
         ([f"{GPT_PARAMS}.vocab_size=1"], "cannot take the training images"),
-        (["prior.condition=class", "prior.classes=-1"], "got n_classes=-1"),
+        (["prior.condition=class", "prior.classes=-1"], "n_classes: got -1"),
     ],
 )
 def test_priors(configs, tmp_path, capsys, overrides, said):
@@ -117,7 +117,7 @@ def test_the_trial_leaves_the_run_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_network_of_nothing_is_no_network():
-    with pytest.raises(ValueError, match="got n_embd=0; expected at least 1"):
+    with pytest.raises(ValueError, match="n_embd: got 0, expected at least 1"):
         GPT(4, 4, n_layer=1, n_head=1, n_embd=0)
 
 

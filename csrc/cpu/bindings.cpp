@@ -1,0 +1,336 @@
+#include "bindings.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "../guard.h"
+#include "engine.h"
+#include "isa.h"
+#include "limits.h"
+#include "memory.h"
+#include "nearest_code.h"
+
+namespace py = pybind11;
+
+namespace tamingfast {
+namespace {
+
+const std::map<std::string, Dtype> kDtypes{
+    {"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16}, {"int8", Dtype::int8}};
+const std::map<std::string, Logits> kLogits{{"none", Logits::none}, {"last", Logits::last}, {"all", Logits::all}};
+
+// --- the nearest code ------------------------------------------------------------------------------------------------
+
+void bound_nearest_code(std::uintptr_t z, std::int64_t n, std::uintptr_t codebook, std::int64_t k, std::int64_t d,
+                        std::uintptr_t out, int threads, const std::string& isa) {
+  require_least("n", n, 0);
+  require_least("k", k, 1);
+  require_least("d", d, 1);
+  require_least("threads", threads, 1);
+  NearestCodeParams params;
+  params.z = array_at<const float>("z", z, n, d);
+  params.codebook = array_at<const float>("codebook", codebook, k, d);
+  params.out = array_at<std::int64_t>("out", out, n, 1);
+  params.n = n;
+  params.k = k;
+  params.d = d;
+  params.threads = threads;
+  const Isa chosen = parse_isa(isa);
+  py::gil_scoped_release unlocked;
+  nearest_code(params, chosen);
+}
+
+// --- the GPT engine --------------------------------------------------------------------------------------------------
+
+using Addresses = std::map<std::string, std::uintptr_t>;
+using Sizes = std::map<std::string, std::int64_t>;
+
+GPTWeights read_weights(const Addresses& from, std::int64_t layers) {
+  const auto at = [&](const std::string& name) {
+    const auto found = from.find(name);
+    if (found == from.end()) refuse("weights", "no '" + name + "'", "every parameter of the GPT");
+    return pointer_at<const float>("weights['" + name + "']", found->second, alignof(float), false);
+  };
+  const auto linear = [&](const std::string& name) { return Linear{at(name + ".weight"), at(name + ".bias")}; };
+  GPTWeights weights{at("tok_emb.weight"), at("pos_emb"),   {},
+                     at("ln_f.weight"),    at("ln_f.bias"), {at("head.weight"), nullptr}};
+  for (std::int64_t i = 0; i < layers; ++i) {
+    const std::string block = "blocks." + std::to_string(i) + ".";
+    weights.layers.push_back({at(block + "ln1.weight"), at(block + "ln1.bias"), at(block + "ln2.weight"),
+                              at(block + "ln2.bias"), linear(block + "attn.query"), linear(block + "attn.key"),
+                              linear(block + "attn.value"), linear(block + "attn.proj"), linear(block + "mlp.0"),
+                              linear(block + "mlp.2")});
+  }
+  return weights;
+}
+
+Geometry read_geometry(const Sizes& from) {
+  const auto at = [&](const char* name) {
+    const auto found = from.find(name);
+    if (found == from.end()) refuse("geometry", std::string("no '") + name + "'", "every size of the GPT");
+    return found->second;
+  };
+  return {at("vocab_size"), at("block_size"), at("n_layer"), at("n_head"), at("n_embd"), at("n_unmasked")};
+}
+
+// The Python object: an engine that one thread uses at a time and that can be closed.
+class GPTEngine {
+ public:
+  GPTEngine(const Addresses& weights, const Sizes& geometry, const std::string& dtype, int threads,
+            const std::string& isa) {
+    const Geometry g = read_geometry(geometry);
+    require_range("n_layer", g.n_layer, 0, static_cast<std::int64_t>(weights.size()));
+    const GPTWeights read = read_weights(weights, g.n_layer);
+    const Dtype type = named("dtype", dtype, kDtypes);
+    const Isa chosen = parse_isa(isa);
+    py::gil_scoped_release unlocked;
+    engine_ = std::make_unique<Engine>(read, g, type, threads, chosen);
+  }
+
+  // Calls work(engine) without the GIL and with the engine's lock. The GIL is released before the lock is taken,
+  // because the thread that holds the lock may need the GIL to go on.
+  template <class Work>
+  auto use(Work&& work) {
+    const Turn turn(*this);
+    if (!engine_) throw std::invalid_argument("the engine is closed");
+    return work(*engine_);
+  }
+
+  void close() {
+    const Turn turn(*this);
+    engine_.reset();
+  }
+
+ private:
+  class Turn {
+   public:
+    explicit Turn(GPTEngine& engine) : engine_(engine) {
+      if (engine.owner_.load() == std::this_thread::get_id())
+        throw std::runtime_error("the engine is working: a callback cannot use or close it");
+      unlocked_.emplace();
+      lock_ = std::unique_lock<std::mutex>(engine.mutex_);
+      engine.owner_ = std::this_thread::get_id();
+    }
+    ~Turn() { engine_.owner_ = std::thread::id(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    GPTEngine& engine_;
+    std::optional<py::gil_scoped_release> unlocked_;
+    std::unique_lock<std::mutex> lock_;  // destroyed first, so that the GIL is not awaited with the lock held
+  };
+
+  std::unique_ptr<Engine> engine_;
+  std::mutex mutex_;
+  std::atomic<std::thread::id> owner_{};
+};
+
+// Whether a signal's handler raised, as that of Ctrl-C does. The exception stays set for the caller.
+bool interrupted() {
+  py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Calls work(engine) and, if a signal interrupts it, raises what the signal's handler raised.
+template <class Work>
+void interruptible(GPTEngine& engine, Work&& work) {
+  bool stopped = false;
+  engine.use([&](Engine& native) {
+    try {
+      work(native);
+    } catch (const Interrupted&) {
+      stopped = true;
+    }
+  });
+  if (stopped) throw py::error_already_set();
+}
+
+using Item = std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>;
+
+void bound_step(GPTEngine& engine, const std::vector<Item>& items, const std::string& logits, std::uintptr_t out,
+                std::int64_t rows) {
+  const Logits wanted = named("logits", logits, kLogits);
+  std::vector<Span> spans;
+  std::vector<std::int64_t> tokens;
+  for (const auto& [slot, start, own] : items) {
+    spans.push_back({slot, start, static_cast<std::int64_t>(own.size())});
+    tokens.insert(tokens.end(), own.begin(), own.end());
+  }
+  interruptible(engine, [&](Engine& native) {
+    const std::int64_t needed = native.logits_rows(spans, wanted);
+    require(rows == needed, "rows", rows, std::to_string(needed) + " rows of logits");
+    float* to = array_at<float>("out", out, needed, native.geometry().vocab_size);
+    native.step(spans, tokens.data(), wanted, to, interrupted);
+  });
+}
+
+void require_count(const char* name, std::size_t got, std::int64_t expected) {
+  if (static_cast<std::int64_t>(got) != expected)
+    refuse(name, std::to_string(got) + " values", std::to_string(expected));
+}
+
+Choice read_choice(bool greedy, double temperature, std::int64_t top_k, double top_p, std::uint64_t seed) {
+  if (!(temperature > 0.0 && temperature <= std::numeric_limits<float>::max()))
+    refuse("temperature", std::to_string(temperature), "a positive number");
+  require_least("top_k", top_k, 0);
+  if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", std::to_string(top_p), "above 0 and at most 1");
+  return {greedy, static_cast<float>(temperature), top_k, top_p, seed};
+}
+
+void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std::uintptr_t sequences,
+                  std::int64_t length, std::int64_t fed, const std::vector<std::int64_t>& steps,
+                  const std::vector<std::uint8_t>& wanted, const std::vector<std::uint32_t>& rows,
+                  const std::vector<std::uint32_t>& columns, const std::vector<std::uint32_t>& images,
+                  std::int64_t choices, bool greedy, double temperature, std::int64_t top_k, double top_p,
+                  std::uint64_t seed, const Engine::Progress& progress, std::int64_t every) {
+  DecodeParams p;
+  p.batch = static_cast<std::int64_t>(slots.size());
+  p.count = static_cast<std::int64_t>(steps.size());
+  require_least("length", length, 1);
+  require_count("wanted", wanted.size(), p.batch * p.count);
+  require_count("rows", rows.size(), p.count);
+  require_count("columns", columns.size(), p.count);
+  require_count("images", images.size(), p.batch);
+  require_least("every", every, 1);
+  p.slots = slots.data();
+  p.sequences = array_at<std::int64_t>("sequences", sequences, p.batch, length);
+  p.length = length;
+  p.fed = fed;
+  p.steps = steps.data();
+  p.wanted = wanted.data();
+  p.rows = rows.data();
+  p.columns = columns.data();
+  p.images = images.data();
+  p.choices = choices;
+  p.choice = read_choice(greedy, temperature, top_k, top_p, seed);
+  // Captured by reference: copying a Python function would need the GIL.
+  const auto report = [&](std::int64_t done) {
+    if (progress && done % every == 0) progress(done);
+  };
+  interruptible(engine, [&](Engine& native) { native.decode(p, interrupted, report); });
+}
+
+py::dict bound_info(GPTEngine& engine) {
+  struct Facts {
+    std::size_t weight_bytes, cache_bytes;
+    std::int64_t slots, capacity;
+    int threads;
+  };
+  const Facts facts = engine.use([](Engine& native) {
+    return Facts{native.weight_bytes(), native.cache_bytes(), native.slots(), native.capacity(), native.threads()};
+  });
+  py::dict info;
+  info["weight_bytes"] = facts.weight_bytes;
+  info["cache_bytes"] = facts.cache_bytes;
+  info["slots"] = facts.slots;
+  info["capacity"] = facts.capacity;
+  info["threads"] = facts.threads;
+  return info;
+}
+
+void bind_engine(py::module_& module) {
+  py::class_<GPTEngine>(module, "GPTEngine",
+                        "Decodes a GPT on the CPU with a key/value cache; use it through tamingfast.engines.cpu.")
+      .def(py::init<const Addresses&, const Sizes&, const std::string&, int, const std::string&>(), py::arg("weights"),
+           py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
+           "weights: address of each contiguous float32 parameter by its name in the state dict, read here and not "
+           "kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked.")
+      .def(
+          "reserve",
+          [](GPTEngine& e, std::int64_t slots, std::int64_t length) {
+            e.use([&](Engine& native) { native.reserve(slots, length); });
+          },
+          py::arg("slots"), py::arg("length"),
+          "Replaces the cache by an empty one for `slots` sequences of `length` positions. Raises MemoryError, which "
+          "states the bytes, if there is not enough memory.")
+      .def(
+          "length",
+          [](GPTEngine& e, std::int64_t slot) { return e.use([&](Engine& native) { return native.length(slot); }); },
+          py::arg("slot"), "Number of valid positions of the slot.")
+      .def(
+          "truncate",
+          [](GPTEngine& e, std::int64_t slot, std::int64_t length) {
+            e.use([&](Engine& native) { native.truncate(slot, length); });
+          },
+          py::arg("slot"), py::arg("length"), "Discards the slot's positions from `length` on.")
+      .def(
+          "copy",
+          [](GPTEngine& e, std::int64_t source, std::int64_t target, std::int64_t length) {
+            e.use([&](Engine& native) { native.copy(source, target, length); });
+          },
+          py::arg("source"), py::arg("target"), py::arg("length"),
+          "Copies the first `length` positions of slot `source` to slot `target`.")
+      .def("step", &bound_step, py::arg("items"), py::arg("logits"), py::arg("out"), py::arg("rows"),
+           "Feeds a list of (slot, start, tokens). Logits ('none', 'last' or 'all') are written to `out`, float32 "
+           "(rows, vocab_size).")
+      .def("decode", &bound_decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
+           py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
+           py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+           py::arg("seed"), py::arg("progress") = py::none(), py::arg("every") = 1,
+           "Decodes positions `steps` of the sequences, int64 (batch, length), in place; see DecodeParams in "
+           "csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries.")
+      .def(
+          "set_threads", [](GPTEngine& e, int threads) { e.use([&](Engine& native) { native.set_threads(threads); }); },
+          py::arg("threads"), "Sets the number of threads of later calls.")
+      .def("info", &bound_info,
+           "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions per slot), threads.")
+      .def("close", &GPTEngine::close, "Frees the memory; every later call raises ValueError.");
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const OutOfMemory& error) {
+      PyErr_SetString(PyExc_MemoryError, error.what());
+    }
+  });
+  module.def(
+      "nearest_code", &bound_nearest_code, py::arg("z"), py::arg("n"), py::arg("codebook"), py::arg("k"), py::arg("d"),
+      py::arg("out"), py::arg("threads"), py::arg("isa") = "auto",
+      "Writes the index of the nearest row of the codebook (k, d) for each row of z (n, d) to out (n,). z, codebook "
+      "and out are the addresses of contiguous float32, float32 and int64 arrays. ValueError names the argument.");
+  bind_engine(module);
+  module.def(
+      "read_bandwidth",
+      [](std::int64_t bytes, int threads, int repeats) {
+        require_least("bytes", bytes, 1 << 20);
+        require_least("threads", threads, 1);
+        require_least("repeats", repeats, 1);
+        py::gil_scoped_release unlocked;
+        return read_bandwidth(bytes, std::min(threads, 256), repeats);
+      },
+      py::arg("bytes"), py::arg("threads"), py::arg("repeats") = 5,
+      "Bytes per second that the threads together read from an array of that size: the best of the repeats.");
+  module.def(
+      "arithmetic_rate",
+      [](const std::string& dtype, int threads, int repeats, const std::string& isa) {
+        require_least("threads", threads, 1);
+        require_least("repeats", repeats, 1);
+        const Dtype type = named("dtype", dtype, kDtypes);
+        const Isa chosen = parse_isa(isa);
+        py::gil_scoped_release unlocked;
+        return arithmetic_rate(type, std::min(threads, 256), repeats, chosen);
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("repeats") = 5, py::arg("isa") = "auto",
+      "Floating-point operations per second of all threads, with operands in registers: the best of the repeats.");
+}
+
+}  // namespace tamingfast

@@ -1,0 +1,119 @@
+// KV-cached decoding of a GPT on the CPU: the engine's inputs and operations. Its memory layout is private.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "../token_choice.h"
+#include "isa.h"
+#include "kernels.h"
+
+namespace tamingfast {
+
+struct Geometry {
+  std::int64_t vocab_size;
+  std::int64_t block_size;
+  std::int64_t n_layer;
+  std::int64_t n_head;
+  std::int64_t n_embd;
+  std::int64_t n_unmasked;  // leading positions that attend to one another
+};
+
+struct Linear {
+  const float* weight;  // (out, in), contiguous
+  const float* bias;    // (out,) or null
+};
+
+struct LayerWeights {
+  const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;
+  Linear query, key, value, proj, up, down;
+};
+
+// Addresses of the model's parameters, read by the engine's constructor and not kept.
+struct GPTWeights {
+  const float* tok_emb;  // (vocab_size, n_embd)
+  const float* pos_emb;  // (block_size, n_embd)
+  std::vector<LayerWeights> layers;
+  const float *ln_f_weight, *ln_f_bias;
+  Linear head;
+};
+
+// Consecutive tokens of one slot, at positions start to start + count - 1.
+struct Span {
+  std::int64_t slot;
+  std::int64_t start;
+  std::int64_t count;
+};
+
+// Which rows of logits a step returns: of no token, of the last token of each span, or of all tokens.
+enum class Logits { none, last, all };
+
+// Sequences to decode side by side. The token at position steps[i] of each wanted sequence is chosen from the logits of
+// the position before it and written into `sequences`; every earlier token must be known or be a step itself.
+struct DecodeParams {
+  std::int64_t batch;
+  const std::int64_t* slots;  // (batch,), distinct
+  std::int64_t* sequences;    // (batch, length)
+  std::int64_t length;
+  std::int64_t fed;              // leading positions that every slot already holds, with these tokens
+  std::int64_t count;            // number of steps
+  const std::int64_t* steps;     // (count,), rising, from 1 on
+  const std::uint8_t* wanted;    // (batch, count): 0 keeps the sequence's token
+  const std::uint32_t* rows;     // (count,), grid rows for the noise
+  const std::uint32_t* columns;  // (count,), grid columns for the noise
+  const std::uint32_t* images;   // (batch,), image numbers for the noise
+  std::int64_t choices;          // only the first `choices` vocabulary entries may be chosen
+  Choice choice;
+};
+
+struct Interrupted : std::runtime_error {
+  Interrupted() : std::runtime_error("interrupted") {}
+};
+
+class Engine {
+ public:
+  // Called about every 20 ms on the calling thread. Returning true stops the work: the slots keep what is valid and
+  // Interrupted is thrown.
+  using Poll = std::function<bool()>;
+  using Progress = std::function<void(std::int64_t done)>;
+
+  Engine(const GPTWeights& weights, const Geometry& geometry, Dtype dtype, int threads, Isa isa);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const Geometry& geometry() const;
+  std::size_t weight_bytes() const;  // read for every token
+  std::size_t cache_bytes() const;
+  int threads() const;
+  void set_threads(int threads);
+
+  // Replaces the cache by an empty one for `slots` sequences of `length` positions.
+  // Throws OutOfMemory, which states the bytes, and keeps the old cache if there is not enough memory.
+  void reserve(std::int64_t slots, std::int64_t length);
+  std::int64_t slots() const;
+  std::int64_t capacity() const;  // positions per slot
+  std::int64_t length(std::int64_t slot) const;
+  void truncate(std::int64_t slot, std::int64_t length);
+  void copy(std::int64_t source, std::int64_t target, std::int64_t length);
+
+  // Feeds the spans, whose tokens follow one another in `tokens`, in one pass over the weights per 512 tokens. A span
+  // that starts before its slot's end truncates the slot. `out` is float32 (logits_rows, vocab_size).
+  // Throws std::invalid_argument, which names the argument.
+  void step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
+  std::int64_t logits_rows(const std::vector<Span>& spans, Logits logits) const;
+
+  // Calls progress(i + 1) after each step i. Throws std::invalid_argument, which names the argument, and
+  // std::domain_error if a row of logits holds NaN, or nothing above -infinity.
+  void decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace tamingfast

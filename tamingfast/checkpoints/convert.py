@@ -1,0 +1,32 @@
+"""Any checkpoint as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tamingfast.checkpoints.config import without_checkpoints
+from tamingfast.checkpoints.load import load_model
+from tamingfast.checkpoints.weights import save_weights
+from tamingfast.errors import UserError
+
+
+def convert(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    config: str | os.PathLike | Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint that `load_model` can open as one ``.safetensors`` file with its config inside.
+
+    Optimizer states and losses are left out. Returns the path of the file; UserError for another suffix.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"out: got '{out.name}', expected a name that ends in .safetensors")
+    model = load_model(checkpoint, config)
+    state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
+    save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
+    return out

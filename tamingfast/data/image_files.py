@@ -1,0 +1,152 @@
+"""Images read one at a time from their files: resized, cropped, mirrored, and replaced if a file is broken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tamingfast.data.base import EpochDataset
+from tamingfast.data.randomness import random_bits, random_integers
+from tamingfast.data.rgb import BROKEN, View, read_rgb, to_unit_scale
+from tamingfast.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of decoded pictures that a dataset keeps in memory, in each worker process.
+KEPT_BYTES = 128 * 2**20
+_NAMED = 10
+
+
+class ImageFiles(EpochDataset):
+    """Images read from their files one at a time, like the original repository's ``ImagePaths``.
+
+    The shorter side is resized to ``short_side``, by default ``size`` (smaller images are enlarged), and a square of
+    ``size`` is cropped at the centre or at random; without ``size``, images keep their shape. ``class_label`` is
+    ``labels[index]``, or 0 without ``labels``. A file whose pixels turn out to be unreadable is replaced by the next
+    readable one; `warn_broken` logs it, and ``report`` counts and names such files together with the (path, reason)
+    pairs in ``broken``, which were found and logged earlier. Decoded pictures stay in memory up to `KEPT_BYTES`, so
+    files must not change while in use.
+
+    Indexing raises UserError when no file at all can be read.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        size: int | None = None,
+        random_crop: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+        broken: Iterable[tuple[str, str]] = (),
+        short_side: int | None = None,
+    ) -> None:
+        self.paths, self.size, self.seed = list(paths), size or None, seed
+        self.short_side = short_side or self.size
+        self.random_crop, self.flip = random_crop, flip
+        self.labels = [0] * len(self.paths) if labels is None else list(labels)
+        self.classes = None if classes is None else list(classes)
+        self._skipped = list(broken)
+        self._reported: set[str] = set()
+        self._kept: dict[int, Image.Image] = {}
+        self._room = KEPT_BYTES
+        # Shared memory, so that the process that reports broken files sees those that worker processes find.
+        self._unreadable = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
+
+    @property
+    def description(self) -> str:
+        """One phrase about the images, for reports and token files."""
+        shape = f"{self.size}x{self.size}" if self.size else "their own size"
+        return f"{len(self.paths)} image files as {shape}, the first {self.paths[0]}"
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """(path, reason) of every file that was skipped or has turned out to be unreadable."""
+        return self._skipped + self._found_broken()
+
+    def report(self) -> str:
+        """One sentence that counts the files of ``broken`` and names the first ten, or an empty string."""
+        return _skipped(self.broken)
+
+    def warn_broken(self) -> None:
+        """Log the files whose pixels turned out to be unreadable since the last call."""
+        new = [(path, reason) for path, reason in self._found_broken() if path not in self._reported]
+        self._reported |= {path for path, _ in new}
+        warn_skipped(new)
+
+    def _found_broken(self) -> list[tuple[str, str]]:
+        found = torch.nonzero(self._unreadable).flatten().tolist()
+        return [(self.paths[index], "its pixels cannot be read") for index in found]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = self._check(index)
+        for step in range(len(self.paths)):
+            candidate = (index + step) % len(self.paths)
+            if self._unreadable[candidate]:
+                continue
+            try:
+                image = self._read(candidate)
+            except BROKEN:
+                self._unreadable[candidate] = 1
+                continue
+            return self._item(candidate, image, self._view(image, index))
+        raise UserError(
+            f"{self.paths[0]}: got pixels that cannot be read, as in all {len(self.paths)} image files, expected at "
+            "least one readable image; give other files"
+        )
+
+    def _read(self, number: int) -> Image.Image:
+        """The picture before its crop, kept in memory while there is room: decoding one costs more than a step."""
+        if number in self._kept:
+            return self._kept[number]
+        image = read_rgb(self.paths[number], self.short_side)
+        size = 3 * image.width * image.height
+        if size <= self._room:
+            self._kept[number] = image
+            self._room -= size
+        return image
+
+    def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
+        return {
+            "image": to_unit_scale(view.cut(np.asarray(image))),
+            "class_label": self.labels[number],
+            "file_path_": self.paths[number],
+        }
+
+    def _view(self, image: Image.Image, index: int) -> View:
+        """The crop and flip in this epoch."""
+        row, column, mirror, other = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(4))
+        flipped = bool(self.flip and random_integers(mirror, 2)[0])
+        if not self.size:
+            return View(0, 0, *image.size, flipped, int(other[0]))
+        room = (image.width - self.size, image.height - self.size)
+        left, top = room[0] // 2, room[1] // 2
+        if self.random_crop:
+            left, top = (
+                int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
+            )
+        return View(left, top, self.size, self.size, flipped, int(other[0]))
+
+
+def warn_skipped(broken: Iterable[tuple[str, str]]) -> None:
+    """Log skipped files, given as pairs of path and reason, in one sentence; nothing if there are none."""
+    sentence = _skipped(list(dict.fromkeys(broken)))
+    if sentence:
+        logger.warning(sentence)
+
+
+def _skipped(broken: Sequence[tuple[str, str]]) -> str:
+    if not broken:
+        return ""
+    named = ", ".join(f"{path} ({reason})" for path, reason in broken[:_NAMED])
+    rest = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+    return f"{len(broken)} image file{'s were' if len(broken) > 1 else ' was'} skipped: {named}{rest}"

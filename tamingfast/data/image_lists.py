@@ -1,0 +1,59 @@
+"""Images whose paths a text file lists, as in the original repository's data configs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tamingfast.data.image_files import ImageFiles, warn_skipped
+from tamingfast.data.rgb import check_headers
+from tamingfast.errors import UserError
+
+
+class ImageList(ImageFiles):
+    """The images whose paths a text file lists, one per line; relative paths start at the working directory.
+
+    Raises UserError when the file cannot be read, lists nothing, or lists no image that can be opened.
+    """
+
+    def __init__(
+        self,
+        paths_file: str | os.PathLike,
+        size: int | None = None,
+        random_crop: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        try:
+            lines = Path(paths_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{paths_file}: got a file that cannot be read ({error}), expected a text file with one image path per "
+                "line"
+            ) from error
+        paths = [line.strip() for line in lines if line.strip()]
+        if not paths:
+            raise UserError(f"{paths_file}: got an empty file, expected one image path per line")
+        good, broken = check_headers(paths)
+        if not good:
+            path, reason = broken[0]
+            raise UserError(
+                f"{paths_file}: got {len(paths)} paths of which none opens as an image, the first being {path} "
+                f"({reason}), expected paths of images; correct them (relative paths start at the working directory)"
+            )
+        warn_skipped(broken)
+        super().__init__(good, size, random_crop, flip, seed, broken=broken)
+
+
+class CustomTrain(ImageList):
+    """The original repository's ``taming.data.custom.CustomTrain``: centre crops of listed images."""
+
+    def __init__(self, size: int, training_images_list_file: str | os.PathLike) -> None:
+        super().__init__(training_images_list_file, size)
+
+
+class CustomTest(ImageList):
+    """The original repository's ``taming.data.custom.CustomTest``: centre crops of listed images."""
+
+    def __init__(self, size: int, test_images_list_file: str | os.PathLike) -> None:
+        super().__init__(test_images_list_file, size)

@@ -1,0 +1,177 @@
+"""What an encoder or a decoder is made of: layers in the order in which they run, each with its torch modules.
+
+Engines run a first stage from this description and never look at its class. Widths, kernel sizes, strides and padding
+are those of the ``torch.nn.Conv2d`` modules; groups, eps and activation those of the norms. Every layer can be called
+to run whole, and says what shape it makes of a feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor, nn
+
+Shape: TypeAlias = tuple[int, int, int]  # channels, height, width
+
+#: Zeros (left, right, top, bottom) that a `Downsample` puts around its input before its convolution, which adds none.
+DOWNSAMPLE_PADDING = (0, 1, 0, 1)
+
+
+class Norm(Protocol):
+    """A group normalisation, followed by the activation x * sigmoid(x) if ``silu``."""
+
+    num_groups: int
+    eps: float
+    silu: bool
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """A normalisation, if any, and a convolution of stride 1 that keeps height and width."""
+
+    conv: nn.Conv2d
+    norm: Norm | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.norm is None else self.norm(x))
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """All convolutions of the layer."""
+        return (self.conv,)
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output for an input of shape ``before``."""
+        return self.conv.out_channels, before[1], before[2]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Residual:
+    """``conv2(norm2(conv1(norm1(x)))) + x``; the last x goes through the convolution ``shortcut``, if any.
+
+    ``module`` is the whole block, which also applies dropout in training mode.
+    """
+
+    module: nn.Module
+    norm1: Norm
+    conv1: nn.Conv2d
+    norm2: Norm
+    conv2: nn.Conv2d
+    shortcut: nn.Conv2d | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """All convolutions of the layer."""
+        return _present(self.conv1, self.conv2, self.shortcut)
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output for an input of shape ``before``."""
+        return self.conv2.out_channels, before[1], before[2]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention:
+    """``x + projection(softmax(q kᵀ / √C) v)`` over all pixels: one head of all C channels.
+
+    q, k and v are 1x1 convolutions of ``norm(x)``.
+    """
+
+    module: nn.Module
+    norm: Norm
+    query: nn.Conv2d
+    key: nn.Conv2d
+    value: nn.Conv2d
+    projection: nn.Conv2d
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """All convolutions of the layer."""
+        return self.query, self.key, self.value, self.projection
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output, which is that of the input."""
+        return before
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Upsample:
+    """Every pixel repeated twice in both directions, then a convolution, if any, that keeps the doubled size."""
+
+    module: nn.Module
+    conv: nn.Conv2d | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """All convolutions of the layer."""
+        return _present(self.conv)
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output for an input of shape ``before``."""
+        return _channels(self.conv, before), 2 * before[1], 2 * before[2]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Downsample:
+    """Half the height and width, rounded down: `DOWNSAMPLE_PADDING` and a 3x3 convolution of stride 2.
+
+    Without a convolution: the mean of 2x2 pixels.
+    """
+
+    module: nn.Module
+    conv: nn.Conv2d | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """All convolutions of the layer."""
+        return _present(self.conv)
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output for an input of shape ``before``."""
+        return _channels(self.conv, before), before[1] // 2, before[2] // 2
+
+
+Layer: TypeAlias = Convolution | Residual | Attention | Upsample | Downsample
+
+
+@runtime_checkable
+class LayeredNetwork(Protocol):
+    """A network that equals its layers run one after the other."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def layers(self) -> list[Layer]:
+        """The layers in the order in which they run."""
+
+
+def shapes(layers: Iterable[Layer], before: Shape) -> list[Shape]:
+    """Shapes of the feature maps before, between and after the layers."""
+    found = [before]
+    for layer in layers:
+        found.append(layer.shape(found[-1]))
+    return found
+
+
+def _present(*convolutions: nn.Conv2d | None) -> tuple[nn.Conv2d, ...]:
+    return tuple(conv for conv in convolutions if conv is not None)
+
+
+def _channels(conv: nn.Conv2d | None, before: Shape) -> int:
+    return before[0] if conv is None else conv.out_channels

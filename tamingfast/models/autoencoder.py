@@ -1,0 +1,296 @@
+"""Encoder and decoder of the first stages, and their blocks (paper section 3.1).
+
+Module names are the original's state-dict keys. Engines know these networks by `tamingfast.engines.layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tamingfast import ops
+from tamingfast.engines import layers
+from tamingfast.models.base import at_least
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with 32 groups and eps 1e-6, fused with the activation x * sigmoid(x) if ``silu``."""
+
+    def __init__(self, channels: int, silu: bool = False):
+        super().__init__(num_groups=32, num_channels=channels, eps=1e-6)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, groups=self.num_groups, eps=self.eps, silu=self.silu)
+
+
+def Normalize(in_channels: int) -> GroupNorm:
+    """The normalisation of every block, under the original's name."""
+    return GroupNorm(in_channels)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, swish, 3x3 convolution, twice, and a shortcut, which is a convolution if the width changes."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+        temb_channels: int = 0,
+    ):
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        self.norm1 = GroupNorm(in_channels, silu=True)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = GroupNorm(out_channels, silu=True)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = None
+        if in_channels != out_channels:
+            self.shortcut = "conv_shortcut" if conv_shortcut else "nin_shortcut"
+            kernel = 3 if conv_shortcut else 1
+            self.add_module(self.shortcut, nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2))
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        if temb is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
+        return (x if self.shortcut is None else getattr(self, self.shortcut)(x)) + h
+
+    def layer(self) -> layers.Residual:
+        """The description for engines."""
+        shortcut = None if self.shortcut is None else getattr(self, self.shortcut)
+        return layers.Residual(
+            module=self, norm1=self.norm1, conv1=self.conv1, norm2=self.norm2, conv2=self.conv2, shortcut=shortcut
+        )
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, with 1x1 convolutions as projections."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.norm = GroupNorm(in_channels)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # Contiguous, or PyTorch's attention on CPUs would store the scores of all pairs: 17 GB for 256 x 256 pixels.
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+    def layer(self) -> layers.Attention:
+        """The description for engines."""
+        return layers.Attention(
+            module=self, norm=self.norm, query=self.q, key=self.k, value=self.v, projection=self.proj_out
+        )
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution if ``with_conv``."""
+
+    def __init__(self, in_channels: int, with_conv: bool = True):
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+    def layer(self) -> layers.Upsample:
+        """The description for engines."""
+        return layers.Upsample(module=self, conv=self.conv if self.with_conv else None)
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2: a strided 3x3 convolution padded on the right and at the bottom only, or an average."""
+
+    def __init__(self, in_channels: int, with_conv: bool = True):
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, layers.DOWNSAMPLE_PADDING)) if self.with_conv else F.avg_pool2d(x, 2)
+
+    def layer(self) -> layers.Downsample:
+        """The description for engines."""
+        return layers.Downsample(module=self, conv=self.conv if self.with_conv else None)
+
+
+_Part: TypeAlias = ResnetBlock | AttnBlock | Upsample | Downsample
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution, each followed by attention if ``attention``, then the change of resolution."""
+
+    def __init__(self, channels: int, out: int, blocks: int, attention: bool, dropout: float) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels=channels if i == 0 else out, out_channels=out, dropout=dropout)
+            for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttnBlock(out) for _ in range(blocks if attention else 0))
+        self.upsample: Upsample | None = None
+        self.downsample: Downsample | None = None
+
+    def parts(self) -> list[_Part]:
+        """The modules in the order in which they run."""
+        parts: list[nn.Module] = []
+        for i, block in enumerate(self.block):
+            parts.append(block)
+            if self.attn:
+                parts.append(self.attn[i])
+        parts += [module for module in (self.upsample, self.downsample) if module is not None]
+        return cast("list[_Part]", parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts():
+            x = part(x)
+        return x
+
+
+class _Middle(nn.Module):
+    """The blocks at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+
+    def parts(self) -> list[_Part]:
+        """The modules in the order in which they run."""
+        return [self.block_1, self.attn_1, self.block_2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) -> latents (B, z_channels, H/f, W/f), f = 2^(len(ch_mult)-1).
+
+    Pixels beyond multiples of f are cut off at the right and the bottom, as in the original.
+    ``ch * ch_mult[i]`` is the width at level i; attention follows every block at ``attn_resolutions`` (in pixels of
+    a square input of side ``resolution``). Other keyword arguments of the shared ``ddconfig`` are ignored.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Iterable[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Iterable[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        **ignored: Any,
+    ):
+        super().__init__()
+        at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
+        at_least(0, num_res_blocks=num_res_blocks)
+        widths = [ch * multiplier for multiplier in ch_mult]
+        attn_resolutions = set(attn_resolutions)
+        self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attention = resolution // 2**i in attn_resolutions
+            level = _Level(widths[i - 1] if i else ch, width, num_res_blocks, attention, dropout)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width, resamp_with_conv)
+            self.down.append(level)
+        self.mid = _Middle(widths[-1], dropout)
+        self.norm_out = GroupNorm(widths[-1], silu=True)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(self.norm_out(self.mid(h)))
+
+    def layers(self) -> list[layers.Layer]:
+        """The description for engines, in the order of `forward`."""
+        parts = [part for level in cast("Iterable[_Level]", self.down) for part in level.parts()]
+        blocks = [part.layer() for part in (*parts, *self.mid.parts())]
+        return [layers.Convolution(self.conv_in), *blocks, layers.Convolution(self.conv_out, self.norm_out)]
+
+
+class Decoder(nn.Module):
+    """The encoder reversed: latents (B, z_channels, h, w) -> images (B, out_ch, f*h, f*w).
+
+    ``up[i]`` belongs to level i, as in the encoder, so the last entry runs first.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Iterable[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Iterable[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        **ignored: Any,
+    ):
+        super().__init__()
+        at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
+        at_least(0, num_res_blocks=num_res_blocks)
+        widths = [ch * multiplier for multiplier in ch_mult]
+        attn_resolutions = set(attn_resolutions)
+        self.give_pre_end = give_pre_end
+        self.ch, self.temb_ch, self.resolution = ch, 0, resolution
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
+        lowest = resolution // 2 ** (len(widths) - 1)
+        self.z_shape = (1, z_channels, lowest, lowest)
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1], dropout)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            above = widths[min(i + 1, len(widths) - 1)]
+            attention = lowest * 2 ** (len(widths) - 1 - i) in attn_resolutions
+            level = _Level(above, width, num_res_blocks + 1, attention, dropout)
+            if i > 0:
+                level.upsample = Upsample(width, resamp_with_conv)
+            self.up.append(level)
+        self.norm_out = GroupNorm(widths[0], silu=True)
+        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return h if self.give_pre_end else self.conv_out(self.norm_out(h))
+
+    def layers(self) -> list[layers.Layer]:
+        """The description for engines, in the order of `forward`."""
+        parts = [part for level in cast("list[_Level]", list(reversed(self.up))) for part in level.parts()]
+        found: list[layers.Layer] = [layers.Convolution(self.conv_in)]
+        found += [part.layer() for part in (*self.mid.parts(), *parts)]
+        return found if self.give_pre_end else [*found, layers.Convolution(self.conv_out, self.norm_out)]

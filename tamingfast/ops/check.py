@@ -1,0 +1,20 @@
+"""What the ops check about tensors before they run, and how they name what they got."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def floating(name: str, value: torch.Tensor) -> None:
+    """TypeError unless ``value`` is a tensor of one of `FLOATS`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point tensor")
+
+
+def described(value: torch.Tensor) -> str:
+    """Shape, dtype and device in words."""
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"

@@ -1,0 +1,101 @@
+"""Which implementation of an op runs: each is asked in turn whether it can take these arguments, and if not, why.
+
+The automatic choice takes the first that can, and logs once why an earlier one could not. A backend that the user
+asked for (:mod:`tamingfast.ops.backends`) is the only one asked if it has the op; RuntimeError with the reason if it
+cannot run. Everything here can be traced by torch.compile without breaking the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+
+from tamingfast.ops import backends
+
+logger = logging.getLogger("tamingfast")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: The automatic choice asks these backends only for tensors on that device.
+_HOME = {"triton": "cuda", "native": "cpu"}
+
+
+@dataclass(frozen=True)
+class Implementation(Generic[P, R]):
+    """An op on one backend.
+
+    Attributes:
+        backend: a name of `backends.PROBES`.
+        run: the op's function.
+        refusal: takes the same arguments and says why `run` cannot take them, None if it can; None if `run` takes all
+            arguments that the op does.
+    """
+
+    backend: str
+    run: Callable[P, R]
+    refusal: Callable[P, str | None] | None = None
+
+    def why_not(self, device: str, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        """Why it cannot run these arguments on tensors of that device type; None if it can."""
+        if reason := _unavailable(self.backend, device):
+            return reason
+        return self.refusal(*args, **kwargs) if self.refusal else None
+
+
+@dataclass(frozen=True)
+class Op(Generic[P, R]):
+    """An op with its implementations, the preferred one first; the last refuses nothing."""
+
+    name: str
+    implementations: tuple[Implementation[P, R], ...]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends that have the op, in the same order."""
+        return tuple(implementation.backend for implementation in self.implementations)
+
+    def run(self, device: torch.device, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The op of checked arguments on ``device``. RuntimeError if the backend asked for cannot run it."""
+        asked = backends.requested()
+        refusals: list[tuple[str, str]] = []
+        for implementation in self._candidates(asked, device.type):
+            reason = implementation.why_not(device.type, *args, **kwargs)
+            if reason is None:
+                for backend, why in refusals:
+                    _log_fallback(self.name, backend, implementation.backend, why)
+                return implementation.run(*args, **kwargs)
+            refusals.append((implementation.backend, reason))
+        backend, reason = refusals[-1]
+        raise RuntimeError(f"the {backend} backend was asked for, but cannot run {self.name}: {reason}")
+
+    def _candidates(self, asked: str | None, device: str) -> list[Implementation[P, R]]:
+        if asked in self.backends:
+            return [implementation for implementation in self.implementations if implementation.backend == asked]
+        return [each for each in self.implementations if _HOME.get(each.backend, device) == device]
+
+
+# torch.compile evaluates the two below while it traces, instead of tracing into what they look at.
+@torch.compiler.assume_constant_result
+def _unavailable(backend: str, device: str) -> str | None:
+    """Why the backend cannot run here, or on tensors of that device type; None if it can."""
+    state = backends.PROBES[backend]()
+    if not state.available:
+        return state.reason
+    expected = "cpu" if backend == "triton" and backends.interpreted() else _HOME.get(backend, device)
+    return None if device == expected else f"its kernels are for {expected} tensors here, got tensors on {device}"
+
+
+@torch.compiler.assume_constant_result
+def _log_fallback(op: str, refused: str, chosen: str, reason: str) -> None:
+    _log_once(op, refused, chosen, reason)
+
+
+@functools.cache
+def _log_once(op: str, refused: str, chosen: str, reason: str) -> None:
+    logger.warning("%s runs on the %s backend instead of %s: %s", op, chosen, refused, reason)

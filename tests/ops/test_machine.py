@@ -1,0 +1,55 @@
+"""What the machine has, and the sentences that say why something is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tamingfast.errors import UserError
+from tamingfast.ops import backends, machine
+
+
+def test_devices_by_name():
+    assert backends.pick_device("cpu") == torch.device("cpu")
+    assert backends.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for wrong in ("warp", "cuda:x", ""):
+        with pytest.raises(UserError, match=f"^device: got '{wrong}', expected cpu, cuda or cuda:N$"):
+            backends.pick_device(wrong)
+    for wrong in ("cuda:77", "meta", "ipu"):
+        with pytest.raises(
+            UserError, match=rf"^device: got '{wrong}', expected a device that works here \(.+\); see"
+        ) as caught:
+            backends.pick_device(wrong)
+        assert len(str(caught.value)) < 200
+
+
+def test_facts_for_reports():
+    facts = backends.machine()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["cpu"]
+    text = backends.describe()
+    assert all(name in text for name in backends.PROBES)
+
+
+def test_a_driver_too_old_for_the_extension_alone_is_named(monkeypatch):
+    kernels = type("Kernels", (), dict(devices=lambda: (0, "CUDA driver version is insufficient")))
+    module = type("Module", (), dict(build_info=lambda: dict(cuda="nvcc 13.0 for sm_90", no_cuda=""), cuda=kernels))
+    monkeypatch.setattr(machine, "native", lambda: (module, "here"))
+    monkeypatch.setattr(machine, "gpu", lambda: machine.Availability(False, "no GPU"))
+    assert machine.cuda.__wrapped__().reason.startswith("no CUDA device (CUDA driver version is insufficient)")
+    monkeypatch.setattr(machine, "gpu", lambda: machine.Availability(True, "a GPU"))
+    state = machine.cuda.__wrapped__()
+    assert not state.available
+    assert state.reason == (
+        "torch runs on the GPU, but what nvcc 13.0 for sm_90 built does not (CUDA driver version is insufficient): "
+        "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
+    )
+
+
+def test_a_triton_too_old_for_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    monkeypatch.setattr(machine.importlib, "import_module", lambda name: type("Triton", (), {"__version__": "3.3.1"}))
+    state = machine.triton.__wrapped__()
+    assert not state.available
+    assert state.reason == "triton 3.3.1, but its kernels need 3.4 (torch 2.8) or newer"
