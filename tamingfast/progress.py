@@ -1,10 +1,12 @@
-"""How far a long work has come: a bar on a terminal, and elsewhere, as in a log file, a line now and then."""
+"""The progress of long work: a bar on a terminal; elsewhere, as in a log file, one line a minute."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -14,39 +16,58 @@ _KNOWN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 _OPEN = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} gone{postfix}"
 
 
+class Counter(Protocol):
+    """What long work reports its progress to, either in steps or as a state."""
+
+    def update(self, n: float | None = 1, /) -> object:
+        """Count ``n`` more."""
+
+    def moved(self, done: int, total: int, /) -> object:
+        """``done`` of ``total`` are done."""
+
+
+#: ``bars(unit, total)`` opens a counter of ``unit``; ``total`` is None where it is not known beforehand.
+Bars = Callable[[str, int | None], AbstractContextManager[Counter]]
+
+
 class Bar(tqdm):
-    """A progress bar that also takes its state instead of steps."""
+    """A progress bar that also takes a state instead of steps."""
 
     def moved(self, done: int, total: int) -> None:
-        """Set what ``update(n)`` would add to."""
+        """Set the count to ``done`` and the total to ``total``."""
         self.total = total
         self.update(done - self.n)
 
 
 class Lines(Bar):
-    """The same without a terminal: a bar that is never drawn, whose state is written each `EVERY` seconds."""
+    """The same without a terminal: the bar is never drawn; its state is printed every `EVERY` seconds."""
 
     def __init__(self, total: int | None = None, unit: str = "it", **options: Any) -> None:
         super().__init__(total=total, initial=options.get("initial", 0), disable=True)
         self._shown = {name: options.get(name) for name in ("initial", "unit_scale") if options.get(name)}
         self._shown |= {"unit": unit, "prefix": options.get("desc") or unit.strip()}
-        self._began = self._said = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self.postfix = None
 
     def update(self, n: float | None = 1) -> None:
-        self.n += n
+        """Add ``n`` and print a line when one is due."""
+        self.n += n or 0
         now = time.monotonic()
-        if now - self._said >= EVERY:
-            self._said = now
+        if now - self._printed >= EVERY:
+            self._printed = now
             shape = _OPEN if self.total is None else _KNOWN
             options = self._shown | {"postfix": self.postfix, "bar_format": shape}
-            print(self.format_meter(self.n, self.total, now - self._began, **options), file=sys.stderr, flush=True)
+            line = self.format_meter(self.n, self.total or 0, now - self._began, **options)
+            print(line, file=sys.stderr, flush=True)
 
 
-def bar(unit: str, total: int | None = None, **options: Any) -> tqdm:
-    """A context manager whose ``update(n)`` counts ``unit`` up to ``total``; ``options`` are tqdm's.
+def bar(unit: str, total: int | None = None, **options: Any) -> Bar:
+    """A context manager that counts ``unit`` up to ``total``; ``options`` are tqdm's."""
+    if sys.stderr.isatty() or options.get("disable", False):
+        return Bar(total=total, unit=unit, **options)
+    return Lines(total=total, unit=unit, **options)
 
-    ``disable=True`` makes one that says nothing.
-    """
-    silent = options.get("disable", False) or sys.stderr.isatty()
-    return (Bar if silent else Lines)(total=total, unit=unit, **options)
+
+def silent(unit: str, total: int | None = None) -> Bar:
+    """A counter that shows nothing: the `Bars` of callers who want none."""
+    return Bar(total=total, unit=unit, disable=True)

@@ -15,10 +15,10 @@ from types import ModuleType
 #: old name -> new name, both below ``tamingfast.``; the modules of an old package have entries of their own.
 RENAMED: dict[str, str] = {
     "apply": "tasks",
-    "apply.conditioning": "tasks.conditions",
+    "apply.conditioning": "tasks.conditioning",
     "apply.drawing": "tasks.drawing",
-    "apply.encoding": "tasks.encode",
-    "apply.measuring": "tasks.reconstruct",
+    "apply.encoding": "tasks.encoding",
+    "apply.measuring": "tasks.reconstruction",
     "apply.models": "tasks.models",
     "apply.photos": "tasks.pictures",
     "apply.sizes": "tasks.sizes",
@@ -35,7 +35,7 @@ RENAMED: dict[str, str] = {
     "data.kinds": "data.conditions",
     "data.scenes": "data.conditions.scenes",
     "engine": "engines",
-    "inspection": "tasks.inspect",
+    "inspection": "tasks.inspection",
     "losses": "models.losses",
     "models.bands": "engines.bands",
     "models.conditioning": "models.condition_stages",

@@ -1,4 +1,4 @@
-"""What is told of the progress of a long work where there is no terminal."""
+"""Progress that is printed where there is no terminal."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def test_without_a_total(always, capsys):
     assert capsys.readouterr().err.startswith("step: 1, ")
 
 
-def test_short_works_and_silent_ones_say_nothing(capsys, monkeypatch):
+def test_short_work_and_silent_counters_print_nothing(capsys, monkeypatch):
     with progress.bar("step", 10) as bar:
         bar.update(10)
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    with progress.bar("step", 10, disable=True) as bar:
-        bar.update(10)
+    for bar in (progress.bar("step", 10, disable=True), progress.silent("step", 10)):
+        with bar:
+            bar.update(10)
+            bar.moved(3, 20)
     assert not capsys.readouterr().err
 
 
-def test_training_tells_its_steps_and_its_loss(always, capsys, tmp_path):
+def test_training_prints_its_steps_and_its_loss(always, capsys, tmp_path):
     tiny.train("vqgan", tmp_path / "run", steps=2)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["run: 1 of 2", "run: 2 of 2"]

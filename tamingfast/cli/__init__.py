@@ -1,7 +1,7 @@
 """The ``tamingfast`` command.
 
-The modules in `COMMANDS` hold the commands, each with an ``add_to(commands)`` that declares them and their options; the
-others hold what commands share. Heavy imports wait until a command runs, so that ``--help`` answers at once.
+Each module in `COMMANDS` has an ``add_to(commands)`` that declares its commands and their options; the others are
+shared by commands. Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, edit, encode, evaluate, photos, reproduce, sample, train
+from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, train
 from tamingfast.errors import UserError, first_line, lacks_memory
 
 USAGE_ERROR, INTERRUPTED = 2, 130
-COMMANDS = (reproduce, train, sample, edit, photos, evaluate, encode, about)  # in the order of --help
+COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
 
 
 class _AboveBars(logging.Handler):
-    """Writes each message as a line of standard error, above the progress bars that stand there."""
+    """Writes each message as a line of standard error, above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -30,7 +30,7 @@ class _AboveBars(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     level = os.environ.get("TAMINGFAST_LOG", "WARNING").upper()
     logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level)
     arguments = _parse(argv)
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as with `| head`; nothing is left to say and nobody to say it to.
+        # The reader has closed the pipe, as `| head` does: not an error, and Python must not report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        message = _for_people(error)
+        message = _for_users(error)
         if message is None:
             raise
         print(f"tamingfast: error: {message}", file=sys.stderr)
@@ -63,16 +63,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _for_people(error: Exception) -> str | None:
-    """One sentence for mistakes that a person can mend, None for our own."""
+def _for_users(error: Exception) -> str | None:
+    """One sentence for mistakes that a user can correct, None for our own."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if lacks_memory(error):
         return (
-            f"the memory does not suffice ({first_line(error)}); take fewer or smaller images at a time, or a smaller "
-            "model"
+            f"memory: got too little ({first_line(error)}), expected enough for the model and its images; use fewer or "
+            "smaller images at a time, or a smaller model"
         )
     if isinstance(error, RuntimeError) and str(error).startswith("TAMINGFAST_"):
         return first_line(error)

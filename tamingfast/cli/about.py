@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from tamingfast import __version__
-from tamingfast.cli.options import command
+from tamingfast.cli.options import Commands, command
 from tamingfast.cli.progress import say_written
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "what a checkpoint or token file holds")
     added.add_argument("checkpoint", help="run directory, checkpoint or token file")
     added = command(commands, "convert", convert, "any checkpoint to one .safetensors file with its config inside")
@@ -22,9 +21,9 @@ def add_to(commands: Any) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from tamingfast.tasks.inspect import describe
+    from tamingfast import tasks
 
-    print(json.dumps(describe(arguments.checkpoint), indent=2))
+    print(json.dumps(tasks.inspect(arguments.checkpoint), indent=2))
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -1,119 +1,133 @@
-"""Options that commands share, and what they stand for."""
+"""Options that commands share, and the values that they stand for."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from tamingfast.errors import UserError
+from tamingfast.tasks.options import DrawingOptions
+
+if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+#: What argparse's ``add_subparsers`` returns; it has no public name.
+Commands = Any
 
 
-def command(to: Any, name: str, run: Callable, text: str, parents: Sequence = ()) -> argparse.ArgumentParser:
+def command(
+    to: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> argparse.ArgumentParser:
     """A new command ``name`` among those of ``to`` that calls ``run(arguments)``."""
-    added = to.add_parser(name, help=text, description=text, parents=list(parents))
+    added: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=list(parents))
     added.set_defaults(run=run)
     return added
 
 
 def options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
-    """Options that several commands take as a parent: (name, settings of `add_argument`) each."""
+    """Options for the ``parents`` of commands: for each its name and the keywords of `add_argument`."""
     group = argparse.ArgumentParser(add_help=False)
     for name, settings in arguments:
         group.add_argument(name, **settings)
     return group
 
 
+class _OldName(argparse.Action):
+    """An option under the name that it had, which still works and is logged."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        logger.warning("%s is now called --%s; use that name", option, self.dest)
+        setattr(namespace, self.dest, values)
+
+
+_DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
+
 DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
-# Without argparse's defaults, so that what was given can be told from what was not; `DEFAULTS` has them.
+# Without defaults of argparse, so that what was given can be told from what was not; `DrawingOptions` has them.
 DRAWING = options(
-    ("--temperature", {"type": float, "help": "default: 1"}),
-    ("--top-k", {"type": int, "help": "0: all tokens; default: 100"}),
-    ("--top-p", {"type": float, "help": "nucleus: the likeliest tokens that hold this probability"}),
-    ("--greedy", {"action": "store_true", "default": None, "help": "always the likeliest token"}),
-    ("--seed", {"type": int, "help": "default: 0"}),
-    ("--batch", {"type": int, "help": "images at a time; does not change them; default: 16"}),
-    ("--schedule", {"help": "paper (default), scene, strided or block, for images beyond the window"}),
-    ("--stride", {"type": int, "help": "tokens between windows, for strided and block; default: 8"}),
-    ("--backend", {"help": "auto (default), native, torch or naive"}),
+    ("--temperature", {"type": float, "help": f"default: {_DEFAULT['temperature']:g}"}),
+    ("--top-k", {"type": int, "help": f"0: all tokens; default: {_DEFAULT['top_k']}"}),
+    ("--top-p", {"type": float, "help": "nucleus: the most likely tokens that hold this probability"}),
+    ("--greedy", {"action": "store_true", "default": None, "help": "always the most likely token"}),
+    ("--seed", {"type": int, "help": f"default: {_DEFAULT['seed']}"}),
+    ("--batch", {"type": int, "help": f"images at a time, which does not change them; default: {_DEFAULT['batch']}"}),
+    (
+        "--schedule",
+        {"help": f"paper, scene, strided or block, for images beyond the window; default: {_DEFAULT['schedule']}"},
+    ),
+    (
+        "--stride",
+        {"type": int, "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
+    ),
+    ("--engine", {"help": f"who samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
+    ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
     ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
 )
-DEFAULTS = {
-    "temperature": 1.0,
-    "top_k": 100,
-    "top_p": None,
-    "greedy": False,
-    "seed": 0,
-    "batch": 16,
-    "schedule": "paper",
-    "stride": 8,
-    "backend": "auto",
-    "dtype": None,
-}
 
 
-def drawing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `DRAWING`, by the names of `tamingfast.tasks.draw`."""
-    return DEFAULTS | given_settings(arguments)
+def condition_options(**several: str) -> argparse.ArgumentParser:
+    """Options of one condition, or with ``nargs="+"`` of one for each image."""
+    text = "label map, depth map, keypoints, edges, objects or small image to draw from"
+    return options(
+        (
+            "--class",
+            {"dest": "label", "type": int, "help": "class index of a class-conditional prior; default: all in turn"},
+        ),
+        ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
+        (
+            "--condition-of",
+            {"metavar": "PHOTO", "help": "compute the condition from this photo, where it can be computed"} | several,
+        ),
+    )
 
 
-def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those of `drawing_settings` that the command line names."""
-    given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
-    at_least_one(given.get("batch", 1), "--batch")
-    if given.get("top_k", 0) < 0:
-        raise UserError(f"got --top-k {arguments.top_k}; expected a number of tokens, or 0 to keep all")
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options of `DRAWING` that the command line gives, by the names of `DrawingOptions`."""
+    given = {name: getattr(arguments, name) for name in _DEFAULT if getattr(arguments, name) is not None}
     if "top_k" in given:
+        if given["top_k"] < 0:
+            raise UserError(f"--top-k: got {given['top_k']}, expected a number of tokens; give 0 to keep all")
         given["top_k"] = given["top_k"] or None
     return given
 
 
-def wanted_size(size: str | None, model: Any) -> tuple[int, int]:
-    """Pixels (height, width) of ``--size``, or, without one, those that the model was trained on."""
-    from tamingfast import tasks
-
-    if size is None:
-        trained = tasks.trained_size(model)
-        if trained is None:
-            raise UserError("the model does not say what size it was trained on; give --size HEIGHTxWIDTH")
-        return trained
-    height, cross, width = size.lower().partition("x")
+def size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Pixels (height, width) of ``--size``; None without it."""
+    if arguments.size is None:
+        return None
+    height, cross, width = arguments.size.lower().partition("x")
     if not (height.isdigit() and (width.isdigit() or not cross)):
-        raise UserError(f"got --size {size}; expected HEIGHTxWIDTH in pixels, for example 256x512")
+        raise UserError(f"--size: got {arguments.size}, expected HEIGHTxWIDTH in pixels, for example 256x512")
     return int(height), int(width or height)
 
 
-def data_settings(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """The ``data`` section that the overrides make, or, without any, the one that the model was trained with."""
+def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The ``data`` section that the overrides make; None without any."""
     if not arguments.overrides:
-        return (model.config or {}).get("data") or {}
+        return None
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.from_dotlist(arguments.overrides))
+    from tamingfast.checkpoints.config import plain
+
+    section: dict[str, Any] = plain(OmegaConf.from_dotlist(arguments.overrides))
+    return section
 
 
-def load(arguments: argparse.Namespace) -> Any:
+def load(arguments: argparse.Namespace) -> nn.Module:
     """The model that the command names, on its device."""
     from tamingfast.checkpoints import load_model
     from tamingfast.ops.backends import pick_device
 
     return load_model(arguments.model, device=pick_device(arguments.device))
-
-
-def named_images(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[Path]]:
-    """The images (B, 3, H, W) that the command names, cut to its size, and their files."""
-    from tamingfast import tasks
-
-    height, width = wanted_size(arguments.size, model)
-    tasks.grid_size(model, height, width)
-    files = tasks.image_files(arguments.images)
-    return tasks.load_images(files, height, width).to(model.device), files
-
-
-def at_least_one(value: int, name: str) -> int:
-    """The value of the option ``name``; UserError unless it is positive."""
-    if value < 1:
-        raise UserError(f"got {name} {value}; expected at least 1")
-    return value

@@ -1,18 +1,23 @@
-"""What a command says while it works and when it is done."""
+"""What a command prints while it works and when it is done."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imports tqdm, which `tamingfast --help` does without
+    from tamingfast.progress import Bar
 
 
-def progress_bar(unit: str, total: int | None = None, **options: Any) -> Any:
-    """A progress bar; ``moved(done, total)`` sets it where ``update(n)`` would add."""
+def progress_bar(unit: str, total: int | None = None) -> Bar:
+    """A progress bar of ``unit``: `tamingfast.progress.Bars` for the terminal."""
     from tamingfast.progress import bar
 
-    return bar(f" {unit}", total, **options)
+    # There are billions of multiply-adds, and those of small images take less than a second.
+    many = unit.startswith("multiply-adds")
+    return bar(f" {unit}", total, unit_scale=many, delay=1 if many else 0)
 
 
-def say_written(path: str | Path) -> None:
-    """Tell on standard output which file is there now."""
-    print(f"written: {path}")
+def say_written(path: str | Path, *more: str) -> None:
+    """Print which file has been written."""
+    print(", ".join([f"written: {path}", *more]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from tamingfast.cli.options import DEVICE, RESUME, command
+from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Commands) -> None:
     from tamingfast.reproduce import EXPERIMENTS
 
     added = command(commands, "reproduce", reproduce, "an experiment of the papers, with a report", (DEVICE, RESUME))

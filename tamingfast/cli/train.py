@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tamingfast.cli.options import DEVICE, RESUME, command
+from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 from tamingfast.cli.progress import say_written
 from tamingfast.errors import UserError
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Commands) -> None:
     text = "train a first stage or a prior"
     stages = commands.add_parser("train", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
     _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
@@ -21,13 +21,15 @@ def add_to(commands: Any) -> None:
     added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, where it has one")
 
 
-def _command(stages: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+def _command(
+    stages: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
     added = command(stages, name, run, text, (DEVICE, RESUME))
     added.add_argument("--out", required=True, help="run directory to write")
     added.add_argument("--seed", type=int, help="the same as training.seed=N")
     text = (
         "a preset's name or a YAML file, the original's included, then settings that win over its; --resume needs no "
-        "CONFIG, as it goes on with the run's"
+        "CONFIG, as it continues with the run's"
     )
     added.add_argument("overrides", nargs="*", metavar="CONFIG | key=value", help=text)
     return added
@@ -58,7 +60,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     if arguments.resume:
         return resumed_config(arguments.out, name, words)
     if name is None:
-        raise UserError("no config is named; give a preset or a YAML file, or --resume to continue the run in --out")
+        raise UserError("CONFIG: got none, expected a preset or a YAML file; give one, or --resume to continue --out")
     return load_config(name, words)
 
 
@@ -66,9 +68,10 @@ def _need_first_stage(arguments: argparse.Namespace, config: Any) -> None:
     # Only a run's config and one in the original's layout name their first stage themselves.
     if arguments.first_stage is None:
         if arguments.cond_stage is not None:
-            raise UserError("--cond-stage is given without --first-stage RUN, the one of the images; give both")
+            raise UserError("--first-stage: got --cond-stage alone, expected the images' first stage too; give both")
         params = (config.get("model") or {}).get("params") or {}
         if "first_stage_config" not in params:
             raise UserError(
-                "the config names no first stage; give --first-stage RUN, a run of `tamingfast train vqgan`"
+                "--first-stage: got none, expected a first stage, as the config names none; give a run of "
+                "`tamingfast train vqgan`"
             )

@@ -12,6 +12,7 @@ from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Features, ex
 from tamingfast.evaluation.likelihood import likelihood
 from tamingfast.evaluation.quality import compare, distances, reconstructions, samples
 from tamingfast.evaluation.reconstruction import reconstruction
+from tamingfast.evaluation.run import evaluate_model
 from tamingfast.evaluation.summary import distance_table, evaluate, table
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "distance_table",
     "distances",
     "evaluate",
+    "evaluate_model",
     "extract",
     "frechet_distance",
     "images_of",

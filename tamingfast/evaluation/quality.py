@@ -50,7 +50,7 @@ def reconstructions(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tens
     """What the first stage of ``model`` makes of batches of images (b, 3, H, W)."""
     stage = tasks.first_stage_of(model)
     for batch in images:
-        yield tasks.reconstruct(stage, batch.to(stage.device))[0]
+        yield tasks.reconstructed(stage, batch.to(stage.device))
 
 
 def distances(

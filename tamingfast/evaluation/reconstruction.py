@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from tamingfast import images, tasks
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, images_of
+from tamingfast.tasks.figures import psnr
 from tamingfast.training.vqgan import codebook_use
 
 #: Side of the Gaussian window of SSIM (Wang et al. 2004), and of the least image that LPIPS's network takes, in pixels.
@@ -87,7 +88,7 @@ def _figures(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, 
     real, made = images.to_uint8(x), images.to_uint8(out)
     found = {
         "l1": float((out - x).abs().mean((1, 2, 3)).sum()),
-        "psnr": sum(_psnr(a, b) for a, b in zip(real, made, strict=True)),
+        "psnr": sum(psnr(a, b) for a, b in zip(real, made, strict=True)),
         "ssim": sum(_ssim(a, b) for a, b in zip(real, made, strict=True)),
     }
     if perceptual is not None:
@@ -95,12 +96,6 @@ def _figures(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, 
         a, b = (part.expand(-1, 3, -1, -1) for part in (out, x))
         found["lpips"] = float(perceptual(a, b).sum()) if large else math.nan
     return found
-
-
-def _psnr(real: np.ndarray, made: np.ndarray) -> float:
-    if np.array_equal(real, made):
-        return math.inf
-    return float(_metrics().peak_signal_noise_ratio(real, made, data_range=255))
 
 
 def _ssim(real: np.ndarray, made: np.ndarray) -> float:

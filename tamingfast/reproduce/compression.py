@@ -276,7 +276,7 @@ def _pictures(rows: Sequence[Row], settings: Mapping[str, Any], validation: Any,
     sheet, pictures = {"image": shown}, {}
     for row in _shown(rows, "drawn"):
         model = load_model(out / f"{row.name}_prior", device=device)
-        sheet[row.label] = torch.cat([tasks.reconstruct(model, x[None].to(model.device))[0].cpu() for x in shown])
+        sheet[row.label] = torch.cat([tasks.reconstructed(model, x[None].to(model.device)).cpu() for x in shown])
         side, number = (size, count) if row.levels == 1 else (row.crop, SMALL_PER_LARGE * count)
         grid = model.first_stage_model.grid(side, side)
         stride = {"schedule": "strided", "stride": settings["sampling"]["stride"]}

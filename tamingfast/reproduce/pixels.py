@@ -158,7 +158,7 @@ def _pictures(
     pictures = {"reconstructions.png": "Validation crops above their reconstructions by the VQGAN"}
     rows = []
     for part in shown.to(model.device).split(columns):
-        rows += [part, tasks.reconstruct(model, part)[0]]
+        rows += [part, tasks.reconstructed(model, part)]
     images.save_rows(out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), SCALE)
     for name, prior in models.items():
         options = _sampling_options(prior, size, sampling)
@@ -171,7 +171,7 @@ def _pictures(
     halves = x.clone()
     halves[:, :, size // 2 :] = 1.0
     options, cond = _sampling_options(model, size, sampling), tasks.conditions(model, columns)
-    completed = [tasks.complete(model, x, cond, first_image=again * columns, **options) for again in range(3)]
+    completed = [tasks.completed(model, x, cond, first_image=again * columns, **options) for again in range(3)]
     names = ["image", "kept", *(f"completed, {again + 1}" for again in range(len(completed)))]
     images.save_rows(out / "completions.png", [x, halves, *completed], names, SCALE)
     text = "Validation crops, their upper halves, and three completions of each by the prior on latents"

@@ -1,55 +1,103 @@
-"""What a trained model is used for: drawing images, reconstructing and completing them, encoding data sets."""
+"""What a trained model is used for, as functions that take paths, pictures or arrays and return results.
+
+`sample`, `edit`, `outpaint`, `complete`, `reconstruct`, `encode`, `likelihood` and `inspect` are the workflows; the
+other names are their parts, for programs that need them apart. Nothing is printed, and no file is written that the
+caller does not name. Names are imported on first use, as the command line reads `DrawingOptions` for its ``--help``.
+"""
 
 from __future__ import annotations
 
-from tamingfast.tasks.conditions import (
-    computed_condition,
-    condition_picture,
-    condition_tokens,
-    conditions,
-    decoded_condition,
-    kind_of,
-    own_condition,
-    read_condition,
-)
-from tamingfast.tasks.drawing import TOP_K, begun, complete, decoded, draw, painted, photo_canvas, photo_tokens
-from tamingfast.tasks.encode import check_encodable, encode
-from tamingfast.tasks.models import check_prior, check_windowed, first_stage_of, is_multiscale, is_spatial
-from tamingfast.tasks.pictures import image_files, load_images, read_mask, read_photo
-from tamingfast.tasks.reconstruct import likelihood, reconstruct
-from tamingfast.tasks.sizes import grid_size, trained_size, window_of
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "TOP_K",
-    "begun",
-    "check_encodable",
-    "check_prior",
-    "check_windowed",
-    "complete",
-    "computed_condition",
-    "condition_picture",
-    "condition_tokens",
-    "conditions",
-    "decoded",
-    "decoded_condition",
-    "draw",
-    "encode",
-    "first_stage_of",
-    "grid_size",
-    "image_files",
-    "is_multiscale",
-    "is_spatial",
-    "kind_of",
-    "likelihood",
-    "load_images",
-    "own_condition",
-    "painted",
-    "photo_canvas",
-    "photo_tokens",
-    "read_condition",
-    "read_mask",
-    "read_photo",
-    "reconstruct",
-    "trained_size",
-    "window_of",
-]
+if TYPE_CHECKING:
+    from tamingfast.tasks.canvases import begun_with as begun_with
+    from tamingfast.tasks.canvases import check_unused as check_unused
+    from tamingfast.tasks.completion import Completion as Completion
+    from tamingfast.tasks.completion import complete as complete
+    from tamingfast.tasks.conditioning import computed_condition as computed_condition
+    from tamingfast.tasks.conditioning import condition_picture as condition_picture
+    from tamingfast.tasks.conditioning import condition_tokens as condition_tokens
+    from tamingfast.tasks.conditioning import conditions as conditions
+    from tamingfast.tasks.conditioning import decoded_condition as decoded_condition
+    from tamingfast.tasks.conditioning import kind_of as kind_of
+    from tamingfast.tasks.conditioning import own_condition as own_condition
+    from tamingfast.tasks.conditioning import read_condition as read_condition
+    from tamingfast.tasks.costs import ScheduleCost as ScheduleCost
+    from tamingfast.tasks.costs import likelihood as likelihood
+    from tamingfast.tasks.drawing import TOP_K as TOP_K
+    from tamingfast.tasks.drawing import Drawing as Drawing
+    from tamingfast.tasks.drawing import begun as begun
+    from tamingfast.tasks.drawing import completed as completed
+    from tamingfast.tasks.drawing import decoded as decoded
+    from tamingfast.tasks.drawing import draw as draw
+    from tamingfast.tasks.drawing import painted as painted
+    from tamingfast.tasks.drawing import photo_canvas as photo_canvas
+    from tamingfast.tasks.drawing import photo_tokens as photo_tokens
+    from tamingfast.tasks.editing import edit as edit
+    from tamingfast.tasks.editing import outpaint as outpaint
+    from tamingfast.tasks.encoding import check_encodable as check_encodable
+    from tamingfast.tasks.encoding import encode as encode
+    from tamingfast.tasks.inspection import inspect as inspect
+    from tamingfast.tasks.models import check_prior as check_prior
+    from tamingfast.tasks.models import check_windowed as check_windowed
+    from tamingfast.tasks.models import classes_of as classes_of
+    from tamingfast.tasks.models import config_of as config_of
+    from tamingfast.tasks.models import first_stage_of as first_stage_of
+    from tamingfast.tasks.models import is_multiscale as is_multiscale
+    from tamingfast.tasks.models import is_spatial as is_spatial
+    from tamingfast.tasks.models import opened as opened
+    from tamingfast.tasks.options import DrawingOptions as DrawingOptions
+    from tamingfast.tasks.pictures import image_files as image_files
+    from tamingfast.tasks.pictures import load_images as load_images
+    from tamingfast.tasks.pictures import read_mask as read_mask
+    from tamingfast.tasks.pictures import read_photo as read_photo
+    from tamingfast.tasks.reconstruction import Reconstruction as Reconstruction
+    from tamingfast.tasks.reconstruction import reconstruct as reconstruct
+    from tamingfast.tasks.reconstruction import reconstructed as reconstructed
+    from tamingfast.tasks.sampling import sample as sample
+    from tamingfast.tasks.sizes import grid_size as grid_size
+    from tamingfast.tasks.sizes import image_size as image_size
+    from tamingfast.tasks.sizes import trained_size as trained_size
+    from tamingfast.tasks.sizes import window_of as window_of
+
+#: module -> names; no module is called as a function is, since importing it would hide the function.
+_HOMES = {
+    "canvases": ("begun_with", "check_unused"),
+    "completion": ("Completion", "complete"),
+    "conditioning": (
+        "computed_condition", "condition_picture", "condition_tokens", "conditions", "decoded_condition", "kind_of",
+        "own_condition", "read_condition",
+    ),
+    "costs": ("ScheduleCost", "likelihood"),
+    "drawing": (
+        "TOP_K", "Drawing", "begun", "completed", "decoded", "draw", "painted", "photo_canvas", "photo_tokens",
+    ),
+    "editing": ("edit", "outpaint"),
+    "encoding": ("check_encodable", "encode"),
+    "inspection": ("inspect",),
+    "models": (
+        "check_prior", "check_windowed", "classes_of", "config_of", "first_stage_of", "is_multiscale", "is_spatial",
+        "opened",
+    ),
+    "options": ("DrawingOptions",),
+    "pictures": ("image_files", "load_images", "read_mask", "read_photo"),
+    "reconstruction": ("Reconstruction", "reconstruct", "reconstructed"),
+    "sampling": ("sample",),
+    "sizes": ("grid_size", "image_size", "trained_size", "window_of"),
+}  # fmt: skip
+
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,86 +1,110 @@
-"""Images drawn by a prior, from nothing or around what a photo gives."""
+"""Token grids drawn by a prior, from nothing or around a given image, and decoded to images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tamingfast.engines import bands
+from tamingfast.errors import UserError
+from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.tasks.models import check_windowed, first_stage_of
+from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.sizes import grid_size, window_under
 
-TOP_K = 100  # the paper's choice, with temperature 1.0
+#: What is drawn with where nothing else is asked for.
+PAPER = DrawingOptions()
+TOP_K = PAPER.top_k
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """Drawn images.
+
+    Attributes:
+        images: float32 (B, 3, H, W) in [-1, 1] on the CPU.
+        canvas: their tokens, all drawn, and what decided them; it can be edited and outpainted again.
+        conditions: pictures (1, 3, H, W) of what they were drawn from: a condition, or a photo's coarse scales.
+    """
+
+    images: Tensor
+    canvas: Canvas
+    conditions: tuple[Tensor, ...]
 
 
 def draw(
-    model: nn.Module,
+    model: Net2NetTransformer,
     cond: Tensor,
     rows: int,
     columns: int,
-    batch: int = 16,
+    batch: int = PAPER.batch,
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """Token grids (b, rows, columns) of len(cond) images in batches; the batch size does not change the result.
+    """Token grids int64 (b, rows, columns) of len(cond) images in batches, whose size does not change them.
 
-    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and a ``start`` for all
-    images is cut along. ``progress(done, total)`` counts sampled tokens over all images.
+    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and a ``start`` (B, ...) is
+    split with the batches. ``progress(done, total)`` counts sampled tokens over all images.
     """
-    vocabulary = model.transformer.config.vocab_size
     options = {"window": window_under(model, rows, columns, cond), "top_k": TOP_K} | options
-    if options["top_k"] is not None:
-        options["top_k"] = min(options["top_k"], vocabulary)
-    first_image = options.pop("first_image", 0)
+    options["top_k"] = _within_vocabulary(model, options["top_k"])
+    first_image, start = options.pop("first_image", 0), options.pop("start", None)
     for first in range(0, len(cond), batch):
         part = slice(first, first + batch)
-        cut = {key: options[key][part] for key in ("start",) if options.get(key) is not None}
         count = len(cond[part])
 
         def count_tokens(done: int, total: int, first: int = first, count: int = count) -> None:
-            progress(first * total + done * count, len(cond) * total)
+            if progress is not None:
+                progress(first * total + done * count, len(cond) * total)
 
         yield sample_grid(
             model, cond[part], rows, columns, first_image=first_image + first,
-            callback=None if progress is None else count_tokens, **(options | cut),
+            start=None if start is None else start[part],
+            callback=None if progress is None else count_tokens, **options,
         )  # fmt: skip
 
 
-def painted(model: nn.Module, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
-    """The canvas with settings for `sample_grid`: the window that the model's block size holds, and those given."""
-    window = window_under(model, *canvas.tokens.shape[1:], canvas.cond)
-    top_k = None if top_k is None else min(top_k, model.transformer.config.vocab_size)
-    return replace(canvas, settings={"window": window, "top_k": top_k} | settings)
+def painted(model: Net2NetTransformer, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
+    """The canvas with ``settings`` for `sample_grid` and the window that fits the model's block size."""
+    _, rows, columns = canvas.tokens.shape
+    window = window_under(model, rows, columns, canvas.cond)
+    return replace(canvas, settings={"window": window, "top_k": _within_vocabulary(model, top_k)} | settings)
+
+
+def _within_vocabulary(model: Net2NetTransformer, top_k: int | None) -> int | None:
+    return None if top_k is None else min(top_k, model.transformer.config.vocab_size)
 
 
 @torch.no_grad()
-def photo_tokens(model: nn.Module, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
-    """Tokens (B, rows, columns) of images (B, 3, H, W) in [-1, 1].
+def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
+    """Tokens int64 (B, rows, columns) of images (B, 3, H, W) in [-1, 1].
 
-    Raises UserError unless f divides their sides, and for models that `check_windowed` refuses.
+    Raises UserError unless both sides are multiples of f, and for models that `check_windowed` refuses.
     """
     grid_size(check_windowed(model), *x.shape[2:])
-    return bands.encode_grid(model.first_stage_model, x, progress=progress)
+    return first_stage_of(model).encode_grid(x, progress=progress)
 
 
-def photo_canvas(model: nn.Module, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
+def photo_canvas(model: Net2NetTransformer, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
     """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
-    One image may stand for all B, which is then encoded once. ``progress`` as in `tamingfast.engines.bands.run`.
+    A single image is encoded once and repeated for all B conditions. ``progress`` as in `tamingfast.engines.bands.run`.
     """
     tokens = photo_tokens(model, x, progress)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
 
 
-def begun(model: nn.Module, x: Tensor, scales: int, cond: Tensor) -> Canvas:
-    """A canvas of a multiscale prior that begins with the first ``scales`` scales of images (B, 3, H, W).
+def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) -> Canvas:
+    """A canvas of a multiscale prior that begins with the ``scales`` coarsest scales of images (B, 3, H, W).
 
-    One image may stand for all conditions (B, c). Raises UserError for more scales than the model has.
+    A single image is repeated for all conditions (B, c). Raises UserError for more scales than the model has.
     """
     tokens = model.encode_to_z(x)[1][:, None].expand(len(cond), -1, -1)
     pending = torch.arange(tokens.shape[-1]) >= model.pyramid.first(scales)
@@ -88,14 +112,16 @@ def begun(model: nn.Module, x: Tensor, scales: int, cond: Tensor) -> Canvas:
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.Progress | None = None) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a canvas, what is still to be sampled gray.
+def decoded(
+    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: bands.Progress | None = None
+) -> Tensor:
+    """Images float32 (B, 3, H, W) of a canvas on the CPU; what is still pending is gray.
 
-    ``progress`` as in `tamingfast.engines.bands.run`, for each batch anew.
+    ``progress`` as in `tamingfast.engines.bands.run`; it starts anew with each batch.
     """
     images = []
-    whole, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
-    for tokens, pending in zip(whole.split(batch), unknown.split(batch), strict=True):
+    grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
+    for tokens, pending in zip(grids.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())
@@ -104,8 +130,8 @@ def decoded(model: nn.Module, canvas: Canvas, batch: int = 16, progress: bands.P
 
 
 @torch.no_grad()
-def complete(model: nn.Module, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
-    """Images whose lower half is drawn anew under the tokens of the upper half: (B, 3, H, W) -> the same shape.
+def completed(model: Net2NetTransformer, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
+    """Images (B, 3, H, W) whose lower half is drawn anew given the tokens of the upper half: the same shape.
 
     ``cond`` are condition tokens (B, c) or (B, rows, columns); ``options`` go to `draw`.
     """
@@ -115,3 +141,10 @@ def complete(model: nn.Module, x: Tensor, cond: Tensor, **options: Any) -> Tenso
     mask[rows // 2 :] = True
     grids = torch.cat(list(draw(model, cond, rows, columns, start=start, mask=mask, **options)))
     return model.decode_grid(grids)
+
+
+def at_least_one(value: int, name: str) -> int:
+    """The value of the argument ``name``; UserError unless it is positive."""
+    if value < 1:
+        raise UserError(f"{name}: got {value}, expected at least 1")
+    return value

@@ -1,49 +1,82 @@
-"""What a loaded model is: which first stage it has, and what it can be used for."""
+"""Models of tasks: opened from a path, and checked for what they can be used for."""
 
 from __future__ import annotations
 
+import os
+from typing import Any, TypeAlias
+
 from torch import nn
 
+from tamingfast.checkpoints import load_model
 from tamingfast.errors import UserError
+from tamingfast.models.base import FirstStage
+from tamingfast.models.condition_stages import Labelator
+from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ops.backends import pick_device
+
+#: A loaded model, or the path of a run directory or checkpoint.
+Model: TypeAlias = str | os.PathLike[str] | nn.Module
 
 
-def first_stage_of(model: nn.Module) -> nn.Module:
+def opened(model: Model) -> nn.Module:
+    """A loaded model as it is, or the one at a path, on the GPU if there is one.
+
+    `tamingfast.load_model` takes the device. Raises UserError as that does.
+    """
+    return model if isinstance(model, nn.Module) else load_model(model, device=pick_device(None))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config that a model was loaded with; empty for models made by hand."""
+    return getattr(model, "config", None) or {}
+
+
+def first_stage_of(model: nn.Module) -> FirstStage:
     """The first stage of a prior, or the model itself; UserError when there is none."""
     stage = getattr(model, "first_stage_model", model)
-    if not hasattr(stage, "factor"):
-        raise UserError(f"got a {type(model).__name__}, which is no first stage and has none; give a VQGAN or a prior")
+    if not isinstance(stage, FirstStage):
+        raise UserError(f"model: got a {type(model).__name__}, expected a first stage or a prior")
     return stage
 
 
-def check_prior(model: nn.Module) -> nn.Module:
+def check_prior(model: nn.Module) -> Net2NetTransformer:
     """The model itself; UserError when it is no prior."""
-    if not hasattr(model, "transformer"):
+    if not isinstance(model, Net2NetTransformer):
         raise UserError(
-            f"got a {type(model).__name__}, which cannot draw images; give a run of `tamingfast train prior`"
+            f"model: got a {type(model).__name__}, which cannot draw images, expected a prior; give a run of "
+            "`tamingfast train prior`"
         )
     return model
 
 
-def check_windowed(model: nn.Module) -> nn.Module:
-    """The model itself; UserError when it is no prior, or one whose tokens are not one grid over the image."""
-    if is_multiscale(check_prior(model)):
+def check_windowed(model: nn.Module) -> Net2NetTransformer:
+    """The model itself; UserError unless it is a prior whose tokens form one grid over the image."""
+    prior = check_prior(model)
+    if is_multiscale(prior):
         raise UserError(
-            "the model is a multiscale prior, whose tokens are no grid of the image that could be masked, extended or "
-            "scanned; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
+            "model: got a multiscale prior, whose tokens form no grid over the image, expected one to mask, extend or "
+            "scan; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
         )
-    if first_stage_of(model).levels > 1:
+    if first_stage_of(prior).levels > 1:
         raise UserError(
-            "the model's tokens are of two levels, of which no part of an image can be kept; use `tamingfast sample` "
-            "or `tamingfast reconstruct`"
+            "model: got a prior on tokens of two levels, expected one grid of tokens, of which a part can be kept; use "
+            "`tamingfast sample` or `tamingfast reconstruct`"
         )
-    return model
+    return prior
 
 
 def is_multiscale(model: nn.Module) -> bool:
     """Whether a prior is a `tamingfast.models.multiscale.MultiscaleTransformer`."""
-    return hasattr(model, "pyramid")
+    return isinstance(model, MultiscaleTransformer)
 
 
-def is_spatial(model: nn.Module) -> bool:
-    """Whether the condition of a prior has a token for each token of the image."""
-    return not model.be_unconditional and not hasattr(model.cond_stage_model, "n_classes")
+def is_spatial(model: Net2NetTransformer) -> bool:
+    """Whether a prior has a condition that lies over the image: a map, or objects."""
+    return not model.be_unconditional and classes_of(model) is None
+
+
+def classes_of(model: nn.Module) -> int | None:
+    """The number of classes of a class-conditional prior; None for all other models."""
+    stage = getattr(model, "cond_stage_model", None)
+    return stage.n_classes if isinstance(stage, Labelator) else None

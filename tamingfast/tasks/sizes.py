@@ -8,54 +8,72 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import trained_side
 from tamingfast.errors import UserError
-from tamingfast.tasks.models import first_stage_of, is_multiscale
+from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.models.vqgan import VQModel
+from tamingfast.tasks.models import config_of, first_stage_of
+
+#: Side of the largest window, in tokens, unless the whole grid fits into the block: the paper's.
+WINDOW = 16
 
 
 def trained_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) in pixels of the images that the model was trained on, where its config says so."""
+    """(height, width) in pixels of the images that the model was trained on; None where its config does not say."""
     factor = first_stage_of(model).factor
-    if is_multiscale(model):
+    if isinstance(model, MultiscaleTransformer):
         return model.pyramid.height * factor, model.pyramid.width * factor
-    side = trained_side(getattr(model, "config", None))
+    side = trained_side(config_of(model))
     if side is not None:
         return side, side
-    return (16 * factor, 16 * factor) if hasattr(first_stage_of(model), "encoder") else None
+    # The published VQGANs were trained on 16 x 16 tokens.
+    return (WINDOW * factor, WINDOW * factor) if isinstance(first_stage_of(model), VQModel) else None
+
+
+def image_size(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """``size``, (height, width) in pixels, or by default the size that the model was trained on.
+
+    Raises UserError when neither is known, and unless both sides are multiples of f.
+    """
+    size = size or trained_size(model)
+    if size is None:
+        raise UserError("size: got none, expected height and width, as the model's config does not state a size")
+    grid_size(model, *size)
+    return size
 
 
 def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
-    """Tokens (rows, columns) of an image of so many pixels; UserError unless both are multiples of f."""
-    factor = first_stage_of(model).factor
+    """Tokens (rows, columns) of an image of height x width pixels; UserError unless both are multiples of f."""
+    stage = first_stage_of(model)
+    factor = stage.factor
     if height < 1 or width < 1 or height % factor or width % factor:
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
         raise UserError(
-            f"got a size of {height}x{width} pixels; this model needs multiples of {factor}, "
-            f"for example {near[0]}x{near[1]}"
+            f"size: got {height}x{width} pixels, expected multiples of {factor}; give {near[0]}x{near[1]}, for example"
         )
-    return first_stage_of(model).grid(height, width)
+    return stage.grid(height, width)
 
 
-def window_of(model: nn.Module, rows: int, columns: int, condition_tokens: int = 1) -> int:
-    """The largest square window that the prior's block size holds, at most 16 unless the grid itself fits.
+def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_tokens: int = 1) -> int:
+    """Side of the largest square window that fits into the block: at most `WINDOW`, unless the grid itself fits.
 
-    Raises UserError for tokens of two levels that are not as many as the prior was trained on, as no window slides
-    over two grids at once.
+    Raises UserError for a prior on tokens of two levels and another number of tokens than it was trained on, as no
+    window slides over two grids at once.
     """
     room = model.transformer.config.block_size - condition_tokens + 1
     trained = room - 1  # the block has a position for the last token, too, which is never an input
     if first_stage_of(model).levels > 1 and rows * columns != trained:
-        side = "x".join(map(str, trained_size(model)))
         raise UserError(
-            f"got a size of {rows * columns} tokens, but a prior on tokens of two levels draws only images of "
-            f"{trained}, as it was trained on; give --size {side}, or train one on images of this size"
+            f"size: got {rows * columns} tokens, expected {trained}, as a prior on tokens of two levels draws the size "
+            "that it was trained on; leave the size out, or train a prior on this size"
         )
     if rows * columns <= room:
         return max(rows, columns)
-    return min(16, int(room**0.5))
+    return min(WINDOW, math.isqrt(room))
 
 
-def window_under(model: nn.Module, rows: int, columns: int, cond: Tensor) -> int:
-    """`window_of` under tokens (B, c) or (B, rows, columns, c), or a grid of them, which is as large as the window."""
+def window_under(model: Net2NetTransformer, rows: int, columns: int, cond: Tensor) -> int:
+    """`window_of` under condition tokens (B, c), (B, rows, columns, c), or a grid (B, rows, columns) cut with it."""
     if cond.ndim != 3:
         return window_of(model, rows, columns, cond.shape[-1])
     room = (model.transformer.config.block_size + 1) // 2
-    return max(rows, columns) if rows * columns <= room else min(16, math.isqrt(room))
+    return max(rows, columns) if rows * columns <= room else min(WINDOW, math.isqrt(room))

@@ -16,12 +16,11 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import tamingfast
-from tamingfast import checkpoints
+from tamingfast import checkpoints, tasks
 from tamingfast.checkpoints.config import load_yaml, without_checkpoints
 from tamingfast.checkpoints.fingerprint import fingerprint
 from tamingfast.checkpoints.weights import read_state_dict
 from tamingfast.errors import UserError
-from tamingfast.tasks import inspect as inspection
 
 
 @pytest.fixture
@@ -274,7 +273,7 @@ def test_ignore_keys(copied):
 
 def test_description():
     checkpoint = golden.checkpoint("net2net_class")
-    facts = inspection.describe(checkpoint)
+    facts = tasks.inspect(checkpoint)
     assert facts["values_by_part"].keys() == {"first_stage_model", "transformer"}
     assert facts["tensors"] == len(read_state_dict(checkpoint))
     assert facts["config"] == "beside the file" and facts["model"].endswith("Net2NetTransformer")
@@ -285,6 +284,6 @@ def test_description():
 def test_description_of_a_file_without_metadata(tmp_path):
     path = tmp_path / "alone.safetensors"
     checkpoints.save_weights(path, {"transformer.head.weight": torch.zeros(2, 3)}, {"step": "many"})
-    facts = inspection.describe(path)
+    facts = tasks.inspect(path)
     assert [facts[name] for name in ("global_step", "epoch", "config", "model", "data", "first_stage")] == [None] * 6
     assert facts["values_by_dtype"] == {"float32": 6}

@@ -158,23 +158,23 @@ def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
 
 
 def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_features", _refuse)
+    monkeypatch.setattr("tamingfast.evaluation.run.load_features", _refuse)
     words = ["evaluate", str(runs[1]), "--out", str(tmp_path / "r.json")]
     assert cli.main([*words, "--limit", "8", "--samples", "4"]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     assert "NLL, nats per token" in text and "Not computed: distances of features, as it is not here" in text
     assert report["likelihood"]["images"] == report["reconstruction"]["images"] == 8
     assert "distances" not in report and report["missing"]["distances of features"] == "it is not here"
-    monkeypatch.setattr(evaluation, "load_features", lambda *arguments: torch.nn.Identity())
+    monkeypatch.setattr("tamingfast.evaluation.run.load_features", lambda *arguments: torch.nn.Identity())
     assert cli.main([*words, "--limit", "1", "--samples", "2"]) == 0
     assert "distances of features, as they need at least 2 images" in capsys.readouterr().out
-    monkeypatch.setattr(evaluation, "load_features", _refuse)
+    monkeypatch.setattr("tamingfast.evaluation.run.load_features", _refuse)
     for wrong, said in (
-        (["--samples", "0"], "got --samples 0; expected at least 1"),
+        (["--samples", "0"], "samples: got 0, expected at least 1"),
         (["--features", "efficientnet-lite0"], "it is not here"),
         (["--perceptual-weights", "random"], "whose distance is no LPIPS"),
-        (["--features", "efficientnet-lite0", "--inception-weights", "x"], "leave one of them out"),
-        (["--data", str(tmp_path), "name=photos"], "got --data and 'name=photos'"),
+        (["--features", "efficientnet-lite0", "--inception-weights", "x"], "leave one out"),
+        (["--data", str(tmp_path), "name=photos"], "got a directory and 'name=photos'"),
     ):
         assert cli.main(["evaluate", str(runs[1]), *wrong]) == cli.USAGE_ERROR
         assert said in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_data_without_the_condition_are_refused(runs, tmp_path, capsys):
     for number, pixels in enumerate(tiny.photographs(3, 8)):
         images.save_png(tmp_path / f"{number}.png", pixels)
     assert cli.main(["evaluate", str(runs[1]), "--data", str(tmp_path)]) == cli.USAGE_ERROR
-    assert "the model knows 8 classes, but" in capsys.readouterr().err
+    assert "got 0 class folders, expected 8" in capsys.readouterr().err
     model = load_model(runs[1])
     model.cond_stage_key = "depth"
     with pytest.raises(UserError, match="data: got image, class_label, file_path_, expected 'depth' too, on which"):

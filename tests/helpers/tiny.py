@@ -147,6 +147,24 @@ def train(
         torch.set_num_threads(threads)
 
 
+#: Crops of 8x8 of the packaged photographs.
+CROPS = {"name": "photos", "size": SIZE, "length": 16}
+
+
+def runs(folder: Path) -> Path:
+    """``folder`` with three runs on `CROPS`: vqgan (f = 2), an unconditional prior on it, prior_pixels on colours."""
+    from tamingfast.data import build
+    from tamingfast.training import prior, vqgan
+    from tamingfast.training.colors import fit_color_clusters
+
+    vqgan.train(config(VQGAN, steps=4) | {"data": CROPS}, folder / "vqgan", device="cpu")
+    settings = config(PRIOR, steps=2) | {"data": CROPS, "prior": {"condition": "none"}}
+    prior.train(settings, folder / "vqgan", folder / "prior", device="cpu")
+    fit_color_clusters(build(CROPS)[0], 8, 0, folder / "colors", CROPS)
+    prior.train(settings, folder / "colors", folder / "prior_pixels", device="cpu")
+    return folder
+
+
 if __name__ == "__main__":
     # stage, directory, first stage or "-", steps: a slow run in a process of its own, which tests stop from outside.
     stage, out, first_stage, steps = sys.argv[1:]

@@ -247,7 +247,7 @@ class TestCommand:
             (["--resume", "--out", "RUN", "training.batch_size=3"], "training.batch_size: got 3, expected 2"),
             (["CONFIG", "--resume", "--out", "RUN"], "data.length: got None, expected 20"),
             (["--resume", "--out", "nowhere"], "got no run in this directory"),
-            (["--out", "nowhere", "training.steps=3"], "no config is named"),
+            (["--out", "nowhere", "training.steps=3"], "CONFIG: got none"),
         ],
     )
     def test_mistakes(self, begun, capsys, words, said):

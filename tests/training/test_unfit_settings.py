@@ -54,7 +54,7 @@ def refused(capsys, *words: object) -> str:
             "model.params.lossconfig.params.disc_in_channels=1",
             "on the first training image .*to have 1 channels",
         ),
-        ("model.params.ddconfig.ch_mult=[1000000]", "memory does not suffice"),
+        ("model.params.ddconfig.ch_mult=[1000000]", "memory: got too little"),
     ],
 )
 def test_first_stages(configs, tmp_path, capsys, override, said):
@@ -105,7 +105,7 @@ def test_too_little_memory_is_one_sentence(configs, capsys, monkeypatch, error):
 
     monkeypatch.setattr("tamingfast.checkpoints.load_model", full)
     said = refused(capsys, "evaluate", configs["RUN"])
-    assert "memory does not suffice" in said and str(error).splitlines()[0] in said
+    assert "memory: got too little" in said and str(error).splitlines()[0] in said
 
 
 def test_the_trial_leaves_the_run_as_it_was(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a file of weights or tokens says of itself: ``tamingfast inspect``."""
+"""What a file of weights or tokens holds: `inspect`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from tamingfast.checkpoints.config import at, plain, trained_side
-from tamingfast.checkpoints.load import embedded_config, metadata_of, neighbouring_config, weights_path
-from tamingfast.checkpoints.weights import fingerprint, read_checkpoint, state_dict_of
+from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.checkpoints.locate import embedded_config, metadata_of, neighbouring_config, weights_path
+from tamingfast.checkpoints.weights import read_checkpoint, state_dict_of
 from tamingfast.data.tokens import FORMAT, TokenDataset
 
 
-def describe(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint or token file holds, and what the config in it or beside it says; no model is built.
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a run directory, checkpoint or token file holds, and what its config says; no model is built.
 
-    ``first_stage`` is the fingerprint of the first stage's weights, in a token file of those that made the tokens.
+    ``first_stage`` is the fingerprint of the first stage's weights; in a token file, of those that made the tokens.
     Raises UserError for a file that is missing, damaged or neither.
     """
-    path = weights_path(Path(checkpoint))
+    path = weights_path(Path(path))
     content, metadata = read_checkpoint(path), metadata_of(path)
-    facts = {"file": str(path), "bytes": path.stat().st_size}
+    facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
     if metadata.get("format") == FORMAT:
         return facts | _of_tokens(path)
     state = state_dict_of(content, path)
-    # Lightning's checkpoints, our state.pt and our weights.safetensors say in three ways how far the training was.
+    # Lightning's checkpoints, our state.pt and our weights.safetensors name the training's progress in three ways.
     progress = metadata | content.get("progress", {}) | content
     return facts | {
         "global_step": _number(progress.get("global_step", progress.get("step"))),
@@ -46,14 +47,14 @@ def _number(value: Any) -> int | None:
 
 def _of_tokens(path: Path) -> dict[str, Any]:
     dataset = TokenDataset(path)
-    said = dataset.metadata
+    metadata = dataset.metadata
     return {
         "images": len(dataset),
         "grid": list(dataset.grid),
         "vocab_size": dataset.vocab_size,
-        "size": said.get("size"),
-        "data": said.get("source"),
-        "first_stage": said.get("first_stage"),
+        "size": metadata.get("size"),
+        "data": metadata.get("source"),
+        "first_stage": metadata.get("first_stage"),
         "classes": dataset.classes,
         "condition": dataset.condition,
     }
@@ -81,7 +82,7 @@ def _of_config(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(state: Mapping[str, Tensor]) -> str | None:
-    """That of the first stage that the weights are or hold, None for a transformer alone."""
+    """The fingerprint of the first stage that the weights are or contain; None for a transformer alone."""
     prefix = "first_stage_model."
     if any(key.startswith("transformer.") for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,74 @@
+"""What `sample`, `edit` and `outpaint` share: options of a drawing that is kept while it is made, and its pictures."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tamingfast.cli.options import given_options, options
+from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.files import check_png
+from tamingfast.tasks.options import DrawingOptions
+
+if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
+    from tamingfast.tasks import Drawing
+
+KEEPING = options(
+    ("--preview", {"metavar": "PNG", "help": "picture of what is drawn so far, renewed while drawing"}),
+    ("--canvas", {"metavar": "FILE", "help": "keep the tokens here; default: beside --out until it is written"}),
+    ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
+    ("--separate", {"action": "store_true", "help": "write one PNG per image, numbered, beside --out"}),
+)
+
+
+def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that `sample`, `edit` and `outpaint` share, by their names in `tamingfast.tasks`."""
+    from tamingfast.tasks import begun_with, check_unused
+
+    check_png(arguments.out)  # before anything is drawn
+    canvas, given = canvas_file(arguments), given_options(arguments)
+    if arguments.resume:
+        drawing = replace(begun_with(canvas), **given)
+    else:
+        drawing = DrawingOptions(**given)
+        if arguments.canvas is None:
+            check_unused(canvas)
+    names = ("count", "label", "condition", "condition_of", "resume", "preview")
+    shared = {name: getattr(arguments, name) for name in names}
+    return shared | {"options": drawing, "canvas": canvas, "bars": progress_bar}
+
+
+def canvas_file(arguments: argparse.Namespace) -> Path:
+    """Where the canvas is kept while it is drawn."""
+    from tamingfast.tasks.canvases import SUFFIX
+
+    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
+
+
+def write(arguments: argparse.Namespace, drawing: Drawing) -> None:
+    """Write the images of a drawing, with pictures of its conditions, and remove its canvas.
+
+    A canvas that --canvas names stays. A single image, and with --separate each, is written as it is with the
+    conditions beside it; several are written on one sheet with them.
+    """
+    import torch
+
+    from tamingfast import images
+    from tamingfast.tasks.pictures import save_pictures
+
+    batch, out = drawing.images, Path(arguments.out)
+    written = [out]
+    if arguments.separate:
+        written = [out.with_name(f"{out.stem}-{number:04d}.png") for number in range(len(batch))]
+        for path, image in zip(written, batch, strict=True):
+            images.save_png(path, images.to_uint8(image))
+    else:
+        save_pictures(out, batch if len(batch) == 1 else torch.cat([*drawing.conditions, batch]))
+    if arguments.separate or len(batch) == 1:
+        for picture in drawing.conditions:
+            save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
+    if not arguments.canvas:  # it was kept to be resumed, and nothing is left to draw
+        canvas_file(arguments).unlink(missing_ok=True)
+    say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")

@@ -1,0 +1,99 @@
+"""Commands on a set of images: `reconstruct`, `complete` and `likelihood`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from tamingfast.cli.options import (
+    DEVICE,
+    DRAWING,
+    Commands,
+    command,
+    condition_options,
+    given_options,
+    load,
+    size_of,
+)
+from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.files import check_png
+from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
+
+
+def add_to(commands: Commands) -> None:
+    """Declare the three commands."""
+    added = _command(commands, "reconstruct", reconstruct, "images above what the first stage makes of them", ())
+    added.add_argument("--out", default="reconstructed.png", help="PNG to write (default: %(default)s)")
+
+    text = "keep the upper half of images and draw the lower half anew"
+    added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
+    added.add_argument("--out", default="completed.png", help="PNG to write (default: %(default)s)")
+    added.add_argument("--times", type=int, default=TIMES, help="completions of each image (default: %(default)s)")
+
+    text = "what each schedule costs: nats per token of real images"
+    added = _command(commands, "likelihood", likelihood, text, (condition_options(nargs="+"),))
+    added.add_argument(
+        "--strides", type=int, nargs="+", default=list(STRIDES), help=f"of strided and block (default: {STRIDES[0]})"
+    )
+    added.add_argument("--batch", type=int, default=LIKELIHOOD_BATCH, help="images at a time (default: %(default)s)")
+    added.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
+
+
+def _command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    parents: Sequence[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    added = command(commands, name, run, text, (DEVICE, *parents))
+    added.add_argument("model", help="run directory or checkpoint")
+    added.add_argument("images", nargs="+", help="image files, or directories of them")
+    added.add_argument("--size", help="HEIGHTxWIDTH in pixels to cut them to; default: as trained")
+    return added
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    from tamingfast import images, tasks
+
+    check_png(arguments.out)
+    size = size_of(arguments)
+    found = tasks.reconstruct(load(arguments), arguments.images, size=size)
+    images.save_rows(arguments.out, [found.images, found.reconstructed])
+    print(json.dumps(found.figures))
+    say_written(arguments.out)
+
+
+def complete(arguments: argparse.Namespace) -> None:
+    from tamingfast import images, tasks
+
+    check_png(arguments.out)
+    size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
+    found = tasks.complete(
+        load(arguments), arguments.images, arguments.times, size=size, label=arguments.label,
+        conditions=arguments.condition, conditions_of=arguments.condition_of, options=options, bars=progress_bar,
+    )  # fmt: skip
+    shown = [] if found.conditions is None else [found.conditions]
+    images.save_rows(arguments.out, [*shown, found.images, *found.completed])
+    say_written(arguments.out)
+
+
+def likelihood(arguments: argparse.Namespace) -> None:
+    from tamingfast import tasks
+    from tamingfast.sampling.likelihood import plot
+
+    if arguments.plot:
+        check_png(arguments.plot)
+    size = size_of(arguments)
+    costs = tasks.likelihood(
+        load(arguments), arguments.images, size=size, label=arguments.label, conditions=arguments.condition,
+        conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=progress_bar,
+    )  # fmt: skip
+    rows = [asdict(cost) for cost in costs]
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.plot:
+        plot(arguments.plot, rows)
+        say_written(arguments.plot)

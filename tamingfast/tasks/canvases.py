@@ -1,0 +1,145 @@
+"""Canvases that are drawn, kept in a file meanwhile, and resumed: no kept or unfinished one is ever lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from tamingfast.errors import UserError
+from tamingfast.files import check_png
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.progress import Bars
+from tamingfast.sampling.canvas import Canvas
+from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted
+from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.pictures import save_pictures
+
+SUFFIX = ".canvas"  # of files that hold a `tamingfast.sampling.canvas.Canvas`
+
+#: Called with the images so far (B, 3, H, W), gray where nothing is drawn yet; or the PNG to write them to.
+Preview: TypeAlias = Callable[[Tensor], object] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Painter:
+    """How a canvas is drawn and where it is kept: what `sample`, `edit` and `outpaint` share.
+
+    Attributes:
+        options: of the drawing; None is the paper's, or on resuming those that the canvas was begun with.
+        canvas: the file that keeps the tokens while they are drawn and afterwards; None keeps none.
+        resume: continue the canvas in that file.
+        preview: see `Preview`.
+        bars: counters of progress.
+
+    Raises:
+        UserError: a preview that cannot be a PNG, or ``resume`` without ``canvas``.
+    """
+
+    options: DrawingOptions | None
+    canvas: str | os.PathLike[str] | None
+    resume: bool
+    preview: Preview | None
+    bars: Bars
+
+    def __post_init__(self) -> None:
+        if self.preview is not None and not callable(self.preview):
+            check_png(self.preview)
+        if self.resume and self.canvas is None:
+            raise UserError("canvas: got none, expected the file of the drawing to resume")
+
+    def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
+        """``begun``, finished; on resuming the kept canvas, which must have been begun like it where it is given.
+
+        ``count`` is the number of images that the caller asked for. Raises UserError where another canvas would be
+        lost, and on resuming where the caller asks for something else than the canvas was begun with.
+        """
+        options = self.options or PAPER
+        if self.resume:
+            canvas = self._resumed(model, begun, count)
+        else:
+            assert begun is not None  # only a resumed canvas may be unknown beforehand
+            canvas = painted(model, begun, **options.deciding())
+            if self.canvas is not None:
+                check_nothing_lost(self.canvas)
+        with self.bars("tokens", None) as counter:
+            return canvas.sample(
+                model, batch=options.batch, path=self.canvas, preview=self._shown(model, options.batch),
+                progress=counter.moved, **options.running(),
+            )  # fmt: skip
+
+    def finish(
+        self,
+        model: Net2NetTransformer,
+        canvas: Canvas,
+        conditions: tuple[Tensor, ...],
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> Drawing:
+        """The images of a finished canvas; ``keep`` is applied to them (B, 3, H, W)."""
+        with self.bars("multiply-adds of decoding", None) as counter:
+            batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
+        return Drawing(batch if keep is None else keep(batch), canvas, conditions)
+
+    def _resumed(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
+        assert self.canvas is not None  # checked when this was made
+        canvas = Canvas.load(self.canvas)
+        if begun is not None:
+            canvas.check_begun_as(begun)
+        if count is not None and count != len(canvas.tokens):
+            raise _other("count", count, len(canvas.tokens), self.canvas)
+        if self.options is not None:
+            wanted = painted(model, canvas, **self.options.deciding()).settings
+            for name, value in begun_with(canvas).deciding().items():
+                if wanted[name] != value:
+                    raise _other(name, wanted[name], value, self.canvas)
+        return canvas
+
+    def _shown(self, model: Net2NetTransformer, batch: int) -> Callable[[Canvas], None] | None:
+        preview = self.preview
+        if preview is None:
+            return None
+
+        def show(now: Canvas) -> None:
+            pictures = decoded(model, now, batch)
+            if callable(preview):
+                preview(pictures)
+            else:
+                save_pictures(preview, pictures)
+
+        return show
+
+
+def begun_with(canvas: Canvas | str | os.PathLike[str]) -> DrawingOptions:
+    """The options that a canvas, or the one in a file, was begun with; others have their defaults.
+
+    Raises UserError for a file that is missing or holds no canvas.
+    """
+    found = canvas if isinstance(canvas, Canvas) else Canvas.load(canvas)
+    known = {field.name for field in fields(DrawingOptions)}
+    settings: dict[str, Any] = {name: value for name, value in found.settings.items() if name in known}
+    return replace(PAPER, **{"top_k": None} | settings)  # a canvas without top_k is drawn without
+
+
+def check_nothing_lost(path: str | os.PathLike[str]) -> None:
+    """UserError where a new canvas would replace a file that holds an unfinished one, or something else."""
+    if Path(path).exists() and not Canvas.load(path).done:
+        check_unused(path)
+
+
+def check_unused(path: str | os.PathLike[str]) -> None:
+    """UserError where a file exists already."""
+    if Path(path).exists():
+        raise UserError(
+            f"{path}: got a file that holds a drawing already, expected a new name for a canvas; resume that drawing, "
+            "remove it, or name another file with canvas"
+        )
+
+
+def _other(name: str, got: object, expected: object, path: str | os.PathLike[str]) -> UserError:
+    return UserError(
+        f"{name}: got {got}, expected {expected}, with which the drawing in {path} was begun; leave it out to go on"
+    )

@@ -1,0 +1,314 @@
+"""Conditions of a prior: from classes, files and photos to tokens, and back to pictures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tamingfast.data import conditions as kinds
+from tamingfast.data.conditions import Scene
+from tamingfast.errors import UserError
+from tamingfast.models.base import encode_grid
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.models.vqgan import VQModel
+from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
+from tamingfast.tasks.pictures import Picture, as_image, cover, named
+from tamingfast.tasks.sizes import grid_size, window_of
+
+#: What lies over an image: float32 (H, W, C), or the objects in it.
+Condition: TypeAlias = np.ndarray | Scene
+#: A file of a condition; a PIL image or an array of integers (H, W), (H, W, 3), read as a file of them would be; or a
+#: `Condition` as it is.
+ConditionSource: TypeAlias = str | os.PathLike[str] | Image.Image | Condition
+
+
+@dataclass(frozen=True)
+class Given:
+    """The condition that a caller gave, for one image: itself, or the photo to compute it from; or none."""
+
+    condition: ConditionSource | None = None
+    condition_of: Picture | None = None
+
+    def __post_init__(self) -> None:
+        if self.condition is not None and self.condition_of is not None:
+            raise UserError("condition: got condition and condition_of, expected one of them; leave one out")
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.condition is None:
+            return named(self.condition_of, "condition_of")
+        return named(self.condition, "condition")
+
+    def read(self, model: Net2NetTransformer, size: tuple[int, int] | None = None) -> Condition | None:
+        """The condition, of ``size`` or of its own; see `read_condition`. None where none was given."""
+        if self.condition is not None:
+            return read_condition(model, self.condition, size)
+        if self.condition_of is not None:
+            return computed_condition(model, self.condition_of, size)
+        return None
+
+
+def given_each(
+    count: int, conditions: Sequence[ConditionSource] | None, conditions_of: Sequence[Picture] | None
+) -> list[Given]:
+    """What was given for each of ``count`` images, in their order; UserError for another number."""
+    if conditions is not None and conditions_of is not None:
+        raise UserError("conditions: got conditions and conditions_of, expected one of them; leave one out")
+    found = [Given(condition=condition) for condition in conditions or ()]
+    found += [Given(condition_of=photo) for photo in conditions_of or ()]
+    if found and len(found) != count:
+        raise UserError(
+            f"conditions: got {len(found)} conditions for {count} images, expected one for each; give them in the "
+            "images' order"
+        )
+    return found or [Given()] * count
+
+
+def conditions(model: Net2NetTransformer, count: int, label: int | None = None) -> Tensor:
+    """Condition tokens (count, 1) of an unconditional or class-conditional prior.
+
+    Without ``label`` the images go through the classes in turn. Raises UserError for labels that the model does not
+    know and for priors with a spatial condition.
+    """
+    if model.be_unconditional:
+        if label is not None:
+            raise UserError(f"label: got class {label}, expected none, as the model is unconditional; leave it out")
+        return torch.full((count, 1), model.sos_token, device=model.device)
+    classes = classes_of(model)
+    if classes is None:
+        raise UserError(
+            f"condition: got none, expected one, as the model is conditioned on '{model.cond_stage_key}'; give a file "
+            "with condition, or its tokens to tamingfast.sampling.sample_grid"
+        )
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"label: got class {label}, expected 0 to {classes - 1}")
+    labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
+    return labels[:, None].to(model.device)
+
+
+def kind_of(model: Net2NetTransformer) -> kinds.Kind:
+    """The kind of condition that a prior was trained with, from its data settings or, without them, its key.
+
+    Raises UserError for priors without a spatial condition, and for kinds of condition that we cannot make.
+    """
+    key = model.cond_stage_key
+    if not is_spatial(model):
+        what = "nothing" if model.be_unconditional else f"'{key}'"
+        raise UserError(f"condition: got one, expected none, as the model is conditioned on {what}; leave it out")
+    data = config_of(model).get("data") or {}
+    if data.get("kind") is not None:
+        return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
+    if key not in kinds.KINDS:
+        raise UserError(
+            f"condition: got a model conditioned on '{key}', whose config does not say how that is made, expected one "
+            f"of {', '.join(kinds.KINDS)}; give the condition's tokens to tamingfast.sampling.sample_grid"
+        )
+    stage = model.cond_stage_model
+    labels = stage.encoder.conv_in.in_channels if key == "segmentation" and isinstance(stage, VQModel) else None
+    return kinds.make(key, {"labels": labels})
+
+
+def read_condition(
+    model: Net2NetTransformer, source: ConditionSource, size: tuple[int, int] | None = None
+) -> Condition:
+    """A condition float32 (H, W, C), or a scene of objects, whose ``shape`` is (H, W).
+
+    Scaled to cover ``size`` (height, width) and cut at the centre; without a size its own is kept, cut to multiples of
+    f. Raises UserError as `tamingfast.data.conditions.Kind.read`.
+    """
+    kind = kind_of(model)
+    if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.dtype != np.float32):
+        with tempfile.TemporaryDirectory() as folder:
+            return _read(model, kind, _saved(source, Path(folder)), size)
+    if isinstance(source, np.ndarray):
+        if source.ndim != 3:
+            raise UserError(f"condition: got float32 of shape {source.shape}, expected (H, W, C)")
+        return _centre(source, *(size or _multiples(model, source.shape[0], source.shape[1], "condition")))
+    if isinstance(source, Scene):
+        return source.fitted(*(size or _multiples(model, *source.shape, "condition")))
+    return _read(model, kind, source, size)
+
+
+def _saved(source: Image.Image | np.ndarray, folder: Path) -> Path:
+    path = folder / "condition.png"
+    image = source
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biu":
+            raise UserError(f"condition: got {image.dtype}, expected integers (H, W), (H, W, 3) or float32 (H, W, C)")
+        wide = image.max(initial=0) > 255
+        image = Image.fromarray(image.astype(np.uint16 if wide else np.uint8))
+    image.save(path)
+    return path
+
+
+def _read(
+    model: Net2NetTransformer, kind: kinds.Kind, path: str | os.PathLike[str], size: tuple[int, int] | None
+) -> Condition:
+    if isinstance(kind, kinds.Objects):
+        scene = kind.read(path)
+        return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
+    found = kind.read(path)
+    if size is None:
+        return _centre(found, *_multiples(model, found.shape[0], found.shape[1], path))
+    scale = max(wanted / side for wanted, side in zip(size, found.shape[:2], strict=True))
+    if scale != 1:
+        height, width = (max(wanted, round(side * scale)) for wanted, side in zip(size, found.shape[:2], strict=True))
+        found = kind.read(path, (width, height))
+    return _centre(found, *size)
+
+
+def computed_condition(model: Net2NetTransformer, photo: Picture, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The condition float32 (H, W, C) of a photo, for kinds that can be computed; sizes as in `read_condition`."""
+    kind = kind_of(model)
+    if not isinstance(kind, kinds.Computed):
+        raise UserError(
+            f"condition_of: got a photo, expected none, as '{kind.key}' cannot be computed from a photo; give a file "
+            "of it with condition"
+        )
+    image = as_image(photo)
+    if size is not None:
+        return kind.compute(cover(image, *size))
+    pixels = np.asarray(image)
+    height, width = _multiples(model, pixels.shape[0], pixels.shape[1], named(photo, "condition_of"))
+    return kind.compute(np.ascontiguousarray(_centre(pixels, height, width)))
+
+
+def own_condition(model: Net2NetTransformer, size: tuple[int, int], photo: Picture | None = None) -> np.ndarray | None:
+    """The condition (H, W, C) that follows without being given; None for priors without a spatial one.
+
+    Coordinates follow from the ``size`` (height, width); other kinds are computed from the ``photo``, cut to that size.
+    Raises UserError for conditions that only a file can give.
+    """
+    if not is_spatial(model):
+        return None
+    if model.cond_stage_key == kinds.Coordinates.key:
+        return kinds.Coordinates().whole((size[1], size[0]))
+    computable = isinstance(kind_of(model), kinds.Computed)
+    if computable and photo is not None:
+        return computed_condition(model, photo, size)
+    raise UserError(
+        f"condition: got none, expected {size[0]}x{size[1]} pixels, as the model is conditioned on "
+        f"'{model.cond_stage_key}'; give its file with condition"
+        f"{', or with condition_of the photo to compute it from' if computable else ''}"
+    )
+
+
+def tokens_under(
+    model: Net2NetTransformer, count: int, condition: Condition | None, label: int | None = None
+) -> Tensor:
+    """Condition tokens of ``count`` images under a spatial condition, or without one under a class or nothing."""
+    if condition is None:
+        return conditions(model, count, label)
+    if label is not None:
+        raise UserError(
+            f"label: got class {label}, expected none, as the model is conditioned on '{model.cond_stage_key}'; leave "
+            "it out"
+        )
+    return condition_tokens(model, condition, count)
+
+
+def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: int | None) -> Tensor:
+    """Condition tokens of ``count`` images, under a spatial condition each or, without any, under ``label``."""
+    if not found:
+        return tokens_under(model, count, None, label)
+    return torch.cat([tokens_under(model, 1, condition, label) for condition in found])
+
+
+def conditions_of_each(
+    model: Net2NetTransformer, given: Sequence[Given], pictures: Sequence[Picture], size: tuple[int, int]
+) -> list[Condition]:
+    """The spatial condition of each picture, given or its own; empty for priors without one."""
+    found = []
+    for one, picture in zip(given, pictures, strict=True):
+        condition = one.read(model, size)
+        if condition is None:
+            condition = own_condition(model, size, picture)
+        found += [] if condition is None else [condition]
+    return found
+
+
+def condition_tokens(model: Net2NetTransformer, condition: Condition, count: int) -> Tensor:
+    """Tokens int64 (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images.
+
+    Of a scene (count, rows, columns, c): at each cell the prefix of the window whose upper left corner it is.
+    """
+    rows, columns = grid_size(model, *condition.shape[:2])
+    if isinstance(condition, Scene):
+        kind = _objects(model)
+        window = window_of(model, rows, columns, kind.rule.length)
+        tokens = torch.from_numpy(kind.windows(condition, rows, columns, window)).to(model.device)
+        return tokens[None].expand(count, -1, -1, -1)
+    c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
+    whole = model.downsample_cond_size > -1
+    tokens = (model.encode_to_c(c)[1] if whole else encode_grid(model.cond_stage_model, c)).flatten(1)
+    if tokens.shape[1] != rows * columns:
+        raise UserError(
+            f"condition: got {tokens.shape[1]} tokens, expected the image's {rows * columns}, as windows cut both "
+            "alike; give the condition's tokens to tamingfast.sampling.sample_grid"
+        )
+    return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
+
+
+def condition_picture(model: Net2NetTransformer, condition: Condition) -> Tensor:
+    """A picture of a condition (H, W, C) or a scene: float32 (1, 3, H, W) in [-1, 1]."""
+    pixels = _objects(model).picture(condition) if isinstance(condition, Scene) else kind_of(model).picture(condition)
+    return _as_batch(pixels)
+
+
+@torch.no_grad()
+def decoded_condition(model: Net2NetTransformer, tokens: Tensor) -> Tensor:
+    """A picture of a spatial condition from its tokens (1, rows, columns, ...): float32 (1, 3, H, W) in [-1, 1]."""
+    if tokens.ndim == 4:
+        factor = first_stage_of(model).factor
+        shape = (tokens.shape[1] * factor, tokens.shape[2] * factor)
+        return _as_batch(_objects(model).picture_of_tokens(tokens[0].cpu().numpy(), shape))
+    c = model.decode_condition(tokens.to(model.device))
+    return condition_picture(model, c[0].permute(1, 2, 0).cpu().numpy()).clamp(-1, 1)
+
+
+def condition_pictures(model: Net2NetTransformer, condition: Condition | None, cond: Tensor) -> tuple[Tensor, ...]:
+    """Pictures (1, 3, H, W) of the condition, or of the first one's tokens ``cond`` where these alone are known.
+
+    Empty for priors without a spatial condition.
+    """
+    if condition is not None:
+        return (condition_picture(model, condition),)
+    return (decoded_condition(model, cond[:1]),) if cond.ndim > 2 else ()
+
+
+def _objects(model: Net2NetTransformer) -> kinds.Objects:
+    kind = kind_of(model)
+    if not isinstance(kind, kinds.Objects):
+        raise UserError(f"condition: got objects, expected '{kind.key}', which the model is conditioned on")
+    return kind
+
+
+def _as_batch(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _multiples(model: Net2NetTransformer, height: int, width: int, name: str | os.PathLike[str]) -> tuple[int, int]:
+    factor = first_stage_of(model).factor
+    if min(height, width) < factor:
+        raise UserError(
+            f"{name}: got {height}x{width} pixels, expected at least {factor}x{factor}, one token; give a larger "
+            "picture, or a size to scale it to"
+        )
+    return height // factor * factor, width // factor * factor
+
+
+def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    if array.shape[0] < height or array.shape[1] < width:
+        raise UserError(f"condition: got {array.shape[0]}x{array.shape[1]} pixels, expected at least {height}x{width}")
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    return array[top : top + height, left : left + width]

@@ -1,0 +1,237 @@
+"""Photos partly drawn anew or continued: `edit` and `outpaint`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tamingfast.errors import UserError
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.progress import Bars, silent
+from tamingfast.sampling.canvas import Canvas, keep_pixels, token_mask
+from tamingfast.tasks.canvases import SUFFIX, Painter, Preview
+from tamingfast.tasks.conditioning import (
+    Condition,
+    ConditionSource,
+    Given,
+    condition_pictures,
+    own_condition,
+    tokens_under,
+)
+from tamingfast.tasks.drawing import Drawing, at_least_one, photo_canvas
+from tamingfast.tasks.models import Model, check_windowed, first_stage_of, opened
+from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.pictures import Picture, named, read_mask, read_photo
+from tamingfast.tasks.sizes import grid_size
+
+#: A photo, or a canvas to go on with: itself, or a file that keeps one (its name ends in `SUFFIX`).
+PhotoOrCanvas: TypeAlias = Picture | Canvas
+
+
+def edit(
+    model: Model,
+    photo: PhotoOrCanvas,
+    mask: Picture,
+    count: int | None = None,
+    *,
+    label: int | None = None,
+    condition: ConditionSource | None = None,
+    condition_of: Picture | None = None,
+    own_pixels: bool = True,
+    options: DrawingOptions | None = None,
+    canvas: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    preview: Preview | None = None,
+    bars: Bars = silent,
+) -> Drawing:
+    """Draw the masked region of a photo anew.
+
+    Args:
+        model: a prior, or the path of its run or checkpoint.
+        photo: the photo, or a canvas drawn before, whose condition is kept unless another is given.
+        mask: a picture of the photo's size, white where it is drawn anew, or bool (H, W). Tokens are drawn anew where
+            the mask touches any of their pixels.
+        count: how many versions; 1 by default, or those of a canvas.
+        label, condition, condition_of: as in `sample`; a condition has the photo's size. By default it is computed from
+            the photo, where it can be.
+        own_pixels: show the photo's own pixels where it is kept, else what the first stage makes of them.
+        options, canvas, resume, preview, bars: as in `sample`.
+
+    Raises:
+        UserError: an argument out of range or of no use to this model, an empty mask, or a canvas that would be lost.
+    """
+    painter = Painter(options, canvas, resume, preview, bars)
+    prior = check_windowed(opened(model))
+    opening = _opened(prior, photo, count, Given(condition, condition_of), label, bars)
+    factor = first_stage_of(prior).factor
+    height, width = (side * factor for side in opening.canvas.tokens.shape[1:])
+    tokens = token_mask(read_mask(mask, height, width), factor)
+    if not tokens.any():
+        raise UserError(
+            f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint white what is to change"
+        )
+    return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
+
+
+def outpaint(
+    model: Model,
+    photo: PhotoOrCanvas,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    count: int | None = None,
+    *,
+    label: int | None = None,
+    condition: ConditionSource | None = None,
+    condition_of: Picture | None = None,
+    own_pixels: bool = True,
+    options: DrawingOptions | None = None,
+    canvas: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    preview: Preview | None = None,
+    bars: Bars = silent,
+) -> Drawing:
+    """Draw what lies around a photo.
+
+    Args:
+        model: a prior, or the path of its run or checkpoint.
+        photo: the photo, or a canvas drawn before.
+        left, right, top, bottom: pixels to add, multiples of f.
+        condition, condition_of: of the larger image's size.
+        count, label, own_pixels, options, canvas, resume, preview, bars: as in `edit`.
+
+    Raises:
+        UserError: an argument out of range or of no use to this model, or a canvas that would be lost.
+    """
+    painter = Painter(options, canvas, resume, preview, bars)
+    prior = check_windowed(opened(model))
+    factor = first_stage_of(prior).factor
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for side, pixels in sides.items():
+        if pixels < 0 or pixels % factor:
+            raise UserError(f"{side}: got {pixels} pixels, expected 0 or a multiple of {factor}")
+    if not any(sides.values()):
+        raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
+    added = Added(*(pixels // factor for pixels in sides.values()))
+    opening = _opened(prior, photo, count, Given(condition, condition_of), label, bars, added)
+    if opening.photo is not None:
+        opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))
+    return _painted(painter, prior, opening, count, own_pixels)
+
+
+@dataclass(frozen=True)
+class Added:
+    """Tokens that are added around a photo."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Opening:
+    """What is worked on.
+
+    Attributes:
+        canvas: of the photo, or the one that was given, with what is added pending.
+        photo: (1, 3, H, W); None for a canvas that was given.
+        condition: None without a spatial one, and where a canvas keeps its own.
+    """
+
+    canvas: Canvas
+    photo: Tensor | None
+    condition: Condition | None
+
+
+def _opened(
+    model: Net2NetTransformer,
+    source: PhotoOrCanvas,
+    count: int | None,
+    given: Given,
+    label: int | None,
+    bars: Bars,
+    added: Added = Added(),
+) -> _Opening:
+    kept = _kept_canvas(source)
+    if kept is not None:
+        return _opened_canvas(model, _repeated(kept, count, named(source, "photo")), given, label, added)
+    assert not isinstance(source, Canvas)  # it would have been kept
+    count = at_least_one(1 if count is None else count, "count")
+    photo = read_photo(source)
+    rows, columns = grid_size(model, *photo.shape[2:])
+    size = _grown(model, rows, columns, added)
+    condition = _of_size(given, model, size)
+    if condition is None:
+        condition = own_condition(model, size, source if added == Added() else None)
+    cond = tokens_under(model, count, condition, label)
+    part = cond if cond.ndim == 2 else cond[:, added.top : added.top + rows, added.left : added.left + columns]
+    with bars("multiply-adds of encoding", None) as counter:
+        canvas = photo_canvas(model, photo.to(model.device), part, counter.moved)
+    return _Opening(canvas.outpaint(added.left, added.right, added.top, added.bottom, cond), photo, condition)
+
+
+def _opened_canvas(
+    model: Net2NetTransformer, canvas: Canvas, given: Given, label: int | None, added: Added
+) -> _Opening:
+    _, rows, columns = canvas.tokens.shape
+    size = _grown(model, rows, columns, added)
+    condition = _of_size(given, model, size)
+    if condition is None and added != Added():
+        condition = own_condition(model, size)
+    keep = condition is None and label is None
+    cond = None if keep else tokens_under(model, len(canvas.tokens), condition, label)
+    return _Opening(canvas.outpaint(added.left, added.right, added.top, added.bottom, cond), None, condition)
+
+
+def _kept_canvas(source: PhotoOrCanvas) -> Canvas | None:
+    """The canvas that was given instead of a photo, if it was."""
+    if isinstance(source, Canvas):
+        return source
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == SUFFIX:
+        return Canvas.load(source)
+    return None
+
+
+def _repeated(canvas: Canvas, count: int | None, name: str) -> Canvas:
+    """A canvas of one image ``count`` times, without the settings that it was drawn with."""
+    own = len(canvas.tokens)
+    wanted = own if count is None else at_least_one(count, "count")
+    if own > 1 and wanted > 1 and wanted != own:
+        raise UserError(f"{name}: got a canvas of {own} images, expected 1 to make {wanted} versions; leave count out")
+    parts = (canvas.tokens, canvas.pending, canvas.cond)
+    tokens, pending, cond = (part.expand(max(wanted, own), *part.shape[1:]) for part in parts)
+    return Canvas(tokens, pending, cond, model=canvas.model)
+
+
+def _grown(model: Net2NetTransformer, rows: int, columns: int, added: Added) -> tuple[int, int]:
+    """(height, width) in pixels of rows x columns tokens and those that are added."""
+    factor = first_stage_of(model).factor
+    return (rows + added.top + added.bottom) * factor, (columns + added.left + added.right) * factor
+
+
+def _of_size(given: Given, model: Net2NetTransformer, size: tuple[int, int]) -> Condition | None:
+    """The condition that was given, if any; UserError unless it is of ``size`` (height, width)."""
+    condition = given.read(model)
+    if condition is not None and tuple(condition.shape[:2]) != size:
+        got, wanted = ("x".join(map(str, pixels)) for pixels in (condition.shape[:2], size))
+        raise UserError(f"{given.name}: got a condition of {got} pixels, expected {wanted}, the size of the canvas")
+    return condition
+
+
+def _painted(
+    painter: Painter, model: Net2NetTransformer, opening: _Opening, count: int | None, own_pixels: bool
+) -> Drawing:
+    photo, drawn = opening.photo, opening.canvas.pending.cpu()
+    finished = painter.paint(model, opening.canvas, count)
+
+    def with_photo(batch: Tensor) -> Tensor:
+        return batch if photo is None or not own_pixels else keep_pixels(batch, photo, drawn)
+
+    return painter.finish(model, finished, condition_pictures(model, opening.condition, finished.cond), with_photo)

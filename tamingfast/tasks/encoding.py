@@ -1,0 +1,197 @@
+"""Data sets as token files: `encode`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.data import conditions as kinds
+from tamingfast.data import loader
+from tamingfast.data.base import ConditionRecord
+from tamingfast.data.tokens import smallest, write_tokens
+from tamingfast.errors import UserError
+from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
+from tamingfast.models.condition_stages import CoordStage
+from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.progress import Bars, Counter, silent
+from tamingfast.tasks.drawing import at_least_one
+from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
+from tamingfast.tasks.options import ENCODING_BATCH
+from tamingfast.tasks.sizes import grid_size
+from tamingfast.training.settings import build_datasets
+
+
+def encode(
+    model: Model,
+    data: Dataset | Mapping[str, Any] | None,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    cond_stage: Model | None = None,
+    batch: int = ENCODING_BATCH,
+    bars: Bars = silent,
+) -> int:
+    """Write the tokens of every image of a data set to a token file that the prior's training reads.
+
+    Images are taken as the data set's epoch 0 gives them. Where it has spatial conditions their tokens are written too.
+
+    Args:
+        model: a first stage or a prior, or the path of its run or checkpoint.
+        data: a data set; or the settings that make one, as in a config's ``data`` section; None takes those that
+            ``cond_stage``, else the model, was trained on.
+        out: the file to write, ``.safetensors``.
+        split: "train" or "validation", of settings.
+        cond_stage: the first stage of the conditions; by default the one of a prior, or coordinates.
+        batch: images at a time, which does not change them.
+        bars: opens counters of progress; see `tamingfast.progress`.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: conditions without a first stage, a first stage whose conditions the data lack, or images whose sides
+            are no multiples of f.
+    """
+    at_least_one(batch, "batch")
+    network = opened(model)
+    stage_of_conditions = None if cond_stage is None else first_stage_of(opened(cond_stage))
+    if data is None:
+        data = config_of(network if stage_of_conditions is None else stage_of_conditions).get("data") or {}
+    dataset = _made(data, split) if isinstance(data, Mapping) else data
+    conditions = _conditions_of(network, dataset, stage_of_conditions)
+    with bars("images", len(dataset) if isinstance(dataset, Sized) else None) as counter:
+        return _write(network, dataset, conditions, out, batch, counter)
+
+
+def check_encodable(data: Mapping[str, Any]) -> None:
+    """UserError for a ``data`` section with conditions that token files cannot hold; no data are read."""
+    kind = kinds.KINDS.get(str(data.get("kind")))
+    if isinstance(kind, type) and issubclass(kind, kinds.Objects):
+        raise UserError(
+            f"data.kind: got '{data['kind']}', whose order changes from epoch to epoch, expected conditions that token "
+            "files hold; train on data.name=conditions instead, or give name=folder to write the images alone"
+        )
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """The spatial conditions of a data set: their key in its batches, and the stage that makes tokens of them."""
+
+    key: str
+    stage: FirstStage | CoordStage
+
+    @property
+    def vocab_size(self) -> int:
+        return self.stage.n_embed + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
+
+    def description(self, dataset: Dataset) -> ConditionRecord:
+        """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
+        kind = getattr(dataset, "kind", None)
+        return {
+            "key": self.key,
+            "vocab_size": self.vocab_size,
+            "first_stage": fingerprint(self.stage),
+            "data": {} if kind is None else kinds.settings_of(kind),
+        }
+
+
+def _made(data: Mapping[str, Any], split: str) -> Dataset:
+    """The data set that settings describe."""
+    if split not in ("train", "validation"):
+        raise UserError(f"split: got '{split}', expected train or validation")
+    check_encodable(data)
+    dataset = build_datasets({"data": data})[0 if split == "train" else 1]
+    if dataset is None:
+        raise UserError("split: got validation, expected train, as the data settings give no validation set")
+    return dataset
+
+
+def _write(
+    model: nn.Module,
+    dataset: Dataset,
+    conditions: _Conditions | None,
+    path: str | os.PathLike[str],
+    batch: int,
+    counter: Counter,
+) -> int:
+    stage = first_stage_of(model)
+    classes = getattr(dataset, "classes", None)
+    labels: list[int] = []
+    written: list[np.ndarray] = []
+    height, width = dataset[0]["image"].shape[:2]
+    metadata = {
+        "size": f"{height}x{width}",
+        "source": getattr(dataset, "description", type(dataset).__name__),
+        "first_stage": fingerprint(stage),
+    }
+
+    def grids() -> Iterator[np.ndarray]:
+        for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
+            x = _images(items["image"], stage)
+            grid_size(model, *x.shape[2:])  # raises for images of which a part would be lost
+            tokens = stage.encode_grid(x)
+            if classes is not None:
+                labels.extend(items["class_label"].tolist())
+            if conditions is not None:
+                found = encode_grid(conditions.stage, _images(items[conditions.key], stage))
+                written.append(smallest(found.view(tokens.shape).cpu().numpy(), conditions.vocab_size))
+            yield tokens.cpu().numpy()
+            counter.update(len(x))
+
+    # The lists are filled while the grids are written.
+    return write_tokens(
+        path,
+        grids(),
+        stage.n_embed,
+        class_label=None if classes is None else labels,
+        metadata=metadata,
+        classes=classes,
+        conditions=None if conditions is None else written,
+        condition=None if conditions is None else conditions.description(dataset),
+    )
+
+
+def _images(batch: Tensor, stage: FirstStage) -> Tensor:
+    return batch.permute(0, 3, 1, 2).to(stage.device)
+
+
+def _counted(stage: ConditionStage) -> FirstStage | CoordStage:
+    """A stage whose number of codes a token file can state."""
+    if not isinstance(stage, FirstStage | CoordStage):
+        raise UserError(f"cond_stage: got a {type(stage).__name__}, expected a first stage or coordinates")
+    return stage
+
+
+def _conditions_of(model: nn.Module, dataset: Dataset, stage: FirstStage | None) -> _Conditions | None:
+    """The data set's spatial conditions; None without any. ``stage`` is the one that was given for them."""
+    kind = getattr(dataset, "kind", None)
+    key = getattr(kind, "key", None)
+    if kind is not None:
+        check_encodable(kinds.settings_of(kind))
+    if stage is None and isinstance(model, Net2NetTransformer) and is_spatial(model):
+        found = _Conditions(model.cond_stage_key, _counted(model.cond_stage_model))
+    elif stage is not None:
+        found = _Conditions(str(getattr(stage, "image_key", "image")), stage)
+    elif key == kinds.Coordinates.key:
+        first = first_stage_of(model)
+        return _Conditions(key, CoordStage(first.n_embed - 1, first.factor))
+    elif key is None:
+        return None
+    else:
+        raise UserError(
+            f"data: got conditions of '{key}' without a first stage for them, expected one; give --cond-stage RUN, or "
+            "name=folder to write the images alone"
+        )
+    if found.key not in dataset[0]:
+        raise UserError(
+            f"data: got no '{found.key}', expected it, as the first stage of the conditions encodes it; give "
+            "name=conditions kind=... path=DIRECTORY"
+        )
+    return found

@@ -1,0 +1,72 @@
+"""The options of a drawing and their defaults, which the command line takes from here.
+
+Nothing heavy is imported at the top: `tamingfast --help` reads the defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tamingfast.errors import UserError
+
+#: Images that `sample` draws.
+COUNT = 16
+#: Completions of each image that `complete` draws.
+TIMES = 3
+#: Strides that `likelihood` tries, in tokens, and its images at a time.
+STRIDES, LIKELIHOOD_BATCH = (8,), 4
+#: Images at a time of `encode`.
+ENCODING_BATCH = 64
+#: Samples of a prior that `tamingfast.evaluation.evaluate_model` compares with real images.
+SAMPLES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How tokens are drawn. The defaults are the paper's: temperature 1 and top-k 100.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: only the k most likely tokens; None keeps all.
+        top_p: only the nucleus of this probability; None keeps all.
+        greedy: always the most likely token.
+        seed: of the noise, 0 to 2**64 - 1.
+        batch: images at a time, which does not change them.
+        schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
+        stride: tokens between windows, for "strided" and "block".
+        engine: who samples: "auto", "native", "torch" or "naive".
+        dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps them as they are.
+
+    Raises:
+        UserError: a value out of range. Schedule, stride, engine and dtype are checked when drawing begins.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 100
+    top_p: float | None = None
+    greedy: bool = False
+    seed: int = 0
+    batch: int = 16
+    schedule: str = "paper"
+    stride: int = 8
+    engine: str = "auto"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        from tamingfast.ops.choice import Choice  # imports torch, which `tamingfast --help` does without
+
+        Choice(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy, seed=self.seed
+        )  # validates
+        if self.batch < 1:
+            raise UserError(f"batch: got {self.batch}, expected at least 1 image at a time")
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the tokens, by the names of `Canvas.settings`."""
+        names = ("temperature", "top_k", "top_p", "greedy", "seed", "schedule", "stride", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+    def running(self) -> dict[str, Any]:
+        """The options of `sample_grid` that do not decide the tokens."""
+        return {"engine": self.engine}

@@ -1,0 +1,54 @@
+"""`tamingfast reconstruct`, `complete` and `likelihood`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from PIL import Image
+
+import tamingfast
+from tamingfast import cli
+
+
+class TestImages:
+    def test_reconstruct(self, runs, photo, tmp_path, capsys):
+        out = tmp_path / "r.png"
+        assert run("reconstruct", runs / "vqgan", photo, photo, "--out", out) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert figures["l1"] > 0 and figures["psnr"] > 0 and figures["codes"] >= 1
+        assert Image.open(out).size == (2 * 10 + 2, 2 * 10 + 2)
+
+    def test_completion_keeps_the_upper_half(self, runs, photo, tmp_path):
+        out = tmp_path / "c.png"
+        prior = runs / "prior_pixels"  # pixels as tokens: what is kept is kept to the colour
+        assert run("complete", prior, photo, "--out", out, "--times", 2, "--size", "8x8") == 0
+        sheet = np.asarray(Image.open(out)).astype(int)
+        given, *completed = (sheet[2 + i * 10 : 10 + i * 10, 2:10] for i in range(3))
+        model = tamingfast.load_model(prior).first_stage_model
+        x = torch.as_tensor(given / 127.5 - 1).permute(2, 0, 1)[None].float()
+        kept = ((model(x)[0][0].permute(1, 2, 0) + 1) * 127.5).round().int().numpy()
+        for image in completed:
+            assert (image[:4] == kept[:4]).all()
+        assert (completed[0][4:] != completed[1][4:]).any()
+
+    def test_likelihood(self, runs, square, tmp_path, capsys):
+        words = [square, "--strides", 2, 4, "--plot", tmp_path / "plot.png"]
+        assert run("likelihood", runs / "prior", *words) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[:-1]]
+        assert [row["name"] for row in rows] == ["paper", "scene", "strided 2", "strided 4", "block 2", "block 4"]
+        assert all(0 < row["nats"] < 20 for row in rows)
+        assert Image.open(tmp_path / "plot.png").size[0] > 100
+
+    def test_a_directory_of_images(self, runs, photo, tmp_path):
+        assert run("reconstruct", runs / "vqgan", photo.parent, "--out", tmp_path / "out" / "r.png") == 0
+
+    @pytest.mark.parametrize(("name", "content"), [("none.png", None), ("text.png", b"not an image")])
+    def test_unreadable_images_are_named(self, runs, tmp_path, capsys, name, content):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert run("reconstruct", runs / "vqgan", tmp_path / name) == cli.USAGE_ERROR
+        assert name in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""The workflows as Python calls them: paths, arrays, PIL images and tensors in, results out, no command line."""
+
+from __future__ import annotations
+
+import golden
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from tamingfast import UserError, evaluation, load_model, progress, tasks
+from tamingfast.data.tokens import TokenDataset
+from tamingfast.sampling import Canvas
+from tamingfast.tasks import DrawingOptions
+
+
+@pytest.fixture(scope="module")
+def prior(runs):
+    return load_model(runs / "prior")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """A photograph, uint8 (16, 12, 3)."""
+    return tiny.photographs(1, 16)[0][:, :12]
+
+
+def test_sample_from_a_path_and_from_a_model(runs, prior):
+    options = DrawingOptions(seed=3, batch=2)
+    drawing = tasks.sample(runs / "prior", 3, options=options)
+    assert drawing.images.shape == (3, 3, 8, 8) and drawing.images.device.type == "cpu"
+    assert drawing.canvas.done and drawing.canvas.tokens.shape == (3, 4, 4) and drawing.conditions == ()
+    assert torch.equal(drawing.images, tasks.sample(prior, 3, options=options).images)
+    assert not torch.equal(drawing.images, tasks.sample(prior, 3).images)
+    assert tasks.sample(prior, 1, size=(4, 12)).images.shape == (1, 3, 4, 12)
+
+
+def test_edit_takes_arrays_pil_images_tensors_and_paths(prior, pixels, tmp_path):
+    mask = np.zeros((16, 12), bool)
+    mask[6:10, 4:8] = True
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    tensor = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).float()
+    photos = (pixels, Image.fromarray(pixels), tensor, tmp_path / "photo.png")
+    masks = (mask, Image.fromarray(mask), torch.from_numpy(mask), str(tmp_path / "mask.png"))
+    drawings = [tasks.edit(prior, *given) for given in zip(photos, masks, strict=True)]
+    first = drawings[0].images
+    assert first.shape == (1, 3, 16, 12)
+    assert all(torch.equal(drawing.canvas.tokens, drawings[0].canvas.tokens) for drawing in drawings)
+    assert all(torch.allclose(drawing.images, first, atol=1e-5) for drawing in drawings)
+    assert torch.allclose(first[0, :, :4], tensor[:, :4]) and not torch.allclose(first[0, :, 6:10], tensor[:, 6:10])
+    own = tasks.edit(prior, pixels, mask, own_pixels=False).images
+    assert torch.allclose(own[..., 6:10, 4:8], first[..., 6:10, 4:8], atol=1e-5)
+    assert not torch.allclose(own[0, :, :4], tensor[:, :4])
+    with pytest.raises(UserError, match=r"mask: got 4x4 pixels, expected 16x12, the photo's size"):
+        tasks.edit(prior, pixels, np.ones((4, 4), bool))
+
+
+def test_outpaint_goes_on_with_its_canvas(prior, pixels):
+    wider = tasks.outpaint(prior, pixels, right=4, count=2)
+    assert wider.images.shape == (2, 3, 16, 16)
+    assert torch.equal(wider.images[0, :, :, :8], wider.images[1, :, :, :8])
+    higher = tasks.outpaint(prior, wider.canvas, top=2, options=DrawingOptions(seed=1))
+    assert higher.images.shape == (2, 3, 18, 16)
+    assert torch.equal(higher.canvas.tokens[:, 1:], wider.canvas.tokens)
+    with pytest.raises(UserError, match="right: got 3 pixels, expected 0 or a multiple of 2"):
+        tasks.outpaint(prior, pixels, right=3)
+
+
+def test_a_label_map_is_a_condition_from_memory():
+    model = load_model(golden.checkpoint("net2net_seg"))
+    labels = tasks.kind_of(model).labels
+    factor = tasks.first_stage_of(model).factor
+    size = (2 * factor, 4 * factor)
+    values = np.random.default_rng(0).integers(0, labels, size).astype(np.uint8)
+    one_hot = (values[..., None] == np.arange(labels)).astype(np.float32)
+    drawings = [tasks.sample(model, 1, condition=given) for given in (values, Image.fromarray(values), one_hot)]
+    assert drawings[0].images.shape == (1, 3, *size)
+    assert all(torch.equal(drawing.images, drawings[0].images) for drawing in drawings)
+    assert drawings[0].conditions[0].shape == (1, 3, *size)
+    photo = np.random.default_rng(1).integers(0, 255, (*size, 3)).astype(np.uint8)
+    wide = np.pad(values, ((0, 0), (0, factor)), mode="edge")
+    outpainted = tasks.outpaint(model, photo, right=factor, condition=wide)
+    assert outpainted.images.shape == (1, 3, size[0], size[1] + factor)
+    assert outpainted.canvas.cond.shape == outpainted.canvas.tokens.shape
+    with pytest.raises(UserError, match="condition: got a condition of .* the size of the canvas"):
+        tasks.outpaint(model, photo, right=factor, condition=values)
+    completion = tasks.complete(model, [photo], 1, size=size, conditions=[values])
+    assert completion.completed.shape == (1, 1, 3, *size) and completion.conditions.shape == (1, 3, *size)
+
+
+def test_an_interrupted_drawing_is_resumed(prior, tmp_path):
+    kept, seen = tmp_path / "kept.canvas", []
+    expected = tasks.sample(prior, 1, size=(16, 16), options=DrawingOptions(seed=2))
+
+    class Interrupting(progress.Bar):
+        def moved(self, done: int, total: int) -> None:
+            if done:
+                raise KeyboardInterrupt
+
+    options = DrawingOptions(seed=2, engine="naive")
+    with pytest.raises(KeyboardInterrupt):
+        tasks.sample(
+            prior, 1, size=(16, 16), options=options, canvas=kept, bars=lambda unit, total: Interrupting(disable=True)
+        )
+    content = kept.read_bytes()
+    assert not Canvas.load(kept).done and tasks.begun_with(kept).seed == 2
+    with pytest.raises(UserError, match="a file that holds a drawing already"):
+        tasks.sample(prior, 1, canvas=kept)
+    for given, said in (
+        ({"options": DrawingOptions(seed=9)}, "seed: got 9, expected 2"),
+        ({"options": DrawingOptions(seed=2, top_k=3)}, "top_k: got 3, expected 16"),
+        ({"count": 2}, "count: got 2, expected 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tasks.sample(prior, canvas=kept, resume=True, **given)
+    assert kept.read_bytes() == content
+    resumed = tasks.sample(prior, canvas=kept, resume=True, preview=seen.append)
+    assert torch.equal(resumed.images, expected.images) and Canvas.load(kept).done
+    with pytest.raises(UserError, match="canvas: got none"):
+        tasks.sample(prior, resume=True)
+
+
+def test_complete(prior, pixels):
+    batch = torch.from_numpy(np.stack(tiny.photographs(2, 8)) / 127.5 - 1).permute(0, 3, 1, 2).float()
+    completion = tasks.complete(prior, batch, 2)
+    assert completion.images.shape == (2, 3, 8, 8) and completion.completed.shape == (2, 2, 3, 8, 8)
+    assert torch.equal(completion.images, batch) and completion.conditions is None
+    assert not torch.equal(completion.completed[0], completion.completed[1])
+    assert tasks.complete(prior, [pixels, Image.fromarray(pixels)], 1).completed.shape == (1, 2, 3, 8, 8)
+
+
+def test_reconstruct_and_its_figures(runs, pixels):
+    found = tasks.reconstruct(runs / "vqgan", [pixels], size=(16, 12))
+    assert found.reconstructed.shape == (1, 3, 16, 12) and found.figures.keys() == {"l1", "psnr", "codes"}
+    made = ((found.reconstructed[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    assert found.psnr == pytest.approx(10 * np.log10(255**2 / np.mean((made - pixels) ** 2)))
+
+
+def test_likelihood(prior, pixels):
+    costs = tasks.likelihood(prior, pixels, size=(16, 12), strides=(2,))
+    assert [cost.name for cost in costs] == ["paper", "scene", "strided 2", "block 2"]
+    assert all(cost.nats > 0 and cost.tokens_per_token >= 1 for cost in costs)
+
+
+def test_encode(runs, tmp_path):
+    out = tmp_path / "tokens.safetensors"
+    assert tasks.encode(runs / "vqgan", None, out) == 16  # on what it was trained on
+    given = tmp_path / "given.safetensors"
+    assert tasks.encode(runs / "vqgan", tiny.Noise(5), given, batch=2) == 5
+    assert TokenDataset(out).grid == TokenDataset(given).grid == (4, 4)
+    assert tasks.inspect(given)["images"] == 5
+    with pytest.raises(UserError, match="split: got 'test', expected train or validation"):
+        tasks.encode(runs / "vqgan", None, out, split="test")
+
+
+def test_evaluate(runs, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("it is not here")
+
+    monkeypatch.setattr("tamingfast.models.lpips._package", refuse)
+    monkeypatch.setattr("tamingfast.evaluation.run.load_features", refuse)
+    found = evaluation.evaluate_model(runs / "prior", limit=4, samples=2)
+    assert found["likelihood"]["images"] == found["reconstruction"]["images"] == 4
+    assert found["missing"].keys() == {"distances of features", "LPIPS"}
+    assert evaluation.evaluate_model(load_model(runs / "vqgan"), tiny.Noise(3))["reconstruction"]["images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"temperature": 0}, "temperature"), ({"top_k": 0}, "top_k"), ({"seed": -1}, "seed"), ({"batch": 0}, "batch")],
+)
+def test_options_out_of_range(options, said):
+    with pytest.raises(UserError, match=said):
+        DrawingOptions(**options)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(tasks, name) is not None for name in tasks.__all__)
