@@ -36,6 +36,7 @@ RENAMED: dict[str, str] = {
     "data.kinds": "data.conditions.kinds",
     "data.scenes": "data.conditions.scenes",
     "engine": "engines.cpu",
+    "evaluation.quality": "evaluation.generated",
     "inspection": "tasks.inspect",
     "losses": "models.losses",
     "models.bands": "engines.bands",

@@ -10,7 +10,7 @@ from tamingfast.evaluation.batches import images_of
 from tamingfast.evaluation.distances import frechet_distance, kernel_distance
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Features, extract, load_features
 from tamingfast.evaluation.likelihood import likelihood
-from tamingfast.evaluation.quality import compare, distances, reconstructions, samples
+from tamingfast.evaluation.generated import compare, distances, reconstructions, samples
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.evaluation.summary import distance_table, evaluate, table
 

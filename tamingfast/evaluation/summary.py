@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from tamingfast.evaluation.batches import images_of
 from tamingfast.evaluation.likelihood import likelihood
-from tamingfast.evaluation.quality import distances, reconstructions, samples
+from tamingfast.evaluation.generated import distances, reconstructions, samples
 from tamingfast.evaluation.reconstruction import reconstruction
 
 #: ``bar(unit, total)`` gives a progress bar with ``update(n)`` and ``moved(done, total)``.

@@ -14,7 +14,7 @@ from skimage import metrics
 
 from tamingfast import UserError, cli, evaluation, images, load_model
 from tamingfast.data import build
-from tamingfast.evaluation import quality
+from tamingfast.evaluation import generated
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.likelihood import cell_bits
 from tamingfast.models.base import FirstStage
@@ -147,8 +147,8 @@ def test_images_beyond_the_block_are_refused(runs):
 def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
     model, data = load_model(runs[1]), tiny.datasets()[1]
     seen = []
-    draw = quality.tasks.draw
-    monkeypatch.setattr(quality.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
+    draw = generated.tasks.draw
+    monkeypatch.setattr(generated.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
     drawn = torch.cat(list(evaluation.samples(model, data, 12, batch_size=5)))
     assert drawn.shape == (12, 3, 8, 8) and len(seen[0]) == 12
     labels = [data[i]["class_label"] for i in range(5)]
