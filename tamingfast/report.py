@@ -57,8 +57,11 @@ def duration(seconds: float) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
-    return "\n".join([head, "|---" * len(heads) + "|", *body])
+    return "\n".join([_row(heads), "|---" * len(heads) + "|", *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def pictures(captions: Mapping[str, str]) -> list[str]:

@@ -157,7 +157,7 @@ class TestSample:
             (["--dtype", "int8", "--backend", "torch"], "native engine"),
             (["--device", "warp"], "device 'warp'"),
             (["--top-k", "-1"], "0 to keep all"),
-            (["--out", "."], "is a directory"),
+            (["--out", "."], "got a directory, expected the name of a file"),
             (["--out", "x.jpg"], "ends in .png"),
         ],
     )
@@ -283,9 +283,9 @@ class TestCanvas:
             (["outpaint", "square.png"], "nothing to draw"),
             (["outpaint", "square.png", "--right", 8, "--schedule", "block", "--stride", 99], "stride is 99"),
             (["outpaint", "square.png", "--right", 8, "--resume"], "no canvas at"),
-            (["outpaint", "square.png", "--right", 8, "--out", "o.jpg"], "o.jpg is no name for a PNG"),
-            (["outpaint", "square.png", "--right", 8, "--preview", "p.jpg"], "p.jpg is no name for a PNG"),
-            (["complete", "square.png", "--out", "c.jpg"], "c.jpg is no name for a PNG"),
+            (["outpaint", "square.png", "--right", 8, "--out", "o.jpg"], "o.jpg: got the suffix '.jpg', expected .png"),
+            (["outpaint", "square.png", "--right", 8, "--preview", "p.jpg"], "p.jpg: got the suffix '.jpg', expected .png"),
+            (["complete", "square.png", "--out", "c.jpg"], "c.jpg: got the suffix '.jpg', expected .png"),
             (["sample", "-n", 1, "--size", "80000x80000"], "GiB to be planned and held"),
         ],
     )

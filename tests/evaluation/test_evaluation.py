@@ -91,7 +91,9 @@ def test_reconstruction_says_what_is_not_defined():
     assert found["psnr"] is None and found["ssim"] is None and found["lpips"] is None and found["l1"] == 0
     assert json.loads(json.dumps(found, allow_nan=False))["codebook_perplexity"] == 1
     Exact.image_key = "segmentation"
-    with pytest.raises(UserError, match=r"hold image, class_label, file_path_ and no 'segmentation'"):
+    with pytest.raises(
+        UserError, match=r"got items with image, class_label, file_path_, expected 'segmentation' among"
+    ):
         evaluation.reconstruction(Exact(), tiny.Noise(5))
 
 
@@ -140,7 +142,7 @@ def test_a_prior_on_colors_has_a_likelihood_of_pixels(tmp_path):
 
 
 def test_images_beyond_the_block_are_refused(runs):
-    with pytest.raises(UserError, match="256 tokens and the model sees 17 at once"):
+    with pytest.raises(UserError, match="got images of 256 tokens, expected at most 17"):
         evaluation.likelihood(load_model(runs[1]), Photographs(2))
 
 
@@ -148,7 +150,9 @@ def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
     model, data = load_model(runs[1]), tiny.datasets()[1]
     seen = []
     draw = generated.tasks.draw
-    monkeypatch.setattr(generated.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
+    monkeypatch.setattr(
+        generated.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1]
+    )
     drawn = torch.cat(list(evaluation.samples(model, data, 12, batch_size=5)))
     assert drawn.shape == (12, 3, 8, 8) and len(seen[0]) == 12
     labels = [data[i]["class_label"] for i in range(5)]
