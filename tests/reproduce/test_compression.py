@@ -127,7 +127,7 @@ class TestStudy:
         def row(label, seconds):
             return {
                 "label": label,
-                "speed": {key: {"seconds_per_image": seconds} for key in compression_report._SPEEDS},
+                "speed": {key: {"seconds_per_image": seconds} for key in compression_report.SPEEDS},
             }
 
         table = compression_report.speed_table([row("f = 1", 6.0), row("f = 2", 1.5)])
