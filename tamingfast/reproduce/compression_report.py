@@ -44,8 +44,8 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         f"All first stages but the colours (f = 1) saw the same {first['steps']} batches of "
         f"{report.counted(first['batch_size'], 'crop')} of {settings['stages']['crop']} pixels. Then the same "
         f"transformer ({report.geometry(geometry(settings))}) learned sequences of at most {window}² tokens of each, "
-        f"with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} f "
-        f"pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
+        f"with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} "
+        f"f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
         "## What is lost, and what the rest costs",
         quality_table(rows, distance_name(settings["evaluation"]["perceptual"])),
         _quality_notes(rows),

@@ -120,17 +120,16 @@ def _training_table(results: Mapping[str, Any]) -> str:
         counts = [str(run[key]) for key in ("tokens", "vocabulary", "steps")]
         rows.append([run["label"], *counts, report.duration(run["seconds"]), figures])
     heads = ["stage", "tokens per image", "vocabulary", "steps", "training time", "validation"]
-    return "\n\n".join(
-        [
-            f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
-            f"head ({report.geometry(prior)}), trained with the same "
-            f"budget of {prior['budget_flops']:.3g} floating-point operations.",
-            report.table(heads, rows),
-            "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
-            "they do not compare the two priors with each other.",
-            "![training curves](training.png)",
-        ]
-    )
+    parts = [
+        f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
+        f"head ({report.geometry(prior)}), trained with the same "
+        f"budget of {prior['budget_flops']:.3g} floating-point operations.",
+        report.table(heads, rows),
+        "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
+        "they do not compare the two priors with each other.",
+        "![training curves](training.png)",
+    ]
+    return "\n\n".join(parts)
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], split: str, name: str) -> tuple[list[float], list[float]]:
