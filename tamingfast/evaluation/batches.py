@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from tamingfast.data import loader
 from tamingfast.errors import UserError
 from tamingfast.training.feed import to_device
+
+
+class MapDataset(Protocol):
+    """A map-style data set, ours or any of torch's, whose items are dicts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
 
 #: Called after each batch with the number of images in it.
 Progress = Callable[[int], Any]
 
 
 def batches(
-    dataset: Dataset,
+    dataset: MapDataset,
     batch_size: int,
     limit: int | None = None,
     seed: int = 0,
@@ -44,7 +52,7 @@ def batches(
 
 
 def images_of(
-    dataset: Dataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
+    dataset: MapDataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
 ) -> Iterator[Tensor]:
     """The images of `batches` as (b, C, H, W). Raises UserError when the data set has none under ``key``."""
     for batch in batches(dataset, batch_size, limit, seed):

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tamingfast import tasks
-from tamingfast.evaluation.batches import batches
+from tamingfast.evaluation.batches import MapDataset, batches
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training.feed import grid_of
 from tamingfast.training.prior import tokens_of
@@ -18,7 +17,7 @@ from tamingfast.training.prior import tokens_of
 
 def samples(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: MapDataset,
     count: int,
     *,
     batch_size: int = 16,
@@ -41,7 +40,7 @@ def samples(
         yield prior.decode_grid(prior.image_tokens(grid))
 
 
-def _conditions(prior: Net2NetTransformer, dataset: Dataset, count: int, batch_size: int, seed: int) -> Tensor:
+def _conditions(prior: Net2NetTransformer, dataset: MapDataset, count: int, batch_size: int, seed: int) -> Tensor:
     """Condition tokens (count, c)."""
     if prior.be_unconditional:
         return tasks.conditions(prior, count)

@@ -8,11 +8,10 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tamingfast import images, tasks
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import Progress, images_of
+from tamingfast.evaluation.batches import MapDataset, Progress, images_of
 from tamingfast.training.vqgan import codebook_use
 
 #: Side of SSIM's Gaussian window (Wang et al. 2004), and of the smallest image that LPIPS's network takes, in pixels.
@@ -22,7 +21,7 @@ SSIM_WINDOW, LPIPS_SIDE = 11, 16
 @torch.no_grad()
 def reconstruction(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: MapDataset,
     *,
     batch_size: int = 16,
     limit: int | None = None,

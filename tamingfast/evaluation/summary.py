@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from tamingfast.evaluation.batches import images_of
+from tamingfast.evaluation.batches import MapDataset, images_of
 from tamingfast.evaluation.distances import distances
 from tamingfast.evaluation.features import Extractor
 from tamingfast.evaluation.generated import reconstructions, samples
@@ -35,11 +34,11 @@ def _no_bar(unit: str, total: int | None) -> Bar:
 
 def evaluate(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: MapDataset,
     *,
     network: Extractor | None = None,
     perceptual: nn.Module | None = None,
-    training_set: Dataset | None = None,
+    training_set: MapDataset | None = None,
     count: int = 256,
     limit: int | None = None,
     batch_size: int = 16,
@@ -75,11 +74,11 @@ def evaluate(
     return found
 
 
-def _size(dataset: Dataset, limit: int | None) -> int:
+def _size(dataset: MapDataset, limit: int | None) -> int:
     return len(dataset) if limit is None else min(limit, len(dataset))
 
 
-def _drawn(model: nn.Module, dataset: Dataset, count: int, bar: MakeBar, **options: Any) -> Iterator[Tensor]:
+def _drawn(model: nn.Module, dataset: MapDataset, count: int, bar: MakeBar, **options: Any) -> Iterator[Tensor]:
     """`samples` under a bar that counts tokens."""
     with bar("tokens", None) as shown:
         yield from samples(model, dataset, count, progress=shown.moved, **options)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from tamingfast import evaluation, images, tasks
 from tamingfast.data import crops
 from tamingfast.errors import UserError
+from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.gpt import GPT
 from tamingfast.models.hierarchical import TOKENS_PER_TOP
 from tamingfast.models.lpips import LPIPS
@@ -131,7 +131,7 @@ def _shown(variants: Sequence[Variant], doing: str) -> Iterator[Variant]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(study: Study, variants: Sequence[Variant], datasets: tuple[Dataset, Dataset]) -> float:
+def _train(study: Study, variants: Sequence[Variant], datasets: tuple[MapDataset, MapDataset]) -> float:
     """Train what is missing; returns the floating-point operations of each prior's training."""
     settings, data = study.settings, study.settings["data"]
     seed, side = data.get("seed", 0), settings["stages"]["crop"]
@@ -170,7 +170,7 @@ def _first_stage(variant: Variant, settings: Mapping[str, Any]) -> dict[str, Any
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _measured(study: Study, variant: Variant, validation: Dataset) -> dict[str, Any]:
+def _measured(study: Study, variant: Variant, validation: MapDataset) -> dict[str, Any]:
     """A variant's row of the report. All but the training's steps and time is measured here."""
     prior = study.prior(variant.prior)
     stage, size, chosen = prior.first_stage_model, study.settings["data"]["size"], study.settings["evaluation"]
@@ -253,7 +253,7 @@ def _with_positions(prior: Net2NetTransformer, tokens: int) -> Net2NetTransforme
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _draw_pictures(study: Study, variants: Sequence[Variant], validation: Dataset) -> dict[str, str]:
+def _draw_pictures(study: Study, variants: Sequence[Variant], validation: MapDataset) -> dict[str, str]:
     """Write the sheets; returns their file names with captions."""
     sampling, size = study.settings["sampling"], study.settings["data"]["size"]
     count = sampling["images"]

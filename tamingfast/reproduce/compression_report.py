@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ def plot_reconstruction(rows: Sequence[Row], perceptual: str, path: Path) -> Non
     names = [pair for pair in names if any(row["reconstruction"].get(pair[0]) is not None for row in rows)]
     figure, axes = report.figure(len(names), width=4.5)
     for axis, (name, label) in zip(axes, names, strict=True):
-        _curve(axis, rows, [row["reconstruction"].get(name) for row in rows])
+        _name_stars(axis, _curve(axis, rows, [row["reconstruction"].get(name) for row in rows]))
         axis.set(ylabel=label)
     report.save_figure(figure, path)
 
@@ -142,8 +142,10 @@ def plot_speed(rows: Sequence[Row], path: Path) -> None:
     figure, (axis,) = report.figure(1, width=7)
     axis.set_yscale("log")
     # Where the window does not slide, two ways take the same time: the smaller mark leaves the one below it visible.
+    stars = []
     for (key, label), size in zip(SPEEDS.items(), (9, 8, 4), strict=True):
-        _curve(axis, rows, [row["speed"][key]["seconds_per_image"] for row in rows], label, size)
+        stars += _curve(axis, rows, [row["speed"][key]["seconds_per_image"] for row in rows], label, size)
+    _name_stars(axis, stars)
     axis.set(ylabel="seconds per image")
     axis.legend()
     report.save_figure(figure, path)
@@ -151,20 +153,23 @@ def plot_speed(rows: Sequence[Row], path: Path) -> None:
 
 def _curve(
     axis: Axes, rows: Sequence[Row], values: Sequence[float | None], label: str | None = None, size: float = 6
-) -> None:
-    """One level as a line over f, two levels as a star with its name, written once where stars coincide."""
+) -> list[tuple[float, float, str]]:
+    """One level as a line over f, two levels as stars; returns the stars (x, y, first stage)."""
     points = [(_across(row), value, row) for row, value in zip(rows, values, strict=True) if value is not None]
-    single = [point[:2] for point in points if point[2]["levels"] == 1]
-    (line,) = axis.plot(*zip(*single, strict=True) if single else [[]], "o-", markersize=size, label=label)
-    named = [note.xy for note in axis.texts]
-    for x, y, row in points:
-        if row["levels"] > 1:
-            axis.plot([x], [y], "*", markersize=2 * size, color=line.get_color())
-            if (x, y) not in named:
-                above = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center", "fontsize": 8}
-                on_lines = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-                axis.annotate(row["label"], (x, y), bbox=on_lines, **above)
+    single = [(x, y) for x, y, row in points if row["levels"] == 1]
+    stars = [(x, y, row["label"]) for x, y, row in points if row["levels"] > 1]
+    (line,) = axis.plot([x for x, _ in single], [y for _, y in single], "o-", markersize=size, label=label)
+    for x, y, _ in stars:
+        axis.plot([x], [y], "*", markersize=2 * size, color=line.get_color())
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(y=0.15)
     axis.set(xlabel="pixels per token, along one side (f)")
+    return stars
+
+
+def _name_stars(axis: Axes, stars: Iterable[tuple[float, float, str]]) -> None:
+    """Write each first stage's name above its star, once where stars coincide."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    for x, y, label in dict.fromkeys(stars):
+        axis.annotate(label, (x, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8, bbox=box)

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tamingfast import images, tasks
 from tamingfast.checkpoints.run_directory import read_metrics
 from tamingfast.errors import UserError
+from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.lpips import LPIPS, distance_name
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.pyramid import Pyramid
 from tamingfast.reproduce import multiscale_report
-from tamingfast.reproduce.study import Study, draw_images, images_at, sampling_options, spread
+from tamingfast.reproduce.study import Study, description, draw_images, images_at, sampling_options, spread
 
 VQGAN, PRIOR = "vqgan", "prior"
 #: Pairs of images per call of the distance.
@@ -44,7 +44,7 @@ def run(study: Study) -> Path:
     assert isinstance(prior, MultiscaleTransformer)  # as its config has scales
     drawn = draw_given(prior, held_out, measured["samples"], settings["sampling"])
     results = study.facts(datasets[0]) | {
-        "held_out": datasets[1].description,
+        "held_out": description(datasets[1]),
         "scales": prior.pyramid.names,
         "seconds": study.seconds([VQGAN, PRIOR]),
         "distance": distance_name(measured["perceptual_weights"]),
@@ -55,12 +55,11 @@ def run(study: Study) -> Path:
     return multiscale_report.write(results, study.out)
 
 
-def _held_out(dataset: Dataset | None, count: int) -> Tensor:
+def _held_out(dataset: MapDataset, count: int) -> Tensor:
     """Images (count, 3, H, W), evenly spread over a data set; UserError when it has fewer."""
-    found = 0 if dataset is None else len(dataset)
-    if dataset is None or found < count:
-        raise UserError(f"measure.images: got {count}, expected at most {found}, the number of held-out images")
-    return images_at(dataset, spread(found, count))
+    if len(dataset) < count:
+        raise UserError(f"measure.images: got {count}, expected at most {len(dataset)}, the number of held-out images")
+    return images_at(dataset, spread(len(dataset), count))
 
 
 @torch.no_grad()

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from tamingfast import images, tasks
 from tamingfast.checkpoints.run_directory import read_metrics
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.errors import UserError, nearest
+from tamingfast.evaluation.batches import MapDataset
 from tamingfast.reproduce import orderings_report
 from tamingfast.reproduce.orderings_report import REFERENCE, title
 from tamingfast.reproduce.study import Study, draw_images, sampling_options
@@ -64,7 +63,7 @@ def _orderings(names: Sequence[str]) -> list[str]:
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
 
 
-def _encoded(study: Study, datasets: tuple[Dataset, Dataset]) -> tuple[TokenDataset, TokenDataset]:
+def _encoded(study: Study, datasets: tuple[MapDataset, MapDataset]) -> tuple[TokenDataset, TokenDataset]:
     for file, dataset in zip(TOKENS, datasets, strict=True):
         if not (study.resume and (study.out / file).exists()):
             tasks.encode(study.first_stage(VQGAN), dataset, study.out / file)

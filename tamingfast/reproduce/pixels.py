@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from tamingfast import evaluation, images, tasks
 from tamingfast.checkpoints.run_directory import progress, read_metrics
 from tamingfast.errors import UserError
+from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce.budget import scaled, training_flops
@@ -75,7 +75,7 @@ def run(study: Study) -> Path:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(study: Study, datasets: tuple[Dataset, Dataset], size: int) -> dict[str, TokenSequence]:
+def _train(study: Study, datasets: tuple[MapDataset, MapDataset], size: int) -> dict[str, TokenSequence]:
     """Train what is missing; returns what each prior learns."""
     data, training = study.settings["data"], study.settings["prior"]["training"]
     study.train_first_stage(VQGAN, datasets)
@@ -135,7 +135,7 @@ def _options(prior: Net2NetTransformer, size: int, sampling: Mapping[str, Any]) 
 
 
 def _draw_pictures(
-    study: Study, models: Mapping[str, Net2NetTransformer], validation: Dataset, size: int
+    study: Study, models: Mapping[str, Net2NetTransformer], validation: MapDataset, size: int
 ) -> dict[str, str]:
     """Write the sheets; returns their file names with captions."""
     sampling = study.settings["sampling"]
@@ -171,7 +171,7 @@ def _draw_completions(study: Study, prior: Net2NetTransformer, x: Tensor, size: 
 
 def measure_quality(
     models: Mapping[str, Net2NetTransformer],
-    datasets: tuple[Dataset, Dataset],
+    datasets: tuple[MapDataset, MapDataset],
     sampling: Mapping[str, Any],
     size: int,
     images: int,
