@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, the skip of what needs a GPU, and one run of every experiment."""
+"""Shared by all tests: seeds, skipping without a GPU, and one run of all experiments."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
 
 from tamingfast import cli
 from tamingfast.ops import backends
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Also without pytest-xdist, which registers the marker itself.
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker of pytest-xdist runs")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     device = backends.gpu()
-    if not device.available:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=device.reason))
+    for item in items:
+        if not device.available and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=device.reason))
+        if "everything" in getattr(item, "fixturenames", ()):
+            # Under --dist loadgroup only one worker makes the run, instead of each of them.
+            item.add_marker(pytest.mark.xdist_group("reproduce"))
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +40,10 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``tamingfast reproduce all --preset smoke`` makes, once for all tests that look at an experiment."""
+    """The output of ``tamingfast reproduce all --preset smoke``, made once per process."""
     out = tmp_path_factory.mktemp("reproduce") / "all"
-    small = ["pixels.timing.repeats=1", "pixels.timing.prefixes=3", "orderings.data.length=48"]
-    small += ["multiscale.data.length=48", "multiscale.sampling.images=3"]
-    assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *small]) == 0
+    smaller = [f"{name}.{setting}" for name, settings in smoke.SMALLER.items() for setting in settings]
+    assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *smaller]) == 0
     return out
 
 
