@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,20 +15,28 @@ from tamingfast import cli
 from tamingfast.ops import backends
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Also without pytest-xdist, which registers the marker itself.
-    config.addinivalue_line("markers", "xdist_group(name): tests that one worker of pytest-xdist runs")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     device = backends.gpu()
-    for item in items:
-        if not device.available and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=device.reason))
-        if "everything" in getattr(item, "fixturenames", ()):
-            # Under --dist loadgroup only one worker makes the run, instead of each of them.
-            item.add_marker(pytest.mark.xdist_group("reproduce"))
+    if not device.available:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=device.reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests run on one worker, so that its fixtures are made once, and all tests of experiments on one.
+
+    These share `everything`. The groups of ``--dist loadgroup`` have no effect in pytest-xdist 3.8 under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # optional package
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "reproduce" if "tests/reproduce/" in file else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
