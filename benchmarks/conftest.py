@@ -1,7 +1,7 @@
 """Shared by all benchmarks: facts about the machine, its limits measured in the same run, and fair comparisons.
 
-The recorded JSON contains the machine (``machine_info.tamingfast``) and how fast it reads memory and multiplies, so that
-each time can be read as a share of what is physically possible.
+The recorded JSON contains the machine (``machine_info.tamingfast``) and how fast it reads memory and multiplies, so
+that each time can be read as a share of what is physically possible.
 """
 
 from __future__ import annotations
