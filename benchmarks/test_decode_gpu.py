@@ -1,14 +1,15 @@
 """Decoding of GPT2 priors on a GPU: ours against the loops that people run, and the paper's pixels against latents.
 
-Every sampler draws whole sequences with top-k 100 from bfloat16 weights; seconds are the wall's, the device's work
-included, as the cost of launching is a part of what is compared. Beside ours: the loop of the original's cached sampler
-(eager, keys and values grown with `torch.cat`), our torch backend (eager, a static cache), Hugging Face's GPT2 with its
-static cache where `transformers` is installed, and a static-cache step compiled by `torch.compile` into a CUDA graph.
+Every sampler draws whole sequences with top-k 100 from bfloat16 weights; seconds are wall time, the device's work
+included, because the cost of launching is part of the comparison. Beside ours: the loop of the original's cached
+sampler (eager, keys and values grown with `torch.cat`), our torch engine (eager, a static cache), Hugging Face's GPT2
+with its static cache if `transformers` is installed, and a static-cache step compiled by `torch.compile` into a CUDA
+graph.
 
 The compiled step takes a minute to compile for each shape; `make bench-gpu BENCH_ARGS="-k 'decode and 64'"` selects.
 
 The floor of a run is the larger of bytes / copy bandwidth and operations / matrix rate, both measured in this run:
-every weight read once a step, every visible key and value read once; two operations for each weight and image.
+every weight read once per step, every visible key and value read once; two operations per weight and image.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import seconds
-from test_decode import TOP_K, GrowingCache, StaticCache, sample
+from test_decode import TOP_K, GrowingCache, StaticCache, request, sample
 from torch import Tensor, nn
 
-from tamingfast.engines import cpu as engine
-from tamingfast.engines.cuda import CudaEngine
-from tamingfast.engines.request import Span
+from tamingfast.engines import CudaEngine, Span, refusal
 from tamingfast.models.gpt import GPT
-from tamingfast.sampling import choose, gumbel_noise, sample_grid
+from tamingfast.ops.choice import choose, gumbel_noise
+from tamingfast.sampling import sample_grid
 
 pytestmark = pytest.mark.gpu
 LAYERS = {"GPT2-small": (12, 768), "GPT2-medium": (24, 1024)}
@@ -39,7 +39,7 @@ TOLERANCE = 0.05  # of logits in bfloat16, relative to the norm of those in floa
 
 @functools.cache
 def prior(name: str, tokens: int, vocab: int = 1024) -> GPT:
-    """Random weights, which take as long as any; in float32."""
+    """Random weights, which take as long as trained ones; in float32."""
     layers, width = LAYERS[name]
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -54,7 +54,7 @@ class CompiledCache(nn.Module):
         self.gpt = gpt
         self.cache = [tuple(half.zero_() for half in layer) for layer in gpt.new_cache(batch)]
         for half in (half for layer in self.cache for half in layer):
-            # Else the step writes to what the compiler takes for an input, and is not put into a graph.
+            # Otherwise the step mutates what the compiler takes for an input, and is not put into a graph.
             torch._dynamo.mark_static_address(half)
         self.places = torch.arange(gpt.block_size, device=gpt.pos_emb.device)
         self.compiled = torch.compile(self.step, fullgraph=True, **(compilation or {"mode": "reduce-overhead"}))
@@ -73,7 +73,7 @@ class CompiledCache(nn.Module):
         return gpt.head(gpt.ln_f(x))[:, -1]
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """The next tokens (B, 1): a draw by exponential variables, which needs no word from the host."""
+        """The next tokens (B, 1): a draw by exponential variables, for which the device needs nothing from the host."""
         logits = self.logits(tokens, position)
         kth = logits.topk(TOP_K, dim=-1).values[:, -1:]
         probabilities = logits.masked_fill(logits < kth, -torch.inf).softmax(-1)
@@ -135,7 +135,7 @@ class HuggingFace:
 
 
 def rivals(gpt: GPT, batch: int, **compilation) -> dict[str, object]:
-    """By name: something with `logits(tokens, position)`; a rival that cannot be had is left out, with the reason."""
+    """By name: something with `logits(tokens, position)`; a rival that cannot run is left out, with the reason."""
     found: dict[str, object] = {
         "original": GrowingCache(gpt, batch), "static cache": StaticCache(gpt, batch),
         "compiled": CompiledCache(gpt, batch, **compilation),
@@ -169,7 +169,7 @@ def check(gpt: GPT, made: CudaEngine, candidates: dict[str, object], batch: int)
     sequences = torch.zeros(batch, CHECKED + 1, dtype=torch.int64, device=device)
     steps = range(1, CHECKED + 1)
     for _ in range(2):  # eagerly, then from the graph
-        made.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1)
+        made.decode(request(sequences, steps))
     expected = gpt.float()(sequences[:, :-1])[0]
     spans = [Span(b, 0, CHECKED) for b in range(batch)]
     logits = made.feed(sequences[:, :-1].flatten(), spans, "all").view(batch, CHECKED, -1)
@@ -191,7 +191,7 @@ def near(logits: Tensor, expected: Tensor, name: str) -> None:
 
 
 def work(gpt: GPT, made: CudaEngine, batch: int, tokens: int) -> tuple[float, float]:
-    """(operations, bytes) of a run of so many steps."""
+    """(operations, bytes) of a run of `tokens` steps."""
     config = gpt.config
     parameters = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     pairs = 2 * config.n_embd * config.n_layer * batch * tokens * (tokens + 1) / 2  # keys and values
@@ -199,20 +199,20 @@ def work(gpt: GPT, made: CudaEngine, batch: int, tokens: int) -> tuple[float, fl
 
 
 def timed(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of a whole run, the median of some, after one that warms up."""
+    """Milliseconds of a whole run, the median of `ROUNDS`, after one that warms up."""
     run()
     return 1e3 * statistics.median(seconds(run, device) for _ in range(ROUNDS))
 
 
 @torch.no_grad()
 def compare(single: GPT, made: CudaEngine, candidates: dict[str, object], batch: int, tokens: int) -> dict[str, float]:
-    """Milliseconds of each sampler, after all were checked."""
+    """Milliseconds of each sampler, after all of them are checked."""
     device = single.pos_emb.device.type
     made.reserve(batch, tokens)
     check(single, made, candidates, batch)
     sequences = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=device)
     steps = range(1, tokens + 1)
-    ours = timed(lambda: made.decode(range(batch), sequences, steps, top_k=TOP_K, seed=1), device)
+    ours = timed(lambda: made.decode(request(sequences, steps)), device)
     return {"ours": ours} | {
         name: timed(run_of(rival, single, batch, tokens), device) for name, rival in candidates.items()
     }
@@ -249,7 +249,7 @@ def transformer(name: str, layers: tuple[int, int], device: str) -> nn.Module:
 
 
 def seconds_per_image(gpt: nn.Module, side: int, backend: str, batch: int, dtype: str) -> float:
-    """Of a whole grid, after a short one that warms up."""
+    """Seconds per image of whole grids, after a short one that warms up."""
     device = next(gpt.parameters()).device
 
     def run(height: int, width: int) -> None:
@@ -262,8 +262,8 @@ def seconds_per_image(gpt: nn.Module, side: int, backend: str, batch: int, dtype
 
 @pytest.mark.parametrize("batch", [16, 256])
 def test_pixels_against_latents(batch):
-    """The paper's experiment on the transformers alone: what an image costs, and how often latents are faster."""
-    assert engine.refusal(prior("GPT2-medium", 256)) is None
+    """The paper's experiment on the transformers alone: what an image costs, and how much faster latents are."""
+    assert refusal(prior("GPT2-medium", 256)) is None
     found = {}
     for protocol, backend in PROTOCOLS.items():
         times = {

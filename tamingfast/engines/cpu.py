@@ -1,192 +1,165 @@
-"""The native engines: KV-cached decoding of a GPT by the extension, no Python between tokens.
-
-`GPTEngine` works on the CPU, `tamingfast.engines.cuda.CudaEngine` on a GPU; the device of the GPT decides.
-"""
+"""The CPU engine: KV-cached decoding of a GPT by the extension, without Python between tokens."""
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tamingfast.engines import cuda as cuda_engine
-from tamingfast.engines.cuda import CudaEngine
-from tamingfast.engines.request import Span
+from tamingfast.engines.networks import Transformer
+from tamingfast.engines.request import DecodeRequest, Items, Room, Span, check_range, check_reserve, spans_of
 from tamingfast.ops import backends
 
-DTYPES = ("float32", "bfloat16", "int8")
-LOGITS = ("none", "last", "all")
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
-
-
-def refusal(gpt: nn.Module) -> str | None:
-    """Why no engine can run this GPT where it is, None when one can."""
-    module, reason = backends.native()
-    if module is None:
-        return reason
-    device = next(gpt.parameters()).device.type
-    if device == "cuda":
-        return cuda_engine.refusal(gpt)
-    return None if device == "cpu" else f"it runs on CPUs and CUDA devices, and the transformer is on {device}"
-
-
-def dtypes(gpt: nn.Module) -> tuple[str, ...]:
-    """Types of weights that the engine of the GPT's device has."""
-    return cuda_engine.DTYPES if next(gpt.parameters()).is_cuda else DTYPES
+_MOST_THREADS = 256
 
 
 class GPTEngine:
-    """A packed copy of a GPT's weights and a cache of keys and values, in slots: one sequence each.
+    """A packed copy of a GPT's weights and a cache of keys and values in slots, one sequence each.
 
-    With "bfloat16" and "int8" (weight-only, one scale for each output channel) the inputs of every linear layer and
-    the cache are rounded to bfloat16; sums are float32. Results depend neither on the number of threads nor on what
-    else is in a step. One thread at a time works; others wait.
+    With "bfloat16" and "int8" (weights only, one scale per output channel) the inputs of every linear layer and the
+    cache are rounded to bfloat16; sums are float32. Results depend neither on the number of threads nor on the other
+    sequences of a step. One thread works at a time; others wait.
 
     Args:
-        gpt: a `GPT` on the CPU, of any floating type; its weights are copied.
-        dtype: of the packed weights: "float32", "bfloat16" or "int8".
+        gpt: on the CPU, of any floating-point type; its weights are copied.
+        dtype: of the packed weights, one of `DTYPES`.
         threads: None follows `torch.get_num_threads()` at each call.
 
     Raises:
         ValueError: an unknown dtype, or threads below 1.
-        RuntimeError: the extension is not there, or the GPT is not on the CPU.
-        MemoryError: the weights do not fit; the message tells the bytes.
+        RuntimeError: the engine cannot run this GPT; see `refusal`.
+        MemoryError: the weights do not fit; the message gives the bytes.
     """
 
-    def __init__(self, gpt: nn.Module, dtype: str = "float32", threads: int | None = None) -> None:
+    DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
+
+    @staticmethod
+    def refusal(gpt: Transformer) -> str | None:
+        """Why the engine cannot run this GPT, or None when it can."""
         module, reason = backends.native()
-        if module is not None and next(gpt.parameters()).device.type != "cpu":
-            module, reason = None, f"it runs on the CPU, and the transformer is on {next(gpt.parameters()).device.type}"
         if module is None:
+            return reason
+        device = next(gpt.parameters()).device.type
+        return None if device == "cpu" else f"it runs on the CPU, and the transformer is on {device}"
+
+    def __init__(self, gpt: Transformer, dtype: str = "float32", threads: int | None = None) -> None:
+        module, _ = backends.native()
+        reason = self.refusal(gpt)
+        if module is None or reason is not None:
             raise RuntimeError(f"the CPU engine cannot run this transformer: {reason}")
         self.threads = threads
-        self.vocab_size = gpt.config.vocab_size
         self.dtype = dtype
-        # Kept until the engine has packed them: a conversion makes new tensors.
+        self.vocab_size, self._block_size = gpt.config.vocab_size, gpt.config.block_size
+        # Conversion may make new tensors: they must live until the engine has packed them.
         weights = {name: value.detach().to(torch.float32).contiguous() for name, value in gpt.named_parameters()}
+        geometry = {name: getattr(gpt.config, name, 0) for name in _GEOMETRY}
         self._native = module.GPTEngine(
             {name: value.data_ptr() for name, value in weights.items()},
-            {name: getattr(gpt.config, name, 0) for name in _GEOMETRY},
+            geometry,
             dtype,
             self._thread_count(),
             backends.isa(),
         )
+        self._n_unmasked = geometry["n_unmasked"]
+        self._room = self._room_of(0, 0)
 
     def _thread_count(self) -> int:
-        return min(torch.get_num_threads() if self.threads is None else self.threads, 256)
+        return min(torch.get_num_threads() if self.threads is None else self.threads, _MOST_THREADS)
+
+    def _room_of(self, slots: int, capacity: int) -> Room:
+        return Room(self.vocab_size, slots, capacity, self._native.length, self._n_unmasked)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Makes the cache anew: `slots` empty sequences of at most `length` positions. MemoryError tells the bytes."""
+        """Replaces the cache by one of ``slots`` empty sequences of at most ``length`` positions.
+
+        Raises ValueError for sizes out of range; MemoryError, with the bytes needed, keeps the old cache.
+        """
+        check_reserve(slots, length, self._block_size)
         self._native.reserve(slots, length)
+        self._room = self._room_of(slots, length)
 
     def length(self, slot: int) -> int:
-        """How many positions of the slot are valid."""
+        """The number of valid positions of the slot."""
+        self._room.check_slot("slot", slot)
         return self._native.length(slot)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forgets the slot's positions from `length` on."""
+        """Drops the slot's positions from ``length`` on."""
+        self._room.check_slot("slot", slot)
+        self._room.check_length(slot, length)
         self._native.truncate(slot, length)
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
-        """Makes slot `target` hold the first `length` (default: all) positions of slot `source`."""
-        self._native.copy(source, target, self.length(source) if length is None else length)
+        """Copies the first ``length`` (default: all) positions of slot ``source`` into slot ``target``."""
+        self._room.check_slot("source", source)
+        self._room.check_slot("target", target)
+        length = self.length(source) if length is None else length
+        self._room.check_length(source, length)
+        self._native.copy(source, target, length)
 
-    def step(self, items: Iterable[tuple[int, int, Sequence[int]]], logits: str = "last") -> Tensor:
+    def step(self, items: Items, logits: str = "last") -> Tensor:
         """Feeds tokens to slots; the weights are read once for all of them.
 
         Args:
-            items: (slot, start, tokens) each: tokens at positions `start` onwards, where `start` is at most the
-                slot's length and cuts it there. Positions that see later ones (`n_unmasked`) come in one piece from 0.
+            items: (slot, start, tokens) each: tokens at positions ``start`` onwards of distinct slots. ``start`` is at
+                most the slot's length, and later positions are dropped. Positions of an unmasked prefix
+                (``n_unmasked``), which attend to each other, must come in one piece, from 0 on.
             logits: "last" gives float32 (items, vocab_size), "all" (all tokens, vocab_size), "none" (0, vocab_size).
 
         Raises:
             ValueError: names the slot, start, position or token that is out of range.
         """
-        items = [(slot, start, tokens if isinstance(tokens, list) else list(tokens)) for slot, start, tokens in items]
-        rows = {"last": len(items), "all": sum(len(tokens) for _, _, tokens in items)}.get(logits, 0)
+        return self.feed(*spans_of(items), logits)
+
+    def feed(self, tokens: Tensor, spans: Sequence[Span], logits: str = "last") -> Tensor:
+        """As `step`, for the tokens of all spans in turn: int64 (T,)."""
+        self._room.check_step(tokens, spans, logits)
+        self._room.check_tokens(tokens)
+        rows = {"none": 0, "last": len(spans), "all": len(tokens)}[logits]
         out = torch.empty(rows, self.vocab_size)
+        parts = tokens.split([span.count for span in spans])
+        items = [(span.slot, span.start, part.tolist()) for span, part in zip(spans, parts, strict=True)]
         self._native.set_threads(self._thread_count())
         self._native.step(items, logits, out.data_ptr(), rows)
         return out
 
-    def feed(self, tokens: Tensor, spans: Iterable[Span], logits: str = "last") -> Tensor:
-        """As `step`, for int64 tokens (T,) of all spans in turn."""
-        spans = list(spans)
-        parts = tokens.split([span.count for span in spans])
-        items = [(span.slot, span.start, part.tolist()) for span, part in zip(spans, parts, strict=True)]
-        return self.step(items, logits)
-
-    def decode(
-        self,
-        slots: Sequence[int],
-        sequences: Tensor,
-        steps: Sequence[int],
-        *,
-        wanted: Tensor | None = None,
-        rows: Sequence[int] | None = None,
-        columns: Sequence[int] | None = None,
-        images: Sequence[int] | None = None,
-        fed: int = 0,
-        choices: int | None = None,
-        greedy: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        progress: Callable[[int], None] | None = None,
-        every: int = 1,
-        before: int = 0,
-    ) -> None:
-        """Decodes tokens of several sequences side by side and writes them into `sequences`.
+    def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
+        """Decodes the tokens that are asked for and writes them into ``request.sequences``.
 
         Args:
-            slots: (B,), one for each sequence.
-            sequences: contiguous int64 (B, L); what precedes a step is known or is a step itself.
-            steps: (S,), rising positions of the tokens to decode, from 1 on.
-            wanted: bool (B, S); where False, the token that is there stays.
-            rows, columns: (S,), where each token stands in its grid, for the noise; default: row 0, column its step.
-            images: (B,), the images' numbers, for the noise; default: 0 onwards.
-            fed: leading positions that all slots hold already, from an earlier call with the same tokens.
-            choices: only the first so many entries of the vocabulary may be chosen; default: all.
-            greedy, temperature, top_k, top_p, seed: as in `tamingfast.ops.choice.choose` and `gumbel_noise`.
-            progress: called with `before` + the number of steps done, whenever `every` divides it.
+            request: its sequences are on the CPU.
+            progress: called with the number of steps done, whenever ``every`` divides it.
+            every: at least 1.
 
         Raises:
-            ValueError: names the argument that is wrong; or logits hold NaN.
-            KeyboardInterrupt: within 100 ms of Ctrl-C; the slots then hold what is valid.
+            ValueError: names the argument that is wrong; or the logits hold NaN.
+            KeyboardInterrupt: within 100 ms of Ctrl-C; the slots' lengths then count what is valid.
         """
-        if sequences.dtype != torch.int64 or sequences.ndim != 2 or not sequences.is_contiguous():
-            raise ValueError(
-                f"sequences: got {sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)"
-            )
-        if len(sequences) != len(slots):
-            raise ValueError(f"slots: got {len(slots)}, expected one for each of {len(sequences)} sequences")
-        steps = list(map(int, steps))
-        if wanted is None:
-            wanted = torch.ones(len(slots), len(steps), dtype=torch.bool)
+        check_range("every", every, 1)
+        request.check_fits(self._room, torch.device("cpu"))
+        choice = request.choice
         self._native.set_threads(self._thread_count())
         self._native.decode(
-            list(slots),
-            sequences.data_ptr(),
-            sequences.shape[1],
-            fed,
-            steps,
-            wanted.flatten().tolist(),
-            [0] * len(steps) if rows is None else list(rows),
-            steps if columns is None else list(columns),
-            list(range(len(slots))) if images is None else list(images),
-            self.vocab_size if choices is None else choices,
-            greedy,
-            temperature,
-            0 if top_k is None else top_k,
-            1.0 if top_p is None else top_p,
-            seed,
+            request.slots,
+            request.sequences.data_ptr(),
+            request.sequences.shape[1],
+            request.fed,
+            request.steps,
+            request.wanted.flatten().tolist(),
+            request.rows,
+            request.columns,
+            request.images,
+            self.vocab_size if request.choices is None else request.choices,
+            choice.greedy,
+            choice.temperature,
+            0 if choice.top_k is None else min(choice.top_k, self.vocab_size),
+            1.0 if choice.top_p is None else choice.top_p,
+            choice.seed,
             progress,
             every,
-            before,
         )
 
     def info(self) -> dict[str, int]:
@@ -196,59 +169,3 @@ class GPTEngine:
     def close(self) -> None:
         """Frees the memory; every later call raises ValueError."""
         self._native.close()
-
-
-_SAMPLED = 512  # elements of a parameter that are compared, at least, where it has so many
-
-
-class _Snapshot:
-    """What a GPT's parameters were when an engine was made of them; equal to another one when they are the same still.
-
-    A write by torch to a parameter, or to what `detach` makes of it, changes its version, and another tensor in its
-    place has another address. Writes through `.data`, NumPy, DLPack or an extension change neither. They are seen where
-    they change one of the elements that are compared, bit by bit: all of a parameter with fewer than 1024, and 512 to
-    1023, evenly apart, of a larger one.
-    """
-
-    def __init__(self, gpt: nn.Module) -> None:
-        values = list(gpt.parameters())
-        # Inference tensors count no versions.
-        versions = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
-        self.identity = (backends.isa(), values[0].device, values[0].dtype, *versions)
-        with torch.no_grad():  # one launch for some dozens of parameters
-            parts = [value.flatten()[:: max(1, value.numel() // _SAMPLED)] for value in values]
-            self.sample = torch.cat(parts).view(torch.uint8)  # NaN is equal to itself then
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Snapshot):
-            return NotImplemented
-        return self.identity == other.identity and torch.equal(self.sample, other.sample)
-
-
-_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[_Snapshot, GPTEngine | CudaEngine]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-@contextlib.contextmanager
-def borrowed_engine(gpt: nn.Module, dtype: str, slots: int, length: int) -> Iterator[GPTEngine | CudaEngine]:
-    """An engine of this GPT with at least that much room, all slots empty, for the caller alone.
-
-    It is kept with the GPT afterwards, so that weights are packed again only after they have changed.
-    """
-    state = _Snapshot(gpt)
-    kept = _engines.setdefault(gpt, {})
-    known, engine = kept.pop(dtype, (None, None))
-    if known != state:
-        if engine is not None:
-            engine.close()  # its memory is for its successor
-        engine = CudaEngine(gpt, dtype) if next(gpt.parameters()).is_cuda else GPTEngine(gpt, dtype)
-    room = engine.info()
-    if room["slots"] < slots or room["capacity"] < length:
-        engine.reserve(max(slots, 1), length)
-    for slot in range(slots):
-        engine.truncate(slot, 0)
-    try:
-        yield engine
-    finally:
-        kept[dtype] = (state, engine)

@@ -1,10 +1,11 @@
-"""What engines and samplers need to know of a network: descriptions, never its class."""
+"""What engines and samplers know of a network: a description, never its class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tamingfast.engines.request import Span
@@ -14,7 +15,7 @@ LayerCache = tuple[Tensor, Tensor]
 
 
 class TransformerConfig(Protocol):
-    """The numbers of a GPT."""
+    """The sizes of a GPT."""
 
     vocab_size: int
     block_size: int
@@ -25,15 +26,16 @@ class TransformerConfig(Protocol):
 
 
 class Transformer(Protocol):
-    """A GPT2 as `tamingfast.models.gpt.GPT` is one: parameters under the original's names, and two kinds of cache."""
+    """A GPT2 such as `tamingfast.models.gpt.GPT`: parameters under the original's names, and two kinds of cache."""
 
     config: TransformerConfig
     block_size: int
     pos_emb: nn.Parameter
+    ln_f: nn.LayerNorm
     training: bool
 
     def __call__(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens int64 (B, T) -> logits (B, T, vocab_size), and a loss that is not asked for."""
+        """Tokens int64 (B, T) -> logits (B, T, vocab_size), and a loss, None here."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -42,6 +44,8 @@ class Transformer(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
     def eval(self) -> Any: ...
+
+    def to(self, dtype: torch.dtype) -> Any: ...
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]: ...
 

@@ -1,25 +1,30 @@
-"""What an engine is asked for: spans of tokens to feed, sequences to decode. Every limit is checked here, once.
+"""What callers ask of an engine: spans of tokens to feed, sequences to decode. Every limit is checked here, once.
 
-The engines differ in how they do the work, never in what they accept.
+The engines differ in how they work, never in what they accept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tamingfast.ops.choice import Choice
 
-#: Which rows of logits a step returns: of no token, of the last token of each span, of all tokens.
+#: Which rows of logits a step returns: none, those of each span's last token, those of all tokens.
 LOGITS = ("none", "last", "all")
+#: Tokens to feed as lists: (slot, start, tokens) each.
+Items = Iterable[tuple[int, int, Iterable[int]]]
+_MOST_SLOTS = 1 << 24
 _WORD = (1 << 32) - 1
 
 
 def check_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    """ValueError naming the argument unless ``least <= value <= most``."""
+    """Raises ValueError, which names the argument, unless ``least <= value <= most``."""
     if value < least or (most is not None and value > most):
         expected = f"{least} to {most}" if most is not None else f"{least} or more"
         raise ValueError(f"{name}: got {value}, expected {expected}")
@@ -35,153 +40,204 @@ class Span:
 
     @property
     def stop(self) -> int:
-        """The position after the last one."""
+        """One past the last position."""
         return self.start + self.count
 
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine has room for, and what its slots hold.
+    """An engine's vocabulary and key/value cache, and the checks of arguments against them; all raise ValueError.
 
     Attributes:
         vocab_size: entries of the vocabulary.
+        slots: number of slots.
         capacity: positions of a slot.
-        lengths: valid positions of each slot.
-        n_unmasked: leading positions that see one another; 0 for plain causal attention.
+        length: of a slot, the number of its valid positions now.
+        n_unmasked: leading positions that attend to each other; 0 for plain causal attention.
     """
 
     vocab_size: int
+    slots: int
     capacity: int
-    lengths: Sequence[int]
+    length: Callable[[int], int]
     n_unmasked: int = 0
 
     def check_slot(self, name: str, slot: int) -> None:
-        """ValueError unless there is such a slot."""
-        check_range(name, slot, 0, len(self.lengths) - 1)
+        """There must be such a slot."""
+        if not self.slots:
+            raise ValueError(f"{name}: got {slot}, expected a slot of the cache; call reserve() first")
+        check_range(name, slot, 0, self.slots - 1)
 
-    def check_tokens(self, low: int, high: int) -> None:
-        """ValueError unless tokens from ``low`` to ``high`` lie in the vocabulary."""
-        for token in (low, high):
-            check_range("token", token, 0, self.vocab_size - 1)
+    def check_length(self, slot: int, length: int) -> None:
+        """The slot must hold that many positions."""
+        check_range("length", length, 0, self.length(slot))
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """All tokens must lie in the vocabulary. The host waits for a GPU."""
+        if tokens.numel():
+            for token in torch.stack(tokens.aminmax()).tolist():
+                check_range("token", token, 0, self.vocab_size - 1)
+
+    def check_step(self, tokens: Tensor, spans: Sequence[Span], logits: str) -> None:
+        """Every span must fit its slot, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` one of `LOGITS`."""
+        if logits not in LOGITS:
+            raise ValueError(f"logits: got {logits!r}, expected one of {', '.join(LOGITS)}")
+        count = sum(span.count for span in spans)
+        if tokens.dtype != torch.int64 or tokens.shape != (count,):
+            raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 ({count},)")
+        seen: set[int] = set()
+        for span in spans:
+            self.check_slot("slot", span.slot)
+            if span.slot in seen:
+                raise ValueError(f"slot: got {span.slot} twice, expected every slot at most once in a step")
+            seen.add(span.slot)
+            if span.count < 1:
+                raise ValueError(f"tokens: got {span.count} for slot {span.slot}, expected at least one")
+            held = self.length(span.slot)
+            if not 0 <= span.start <= held:
+                raise ValueError(f"start: got {span.start}, expected 0 to {held}, the length of slot {span.slot}")
+            if span.stop > self.capacity:
+                raise ValueError(
+                    f"position: got {span.stop - 1}, expected at most {self.capacity - 1}, the cache's last; "
+                    "reserve longer slots"
+                )
+            if 0 < span.start < self.n_unmasked:
+                raise ValueError(
+                    f"start: got {span.start}, expected 0, or {self.n_unmasked} or more; positions of the unmasked "
+                    "prefix attend to each other, so feed them in one piece"
+                )
 
 
-def check_step(spans: Sequence[Span], logits: str, room: Room) -> None:
-    """ValueError naming the slot, start or position of the first span that does not fit, or unknown ``logits``."""
-    if logits not in LOGITS:
-        raise ValueError(f"logits: got {logits!r}, expected one of {', '.join(LOGITS)}")
-    seen: set[int] = set()
-    for span in spans:
-        room.check_slot("slot", span.slot)
-        if span.slot in seen:
-            raise ValueError(f"slot: got {span.slot}, expected every slot at most once in a step")
-        seen.add(span.slot)
-        held = room.lengths[span.slot]
-        if span.count < 1:
-            raise ValueError(f"tokens of slot {span.slot}: got {span.count}, expected at least one")
-        if not 0 <= span.start <= held:
-            raise ValueError(f"start: got {span.start}, expected 0 to {held}, the length of slot {span.slot}")
-        if span.stop > room.capacity:
-            raise ValueError(
-                f"position: got {span.stop - 1}, expected at most {room.capacity - 1}, the last that the cache holds"
-            )
-        if 0 < span.start < room.n_unmasked:
-            raise ValueError(
-                f"start: got {span.start}, expected 0 or from {room.n_unmasked} on: the unmasked prefix sees itself "
-                "whole, so it is fed in one piece"
-            )
+def check_reserve(slots: int, length: int, block_size: int) -> None:
+    """Raises ValueError unless a cache may have that many slots of ``length`` positions."""
+    check_range("slots", slots, 1, _MOST_SLOTS)
+    check_range("length", length, 1, block_size)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+def spans_of(items: Items) -> tuple[Tensor, list[Span]]:
+    """The tokens of all items in turn, int64 (T,) on the CPU, and their spans."""
+    flat: list[int] = []
+    spans = []
+    for slot, start, tokens in items:
+        before = len(flat)
+        flat.extend(_integers("token", tokens))
+        spans.append(Span(slot, start, len(flat) - before))
+    return torch.tensor(flat, dtype=torch.int64), spans
+
+
 class DecodeRequest:
     """Tokens of several sequences to decode side by side.
 
     Attributes:
         slots: (B,), one for each sequence, all different.
-        sequences: contiguous int64 (B, L), into which the tokens are written; what precedes a step is known or is a
-            step itself.
-        steps: (S,), rising positions of the tokens to decode, from 1 on.
-        wanted: bool (B, S); where False, the token that is there stays. Default: all.
-        rows, columns: (S,), where each token stands in its grid, for the noise. Default: row 0, column its step.
-        images: (B,), the images' numbers, for the noise. Default: 0 onwards.
+        sequences: contiguous int64 (B, L), into which the tokens are written. Every token before a step must be known
+            already or be a step itself.
+        steps: (S,), indices of the tokens to decode, rising, from 1 on.
+        wanted: bool (B, S); where False, the sequence keeps its token. Default: all True.
+        rows, columns: (S,), each token's place in its grid, which keys its noise. Default: row 0, column its step.
+        images: (B,), the images' numbers, which key the noise. Default: 0 onwards.
         fed: leading positions that all slots hold already, from an earlier call with the same tokens.
-        choices: only the first so many entries of the vocabulary may be chosen. Default: all.
+        choices: only the first `choices` entries of the vocabulary may be chosen. Default: all.
         choice: how a token is chosen from its logits.
 
     Raises:
-        ValueError: names the argument that is wrong.
+        ValueError: an argument of the wrong shape, type or range; the message names it.
     """
 
-    slots: Sequence[int]
-    sequences: Tensor
-    steps: Sequence[int]
-    wanted: Tensor = None  # type: ignore[assignment]
-    rows: Sequence[int] = None  # type: ignore[assignment]
-    columns: Sequence[int] = None  # type: ignore[assignment]
-    images: Sequence[int] = None  # type: ignore[assignment]
-    fed: int = 0
-    choices: int | None = None
-    choice: Choice = field(default_factory=Choice)
+    def __init__(
+        self,
+        *,
+        slots: Iterable[int],
+        sequences: Tensor,
+        steps: Iterable[int],
+        wanted: Tensor | None = None,
+        rows: Iterable[int] | None = None,
+        columns: Iterable[int] | None = None,
+        images: Iterable[int] | None = None,
+        fed: int = 0,
+        choices: int | None = None,
+        choice: Choice | None = None,
+    ) -> None:
+        self.sequences = sequences
+        self.slots = _integers("slots", slots)
+        self.steps = _integers("steps", steps)
+        batch, count = len(self.slots), len(self.steps)
+        self.wanted = torch.ones(batch, count, dtype=torch.bool) if wanted is None else wanted.bool()
+        self.rows = [0] * count if rows is None else _integers("rows", rows)
+        self.columns = self.steps if columns is None else _integers("columns", columns)
+        self.images = list(range(batch)) if images is None else _integers("images", images)
+        self.fed = _integer("fed", fed)
+        self.choices = None if choices is None else _integer("choices", choices)
+        self.choice = Choice() if choice is None else choice
+        self._check_shapes(batch, count)
+        self._check_values()
 
-    def __post_init__(self) -> None:
-        steps, batch = [int(step) for step in self.steps], len(self.slots)
-        defaults = {
-            "wanted": torch.ones(batch, len(steps), dtype=torch.bool), "rows": [0] * len(steps), "columns": steps,
-            "images": range(batch),
-        }  # fmt: skip
-        object.__setattr__(self, "slots", list(self.slots))
-        object.__setattr__(self, "steps", steps)
-        for name, default in defaults.items():
-            given = getattr(self, name)
-            value = default if given is None else given
-            object.__setattr__(self, name, value.bool() if isinstance(value, Tensor) else list(value))
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
-        sequences, batch, count = self.sequences, len(self.slots), len(self.steps)
+    def _check_shapes(self, batch: int, count: int) -> None:
+        sequences = self.sequences
         if sequences.dtype != torch.int64 or sequences.ndim != 2 or not sequences.is_contiguous():
+            layout = "" if sequences.is_contiguous() else "non-contiguous "
             raise ValueError(
-                f"sequences: got {sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)"
+                f"sequences: got {layout}{sequences.dtype} {tuple(sequences.shape)}, expected contiguous int64 (B, L)"
             )
         if len(sequences) != batch:
             raise ValueError(f"slots: got {batch}, expected one for each of {len(sequences)} sequences")
-        if len(set(self.slots)) != batch:
-            raise ValueError(f"slot: got {self.slots}, expected every slot at most once")
+        if self.wanted.shape != (batch, count):
+            raise ValueError(f"wanted: got shape {tuple(self.wanted.shape)}, expected {(batch, count)}")
         for name, got, expected in (
-            ("wanted", self.wanted.numel(), batch * count), ("rows", len(self.rows), count),
-            ("columns", len(self.columns), count), ("images", len(self.images), batch),
+            ("rows", len(self.rows), count), ("columns", len(self.columns), count), ("images", len(self.images), batch),
         ):  # fmt: skip
             if got != expected:
                 raise ValueError(f"{name}: got {got} values, expected {expected}")
+
+    def _check_values(self) -> None:
+        if len(set(self.slots)) != len(self.slots):
+            raise ValueError(f"slot: got {self.slots}, expected every slot at most once")
+        for before, step in pairwise(self.steps):
+            if step <= before:
+                raise ValueError(f"steps: got {step} after {before}, expected rising steps")
+        for step in (*self.steps[:1], *self.steps[-1:]):
+            check_range("steps", step, 1, self.sequences.shape[1] - 1)
         for name, values in (("rows", self.rows), ("columns", self.columns), ("images", self.images)):
-            for value in values:
-                check_range(name, value, 0, _WORD)
+            if values:
+                check_range(name, min(values), 0, _WORD)
+                check_range(name, max(values), 0, _WORD)
         check_range("fed", self.fed, 0)
-        least = 1
-        for step in self.steps:
-            check_range("steps", step, least, sequences.shape[1] - 1)
-            least = step + 1
 
     def check_fits(self, room: Room, device: torch.device) -> None:
-        """ValueError where an engine on ``device`` has no such slots, positions or vocabulary entries."""
+        """Raises ValueError where an engine on ``device`` has no such slots, positions or vocabulary entries.
+
+        The host waits for a GPU, once.
+        """
         if self.sequences.device != device:
             raise ValueError(f"sequences: got a tensor on {self.sequences.device}, expected one on {device}")
         if self.choices is not None:
             check_range("choices", self.choices, 1, room.vocab_size)
         for slot in self.slots:
             room.check_slot("slot", slot)
-            if self.fed > room.lengths[slot]:
-                raise ValueError(
-                    f"fed: got {self.fed}, expected at most {room.lengths[slot]}, the length of slot {slot}"
-                )
+            held = room.length(slot)
+            if self.fed > held:
+                raise ValueError(f"fed: got {self.fed}, expected at most {held}, the length of slot {slot}")
         if self.steps and self.steps[-1] > room.capacity:
             raise ValueError(
-                f"steps: got {self.steps[-1]}, expected at most {room.capacity}, one more than the cache holds"
+                f"steps: got {self.steps[-1]}, expected at most {room.capacity}, one more than the cache's last "
+                "position; reserve longer slots"
             )
         if self.slots and self.steps:
-            room.check_tokens(*self._given_tokens().aminmax())
+            room.check_tokens(self._given_tokens())
 
     def _given_tokens(self) -> Tensor:
-        """The tokens that are fed as they are given, 0 where one is to be decoded. Waits for a GPU."""
+        """The tokens that the caller gives, 0 in place of those to decode: int64 (B, last step + 1)."""
         given = torch.ones(len(self.slots), self.steps[-1] + 1, dtype=torch.bool)
-        given[:, self.steps] = ~self.wanted.cpu().reshape(len(given), -1)
+        given[:, self.steps] = ~self.wanted.cpu()
         return self.sequences[:, : given.shape[1]].masked_fill(~given.to(self.sequences.device), 0)
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, expected an integer") from None
+
+
+def _integers(name: str, values: Iterable[int]) -> list[int]:
+    return [_integer(name, value) for value in values]

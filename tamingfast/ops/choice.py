@@ -1,4 +1,4 @@
-"""The one home of the token choice: temperature, top-k and top-p, and Gumbel-max with counter-based noise.
+"""The token choice: temperature, top-k, top-p, and Gumbel-max with counter-based noise; limits are checked here alone.
 
 A token is `argmax(filtered(logits / temperature) + g)`, which is an exact draw from the softmax of the
 filtered logits (the Gumbel-max trick). The noise `g` is a pure function of (seed, image, row, column,
@@ -30,6 +30,7 @@ WORD = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+_FLOAT32 = torch.finfo(torch.float32)  # logits are divided by the temperature in this type
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,11 +61,11 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
 def check_seed(seed: int) -> None:
     """Raises UserError unless `seed` fits the 64-bit key."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
-        raise UserError(f"seed is {seed!r}, but it must be an integer from 0 to 2**64 - 1")
+        raise UserError(f"seed: got {seed!r}, expected an integer from 0 to 2**64 - 1")
 
 
 def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise of every vocabulary entry at the given places, as the module's head defines it.
+    """Standard Gumbel noise of every vocabulary entry at the given places, as this module's docstring defines it.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -87,13 +88,23 @@ def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: i
 
 
 def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
-    """Raises UserError when a sampling option is outside its range."""
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}, but it must be positive and finite: use greedy instead")
-    if top_k is not None and (top_k != int(top_k) or top_k < 1):
-        raise UserError(f"top_k is {top_k}, but it must be an integer of at least 1, or None to keep all")
+    """Raises UserError when a sampling option is outside its range.
+
+    A float32 must hold the temperature; a `top_k` of type float must have an integer's value.
+    """
+    if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
+        raise UserError(f"temperature: got {temperature}, expected a positive number that a float32 holds; for 0 use greedy")
+    if top_k is not None and (isinstance(top_k, bool) or not 1 <= top_k < float("inf") or top_k != int(top_k)):
+        raise UserError(f"top_k: got {top_k}, expected an integer of at least 1, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}, but it must be above 0 and at most 1, or None to keep all")
+        raise UserError(f"top_p: got {top_p}, expected a number above 0 and at most 1, or None to keep all tokens")
+
+
+def check_chosen(nan: bool, nothing: bool) -> None:
+    """Raises ValueError where a row of logits held NaN (`nan`) or no finite entry (`nothing`), so nothing was chosen."""
+    if nan or nothing:
+        found = "NaN" if nan else "only -inf"
+        raise ValueError(f"logits: got {found} in a row, expected numbers to choose a token from; check the weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +113,7 @@ class Choice:
 
     Attributes:
         temperature, top_k, top_p: as in `choose`; None keeps all entries.
-        greedy: the best entry, without noise, temperature and filters.
+        greedy: take the best entry; noise, temperature and filters have no effect.
         seed: of `gumbel_noise`.
 
     Raises:
@@ -118,14 +129,20 @@ class Choice:
     def __post_init__(self) -> None:
         check_filters(self.temperature, self.top_k, self.top_p)
         check_seed(self.seed)
+        # The extension takes Python's own numbers only.
+        object.__setattr__(self, "temperature", float(self.temperature))
+        object.__setattr__(self, "top_k", None if self.top_k is None else int(self.top_k))
+        object.__setattr__(self, "top_p", None if self.top_p is None else float(self.top_p))
+        object.__setattr__(self, "greedy", bool(self.greedy))
+        object.__setattr__(self, "seed", int(self.seed))
 
 
 def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Keeps the `top_k` best entries, then the nucleus of probability `top_p` among them; others become -inf.
 
-    Entries that tie with the k-th best are kept; a `top_k` above V keeps all. The nucleus is the shortest
-    run of entries, best first, whose probability exceeds `top_p` (the entry that crosses it is in); among
-    equal logits the lower index comes first. Source of the nucleus: Holtzman et al., "The Curious Case of
+    Entries that tie with the k-th best are kept; a `top_k` above V keeps all. The nucleus is the shortest list of
+    entries, best first, whose total probability exceeds `top_p`, including the entry that crosses it; among equal
+    logits the lower index comes first. Source of the nucleus: Holtzman et al., "The Curious Case of
     Neural Text Degeneration", section 3.1.
 
     Args:
@@ -135,7 +152,7 @@ def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = 
         The shape and dtype of `logits`.
 
     Raises:
-        UserError: top_k < 1, or top_p outside (0, 1].
+        UserError: an option outside its range; see `check_filters`.
     """
     check_filters(top_k=top_k, top_p=top_p)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -158,27 +175,26 @@ def choose(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Chooses one token per row: Gumbel-max with `noise`, the best without it; ties go to the lowest index.
+    """Chooses one token per row: Gumbel-max with `noise`, the best entry without it; ties go to the lowest index.
 
     Args:
-        logits: floating point (..., V). They are divided by `temperature` before filtering, as in the
-            original, which matters to the nucleus only.
-        noise: (..., V) from `gumbel_noise`, or None for the greedy choice, which no option changes.
+        logits: floating point (..., V), divided by `temperature` before filtering, as in the original; the order
+            matters to `top_p` only.
+        noise: (..., V) from `gumbel_noise`, or None for the greedy choice, on which the options have no effect.
 
     Returns:
         int64 (...,).
 
     Raises:
-        UserError: temperature <= 0, top_k < 1, or top_p outside (0, 1].
-        ValueError: logits with NaN, or without any finite entry.
+        UserError: an option outside its range; see `check_filters`.
+        ValueError: a row of logits has NaN, or no finite entry.
     """
     check_filters(temperature, top_k, top_p)
     scores = logits.float()
     if noise is not None:
         scores = top_k_top_p(scores / temperature, top_k, top_p) + noise
     tokens = scores.argmax(-1)
-    best = scores.gather(-1, tokens[..., None])
-    if not bool((best > -torch.inf).all()):  # argmax lands on NaN where there is one
-        found = "NaN" if bool(best.isnan().any()) else "only -inf"
-        raise ValueError(f"logits hold {found} in some row, so no token can be chosen: check the weights")
+    best = scores.gather(-1, tokens[..., None])  # NaN if the row has any: argmax prefers it
+    if not bool((best > -torch.inf).all()):
+        check_chosen(nan=bool(best.isnan().any()), nothing=True)
     return tokens

@@ -228,7 +228,7 @@ def _speed(
     if max(grid) > options["window"]:
         side = options["window"] + 1
         nearby = Timer(prior, (side, side), options, repeats)
-        seconds = nearby.whole(batch, backend="naive") / nearby.tokens * timer.tokens
+        seconds = nearby.whole(batch, engine="naive") / nearby.tokens * timer.tokens
         speed = {"paper": timer.figures(seconds, batch) | {"tokens_timed": nearby.tokens}}
         speed["strided"] = timer.figures(timer.whole(batch, **_strided(settings)), batch)
     else:

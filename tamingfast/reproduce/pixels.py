@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tamingfast import evaluation, images, tasks
 from tamingfast.checkpoints.run_directory import progress, read_metrics
+from tamingfast.engines.selection import choose_engine
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.prior import Net2NetTransformer
@@ -25,7 +26,6 @@ from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce.budget import scaled, training_flops
 from tamingfast.reproduce.study import Study, draw_images, geometry, images_at, sampling_options, spread
 from tamingfast.reproduce.timing import Timer
-from tamingfast.sampling.sampler import choose_backend
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def measure_speed(
     for name, timer in timers.items():
         logger.info("timing %s", name)
         speed["paper"][name] = timer.paper_protocol(batch, prefixes, whole=name == "latents")
-        speed["cached"][name] = timer.figures(timer.whole(batch, backend="torch"), batch)
+        speed["cached"][name] = timer.figures(timer.whole(batch, engine="torch"), batch)
         speed["fastest"][name] = _fastest(timer, speed["cached"][name], fastest_batches, fastest_dtypes)
     speed["seconds"] = time.perf_counter() - began
     return speed
@@ -247,9 +247,9 @@ def _fastest(
     tried = [(timer.row(batch, dtype=dtype) / batch, batch, dtype) for batch in batches for dtype in dtypes]
     measured = [{**cached, "backend": "torch", "dtype": None}]
     for _, batch, dtype in sorted(tried, key=itemgetter(0))[:2]:
-        figures = timer.figures(timer.whole(batch, backend="auto", dtype=dtype), batch)
-        backend, _ = choose_backend("auto", timer.prior.transformer, dtype)
-        measured.append({**figures, "backend": backend, "dtype": dtype})
+        figures = timer.figures(timer.whole(batch, engine="auto", dtype=dtype), batch)
+        engine, _ = choose_engine("auto", timer.prior.transformer, dtype)
+        measured.append({**figures, "backend": engine, "dtype": dtype})
     best = min(measured, key=itemgetter("seconds_per_image"))
     candidates = [{"batch": batch, "dtype": dtype, "row_seconds_per_image": row} for row, batch, dtype in tried]
     return {**best, "measured": measured, "candidates": candidates}

@@ -57,14 +57,14 @@ class Timer:
         measurements.
         """
         mask = torch.zeros(self.tokens, dtype=torch.bool)
-        idle = self._median(lambda: self._sample(batch, mask=mask, backend="naive"), self.repeats)
+        idle = self._median(lambda: self._sample(batch, mask=mask, engine="naive"), self.repeats)
         seconds = []
         for length in lengths:
             here = mask.clone()
             here[length : length + STEPS_PER_NODE] = True
 
             def steps(here: Tensor = here) -> Tensor:
-                return self._sample(batch, mask=here, backend="naive")
+                return self._sample(batch, mask=here, engine="naive")
 
             seconds.append((self._median(steps, self.repeats) - idle) / STEPS_PER_NODE)
         return seconds
@@ -76,8 +76,8 @@ class Timer:
         timed, interpolated and summed over all steps; with ``whole`` a whole run is timed as well, as a check.
         """
         if not prefixes:
-            return self.figures(self.whole(batch, backend="naive"), batch) | {"integrated": False}
-        check = self.whole(batch, backend="naive") / batch if whole else None
+            return self.figures(self.whole(batch, engine="naive"), batch) | {"integrated": False}
+        check = self.whole(batch, engine="naive") / batch if whole else None
         nodes = np.linspace(0, self.tokens - STEPS_PER_NODE, prefixes).astype(int).tolist()
         step_seconds = self.naive_steps(batch, nodes)
         middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]

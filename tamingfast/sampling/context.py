@@ -1,4 +1,4 @@
-"""What stands before the image tokens of a window: the same for all, a crop of a grid, or one of its own."""
+"""Condition tokens in front of a window's image tokens: the same for all, a crop of a grid, or its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tamingfast.sampling.schedule import Schedule
 
 
 class Context:
-    """The conditioning of each window of a schedule.
+    """The condition of each window of a schedule.
 
     Args:
         cond: int64 (B, c), the same before every window; (B, height, width), cropped with it in raster order, whatever
-            the order of the image tokens; or (B, height, width, c), for each window what stands at its corner.
+            the order of the image tokens; or (B, height, width, c), for each window the entry at its corner.
 
     Attributes:
-        length: tokens before each window.
+        length: condition tokens before each window.
         fixed: whether they are the same before every window.
     """
 

@@ -1,64 +1,44 @@
-"""Backends of the sampler: the torch ones tell the logits of a window's next token, the native one decodes runs."""
+"""Decoding one window's tokens one after the other: in torch with or without a cache, or in a native engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tamingfast.engines.cpu import GPTEngine
-from tamingfast.engines.cuda import CudaEngine
-
-
-@dataclass(frozen=True)
-class Task:
-    """Tokens to decode one after the other inside one window.
-
-    Attributes:
-        sequence: int64 (B, c + n), conditioning first; the decoded tokens are written into it.
-        steps: (S,), rising positions in the sequence.
-        wanted: bool (B, S); where False, the token that is there stays.
-        rows, columns: (S,), where the tokens stand in the grid.
-        before: how many positions were decoded in earlier tasks.
-    """
-
-    sequence: Tensor
-    steps: list[int]
-    wanted: Tensor
-    rows: list[int]
-    columns: list[int]
-    before: int
+from tamingfast.engines import CudaEngine, DecodeRequest, GPTEngine
+from tamingfast.engines.networks import Transformer
+from tamingfast.ops.choice import Choice
 
 
 class Decoder(Protocol):
-    """What the sampler asks of a backend."""
+    """Gives the logits of one token after the other of a window."""
 
     def enter(self, sequence: Tensor) -> None:
-        """Moves to a window of tokens `sequence`: int64 (B, c + n), conditioning first.
+        """Move to the window of tokens ``sequence``: int64 (B, c + n), the condition first.
 
-        The sampler writes the tokens that it decodes into it.
+        The caller writes the tokens that it chooses into it.
         """
 
     def logits(self, length: int) -> Tensor:
-        """Logits (B, V) of token `length` of the sequence, given those before it.
+        """Logits (B, V) of token ``length`` of the sequence, given all before it.
 
-        Those are known by then; `length` rises within a window.
+        Those are known by then; ``length`` rises within a window.
         """
 
 
 class NaiveDecoder:
-    """The paper's protocol: a full forward pass for every token, nothing kept.
+    """The paper's protocol: a full forward pass for every token, no cache.
 
     Args:
         gpt: the transformer.
-        whole_window: pass the whole window each time, as the original's sliding-window scripts do, instead of
-            the tokens before the wanted one, as its `sample` does. Both are the same function as long as
-            attention is causal over image tokens.
+        whole_window: pass the whole window each time, as the original's sliding-window scripts do, instead of only the
+            tokens before the wanted one, as its `sample` does. The two are the same function where attention is causal
+            over image tokens.
     """
 
-    def __init__(self, gpt: nn.Module, whole_window: bool) -> None:
+    def __init__(self, gpt: Transformer, whole_window: bool) -> None:
         self.gpt = gpt
         self.whole_window = whole_window
 
@@ -71,19 +51,19 @@ class NaiveDecoder:
 
 
 class CachedDecoder:
-    """A static key/value cache that is extended while the window stays and refilled when it moves.
+    """A static key/value cache that grows while the window stays and is refilled when it moves.
 
-    Position embeddings are learned per place in the sequence, so a moved window makes the keys of its image
-    tokens stale; those of a conditioning prefix that is the same in every window stay valid.
+    Position embeddings belong to places in the sequence, so a moved window makes the keys of its image tokens stale;
+    those of a condition that is the same in every window stay valid.
 
     Args:
-        gpt: the transformer; its `n_unmasked` must not reach beyond the conditioning tokens.
+        gpt: the transformer; its ``n_unmasked`` must not exceed the number of conditioning tokens.
         batch: B.
         length: the longest sequence that is fed.
         shared: leading tokens that are the same in every window.
     """
 
-    def __init__(self, gpt: nn.Module, batch: int, length: int, shared: int) -> None:
+    def __init__(self, gpt: Transformer, batch: int, length: int, shared: int) -> None:
         self.gpt = gpt
         self.shared = shared
         self.cache = gpt.new_cache(batch, length)
@@ -94,8 +74,8 @@ class CachedDecoder:
         self.fed = min(self.fed, self.shared)
 
     def logits(self, length: int) -> Tensor:
-        start = min(self.fed, length - 1)  # a kept prefix may hold all that is needed except the logits
-        if start < self.gpt.config.n_unmasked:  # bidirectional tokens see each other, so they go in together
+        start = min(self.fed, length - 1)  # the cache may cover the whole input, but the logits were not kept
+        if start < self.gpt.config.n_unmasked:  # bidirectional tokens see one another, so they go in together
             start = 0
         logits = self.gpt.forward_cached(self.sequence[:, start:length], self.cache, start)
         self.fed = length
@@ -103,25 +83,40 @@ class CachedDecoder:
 
 
 class NativeDecoder:
-    """The extension's engine: whole runs of tokens, chosen there too; keys and values are kept as `CachedDecoder` does.
+    """A native engine, which decodes and chooses whole runs of tokens; it uses its cache as `CachedDecoder` does.
 
     Args:
-        engine: with a slot for each image of the batch, all empty.
-        batch: B.
+        engine: with an empty slot for each image of the batch.
+        images: the images' numbers, for the noise.
         shared: leading tokens that are the same in every window.
-        options: of the choice, for `GPTEngine.decode`.
+        choices: entries of the vocabulary that may be chosen, the first ones.
+        choice: how a token is chosen.
     """
 
-    def __init__(self, engine: GPTEngine | CudaEngine, batch: int, shared: int, options: dict[str, Any]) -> None:
-        self.engine = engine
-        self.slots = range(batch)
-        self.shared = shared
-        self.options = options
+    def __init__(
+        self, engine: GPTEngine | CudaEngine, images: range, shared: int, choices: int, choice: Choice
+    ) -> None:
+        self.engine, self.images, self.shared = engine, images, shared
+        self.choices, self.choice = choices, choice
 
-    def decode(self, task: Task, report: Callable[[int], None] | None, every: int) -> None:
-        """Does the task; calls `report` with the positions decoded in all tasks, whenever `every` divides it."""
-        fed = min([self.shared, *(self.engine.length(slot) for slot in self.slots)])
-        self.engine.decode(
-            self.slots, task.sequence, task.steps, wanted=task.wanted, rows=task.rows, columns=task.columns, fed=fed,
-            progress=report, every=every, before=task.before, **self.options,
+    def decode(
+        self,
+        sequence: Tensor,
+        steps: list[int],
+        wanted: Tensor,
+        rows: list[int],
+        columns: list[int],
+        progress: Callable[[int], None] | None,
+        every: int,
+    ) -> None:
+        """Write the tokens at positions ``steps`` of ``sequence`` (B, c + n); see `DecodeRequest`.
+
+        ``progress(done)`` is called whenever ``every`` divides the number of steps done.
+        """
+        slots = range(len(self.images))
+        request = DecodeRequest(
+            slots=slots, sequences=sequence, steps=steps, wanted=wanted, rows=rows, columns=columns,
+            images=self.images, fed=min([self.shared, *map(self.engine.length, slots)]), choices=self.choices,
+            choice=self.choice,
         )  # fmt: skip
+        self.engine.decode(request, progress=progress, every=every)

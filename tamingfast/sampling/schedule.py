@@ -1,26 +1,26 @@
-"""Which positions of a token grid are decoded in which order, and inside which attention window.
+"""Which cells of a token grid are decoded in which order, and inside which attention window.
 
 A window is a rectangle of at most `window` x `window` tokens, cut to the grid where the grid is smaller. The
-transformer sees it as one sequence; consecutive positions that are decoded in one window form a `Run` and can
-share its key/value cache.
+transformer sees it as one sequence; cells that are decoded one after the other in one window form a `Run` and share
+its key/value cache.
 
-Rules, for a position p on an axis of n tokens with a window of w tokens (both axes alike):
+Rules, for a cell at coordinate p on an axis of n tokens with a window of w tokens (both axes alike):
     paper    start = p - local, with local = p at the near edge, w - (n - p) at the far edge and w // 2
              between, which is clip(p - w // 2, 0, n - w): the sliding window of Esser et al. 2021, section
              3.3, as their sampling code has it.
     scene    start = clip(p - (w - 1) // 2, 0, n - w): one token less behind; p - 7 when w = 16.
     strided  start = the paper's rule rounded down to a multiple of `stride`, so that up to `stride` tokens of
-             a row share a window. Above w - w // 2 only w - stride tokens are asked for behind p, so that p
-             stays inside.
-    block    windows at multiples of `stride` (the last at n - w) in raster order; each decodes all that is
+             a row share a window. For strides above w - w // 2 the rule keeps only w - stride tokens behind p,
+             so that p stays inside.
+    block    windows at multiples of `stride` (the last at n - w) in raster order; each decodes everything
              still unknown inside it.
 `paper`, `scene` and `strided` decode the grid in raster order, `block` in raster order within windows. Under
-every rule all tokens that precede a position in its window's sequence are known when it is decoded. With
-`stride` >= w - w // 2, `strided` and `block` give every position the same window, hence the same token.
+every rule all tokens that precede a cell in its window's sequence are known when it is decoded. With
+`stride` >= w - w // 2, `strided` and `block` give every cell the same window, hence the same token.
 
-Nothing forces one position at a time. Whatever the rule, all a position needs lies before it in its window, so
-the grid falls into waves (`make_waves`): a position's wave is the first after those of the tokens before it. For
-an unmasked grid wider than the window that makes (height - 1) * w + width waves instead of height * width steps.
+Cells need not be decoded one at a time. Under any rule a cell depends only on tokens before it in its window, so
+the grid splits into waves (`make_waves`): a cell's wave is one after the latest of the tokens it depends on. An
+unmasked grid wider than the window takes (height - 1) * w + width waves instead of height * width steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import heapq
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -37,13 +36,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from tamingfast.errors import UserError
 
-Rule = Literal["paper", "scene", "strided", "block"]
-RULES: tuple[str, ...] = get_args(Rule)
+RULES = ("paper", "scene", "strided", "block")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Positions decoded one after the other inside one window.
+    """Cells decoded one after the other inside one window; with a mask their steps may have gaps.
 
     Attributes:
         row, column: the window's upper left corner in the grid.
@@ -57,16 +55,16 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Which window each position of a height x width grid is decoded in, and which positions are.
+    """The window in which each cell of a height x width grid is decoded, and which cells are to be decoded.
 
     Attributes:
         height, width: of the grid, in tokens.
         window_height, window_width: of every window, in tokens.
-        order: int64 (window tokens,); token k of a window's sequence lies at its raster cell order[k].
-        row_starts: int64 (height,), the first row of the window in which a row's positions are decoded.
+        order: int64 (window tokens,); step k of a window's sequence is the window's raster cell order[k].
+        row_starts: int64 (height,), the first row of the window in which a row's cells are decoded.
         column_starts: int64 (width,), likewise its first column.
-        by_window: whether a window is finished before the next is entered; else the grid goes in raster order.
-        wanted: bool (height, width), the positions to decode; the others are known.
+        by_window: whether a window is finished before the next is entered; else the grid is decoded in raster order.
+        wanted: bool (height, width), the cells to decode; the others are known.
     """
 
     height: int
@@ -96,41 +94,45 @@ class Schedule:
 
     @cached_property
     def corners(self) -> NDArray[np.int64]:
-        """Raster index of the upper left corner of each position's window: int64 (height * width,)."""
+        """Raster index of the upper left corner of each cell's window: int64 (height * width,)."""
         return np.add.outer(self.row_starts * self.width, self.column_starts).reshape(-1)
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
-        """Index of each position in its window's sequence: int64 (height * width,)."""
+        """Step of each cell in its window's sequence: int64 (height * width,)."""
         row = np.arange(self.height) - self.row_starts
         column = np.arange(self.width) - self.column_starts
         return np.argsort(self.order)[np.add.outer(row * self.window_width, column).reshape(-1)]
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """Every wanted position as a step of one run, in an order in which they can be decoded."""
+        """All wanted cells, each in one run, in an order in which they can be decoded."""
         positions = self.positions()
         corner, step = self.corners[positions], self.steps[positions]
         moves = np.flatnonzero(np.diff(corner)) + 1
         parts = zip(np.split(corner, moves), np.split(step, moves), strict=True)
-        return tuple(Run(*map(int, divmod(c[0], self.width)), steps) for c, steps in parts if len(steps))
+        return tuple(
+            Run(row=int(corners[0]) // self.width, column=int(corners[0]) % self.width, steps=steps)
+            for corners, steps in parts
+            if len(steps)
+        )
 
     def cells(self, run: Run) -> NDArray[np.int64]:
         """Raster indices in the grid of the window's sequence: int64 (window_tokens,)."""
         return run.row * self.width + run.column + self.offsets
 
     def positions(self) -> NDArray[np.int64]:
-        """Raster indices in the grid of all wanted positions, in decoding order."""
+        """Raster indices of all wanted cells, in decoding order."""
         keys = (self.steps, self.corners) if self.by_window or self.single_window else (np.arange(self.steps.size),)
         visited = np.lexsort(keys)
         return visited[self.wanted.reshape(-1)[visited]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Schedule:
-        """The schedule without the positions that are False in `wanted` (height, width): they are known."""
+        """The schedule without the cells that are False in ``wanted`` (height, width), whose tokens are known."""
         return replace(self, wanted=self.wanted & wanted.reshape(self.wanted.shape))
 
 
-def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper", stride: int = 8) -> Schedule:
+def make_schedule(height: int, width: int, window: int = 16, rule: str = "paper", stride: int = 8) -> Schedule:
     """Plans a height x width grid of tokens under one of the rules at the head of this module.
 
     Args:
@@ -141,12 +143,14 @@ def make_schedule(height: int, width: int, window: int = 16, rule: Rule = "paper
         UserError: an unknown rule, a size below 1, or a stride above the window.
     """
     if rule not in RULES:
-        raise UserError(f"schedule is {rule!r}, but it must be one of {', '.join(RULES)}")
+        raise UserError(f"schedule: got {rule!r}, expected one of {', '.join(RULES)}")
     for name, value in (("height", height), ("width", width), ("window", window), ("stride", stride)):
         if value < 1:
-            raise UserError(f"{name} is {value}, but it must be at least 1 token")
+            raise UserError(f"{name}: got {value} tokens, expected at least 1")
     if rule in ("strided", "block") and stride > window:
-        raise UserError(f"stride is {stride}, but schedule {rule!r} needs at most the window's {window} tokens")
+        raise UserError(
+            f"stride: got {stride} tokens, expected at most {window}, the window's side, for schedule {rule!r}"
+        )
     window_height, window_width = min(window, height), min(window, width)
     return Schedule(
         height=height,
@@ -165,21 +169,21 @@ def one_window(height: int, width: int, order: ArrayLike) -> Schedule:
     """Plans a grid that one window covers; token k of the sequence lies at raster cell order[k].
 
     Raises:
-        ValueError: `order` is no permutation of the grid's cells.
+        ValueError: `order` is not a permutation of the grid's cells.
     """
     order = np.asarray(order, dtype=np.int64)
     if not np.array_equal(np.sort(order), np.arange(height * width)):
-        raise ValueError(f"order has {order.size} entries, but it must be a permutation of {height * width} grid cells")
+        raise ValueError(f"order: got {order.size} entries, expected a permutation of the {height * width} grid cells")
     return replace(make_schedule(height, width, max(height, width)), order=order)
 
 
-def window_starts(size: int, window: int, rule: Rule, stride: int) -> NDArray[np.int64]:
-    """First token of the window for each position of one axis, int64 (size,)."""
+def window_starts(size: int, window: int, rule: str, stride: int) -> NDArray[np.int64]:
+    """First coordinate of the window for each coordinate of one axis, int64 (size,)."""
     behind = {
         "paper": window // 2,
         "scene": (window - 1) // 2,
         "strided": min(window // 2, max(window - stride, 0)),
-        "block": max(window - stride, 0),  # the first window that reaches p has room for a stride behind it
+        "block": max(window - stride, 0),  # windows overlap by this; a cell belongs to the first that reaches it
     }[rule]
     step = stride if rule in ("strided", "block") else 1
     starts = np.maximum(np.arange(size) - behind, 0) // step * step
@@ -188,20 +192,20 @@ def window_starts(size: int, window: int, rule: Rule, stride: int) -> NDArray[np
 
 @dataclass(frozen=True, eq=False)
 class Waves:
-    """Positions in groups that may be sampled at once, each with the cache slot that its window's tokens are in.
+    """Cells in groups that may be sampled at once, each with the cache slot that holds its window's tokens.
 
-    Entry e samples the token at `cells[e]`: the tokens of its window's sequence from `fed[e]` (with the conditioning
-    before them when that is -1: the slot holds nothing of this window) up to and without `steps[e]` go into slot
-    `slots[e]`, and the logits of the last of them decide. Entries of a wave use different slots; a slot keeps what it
-    was fed until an entry with `fed` -1 takes it over.
+    Entry e samples the token of `cells[e]`: steps `fed[e]` to `steps[e]` - 1 of its window's sequence are fed into slot
+    `slots[e]`, and the token is chosen from the logits of the last of them. `fed[e]` is -1 where the slot holds nothing
+    of this window yet, so that the condition is fed too. Entries of a wave use different slots; a slot keeps its
+    content until an entry with `fed` -1 takes it over.
 
     Attributes:
         bounds: int64 (number of waves + 1,); wave i is the entries bounds[i] to bounds[i + 1].
         cells: int64, raster index in the grid of the sampled token.
         corners: int64, raster index in the grid of its window's upper left corner.
-        steps: int64, its index in the window's sequence.
+        steps: int64, its step in the window's sequence.
         slots: int64, the cache slot.
-        fed: int64, image tokens of this window that the slot holds already, or -1.
+        fed: int64, number of this window's image tokens that the slot already holds, or -1.
     """
 
     bounds: NDArray[np.int64]
@@ -215,14 +219,14 @@ class Waves:
         return len(self.bounds) - 1
 
     def tokens_fed(self, prefix: int) -> int:
-        """Tokens that pass through the transformer for one image with `prefix` conditioning tokens."""
+        """Tokens that pass through the transformer for one image with ``prefix`` condition tokens."""
         return int(np.where(self.fed < 0, prefix + self.steps, self.steps - self.fed).sum())
 
 
 def wave_numbers(plan: Schedule) -> NDArray[np.int64]:
-    """The wave in which each position may be sampled, int64 (height, width); -1 where it is known.
+    """The wave in which each cell may be sampled, int64 (height, width); -1 where the token is known.
 
-    It is one more than the latest wave among the tokens that precede the position in its window's sequence.
+    It is one more than the latest wave among the tokens that precede the cell in its window's sequence.
     """
     numbers = np.full((plan.height, plan.width), -1)
     if plan.single_window:
@@ -236,8 +240,8 @@ def wave_numbers(plan: Schedule) -> NDArray[np.int64]:
             continue
         above = numbers[top:row].max(0, initial=-1)
         earliest = sliding_window_view(above, plan.window_width).max(-1)[plan.column_starts[columns]] + 1
-        # In a row each position follows its wanted neighbour to the left, unless that lies outside its window: then a
-        # new chain begins. number = max over the chain so far of (earliest - rank), plus its own rank.
+        # In a row each cell follows its wanted left neighbour, unless that lies outside its window: then a new chain
+        # begins. number = max over the chain so far of (earliest - rank), plus the cell's own rank.
         chain = np.zeros(len(columns), np.int64)
         chain[1:] = np.cumsum(columns[:-1] < plan.column_starts[columns[1:]])
         rank = np.arange(len(columns))
@@ -247,11 +251,11 @@ def wave_numbers(plan: Schedule) -> NDArray[np.int64]:
 
 
 def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
-    """Groups the wanted positions of `plan` into waves and assigns cache slots to their windows.
+    """Groups the wanted cells of ``plan`` into waves and assigns cache slots to their windows.
 
     Args:
-        slots: how many windows the cache holds at once, at least 1; waves of more positions are cut. When it is full
-            the window that is needed again last makes room (Belady's rule). None: as many as are of use.
+        slots: number of windows that the cache holds at once, at least 1; waves of more cells are cut. When the cache
+            is full, the window whose next use is furthest away is evicted (Belady's rule). None: as many as are useful.
 
     Raises:
         ValueError: slots < 1.
@@ -274,16 +278,18 @@ def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
 def _assign_slots(
     bounds: list[int], corners: list[int], steps: list[int], slots: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Slot and tokens fed before, per entry."""
+    """(slot, number of image tokens that it already holds or -1) of each entry."""
     never = len(corners)
-    following, last_seen = [never] * len(corners), {}
+    following = [never] * len(corners)
+    last_seen: dict[int, int] = {}
     for entry in range(len(corners) - 1, -1, -1):
         following[entry] = last_seen.get(corners[entry], never)
         last_seen[corners[entry]] = entry
     slot, fed = [0] * len(corners), [-1] * len(corners)
     resident: dict[int, int] = {}  # window -> the entry that used it last
-    free, opened = [], 0  # slots given back, and how many were ever used
-    latest: list[tuple[int, int]] = []  # (-entry that needs it again, window): the heap to evict from
+    free: list[int] = []  # slots given back
+    opened = 0  # slots ever used
+    latest: list[tuple[int, int]] = []  # heap of (-entry of its next use, window), to evict from
     for first, last in pairwise(bounds):
         for entry in range(first, last):
             previous = resident.get(corners[entry])
@@ -293,7 +299,7 @@ def _assign_slots(
                 slot[entry] = heapq.heappop(free) if free else opened
                 opened = max(opened, slot[entry] + 1)
             else:
-                # An entry of this wave is needed sooner than any other, so what is evicted is none of them.
+                # Windows of this wave are used soonest, so none of them is evicted.
                 while True:
                     needed, window = heapq.heappop(latest)
                     if window in resident and following[resident[window]] == -needed:

@@ -1,45 +1,45 @@
-"""Executes a schedule wave by wave: all positions whose context is known in one ragged call.
+"""Executes a schedule wave by wave: all cells whose context is known in one ragged call.
 
-Per wave and image only tokens that the wanted logits depend on, and that the window's cache slot does not hold
-already, pass through the transformer; see `tamingfast.sampling.schedule.Waves`.
+Per wave and image only those tokens pass through the transformer on which the wanted logits depend and which the
+window's cache slot does not hold yet; see `tamingfast.sampling.schedule.Waves`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tamingfast.engines.cpu import GPTEngine
-from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines import CudaEngine, GPTEngine
+from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import available_memory
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 
-#: Bytes for keys and values unless the caller says otherwise.
+#: Default number of bytes for keys and values.
 MEMORY = 2 << 30
 #: Tokens per call: enough to fill any machine, few enough for activations to stay small beside the cache.
 TOKENS_PER_CALL = 8192
-#: Bytes for each place of a grid while its waves are made, at their most, and, reckoned, for each token of each image.
+#: Peak bytes per cell while waves are planned (measured), and bytes per token of each image (estimated).
 PLANNING, HOLDING = 300, 50
 
 
-class Engine(Protocol):
-    """What runs the transformer for a wave."""
+class WaveEngine(Protocol):
+    """Runs the transformer for a wave."""
 
     def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:
         """Feeds int64 (B, T), the tokens of all spans in turn, into their slots; logits (B, number of spans, V)."""
 
 
-class TorchEngine:
-    """The transformer itself, with `slots` caches of `batch` sequences of `length` tokens each."""
+class TorchWaves:
+    """The transformer in torch, with ``slots`` caches of ``batch`` sequences of ``length`` tokens each."""
 
-    def __init__(self, gpt: nn.Module, slots: int, batch: int, length: int) -> None:
+    def __init__(self, gpt: Transformer, slots: int, batch: int, length: int) -> None:
         self.gpt = gpt
         self.cache = gpt.new_slots(slots, batch, length)
 
@@ -47,45 +47,45 @@ class TorchEngine:
         return self.gpt.forward_ragged(tokens, self.cache, spans)
 
 
-class NativeEngine:
-    """The extension's engine, whose slot ``slot * batch + image`` holds one image's window."""
+class NativeWaves:
+    """A native engine, whose slot ``slot * batch + image`` holds one image's window."""
 
     def __init__(self, engine: GPTEngine | CudaEngine, batch: int) -> None:
         self.engine, self.batch = engine, batch
 
     def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:
-        # The images' like spans lie side by side, so that an engine may attend to them together.
+        # Equal spans of the images lie side by side, so that an engine may attend to them together.
         each = [Span(span.slot * self.batch + i, span.start, span.count) for span in spans for i in range(self.batch)]
         flat = torch.cat([part.flatten() for part in tokens.split([span.count for span in spans], 1)])
         return self.engine.feed(flat, each).view(len(spans), self.batch, -1).transpose(0, 1)
 
 
-def slot_bytes(gpt: nn.Module, batch: int, length: int) -> int:
-    """Bytes of the keys and values of `batch` sequences of `length` tokens."""
-    return 2 * len(gpt.blocks) * batch * length * gpt.config.n_embd * gpt.pos_emb.element_size()
+def slot_bytes(gpt: Transformer, batch: int, length: int) -> int:
+    """Bytes of the keys and values of ``batch`` sequences of ``length`` tokens."""
+    return 2 * gpt.config.n_layer * batch * length * gpt.config.n_embd * gpt.pos_emb.element_size()
 
 
 def check_room(batch: int, height: int, width: int) -> None:
-    """UserError unless the host's memory holds the tokens of so large grids and the plan to draw them."""
+    """UserError unless the host's memory holds the tokens of ``batch`` such grids and the plan to draw them."""
     needed, free = height * width * (PLANNING + HOLDING * batch), available_memory(torch.device("cpu"))
     if needed > free:
         raise UserError(
-            f"{batch} x {height} x {width} tokens need {needed / 2**30:.1f} GiB to be planned and held, but "
-            f"{free / 2**30:.1f} are free: draw fewer or smaller images"
+            f"memory: got {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB to plan and hold {batch} x "
+            f"{height} x {width} tokens; draw fewer or smaller images"
         )
 
 
-def plan_waves(gpt: nn.Module, plan: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
-    """The waves of `plan` with as many cache slots as `memory` bytes hold, at least one.
+def plan_waves(gpt: Transformer, plan: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
+    """The waves of ``plan`` with as many cache slots as fit into ``memory`` bytes, at least one.
 
-    Raises UserError as `check_room`.
+    Raises UserError as `check_room` does.
     """
     check_room(batch, plan.height, plan.width)
     return make_waves(plan, max(1, memory // slot_bytes(gpt, batch, prefix + plan.window_tokens - 1)))
 
 
 def sample_waves(
-    engine: Engine,
+    engine: WaveEngine,
     plan: Schedule,
     waves: Waves,
     context: Context,
@@ -99,37 +99,58 @@ def sample_waves(
     """Samples into `canvas`.
 
     Args:
-        engine: has the slots that `waves` names.
-        context: the conditioning of each window.
-        canvas: int64 (B, height * width), written where `wanted`, bool of the same shape, is True.
-        pick: tokens (B, n) from logits (B, n, V) and the noise of the same shape, or None.
-        noise: (B, V), or None, for each entry of `waves` in turn.
-        n_unmasked: leading tokens that attend to each other, so they are fed together.
+        engine: has the slots that ``waves`` names.
+        context: the condition of each window.
+        canvas: int64 (B, height * width), written where ``wanted``, bool of the same shape, is True.
+        pick: tokens (B, n) from logits (B, n, V) and noise of the same shape, or None.
+        noise: (B, V), or None, for each entry of ``waves`` in turn.
+        n_unmasked: leading tokens that attend to one another, so they are fed together.
         after_wave: called with the raster indices of the cells that were just sampled.
     """
-    prefix = context.length
-    raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
-    filled: set[int] = set()  # slots that hold a conditioning that never changes
-    bounds = waves.bounds.tolist()
+    feeder = _Feeder(engine, plan, context, canvas, n_unmasked)
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
-    for first, last in pairwise(bounds):
+    for first, last in pairwise(waves.bounds.tolist()):
         cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
-        logits, tokens, spans = [], [], []
-        for corner, step, slot, fed in entries[first:last]:
-            start = prefix + fed if fed >= 0 else 0
-            if fed < 0 and context.fixed and slot in filled and prefix >= n_unmasked and step > 0:
-                start = prefix
-            filled.add(slot)
-            span = Span(slot, start, prefix + step - start)
-            if spans and canvas.shape[0] * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
-                logits.append(engine.step(torch.cat(tokens, 1), spans))
-                tokens, spans = [], []
-            if start < prefix:
-                tokens.append(context.before(corner, start))
-            tokens.append(canvas[:, corner + raster[max(start - prefix, 0) : step]])
-            spans.append(span)
-        logits.append(engine.step(torch.cat(tokens, 1), spans))
-        drawn = [next(noise) for _ in range(first, last)]
-        chosen = pick(torch.cat(logits, 1), None if drawn[0] is None else torch.stack(drawn, 1))
+        logits = feeder.logits(entries[first:last])
+        drawn = [value for value in islice(noise, last - first) if value is not None]
+        chosen = pick(logits, torch.stack(drawn, 1) if drawn else None)
         canvas[:, cells] = torch.where(wanted[:, cells], chosen, canvas[:, cells])
         after_wave(cells)
+
+
+class _Feeder:
+    """Feeds the windows of a wave what their slots lack, in calls of at most `TOKENS_PER_CALL` tokens."""
+
+    def __init__(self, engine: WaveEngine, plan: Schedule, context: Context, canvas: Tensor, n_unmasked: int) -> None:
+        self.engine, self.context, self.canvas, self.n_unmasked = engine, context, canvas, n_unmasked
+        self.raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
+        self.filled: set[int] = set()  # slots that hold the condition, where it is the same in every window
+
+    def logits(self, entries: Sequence[tuple[int, int, int, int]]) -> Tensor:
+        """Logits (B, number of entries, V) of entries (corner, step, slot, fed); see `Waves`."""
+        found: list[Tensor] = []
+        tokens: list[Tensor] = []
+        spans: list[Span] = []
+        for corner, step, slot, fed in entries:
+            span = self._span(step, slot, fed)
+            if spans and len(self.canvas) * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
+                found.append(self.engine.step(torch.cat(tokens, 1), spans))
+                tokens, spans = [], []
+            tokens += self._tokens(corner, step, span.start)
+            spans.append(span)
+        found.append(self.engine.step(torch.cat(tokens, 1), spans))
+        return torch.cat(found, 1)
+
+    def _span(self, step: int, slot: int, fed: int) -> Span:
+        """What the slot lacks before the token at ``step`` can be chosen."""
+        prefix = self.context.length
+        start = prefix + fed if fed >= 0 else 0
+        if fed < 0 and self.context.fixed and slot in self.filled and prefix >= self.n_unmasked and step > 0:
+            start = prefix
+        self.filled.add(slot)
+        return Span(slot, start, prefix + step - start)
+
+    def _tokens(self, corner: int, step: int, start: int) -> list[Tensor]:
+        prefix = self.context.length
+        condition = [self.context.before(corner, start)] if start < prefix else []
+        return [*condition, self.canvas[:, corner + self.raster[max(start - prefix, 0) : step]]]

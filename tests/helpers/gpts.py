@@ -9,18 +9,6 @@ from torch import nn
 
 from tamingfast.models.gpt import GPT
 
-STEPS = {
-    "slot below": ([(-1, 0, [1])], "^slot: got -1, expected 0 to 2"),
-    "slot above": ([(3, 0, [1])], "^slot: got 3"),
-    "slot twice": ([(1, 0, [1]), (1, 0, [1])], "^slot: got 1, expected every slot at most once"),
-    "start below": ([(0, -1, [1])], "^start: got -1"),
-    "start past the end": ([(0, 1, [1])], "^start: got 1, expected 0 to 0, the length of slot 0"),
-    "token below": ([(0, 0, [1, -1])], "^token: got -1, expected 0 to 23"),
-    "token above": ([(0, 0, [24])], "^token: got 24, expected 0 to 23"),
-    "no tokens": ([(0, 0, [])], "^tokens of slot 0: got 0"),
-    "past the cache": ([(0, 0, [1] * 41)], "^position: got 40, expected at most 39"),
-    "inside the prefix": ([(2, 3, [1])], "^start: got 3, expected 0 or from 5 on"),
-}
 VOCAB = 24
 #: Conditions of a grid of 7 x 9: the same before every window, a grid, or what each window has of its own.
 SHAPES = {"prefix": (2, 3), "grid": (2, 7, 9), "windows": (2, 7, 9, 3)}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamingfast.ops.choice import choose, gumbel_noise, top_k_top_p
+from tamingfast.errors import UserError
+from tamingfast.ops.choice import Choice, choose, gumbel_noise, top_k_top_p
 
 INF = float("inf")
 
@@ -125,18 +128,29 @@ def test_excluded_entries_are_never_chosen():
 @pytest.mark.parametrize("greedy", [True, False])
 def test_unusable_logits_are_named(options, greedy):
     noise = None if greedy else noise_for(2, 3)
-    with pytest.raises(ValueError, match="logits hold NaN"):
+    with pytest.raises(ValueError, match="^logits: got NaN in a row, expected"):
         choose(torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]]), noise, **options)
-    with pytest.raises(ValueError, match="logits hold"):
+    with pytest.raises(ValueError, match="^logits: got .* in a row, expected"):
         choose(torch.full((2, 3), -INF), noise, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"temperature": value}, "temperature is .* greedy") for value in (0, -1.0, INF, float("nan"))]
-    + [({"top_k": value}, "top_k is") for value in (0, -3, 1.5)]
-    + [({"top_p": value}, "top_p is") for value in (0, -0.1, 1.01, float("nan"))],
-)
-def test_options_outside_their_range_are_refused(options, name):
-    with pytest.raises(ValueError, match=name):
-        choose(torch.zeros(1, 4), noise_for(1, 4), **options)
+OUTSIDE = {
+    "temperature": (0, -1.0, INF, float("nan"), 1e39, 1e-46),  # float32 rounds the last two to infinity and 0
+    "top_k": (0, -3, 1.5, True, INF, float("nan")),
+    "top_p": (0, -0.1, 1.01, float("nan")),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OUTSIDE.items() for value in values])
+def test_options_outside_their_range_are_refused(name, value):
+    for use in (lambda **option: choose(torch.zeros(1, 4), noise_for(1, 4), **option), Choice):
+        with pytest.raises(UserError, match=re.escape(f"{name}: got {value}, expected ")):
+            use(**{name: value})
+
+
+def test_a_choice_holds_plain_numbers():
+    """As the extension takes them, whatever a caller computes with."""
+    choice = Choice(temperature=np.float32(0.5), top_k=np.int64(3), top_p=1, seed=np.uint64(2**64 - 1), greedy=np.True_)
+    assert choice == Choice(temperature=0.5, top_k=3, top_p=1.0, seed=2**64 - 1, greedy=True)
+    assert [type(value) for value in vars(choice).values()] == [float, int, float, bool, int]
+    assert type(Choice(top_k=3.0).top_k) is int

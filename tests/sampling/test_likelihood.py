@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpts import SHAPES, VOCAB, prior, tiny_gpt, tokens
+from gpts import SHAPES, VOCAB, prior, tokens
 
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 from tamingfast.sampling.schedule import RULES, make_schedule
-
-
-@pytest.fixture(scope="module")
-def gpt():
-    return tiny_gpt()
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
-"""The CUDA engine: KV-cached decoding of a GPT on a GPU, no host between tokens.
+"""The CUDA engine: KV-cached decoding of a GPT on a GPU, without the host between tokens.
 
-One step of all sequences (every layer, the token choice, the next input) has a fixed shape. It is captured once for
-each batch size as a CUDA graph, whose replays are queued without waiting for any of them. Up to `FEW` sequences go
-through kernels that stream each weight once, more through torch's matrix products. Prompts, and whatever else is fed in
-pieces, take a pass of their own. The kernels are those of ``csrc/cuda``.
+One step of all sequences (every layer, the token choice, the next input) has a fixed shape. It is captured once per
+batch size as a CUDA graph, whose replays are queued without waiting. Up to `FEW` sequences go through kernels that
+stream each weight once, more through torch's matrix products. Prompts, and whatever else is fed in pieces, take passes
+of their own. The kernels are those of ``csrc/cuda``.
+
+Below `engine`: `device` (threads, streams, launches, memory), `weights`, `cache` (slots, attention over them), `passes`
+and `rows` (tokens that are known), `step` (the graph), `decoding` (the order of a call).
 """
 
-from tamingfast.engines.cuda.engine import DTYPES, CudaEngine, refusal
+from tamingfast.engines.cuda.engine import CudaEngine
 
-__all__ = ["DTYPES", "CudaEngine", "refusal"]
+__all__ = ["CudaEngine"]

@@ -1,4 +1,4 @@
-"""What a pass feeds: spans of tokens, the rows that they make, how the rows' attention is grouped."""
+"""The rows of a pass: where the tokens of its spans stand, and which rows attend together."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tamingfast.engines.request import Span
 
-# Bytes of keys and values, read by each row for itself, that take a GPU about as long as the host takes to queue the
-# launches of attention in tiles: a tenth of a millisecond.
+# Least bytes of keys and values, each row reading its own, for which attention in tiles pays: a GPU reads them in about
+# the tenth of a millisecond in which the host queues the launches of the tiles.
 _WORTH_TILES = 1 << 28
-_MOST_IN_VAIN = 8  # positions before a span, for each of its own, whose queries a tile may hold though nobody asks
+# Most wasted query rows per real one when a span behind a cached prefix is tiled.
+_MOST_WASTED = 8
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows first .. stop - 1 of a pass, which are attended to together.
+    """Rows first .. stop - 1 of a pass, whose attention is computed together.
 
-    Either `alike` spans, all of `count` tokens from `start` on, in tiles of queries that share what they read of the
+    Either `alike` spans, each of `count` tokens from `start` on, in tiles of queries that share what they read of the
     keys; or, where `alike` is 0, any rows, each by itself.
     """
 
@@ -32,40 +34,56 @@ class Group:
 
 
 class Rows:
-    """Where the rows of a pass stand, and how their attention is grouped; a position has so many bytes of a layer."""
+    """Where the rows of a pass stand, and how their attention is grouped.
+
+    Args:
+        spans: of distinct slots.
+        n_unmasked: leading positions that attend to each other.
+        position_bytes: of the keys and values of one position in one layer.
+        device: for the tensors.
+
+    Attributes:
+        groups: of all rows, in order.
+        slot, position, last: int32 (rows,): of each row its slot, its position and the last position that it sees.
+        longest: most positions that a row sees.
+        ends: int64 (spans,), the last row of each span.
+    """
 
     def __init__(self, spans: list[Span], n_unmasked: int, position_bytes: int, device: torch.device) -> None:
-        slot, position, last = [], [], []
+        slot: list[int] = []
+        position: list[int] = []
+        last: list[int] = []
         self.groups: list[Group] = []
         for (start, count), like in itertools.groupby(spans, lambda span: (span.start, span.count)):
             first, slots = len(slot), [span.slot for span in like]
-            places = range(start, start + count)
-            seen = [max(p, min(n_unmasked, places.stop) - 1) if p < n_unmasked else p for p in places]
-            slot += [one for one in slots for _ in places]
-            position += [*places] * len(slots)
+            positions = range(start, start + count)
+            seen = [max(p, min(n_unmasked, positions.stop) - 1) if p < n_unmasked else p for p in positions]
+            slot += [one for one in slots for _ in positions]
+            position += [*positions] * len(slots)
             last += seen * len(slots)
             by_itself = len(slots) * (sum(seen) + count) * position_bytes
-            if by_itself >= _WORTH_TILES and start <= _MOST_IN_VAIN * count:
+            if by_itself >= _WORTH_TILES and start <= _MOST_WASTED * count:
                 self.groups.append(Group(first, len(slot), len(slots), start, count))
             elif self.groups and not self.groups[-1].alike:
                 self.groups[-1] = Group(self.groups[-1].first, len(slot))
             else:
                 self.groups.append(Group(first, len(slot)))
-        ends = list(itertools.accumulate(span.count for span in spans))
+        ends = [end - 1 for end in itertools.accumulate(span.count for span in spans)]
         self.longest = max(last, default=0) + 1
         self.slot, self.position, self.last = _sent([slot, position, last], torch.int32, device)
-        self.ends = _sent(ends, torch.int64, device) - 1
+        self.ends = _sent(ends, torch.int64, device)
 
 
-def _sent(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The values on the device, without waiting until it comes to them."""
+def _sent(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on the device, copied without waiting for it."""
     sent = torch.tensor(values, dtype=dtype)
     if device.type == "cuda" and sent.numel():
         sent = sent.pin_memory()
     return sent.to(device, non_blocking=True)
 
 
-def passes(spans: list[Span], most: int) -> Iterator[list[Span]]:
+def batches(spans: list[Span], most: int) -> Iterator[list[Span]]:
+    """The spans in turn, in parts of up to ``most`` tokens; a longer span is a part of its own."""
     part: list[Span] = []
     for span in spans:
         if part and sum(held.count for held in part) + span.count > most:

@@ -1,19 +1,58 @@
-"""The engine's copy of a GPT's weights."""
+"""The engine's copy of a GPT's weights, and the GPT's sizes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tamingfast.engines.cuda.device import VECTOR
+from tamingfast.engines.networks import Transformer
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a GPT."""
+
+    vocab_size: int
+    block_size: int
+    layers: int
+    heads: int
+    width: int
+    n_unmasked: int  # 0 or at least 2: a prefix of one position is the plain causal mask
+
+    @classmethod
+    def of(cls, gpt: Transformer) -> Geometry:
+        config = gpt.config
+        n_unmasked = getattr(config, "n_unmasked", 0)  # configs of the original may lack it
+        return cls(
+            config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
+            n_unmasked if n_unmasked > 1 else 0,
+        )  # fmt: skip
+
+    @property
+    def head(self) -> int:
+        """Elements of a head."""
+        return self.width // self.heads
+
+    @property
+    def stride(self) -> int:
+        """Elements from one cached position of a head to the next."""
+        return math.ceil(self.head / VECTOR) * VECTOR
+
+    def activation_bytes(self, rows: int, number: torch.dtype) -> int:
+        """Approximate bytes of the activations of that many tokens, logits included."""
+        return rows * ((8 + 10 * number.itemsize) * self.width + 4 * self.vocab_size)
 
 
 @dataclass(frozen=True)
 class Linear:
     weight: Tensor  # (out, in)
-    bias: Tensor | None = None  # float32 (out,)
-    own_bias: Tensor | None = None  # of the weight's type
+    bias: Tensor  # float32 (out,)
+    own_bias: Tensor  # of the weight's type
 
 
 @dataclass(frozen=True)
@@ -34,42 +73,44 @@ class Layer:
 
 
 class Weights:
-    """Embeddings and what is not a matrix in float32, matrices in the engine's type, on the GPT's device."""
+    """Matrices in the engine's type, embeddings, biases and norms in float32, on the GPT's device."""
 
-    def __init__(self, gpt: nn.Module, number: torch.dtype) -> None:
+    def __init__(self, gpt: Transformer, number: torch.dtype) -> None:
+        named = dict(gpt.named_parameters())
+        epsilon = gpt.ln_f.eps  # all norms of a GPT have the same
+
         def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
             return value.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
-        def linear(*modules: nn.Linear) -> Linear:
-            weight = copied(torch.cat([module.weight for module in modules]), number)
-            if modules[0].bias is None:
-                return Linear(weight)
-            bias = torch.cat([module.bias for module in modules])
-            return Linear(weight, copied(bias, torch.float32), copied(bias, number))
+        def linear(*names: str) -> Linear:
+            weight, bias = (torch.cat([named[f"{name}.{part}"] for name in names]) for part in ("weight", "bias"))
+            return Linear(copied(weight, number), copied(bias, torch.float32), copied(bias, number))
 
-        def norm(module: nn.LayerNorm) -> Norm:
-            return Norm(copied(module.weight, torch.float32), copied(module.bias, torch.float32), module.eps)
+        def norm(name: str) -> Norm:
+            gain, shift = (copied(named[f"{name}.{part}"], torch.float32) for part in ("weight", "bias"))
+            return Norm(gain, shift, epsilon)
 
-        self.tok_emb = copied(gpt.tok_emb.weight, torch.float32)
-        self.pos_emb = copied(gpt.pos_emb[0], torch.float32)
+        self.tok_emb = copied(named["tok_emb.weight"], torch.float32)
+        self.pos_emb = copied(named["pos_emb"][0], torch.float32)
         self.layers = [
             Layer(
-                norm(block.ln1), linear(block.attn.query, block.attn.key, block.attn.value), linear(block.attn.proj),
-                norm(block.ln2), linear(block.mlp[0]), linear(block.mlp[2]),
+                norm(f"{block}.ln1"), linear(*(f"{block}.attn.{part}" for part in ("query", "key", "value"))),
+                linear(f"{block}.attn.proj"), norm(f"{block}.ln2"), linear(f"{block}.mlp.0"), linear(f"{block}.mlp.2"),
             )
-            for block in gpt.blocks
+            for block in (f"blocks.{i}" for i in range(gpt.config.n_layer))
         ]  # fmt: skip
-        self.ln_f, self.head = norm(gpt.ln_f), linear(gpt.head)
-        # For torch's product, which rounds to the type of its inputs: tokens are chosen from float32 logits.
-        self.wide_head = self.head.weight.float()
+        self.ln_f, self.head = norm("ln_f"), copied(named["head.weight"], number)
+        # Tokens are chosen from float32 logits, but torch's matrix product rounds its result to the type of its inputs.
+        self.wide_head = self.head.float()
 
     def matrix_bytes(self) -> int:
-        """Read for every token."""
-        matrices = [self.head, *(m for x in self.layers for m in (x.qkv, x.proj, x.up, x.down))]
-        return sum(matrix.weight.nbytes for matrix in matrices)
+        """Bytes that are read for every token."""
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.proj, layer.up, layer.down)]
+        return self.head.nbytes + sum(linear.weight.nbytes for linear in linears)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.tok_emb, self.pos_emb, self.head.weight, self.wide_head, self.ln_f.gain, self.ln_f.shift)
+        """All of them."""
+        yield from (self.tok_emb, self.pos_emb, self.head, self.wide_head, self.ln_f.gain, self.ln_f.shift)
         for layer in self.layers:
             for part in vars(layer).values():
                 yield from (value for value in vars(part).values() if isinstance(value, Tensor))

@@ -1,0 +1,89 @@
+"""Writes docs/api.md: the public functions and classes of each room, with signatures and docstrings.
+
+``python docs/make_api.py --check`` writes nothing and fails when the page is not what the docstrings say.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).with_name("api.md")
+#: Heading -> (module, names; None takes its ``__all__``).
+SECTIONS: dict[str, tuple[str, list[str] | None]] = {
+    "Models and checkpoints": ("tamingfast", None),
+    "Tasks": (
+        "tamingfast.tasks",
+        ["sample", "edit", "outpaint", "complete", "reconstruct", "encode", "likelihood", "inspect"],
+    ),
+    "Sampling": ("tamingfast.sampling", None),
+    "Operations": ("tamingfast.ops", ["causal_attention", "nearest_code", "quantize", "group_norm_silu"]),
+    "Engines": ("tamingfast.engines", None),
+    "Data sets": ("tamingfast.data", ["build", "loader"]),
+    "Training": ("tamingfast.training", None),
+    "Evaluation": ("tamingfast.evaluation", None),
+}
+
+
+def members(module: Any, names: list[str] | None) -> Iterator[tuple[str, Any]]:
+    """(name, object) of each documented function and class."""
+    for name in module.__all__ if names is None else names:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            yield name, value
+
+
+def entry(module: str, name: str, value: Any) -> str:
+    """One object as Markdown: its signature and its docstring, and those of a class's own public methods."""
+    lines = [f"### `{module}.{name}`", "", "```python", signature(name, value), "```", "", text(value)]
+    if inspect.isclass(value) and not issubclass(value, Exception):
+        for method, function in vars(value).items():
+            plain = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+            if not method.startswith("_") and inspect.isfunction(plain) and plain.__doc__:
+                lines += ["", f"- `{signature(method, plain)}`", "", indented(text(plain))]
+    return "\n".join(lines)
+
+
+def signature(name: str, value: Any) -> str:
+    try:
+        return f"{name}{inspect.signature(value)}"
+    except (TypeError, ValueError):
+        return name
+
+
+def text(value: Any) -> str:
+    """The docstring, kept as it is written: its lists of arguments are laid out by indentation."""
+    written = inspect.getdoc(value) or ""
+    head, _, rest = written.partition("\n\n")
+    return head if not rest else f"{head}\n\n```text\n{rest}\n```"
+
+
+def indented(written: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in written.splitlines())
+
+
+def page() -> str:
+    parts = ["# API", "", "Made from the docstrings by `make docs`; do not edit.", ""]
+    for heading, (home, names) in SECTIONS.items():
+        module = importlib.import_module(home)
+        first = (inspect.getdoc(module) or "").partition("\n\n")[0]
+        parts += [f"## {heading}", "", first, ""]
+        parts += [entry(home, name, value) + "\n" for name, value in members(module, names)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main() -> None:
+    made = page()
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text(encoding="utf-8") != made:
+            sys.exit(f"{PAGE.name}: got a page older than the docstrings, expected the present one; run make docs")
+    else:
+        PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Which engine samples: the one place that chooses, and says why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from tamingfast import engines
+from tamingfast.engines.networks import Transformer
+from tamingfast.errors import UserError
+from tamingfast.ops import backends
+
+#: "native": the extension's engine of the transformer's device; "torch": torch with a static key/value cache; "naive":
+#: the paper's full forward pass for every token; "auto": the fastest of these that can run.
+ENGINES = ("auto", "native", "torch", "naive")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+logger = logging.getLogger(__name__)
+
+
+def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str, str]:
+    """(engine, weights' dtype) that will sample: "native", "torch" or "naive", and a name of `DTYPES`.
+
+    Args:
+        engine: one of `ENGINES`.
+        dtype: one of `DTYPES`, or None for the transformer's own.
+
+    Raises:
+        UserError: an unknown name, or an engine or dtype that cannot be had here, with the reason.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+    own = next(gpt.parameters())
+    name = str(own.dtype if dtype is None else dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise UserError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}, or None for the model's own")
+    reason = engines.refusal(gpt)
+    if reason is None and name not in engines.dtypes(gpt):
+        reason = f"it has no {name} weights"
+    if engine == "native" and reason is not None:
+        raise UserError(f"engine: got 'native', which cannot run here ({reason}), expected one that can; use 'auto'")
+    if engine == "auto" and backends.requested() == "reference":
+        reason = "the torch reference was asked for"
+    elif engine == "auto" and reason is not None and own.is_cuda:
+        log_once(f"Sampling runs in torch instead of the CUDA engine: {reason}.")
+    if engine == "native" or (engine == "auto" and reason is None):
+        return "native", name
+    if name == "int8":
+        why = reason or f"the engine is {engine!r}"
+        raise UserError(
+            f"dtype: got 'int8', expected another one as only the native engine has it ({why}); use bfloat16"
+        )
+    return "torch" if engine == "auto" else engine, name
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Log a warning the first time it is given."""
+    logger.warning(message)

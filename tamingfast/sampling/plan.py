@@ -1,0 +1,142 @@
+"""What sampling needs to know of a model, and how a grid of its tokens is laid out in windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tamingfast.engines.networks import Transformer
+from tamingfast.errors import UserError
+from tamingfast.sampling.context import Context
+from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceModel:
+    """A transformer over image tokens, as sampling sees it.
+
+    Attributes:
+        gpt: the transformer itself.
+        order: int64 (n,), raster cell of each token of a window's sequence; None for raster order.
+        vocab: entries of the vocabulary that an image token may take, the first ones.
+        row_length: tokens of a model that draws all its tokens as a single row (a multiscale prior); else None.
+    """
+
+    gpt: Transformer
+    order: NDArray[np.int64] | None
+    vocab: int
+    row_length: int | None
+
+
+def describe(model: Any) -> SequenceModel:
+    """What sampling uses of ``model``, a GPT or a prior around one.
+
+    A prior has ``transformer`` and may have ``permuter.forward_shuffle_idx``, ``first_stage_model.quantize.re_embed``
+    (codes that are left after a remap) and ``pyramid.tokens``.
+    """
+    gpt: Transformer = getattr(model, "transformer", model)
+    order = getattr(getattr(model, "permuter", None), "forward_shuffle_idx", None)
+    quantize = getattr(getattr(model, "first_stage_model", None), "quantize", None)
+    codes = getattr(quantize, "re_embed", gpt.config.vocab_size)
+    return SequenceModel(
+        gpt=gpt,
+        order=None if order is None else order.cpu().numpy(),
+        vocab=min(codes, gpt.config.vocab_size),
+        row_length=getattr(getattr(model, "pyramid", None), "tokens", None),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GridPlan:
+    """A grid of tokens that is to be sampled or scored.
+
+    Attributes:
+        gpt: the transformer.
+        schedule: the window of every cell.
+        context: the condition of every window, on the transformer's device.
+        vocab: entries of the vocabulary that an image token may take.
+        batch: number of grids.
+    """
+
+    gpt: Transformer
+    schedule: Schedule
+    context: Context
+    vocab: int
+    batch: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.gpt.pos_emb.device
+
+    @property
+    def causal(self) -> bool:
+        """Whether attention is causal over image tokens, so that a key/value cache is exact."""
+        return self.gpt.config.n_unmasked <= self.context.length
+
+    @property
+    def length(self) -> int:
+        """Positions of a window's sequence that are fed: all but its last token."""
+        return self.context.length + self.schedule.window_tokens - 1
+
+
+def plan_grid(
+    model: Any, cond: Tensor, height: int, width: int, window: int = 16, schedule: str = "paper", stride: int = 8
+) -> GridPlan:
+    """The plan of a height x width grid; arguments and errors are those of `tamingfast.sampling.sample_grid`."""
+    known = describe(model)
+    if known.row_length is not None:
+        if (height, width) != (1, known.row_length):
+            raise UserError(
+                f"size: got a grid of {height} x {width}, expected 1 x {known.row_length}, as a multiscale prior draws "
+                "the tokens of all its scales as one row; pass what its canvas_size gives"
+            )
+        window = known.row_length
+    layout = make_schedule(height, width, window, schedule, stride)
+    if known.order is not None:
+        layout = _permuted(layout, known.order)
+    gpt = known.gpt
+    cond = checked_tokens("cond", cond, gpt.config.vocab_size, gpt.pos_emb.device)
+    shape = cond.shape[1:]
+    if not shape or shape[-1] < 1 or (len(shape) > 1 and (shape[:2] != (height, width) or len(shape) > 3)):
+        raise ValueError(
+            f"cond: got shape {tuple(cond.shape)}, expected (B, c) with c of at least 1, (B, {height}, {width}) or "
+            f"(B, {height}, {width}, c)"
+        )
+    plan = GridPlan(gpt, layout, Context(cond, layout), known.vocab, len(cond))
+    if plan.length > gpt.config.block_size:
+        raise UserError(
+            f"window: got {layout.window_height} x {layout.window_width} tokens behind {plan.context.length} "
+            f"conditioning tokens, a sequence of {plan.length}, expected at most the transformer's block size of "
+            f"{gpt.config.block_size}; use a smaller window"
+        )
+    return plan
+
+
+def checked_tokens(name: str, value: Tensor, vocab: int, device: torch.device) -> Tensor:
+    """``value`` as int64 on the device; ValueError unless it holds integers from 0 to vocab - 1."""
+    value = torch.as_tensor(value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name}: got dtype {value.dtype}, expected integer tokens")
+    if value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"{name}: got tokens from {low} to {high}, expected 0 to {vocab - 1}")
+    return value.to(device, torch.int64)
+
+
+def _permuted(schedule: Schedule, order: NDArray[np.int64]) -> Schedule:
+    """The schedule of a grid whose only window is read in another order."""
+    if np.array_equal(order, np.arange(len(order))):
+        return schedule
+    if not schedule.single_window or len(order) != schedule.window_tokens:
+        raise UserError(
+            f"size: got a grid of {schedule.height} x {schedule.width} in windows of {schedule.window_height} x "
+            f"{schedule.window_width}, expected one window of the {len(order)} tokens that the permuter orders"
+        )
+    return one_window(schedule.height, schedule.width, order)
