@@ -14,6 +14,7 @@ from tamingfast.evaluation.generated import reconstructions, samples
 from tamingfast.evaluation.likelihood import likelihood
 from tamingfast.evaluation.plots import plot_schedules
 from tamingfast.evaluation.reconstruction import reconstruction
+from tamingfast.evaluation.run import evaluate_model
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.evaluation.tables import distance_table, table
 
@@ -25,6 +26,7 @@ __all__ = [
     "distance_table",
     "distances",
     "evaluate",
+    "evaluate_model",
     "extract",
     "frechet_distance",
     "images_of",

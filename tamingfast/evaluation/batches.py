@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from tamingfast.data import loader
+from tamingfast.data import loader, shuffled
+from tamingfast.data.base import as_epoch_dataset
+from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError
-from tamingfast.training.feed import to_device
-
-
-class MapDataset(Protocol):
-    """A map-style data set, ours or any of torch's, whose items are dicts."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
 
 #: Called after each batch with the number of images in it.
 Progress = Callable[[int], Any]
 
 
 def batches(
-    dataset: MapDataset,
+    dataset: Dataset,
     batch_size: int,
     limit: int | None = None,
     seed: int = 0,
@@ -41,9 +34,10 @@ def batches(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    left = len(dataset) if limit is None else min(limit, len(dataset))
-    drawn = left < len(dataset)
-    for batch in loader(dataset, batch_size, seed=seed, epoch=0, shuffle=drawn, drop_last=False):
+    items = as_epoch_dataset(dataset)
+    left = len(items) if limit is None else min(limit, len(items))
+    order = shuffled(len(items), seed) if left < len(items) else None
+    for batch in loader(items, batch_size, order=order, drop_last=False):
         cut = {name: value[:left] for name, value in batch.items()}
         yield to_device(cut, torch.device(device))
         left -= len(next(iter(cut.values())))
@@ -52,7 +46,7 @@ def batches(
 
 
 def images_of(
-    dataset: MapDataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
+    dataset: Dataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
 ) -> Iterator[Tensor]:
     """The images of `batches` as (b, C, H, W). Raises UserError when the data set has none under ``key``."""
     for batch in batches(dataset, batch_size, limit, seed):

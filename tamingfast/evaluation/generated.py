@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tamingfast import tasks
-from tamingfast.evaluation.batches import MapDataset, batches
+from tamingfast.evaluation.batches import batches
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.training.feed import grid_of
-from tamingfast.training.prior import tokens_of
+from tamingfast.training.tokens import grid_of, tokens_of
 
 
 def samples(
     model: nn.Module,
-    dataset: MapDataset,
+    dataset: Dataset,
     count: int,
     *,
     batch_size: int = 16,
@@ -40,7 +40,7 @@ def samples(
         yield prior.decode_grid(prior.image_tokens(grid))
 
 
-def _conditions(prior: Net2NetTransformer, dataset: MapDataset, count: int, batch_size: int, seed: int) -> Tensor:
+def _conditions(prior: Net2NetTransformer, dataset: Dataset, count: int, batch_size: int, seed: int) -> Tensor:
     """Condition tokens (count, c)."""
     if prior.be_unconditional:
         return tasks.conditions(prior, count)
@@ -54,4 +54,4 @@ def reconstructions(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tens
     """Batches of images (b, 3, H, W) as the first stage of ``model``, or ``model`` itself, reconstructs them."""
     stage = tasks.first_stage_of(model)
     for batch in images:
-        yield tasks.reconstruct(stage, batch.to(stage.device))[0]
+        yield tasks.reconstructed(stage, batch.to(stage.device))

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tamingfast import ops, tasks
-from tamingfast.data.base import to_unit_scale
+from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset, Progress, batches
+from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.training.feed import grid_of
-from tamingfast.training.prior import tokens_of
+from tamingfast.training.tokens import grid_of, tokens_of
 
 #: 8-bit colours per call of the nearest-code search.
 _COLORS_PER_CALL = 1 << 20
@@ -27,7 +27,7 @@ _MOST_NATS = 700.0
 @torch.no_grad()
 def likelihood(
     model: nn.Module,
-    dataset: MapDataset,
+    dataset: Dataset,
     *,
     batch_size: int = 16,
     limit: int | None = None,

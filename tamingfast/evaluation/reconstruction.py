@@ -8,10 +8,12 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tamingfast import images, tasks
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset, Progress, images_of
+from tamingfast.evaluation.batches import Progress, images_of
+from tamingfast.tasks.figures import l1, psnr
 from tamingfast.training.vqgan import codebook_use
 
 #: Side of SSIM's Gaussian window (Wang et al. 2004), and of the smallest image that LPIPS's network takes, in pixels.
@@ -21,7 +23,7 @@ SSIM_WINDOW, LPIPS_SIDE = 11, 16
 @torch.no_grad()
 def reconstruction(
     model: nn.Module,
-    dataset: MapDataset,
+    dataset: Dataset,
     *,
     batch_size: int = 16,
     limit: int | None = None,
@@ -85,8 +87,8 @@ def _sums(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, flo
     """Each measure summed over the batch; infinite or NaN where it is undefined for an image."""
     real, made = images.to_uint8(x), images.to_uint8(out)
     found = {
-        "l1": float((out - x).abs().mean((1, 2, 3)).sum()),
-        "psnr": sum(_psnr(a, b) for a, b in zip(real, made, strict=True)),
+        "l1": float(l1(x, out).sum()),
+        "psnr": sum(psnr(a, b) for a, b in zip(real, made, strict=True)),
         "ssim": sum(_ssim(a, b) for a, b in zip(real, made, strict=True)),
     }
     if perceptual is not None:
@@ -94,13 +96,6 @@ def _sums(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, flo
         a, b = (part.expand(-1, 3, -1, -1) for part in (out, x))
         found["lpips"] = float(perceptual(a, b).sum()) if large else math.nan
     return found
-
-
-def _psnr(real: np.ndarray, made: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pixels uint8 (H, W, 3); infinite for equal ones."""
-    if np.array_equal(real, made):
-        return math.inf
-    return float(_metrics().peak_signal_noise_ratio(real, made, data_range=255))
 
 
 def _ssim(real: np.ndarray, made: np.ndarray) -> float:
@@ -116,7 +111,7 @@ def _metrics() -> ModuleType:
         from skimage import metrics  # optional package
     except ImportError as error:
         raise UserError(
-            f"scikit-image: got '{error}' on importing it, expected the package, which computes PSNR and SSIM; run pip "
+            f"scikit-image: got '{error}' on importing it, expected the package, which computes SSIM; run pip "
             'install "tamingfast[evaluate]"'
         ) from error
     return metrics

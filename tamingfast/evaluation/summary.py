@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from tamingfast.evaluation.batches import MapDataset, images_of
+from tamingfast.data.base import as_epoch_dataset
+from tamingfast.evaluation.batches import images_of
 from tamingfast.evaluation.distances import distances
 from tamingfast.evaluation.features import Extractor
 from tamingfast.evaluation.generated import reconstructions, samples
 from tamingfast.evaluation.likelihood import likelihood
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.progress import Bar
-
-#: ``bar(unit, total)`` makes a progress bar.
-MakeBar = Callable[[str, int | None], Bar]
+from tamingfast.progress import Bars, silent
 
 
 class _Choice(TypedDict):
@@ -28,22 +27,18 @@ class _Choice(TypedDict):
     seed: int
 
 
-def _no_bar(unit: str, total: int | None) -> Bar:
-    return Bar(disable=True)
-
-
 def evaluate(
     model: nn.Module,
-    dataset: MapDataset,
+    dataset: Dataset,
     *,
     network: Extractor | None = None,
     perceptual: nn.Module | None = None,
-    training_set: MapDataset | None = None,
+    training_set: Dataset | None = None,
     count: int = 256,
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    bar: MakeBar = _no_bar,
+    bar: Bars = silent,
     **options: Any,
 ) -> dict[str, Any]:
     """Everything that can be measured of ``model`` on ``limit`` images of ``dataset``, or on all.
@@ -74,17 +69,18 @@ def evaluate(
     return found
 
 
-def _size(dataset: MapDataset, limit: int | None) -> int:
-    return len(dataset) if limit is None else min(limit, len(dataset))
+def _size(dataset: Dataset, limit: int | None) -> int:
+    length = len(as_epoch_dataset(dataset))
+    return length if limit is None else min(limit, length)
 
 
-def _drawn(model: nn.Module, dataset: MapDataset, count: int, bar: MakeBar, **options: Any) -> Iterator[Tensor]:
+def _drawn(model: nn.Module, dataset: Dataset, count: int, bar: Bars, **options: Any) -> Iterator[Tensor]:
     """`samples` under a bar that counts tokens."""
     with bar("tokens", None) as shown:
         yield from samples(model, dataset, count, progress=shown.moved, **options)
 
 
-def _counted(images: Iterator[Tensor], bar: MakeBar, total: int) -> Iterator[Tensor]:
+def _counted(images: Iterator[Tensor], bar: Bars, total: int) -> Iterator[Tensor]:
     """The batches under a bar that counts images."""
     with bar("images", total) as shown:
         for batch in images:

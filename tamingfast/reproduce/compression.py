@@ -19,8 +19,8 @@ import torch
 
 from tamingfast import evaluation, images, tasks
 from tamingfast.data import crops
+from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.gpt import GPT
 from tamingfast.models.hierarchical import TOKENS_PER_TOP
 from tamingfast.models.lpips import LPIPS
@@ -131,7 +131,7 @@ def _shown(variants: Sequence[Variant], doing: str) -> Iterator[Variant]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(study: Study, variants: Sequence[Variant], datasets: tuple[MapDataset, MapDataset]) -> float:
+def _train(study: Study, variants: Sequence[Variant], datasets: tuple[EpochDataset, EpochDataset]) -> float:
     """Train what is missing; returns the floating-point operations of each prior's training."""
     settings, data = study.settings, study.settings["data"]
     seed, side = data.get("seed", 0), settings["stages"]["crop"]
@@ -170,7 +170,7 @@ def _first_stage(variant: Variant, settings: Mapping[str, Any]) -> dict[str, Any
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _measured(study: Study, variant: Variant, validation: MapDataset) -> dict[str, Any]:
+def _measured(study: Study, variant: Variant, validation: EpochDataset) -> dict[str, Any]:
     """A variant's row of the report. All but the training's steps and time is measured here."""
     prior = study.prior(variant.prior)
     stage, size, chosen = prior.first_stage_model, study.settings["data"]["size"], study.settings["evaluation"]
@@ -253,7 +253,7 @@ def _with_positions(prior: Net2NetTransformer, tokens: int) -> Net2NetTransforme
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _draw_pictures(study: Study, variants: Sequence[Variant], validation: MapDataset) -> dict[str, str]:
+def _draw_pictures(study: Study, variants: Sequence[Variant], validation: EpochDataset) -> dict[str, str]:
     """Write the sheets; returns their file names with captions."""
     sampling, size = study.settings["sampling"], study.settings["data"]["size"]
     count = sampling["images"]
@@ -261,7 +261,7 @@ def _draw_pictures(study: Study, variants: Sequence[Variant], validation: MapDat
     sheet, pictures = {"image": shown}, {}
     for variant in _shown(variants, "drawn"):
         prior = study.prior(variant.prior)
-        sheet[variant.label] = torch.cat([tasks.reconstruct(prior, x[None].to(prior.device))[0].cpu() for x in shown])
+        sheet[variant.label] = torch.cat([tasks.reconstructed(prior, x[None].to(prior.device)).cpu() for x in shown])
         side, number = (size, count) if variant.levels == 1 else (variant.crop, _SMALL_PER_LARGE * count)
         grid = prior.first_stage_model.grid(side, side)
         options = _options(variant, prior, grid, study.settings) | _strided(study.settings)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tamingfast import images, tasks
 from tamingfast.checkpoints.run_directory import read_metrics
+from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.lpips import LPIPS, distance_name
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.pyramid import Pyramid
@@ -55,7 +55,7 @@ def run(study: Study) -> Path:
     return multiscale_report.write(results, study.out)
 
 
-def _held_out(dataset: MapDataset, count: int) -> Tensor:
+def _held_out(dataset: EpochDataset, count: int) -> Tensor:
     """Images (count, 3, H, W), evenly spread over a data set; UserError when it has fewer."""
     if len(dataset) < count:
         raise UserError(f"measure.images: got {count}, expected at most {len(dataset)}, the number of held-out images")

@@ -12,13 +12,13 @@ from typing import Any
 
 from tamingfast import images, tasks
 from tamingfast.checkpoints.run_directory import read_metrics
+from tamingfast.data.base import EpochDataset
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.errors import UserError, nearest
-from tamingfast.evaluation.batches import MapDataset
 from tamingfast.reproduce import orderings_report
 from tamingfast.reproduce.orderings_report import REFERENCE, title
 from tamingfast.reproduce.study import Study, draw_images, sampling_options
-from tamingfast.training.prior import ORDERINGS
+from tamingfast.training.prior_config import ORDERINGS
 
 VQGAN = "vqgan"
 TOKENS = ("train.safetensors", "validation.safetensors")
@@ -63,7 +63,7 @@ def _orderings(names: Sequence[str]) -> list[str]:
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
 
 
-def _encoded(study: Study, datasets: tuple[MapDataset, MapDataset]) -> tuple[TokenDataset, TokenDataset]:
+def _encoded(study: Study, datasets: tuple[EpochDataset, EpochDataset]) -> tuple[TokenDataset, TokenDataset]:
     for file, dataset in zip(TOKENS, datasets, strict=True):
         if not (study.resume and (study.out / file).exists()):
             tasks.encode(study.first_stage(VQGAN), dataset, study.out / file)

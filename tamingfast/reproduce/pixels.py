@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tamingfast import evaluation, images, tasks
 from tamingfast.checkpoints.run_directory import progress, read_metrics
+from tamingfast.data.base import EpochDataset
 from tamingfast.engines.selection import choose_engine
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce.budget import scaled, training_flops
@@ -75,7 +75,7 @@ def run(study: Study) -> Path:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(study: Study, datasets: tuple[MapDataset, MapDataset], size: int) -> dict[str, TokenSequence]:
+def _train(study: Study, datasets: tuple[EpochDataset, EpochDataset], size: int) -> dict[str, TokenSequence]:
     """Train what is missing; returns what each prior learns."""
     data, training = study.settings["data"], study.settings["prior"]["training"]
     study.train_first_stage(VQGAN, datasets)
@@ -135,7 +135,7 @@ def _options(prior: Net2NetTransformer, size: int, sampling: Mapping[str, Any]) 
 
 
 def _draw_pictures(
-    study: Study, models: Mapping[str, Net2NetTransformer], validation: MapDataset, size: int
+    study: Study, models: Mapping[str, Net2NetTransformer], validation: EpochDataset, size: int
 ) -> dict[str, str]:
     """Write the sheets; returns their file names with captions."""
     sampling = study.settings["sampling"]
@@ -143,7 +143,7 @@ def _draw_pictures(
     shown = images_at(validation, spread(len(validation), 2 * columns)).to(models["latents"].device)
     rows = []
     for part in shown.split(columns):
-        rows += [part, tasks.reconstruct(models["latents"], part)[0]]
+        rows += [part, tasks.reconstructed(models["latents"], part)]
     images.save_rows(study.out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), SCALE)
     pictures = {"reconstructions.png": "Validation crops above their reconstructions by the VQGAN"}
     for name, prior in models.items():
@@ -161,7 +161,7 @@ def _draw_completions(study: Study, prior: Net2NetTransformer, x: Tensor, size: 
     options, cond = _options(prior, size, study.settings["sampling"]), tasks.conditions(prior, len(x))
     halves = x.clone()
     halves[:, :, size // 2 :] = 1.0
-    completed = [tasks.complete(prior, x, cond, first_image=k * len(x), **options) for k in range(_COMPLETIONS)]
+    completed = [tasks.completed(prior, x, cond, first_image=k * len(x), **options) for k in range(_COMPLETIONS)]
     names = ["image", "kept", *(f"completed, {k + 1}" for k in range(_COMPLETIONS))]
     images.save_rows(study.out / "completions.png", [x, halves, *completed], names, SCALE)
 
@@ -171,7 +171,7 @@ def _draw_completions(study: Study, prior: Net2NetTransformer, x: Tensor, size: 
 
 def measure_quality(
     models: Mapping[str, Net2NetTransformer],
-    datasets: tuple[MapDataset, MapDataset],
+    datasets: tuple[EpochDataset, EpochDataset],
     sampling: Mapping[str, Any],
     size: int,
     images: int,

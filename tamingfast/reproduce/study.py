@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tamingfast import tasks
 from tamingfast.checkpoints import load_model, run_directory
+from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import MapDataset
 from tamingfast.models.base import FirstStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.ops import backends
@@ -58,7 +58,7 @@ class Study:
         settings = load_preset(experiment, preset, overrides)
         return cls(preset, settings, Path(out), resume, str(backends.pick_device(device)))
 
-    def datasets(self) -> tuple[MapDataset, MapDataset]:
+    def datasets(self) -> tuple[EpochDataset, EpochDataset]:
         """The training and validation sets of the ``data`` section; UserError without a validation set."""
         train, validation = build_datasets({"data": self.settings["data"]})
         if validation is None:
@@ -70,20 +70,20 @@ class Study:
         return self.resume and run_directory.begun(self.out / run)
 
     def train_first_stage(
-        self, run: str, datasets: tuple[MapDataset, MapDataset], config: Mapping[str, Any] | None = None
+        self, run: str, datasets: tuple[EpochDataset, EpochDataset], config: Mapping[str, Any] | None = None
     ) -> None:
         """Train a first stage with the ``vqgan`` and ``data`` sections, or with ``config`` instead."""
         config = config or {**self.settings["vqgan"], "data": self.settings["data"]}
         vqgan_training.train(config, self.out / run, self.resumes(run), self.device, datasets)
 
-    def fit_colors(self, run: str, dataset: MapDataset, data: Mapping[str, Any]) -> None:
+    def fit_colors(self, run: str, dataset: EpochDataset, data: Mapping[str, Any]) -> None:
         """Fit the dictionary of the ``colors`` section; ``data`` is kept in its config."""
         if not self.resumes(run):
             colors = self.settings["colors"]
             fit_color_clusters(dataset, colors["count"], colors["seed"], self.out / run, data)
 
     def train_prior(
-        self, run: str, first_stage: str, datasets: tuple[MapDataset, MapDataset], **sections: Mapping[str, Any]
+        self, run: str, first_stage: str, datasets: tuple[EpochDataset, EpochDataset], **sections: Mapping[str, Any]
     ) -> None:
         """Train a prior on a first stage's run with the ``prior`` section; ``sections`` replace parts of its config."""
         config = {**self.settings["prior"], **sections}
@@ -106,7 +106,7 @@ class Study:
         begun = (self.out / run for run in runs)
         return sum(run_directory.progress(out)["seconds"] for out in begun if run_directory.exists(out))
 
-    def facts(self, dataset: MapDataset) -> dict[str, Any]:
+    def facts(self, dataset: EpochDataset) -> dict[str, Any]:
         """What every report begins with."""
         return {
             "preset": self.preset,
@@ -116,7 +116,7 @@ class Study:
         }
 
 
-def description(dataset: MapDataset) -> str:
+def description(dataset: EpochDataset) -> str:
     """What the images of a data set are."""
     return getattr(dataset, "description", type(dataset).__name__)
 
@@ -141,7 +141,7 @@ def draw_images(prior: Net2NetTransformer, cond: Tensor, rows: int, columns: int
     return torch.cat([prior.decode_grid(prior.image_tokens(grid)).cpu() for grid in grids])
 
 
-def images_at(dataset: MapDataset, indices: Iterable[int]) -> Tensor:
+def images_at(dataset: EpochDataset, indices: Iterable[int]) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] of a data set."""
     return torch.stack([torch.as_tensor(dataset[i]["image"]) for i in indices]).permute(0, 3, 1, 2)
 
