@@ -1,7 +1,7 @@
-"""Shared by all benchmarks: facts of the machine, its limits measured in the same run, and fair comparison.
+"""Shared by all benchmarks: facts about the machine, its limits measured in the same run, and fair comparisons.
 
-The recorded JSON carries, beside each figure, what ran it (``machine_info.tamingfast``) and how fast this machine reads
-memory and multiplies, so that a figure can be read as a share of what is physically possible.
+The recorded JSON contains the machine (``machine_info.tamingfast``) and how fast it reads memory and multiplies, so
+that each time can be read as a share of what is physically possible.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     devices = ["cpu", "cuda"] if backends.gpu().available else ["cpu"]
-    machine_info.pop("node", None)  # a name, no fact about the figures
+    machine_info.pop("node", None)  # the host's name says nothing about the results
     machine_info["tamingfast"] = backends.machine() | {"limits": {device: limits(device) for device in devices}}
 
 
@@ -50,7 +50,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, the device's work included."""
+    """Wall time of one call, including the work on the device."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -62,12 +62,12 @@ _limits: dict[str, dict[str, float]] = {}
 
 
 def limits(device: str) -> dict[str, float]:
-    """What the device can do at most, the best seen so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
+    """The limits of the device, the best measured so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
 
-    Every call tries again and keeps the best: a limit taken once, while something else ran, would be beaten. On the CPU
-    all of torch's threads read an array that no cache holds, and multiply and add in registers, as the extension's best
-    instruction set can ("bfloat16": by its dot products, where there are some). Elsewhere, and without the extension,
-    the limits are those of torch's copy (bytes read plus written) and float32 matrix product.
+    Every call measures again and keeps the best, because a single measurement may fall into a busy moment. On the CPU
+    all of torch's threads read an array larger than any cache, and multiply and add in registers with the extension's
+    best instruction set ("bfloat16": with its dot products if it has them). On other devices, and without the
+    extension, the limits are those of torch's copy (bytes read plus written) and float32 matrix product.
     """
     module, _ = backends.native()
     tried = _native_limits(module) if device == "cpu" and module is not None else _torch_limits(device)
@@ -98,12 +98,12 @@ def _torch_limits(device: str) -> dict[str, float]:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., None]:
-    """Time ``ours`` against ``rivals`` in turns, so that a disturbance of the machine meets all alike.
+    """Time ``ours`` and ``rivals`` in turns, so that disturbances of the machine affect all of them equally.
 
-    ``compare(ours, rivals, device, flop, size)``: rivals maps names to callables, all of which the caller has run
-    and validated; flop and size (bytes) are what the problem itself asks for. extra_info gets each rival's median
-    seconds, the ratio of the fastest rival's to ours, and our share of the limit: the larger of size / bandwidth and
-    flop / rate, over our time.
+    ``compare(ours, rivals, device, flop, size)``: ``rivals`` maps names to callables, which the caller has run and
+    validated; ``flop`` and ``size`` (bytes) are the operations and the memory traffic that the problem requires.
+    ``extra_info`` receives the median seconds of each rival, the ratio of the fastest rival to ours, and our share of
+    the limit: the larger of size / bandwidth and flop / rate, divided by our time.
     """
 
     def run(

@@ -1,4 +1,4 @@
-"""Timing on a GPU: device events, inputs rotated past the L2, ceilings of the same run, and the recorded table."""
+"""Timing on a GPU: device events, rotated inputs that miss the L2 cache, ceilings of the same run, and the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tamingfast import files
 from tamingfast.ops import backends
 
 RESULTS = Path(__file__).parent / "results"
-# So few runs because the queue of launches holds about a thousand, and a call may be a dozen.
+# The number of runs is limited because the launch queue holds about a thousand entries, and a call may take a dozen.
 _WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
 _CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
 _MOST_COPIES = 32
@@ -26,20 +26,20 @@ rows: list[dict[str, Any]] = []
 
 
 def copies_past_cache(size: int) -> int:
-    """How many input sets of ``size`` bytes it takes that none is left in the L2 when its turn comes again."""
+    """Number of input sets of ``size`` bytes needed for each to have left the L2 cache before its next turn."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, min(_MOST_COPIES, 1 + 3 * cache // max(size, 1)))
 
 
 def milliseconds(run: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
-    """Median device time of ``run(input)``, the inputs taking turns; compilation and tuning happen before."""
+    """Median device time of ``run(input)`` over the inputs in turn, after compilation and tuning."""
     turns = itertools.cycle(inputs)
     for _ in range(3):
         run(next(turns))
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run(next(turns))
-    host = time.perf_counter() - begin  # to launch it, not to run it
+    host = time.perf_counter() - begin  # time to launch, without waiting for the device
     once = _elapsed(run, [next(turns)], host)[0]
     for _ in range(max(1, min(_MOST_RUNS, int(_WARM_UP_MS / max(once, 1e-3))))):
         run(next(turns))
@@ -48,10 +48,10 @@ def milliseconds(run: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
 
 
 def _elapsed(run: Callable[[Any], Any], inputs: Sequence[Any], host: float) -> list[float]:
-    """Milliseconds of each call, which takes the host ``host`` seconds to launch."""
+    """Milliseconds of each call; the host needs ``host`` seconds to launch one."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in inputs]
     torch.cuda.synchronize()
-    # The device waits until the host is ahead: the time of a small call would else be that of its launches.
+    # The device sleeps until the host is ahead. Otherwise the time of a small call would be that of its launches.
     torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(_LONGEST_WAIT, 1e-3 + 1.5 * host * len(inputs))))
     for (start, stop), value in zip(events, inputs, strict=True):
         start.record()
@@ -65,7 +65,7 @@ _ceilings: dict[str, float] = {}
 
 
 def ceilings() -> dict[str, float]:
-    """Copy bandwidth, bytes read plus written, and matrix-product rates of this device, measured once in this run."""
+    """Copy bandwidth (bytes read plus written) and matrix-product rates of this device, measured once per run."""
     if not _ceilings:
         source = torch.randn(2**28, device="cuda")
         target = torch.empty_like(source)
@@ -89,10 +89,10 @@ def record(
     rate: str = "bfloat16",
     target: float | None = None,
 ) -> None:
-    """Keep one row: ``times["ours"]`` and the others in ms, and our share of the ceiling that binds the problem.
+    """Record one row: ``times["ours"]`` and the others in ms, and our share of the ceiling that limits the problem.
 
-    ``flop`` and ``size`` (bytes) are what the problem itself asks for; ``target`` is the ratio to the fastest of
-    ``rivals`` that the design asks for.
+    ``flop`` and ``size`` (bytes) are the operations and the memory traffic that the problem requires; ``target`` is the
+    speed-up over the fastest of ``rivals`` that the design page demands.
     """
     ours, limits = times["ours"], ceilings()
     floor = max(flop / limits[f"{rate}_tflop_per_s"] / 1e9, size / limits["copy_gb_per_s"] / 1e6)
@@ -104,11 +104,11 @@ def record(
         "tflop_per_s": flop / ours / 1e9, "gb_per_s": size / ours / 1e6, "share_of_ceiling": floor / ours,
     }  # fmt: skip
     rows.append(row)
-    write()  # at once: a run that is cut short keeps what it measured
+    write()  # after each row, so that an interrupted run keeps its results
 
 
 def table() -> list[str]:
-    """The rows of this run for people."""
+    """The rows of this run as lines of text."""
     lines = [
         f"{'benchmark':<18} {'case':<44} {'ours ms':>9} {'rival ms':>9} {'ratio':>6} {'aim':>5} {'ceiling':>8}  rival"
     ]
@@ -124,9 +124,9 @@ def table() -> list[str]:
 
 
 def write() -> Path | None:
-    """Write the rows to benchmarks/results/<device>.json; None if there are none.
+    """Write the rows to benchmarks/results/<device>.json and return its path; None if there are no rows.
 
-    Rows of earlier runs stay where this one has no such case, if the machine and the software are the same.
+    Earlier rows of other cases are kept if machine and software are the same.
     """
     if not rows:
         return None

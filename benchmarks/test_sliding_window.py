@@ -1,10 +1,10 @@
-"""Sampling with a sliding window: the original's loop against each schedule.
+"""Sampling with a sliding window: each schedule compared with the original's loop.
 
-64 x 64 tokens, 256 conditioning tokens in every window, GPT2-small geometry. The original passes the whole window, 511
-tokens, for every token, with attention spelled out. The time of such a pass does not depend on the tokens, so it is
-measured at spaced positions and multiplied by their number. `strided` and `block` run to the end. `paper` and `scene`
-pass hundreds of tokens per token, which is what their time goes into: they are stopped after `SECONDS`, and the rest is
-integrated by tokens passed, unless TAMINGFAST_BENCH_WHOLE=1 lets them run to the end too.
+64 x 64 tokens, 256 conditioning tokens in every window, GPT2-small geometry. For every token the original passes the
+whole window, 511 tokens, through the network, with attention written out. The time of such a pass does not depend on
+the tokens, so it is measured at some positions and multiplied by their number. `strided` and `block` run to the end.
+`paper` and `scene` compute hundreds of tokens for each sampled token: they are stopped after `SECONDS` and extrapolated
+by the number of computed tokens, unless TAMINGFAST_BENCH_WHOLE=1 lets them run to the end.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WINDOW = 16
 PREFIX = WINDOW * WINDOW
 GEOMETRY = dict(n_layer=12, n_head=16, n_embd=768)
 VOCABULARY = 1024
-#: Calls of the original's pass, and seconds after which paper and scene are stopped.
+#: Timed passes of the original, and seconds after which paper and scene are stopped.
 PASSES, SECONDS = 5, 40.0
 NATIVE = pytest.mark.skipif(backends.native()[0] is None, reason=f"no native engine: {backends.native()[1]}")
-#: The stride plays no part in the first two.
+#: Schedules and strides; the first two ignore the stride.
 CASES = [("paper", 8), ("scene", 8), ("strided", 8), ("strided", 4), ("block", 8)]
 WAYS = [
     ("cpu", "torch"),
@@ -56,7 +56,7 @@ def condition() -> torch.Tensor:
 
 @torch.no_grad()
 def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
-    """Seconds for the grid: one whole window for each token, its crop included."""
+    """Seconds for the grid: one whole window for each token, including the time to cut it out."""
     device = next(gpt.parameters()).device
     canvas, times = torch.zeros_like(condition).to(device), []
     condition = condition.to(device)
@@ -74,7 +74,7 @@ def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
 
 
 def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, backend: str) -> tuple[float, float]:
-    """Seconds for the grid, and the share of it, in tokens sampled, that was really timed."""
+    """Seconds for the grid, and the share of its tokens whose sampling was timed."""
     whole = rule in ("strided", "block") or os.environ.get("TAMINGFAST_BENCH_WHOLE") == "1"
     begun, done = time.perf_counter(), 0
 
@@ -104,7 +104,7 @@ def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, 
 
 
 def planned(gpt: GPT, rule: str, stride: int) -> Waves:
-    """The waves that `sample_grid` goes through."""
+    """The waves of `sample_grid`."""
     return plan_waves(gpt, make_schedule(HEIGHT, WIDTH, WINDOW, rule, stride), 1, PREFIX)
 
 

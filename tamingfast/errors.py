@@ -1,24 +1,30 @@
-"""The one exception type that the command line shows as a sentence instead of a traceback."""
+"""The exception for mistakes of the user, which the command line shows as one sentence without a traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+_OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: ")
+
 
 class UserError(ValueError):
-    """Something a person gave us is wrong; the message is one sentence that says what to do about it."""
+    """A mistake that the user can correct.
+
+    The message is one sentence, ``<name>: got <value>, expected <valid values>[; <what to do>]``.
+    """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what the error says, or else its kind."""
+    """The first line of the error's message, or the name of its class when the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether the error says that the memory, of the machine or of its GPU, did not suffice."""
-    said = ("CUDA out of memory", "DefaultCPUAllocator: ")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(x in str(error) for x in said))
+    """Whether the error was raised because the host or the GPU ran out of memory."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

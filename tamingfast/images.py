@@ -1,4 +1,4 @@
-"""Image tensors in [-1, 1] to 8-bit pixels, grids of them, and PNG files."""
+"""Image tensors in [-1, 1] as 8-bit pixels, contact sheets and PNG files."""
 
 from __future__ import annotations
 
@@ -7,58 +7,57 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tamingfast.files import atomic_write, check_png
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Pixels of ``images`` (B, C, H, W) or (C, H, W), C = 1 or 3, float in [-1, 1]: uint8 (B, H, W, 3) or (H, W, 3).
+    """Floating-point images (B, C, H, W) or (C, H, W) in [-1, 1], C = 1 or 3, as uint8 (B, H, W, 3) or (H, W, 3).
 
-    Values outside the range are clipped, NaN becomes black; one channel is shown as gray. Raises ValueError on
-    any other shape or an integer tensor.
+    Values outside the range are clipped, NaN becomes black, and a single channel becomes gray. Raises ValueError for
+    any other shape and for integer tensors.
     """
     if images.ndim not in (3, 4) or images.shape[-3] not in (1, 3) or not images.is_floating_point():
         raise ValueError(
-            f"images: got {images.dtype} of shape {tuple(images.shape)}; expected floating point (B, C, H, W) or "
+            f"images: got {images.dtype} of shape {tuple(images.shape)}, expected floating point (B, C, H, W) or "
             "(C, H, W) with 1 or 3 channels"
         )
-    pixels = images.detach().float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
-    pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    clipped = images.detach().float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
+    pixels = ((clipped + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
 def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1], or pixels uint8 (B, H, W, 3), in rows of ``columns``: uint8 (height, width, 3).
+    """A contact sheet, uint8 (height, width, 3), of images (B, C, H, W) in [-1, 1] or pixels uint8 (B, H, W, 3).
 
-    ``columns`` defaults to the smallest square that holds them all. Gaps of ``padding`` pixels and empty places
-    are white.
+    ``columns`` is the number of images per row; by default the sheet is as close to a square as possible. Images are
+    ``padding`` white pixels apart, and places without an image are white. Raises ValueError for an empty batch.
     """
     pixels = to_uint8(images) if isinstance(images, Tensor) else np.asarray(images)
     if pixels.ndim != 4 or not len(pixels):
-        raise ValueError(f"images: got shape {tuple(images.shape)}; expected at least one image as (B, C, H, W)")
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected at least one image as (B, C, H, W)")
     count, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     sheet = np.full(
         (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8
     )
-    for position, image in enumerate(pixels):
-        top = padding + position // columns * (height + padding)
-        left = padding + position % columns * (width + padding)
+    for number, image in enumerate(pixels):
+        top = padding + number // columns * (height + padding)
+        left = padding + number % columns * (width + padding)
         sheet[top : top + height, left : left + width] = image
     return sheet
 
 
 def magnified(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """Pixels (H, W, 3), each as a square of ``scale`` x ``scale``: images of 32 pixels are too small to look at."""
+    """Pixels (H, W, 3) enlarged by nearest neighbour, as images of 32 x 32 pixels are too small to look at."""
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else pixels
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
-    """Write uint8 pixels (H, W, 3) as PNG, `magnified`, atomically; UserError for a name that says another format."""
-    from PIL import Image
-
+    """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; errors as `check_png`."""
     check_png(path)
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG")
@@ -70,21 +69,20 @@ def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int
 
 
 def save_rows(path: str | os.PathLike, rows: Sequence[Tensor], names: Sequence[str] = (), scale: int = 1) -> None:
-    """Write equally long batches (B, C, H, W) as PNG, one under the other: inputs above their reconstructions.
+    """Write batches (B, C, H, W) of the same length as the rows of one PNG, such as images above reconstructions.
 
-    ``names`` stand left of their rows; ``scale`` magnifies as in `save_png`.
+    ``names`` are written to the left of their rows; ``scale`` is as in `save_png`. Raises ValueError for batches of
+    different lengths.
     """
     lengths = {len(row) for row in rows}
     if len(lengths) != 1:
-        raise ValueError(f"rows: got batches of {sorted(lengths)} images; expected the same number in each row")
+        raise ValueError(f"rows: got batches of {sorted(lengths)} images, expected the same number in each row")
     sheet = magnified(grid(torch.cat([row.detach().float().cpu() for row in rows]), columns=lengths.pop()), scale)
     save_png(path, labelled(sheet, names) if names else sheet)
 
 
 def labelled(sheet: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """A sheet of pixels (H, W, 3) with a white margin at its left, where each of its equally high rows has its name."""
-    from PIL import Image, ImageDraw, ImageFont
-
+    """A sheet (H, W, 3) of equally high rows with a white margin on the left that holds their names."""
     height = len(sheet) // len(names)
     font = ImageFont.load_default(size=max(12, height // 6))
     gap = height // 16 + 2

@@ -35,6 +35,7 @@ RENAMED: dict[str, str] = {
     "data.kinds": "data.conditions",
     "data.scenes": "data.conditions.scenes",
     "engine": "engines",
+    "evaluation.quality": "evaluation.generated",
     "inspection": "tasks.inspection",
     "losses": "models.losses",
     "models.bands": "engines.bands",

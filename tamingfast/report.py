@@ -1,12 +1,26 @@
-"""What reports share: where their figures come from, and plots as PNG."""
+"""Building blocks of reports: their two files, Markdown tables, numbers in words, and plots as PNG."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tamingfast.files import atomic_write, check_png
+from tamingfast.files import atomic_write, check_png, write_json, write_text
+
+if TYPE_CHECKING:  # optional package
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAGE, FIGURES = "report.md", "report.json"
+
+
+def write(out: Path, results: Mapping[str, Any], sections: Iterable[str]) -> Path:
+    """Write ``results`` to ``out/report.json`` and the Markdown sections to ``out/report.md``; returns the latter."""
+    write_json(out / FIGURES, results)
+    write_text(out / PAGE, "\n\n".join(sections) + "\n")
+    return out / PAGE
 
 
 def provenance(results: Mapping[str, Any]) -> str:
@@ -18,7 +32,7 @@ def provenance(results: Mapping[str, Any]) -> str:
 
 
 def on(machine: Mapping[str, Any]) -> str:
-    """What `tamingfast.ops.backends.machine` says, in words."""
+    """The facts of `tamingfast.ops.backends.machine` in words."""
     return (
         f"{machine['cpu']}, {counted(machine['threads'], 'thread')}; {machine['gpu']}; torch {machine['torch']}, "
         f"Python {machine['python']}"
@@ -26,34 +40,48 @@ def on(machine: Mapping[str, Any]) -> str:
 
 
 def geometry(transformer: Mapping[str, int]) -> str:
-    """How large a transformer is, by the names of its config."""
+    """A transformer's ``n_layer``, ``n_head`` and ``n_embd`` in words."""
     layers, heads = counted(transformer["n_layer"], "layer"), counted(transformer["n_head"], "head")
     return f"{layers}, {heads}, width {transformer['n_embd']}"
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things, as words: 1 image, 2 images."""
+    """A number with its noun in the singular or plural: 1 image, 2 images."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
-    """Seconds below a minute, with two digits, else minutes."""
+    """A duration in seconds with two digits, from a minute on in minutes."""
     return f"{seconds:.2g} s" if seconds < 59.5 else f"{seconds / 60:.1f} min"
 
 
-def figure(columns: int, width: float = 5) -> Any:
-    """A figure of so many panels side by side, ``width`` inches each, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join([_row(heads), "|---" * len(heads) + "|", *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def pictures(captions: Mapping[str, str]) -> list[str]:
+    """A Markdown paragraph for each picture, given by its file name and caption."""
+    return [f"{caption}:\n\n![{caption}]({name})" for name, caption in captions.items()]
+
+
+def figure(columns: int, width: float = 5) -> tuple[Figure, list[Axes]]:
+    """A figure with ``columns`` panels side by side, each ``width`` inches wide, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional package
     from matplotlib.figure import Figure
 
-    # Without pyplot: no global state, and nothing that looks for a screen.
+    # Without pyplot, which keeps global state and looks for a display.
     made = Figure(figsize=(width * columns, 3.8), layout="constrained")
     FigureCanvasAgg(made)
-    return made, made.subplots(1, columns, squeeze=False)[0]
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
-def save_figure(plotted: Any, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically; UserError for a name that says another format."""
+def save_figure(plotted: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG, atomically; errors as `tamingfast.files.check_png`."""
     check_png(path)
     with atomic_write(path) as temporary:
         plotted.savefig(temporary, dpi=110, format="png")

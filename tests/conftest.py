@@ -1,12 +1,14 @@
-"""Shared by all tests: seeds, the skip of what needs a GPU, and one run of every experiment."""
+"""Shared by all tests: seeds, skipping without a GPU, and one run of all experiments."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import smoke
 import torch
 
 from tamingfast import cli
@@ -21,6 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=device.reason))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests run on one worker, so that its fixtures are made once, and all tests of experiments on one.
+
+    These share `everything`. The groups of ``--dist loadgroup`` have no effect in pytest-xdist 3.8 under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # optional package
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "reproduce" if "tests/reproduce/" in file else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Global generators start alike for every test, so that a test alone and in the suite does the same."""
@@ -31,11 +49,10 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``tamingfast reproduce all --preset smoke`` makes, once for all tests that look at an experiment."""
+    """The output of ``tamingfast reproduce all --preset smoke``, made once per process."""
     out = tmp_path_factory.mktemp("reproduce") / "all"
-    small = ["pixels.timing.repeats=1", "pixels.timing.prefixes=3", "orderings.data.length=48"]
-    small += ["multiscale.data.length=48", "multiscale.sampling.images=3"]
-    assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *small]) == 0
+    smaller = [f"{name}.{setting}" for name, settings in smoke.SMALLER.items() for setting in settings]
+    assert cli.main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *smaller]) == 0
     return out
 
 

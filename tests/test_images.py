@@ -82,6 +82,6 @@ def test_names_stand_left_of_their_rows_and_change_no_pixel(tmp_path):
 
 
 def test_other_formats_than_png_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"sheet.jpg is no name for a PNG; give one that ends in .png"):
+    with pytest.raises(UserError, match=r"sheet.jpg: got the suffix '.jpg', expected .png"):
         images.save_grid(tmp_path / "sheet.jpg", torch.zeros(1, 3, 4, 4))
     assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
 def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast import tasks
-    from tamingfast.sampling.likelihood import plot
+    from tamingfast.evaluation import plot_schedules
 
     if arguments.plot:
         check_png(arguments.plot)
@@ -95,5 +95,5 @@ def likelihood(arguments: argparse.Namespace) -> None:
     for row in rows:
         print(json.dumps(row))
     if arguments.plot:
-        plot(arguments.plot, rows)
+        plot_schedules(arguments.plot, rows)
         say_written(arguments.plot)

@@ -1,19 +1,22 @@
-"""How good a model is: reconstructions, likelihoods, and samples against real images.
+"""Measures of a model: its reconstructions, its likelihoods, and the distance of its samples from real images.
 
-`reconstruction` and `likelihood` take a model and a dataset; `samples` draws what `compare` sets against real images in
-the features of a network that `load_features` gives. `evaluate` does all that a model allows.
+`reconstruction` and `likelihood` take a model and a data set. `samples` and `reconstructions` make images, which
+`distances` compares with real ones in the features of a network from `load_features`. `evaluate` measures everything
+that a model allows.
 """
 
 from __future__ import annotations
 
 from tamingfast.evaluation.batches import images_of
-from tamingfast.evaluation.distances import frechet_distance, kernel_distance
+from tamingfast.evaluation.distances import compare, distances, frechet_distance, kernel_distance
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Features, extract, load_features
+from tamingfast.evaluation.generated import reconstructions, samples
 from tamingfast.evaluation.likelihood import likelihood
-from tamingfast.evaluation.quality import compare, distances, reconstructions, samples
+from tamingfast.evaluation.plots import plot_schedules
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.evaluation.run import evaluate_model
-from tamingfast.evaluation.summary import distance_table, evaluate, table
+from tamingfast.evaluation.summary import evaluate
+from tamingfast.evaluation.tables import distance_table, table
 
 __all__ = [
     "EFFICIENTNET",
@@ -30,6 +33,7 @@ __all__ = [
     "kernel_distance",
     "likelihood",
     "load_features",
+    "plot_schedules",
     "reconstruction",
     "reconstructions",
     "samples",

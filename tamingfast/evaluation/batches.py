@@ -1,4 +1,4 @@
-"""The images that figures are computed over."""
+"""Batches of the images that a model is measured on."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tamingfast.data import loader, shuffled
+from tamingfast.data.base import as_epoch_dataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError
 
-#: Called with a number of images after these have been dealt with.
+#: Called after each batch with the number of images in it.
 Progress = Callable[[int], Any]
 
 
 def batches(
-    dataset: Dataset, batch_size: int, limit: int | None = None, seed: int = 0, device: Any = "cpu"
+    dataset: Dataset,
+    batch_size: int,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
-    """Batches of the whole dataset in its order, or of ``limit`` items drawn from all of it by ``seed``.
+    """Batches of the whole data set in its own order, or of ``limit`` items drawn from all of it by ``seed``.
 
-    Neighbours in a dataset are often parts of one photograph, so its beginning would not stand for the whole. With a
-    ``limit`` beyond the dataset's length, all items are given once.
+    Items are drawn because neighbours are often crops of the same photograph, so that the first few would not
+    represent the set. A ``limit`` above the number of items takes each once. Raises ValueError for a ``batch_size`` or
+    ``limit`` below 1.
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size is {batch_size} and limit {limit}; expected at least 1")
-    left = len(dataset) if limit is None else min(limit, len(dataset))
-    order = shuffled(len(dataset), seed) if left < len(dataset) else None
-    for batch in loader(dataset, batch_size, order=order, drop_last=False):
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    items = as_epoch_dataset(dataset)
+    left = len(items) if limit is None else min(limit, len(items))
+    order = shuffled(len(items), seed) if left < len(items) else None
+    for batch in loader(items, batch_size, order=order, drop_last=False):
         cut = {name: value[:left] for name, value in batch.items()}
         yield to_device(cut, torch.device(device))
         left -= len(next(iter(cut.values())))
@@ -40,10 +48,11 @@ def batches(
 def images_of(
     dataset: Dataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
 ) -> Iterator[Tensor]:
-    """The images of `batches`, (b, C, H, W); UserError when the dataset holds none."""
+    """The images of `batches` as (b, C, H, W). Raises UserError when the data set has none under ``key``."""
     for batch in batches(dataset, batch_size, limit, seed):
         if key not in batch:
             raise UserError(
-                f"the data hold {', '.join(batch)} and no '{key}'; evaluate on images, for example name=folder path=DIR"
+                f"data: got items with {', '.join(batch)}, expected '{key}' among them; evaluate on images, for "
+                "example name=folder path=DIR"
             )
         yield batch[key].permute(0, 3, 1, 2).contiguous()

@@ -1,16 +1,54 @@
-"""Distances between sets of feature vectors."""
+"""Distances between sets of images, by the features that a network gives them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
+from torch import Tensor
+
+from tamingfast.evaluation.features import INCEPTION, Extractor, Features, extract
+
+#: The most parts that the Inception score is averaged over (Salimans et al. 2016).
+_SPLITS = 10
+
+
+def distances(
+    network: Extractor, made: Mapping[str, Iterable[Tensor]], real: Iterable[Tensor]
+) -> dict[str, dict[str, str | float]]:
+    """`compare` each set of images in ``made`` with the ``real`` ones, all in batches (b, C, H, W) in [-1, 1]."""
+    reference = extract(network, real)
+    return {name: compare(extract(network, batches), reference) for name, batches in made.items()}
+
+
+def compare(drawn: Features, real: Features) -> dict[str, str | float]:
+    """Distances between two sets of images, with the ``network`` and the numbers of ``images`` and ``real_images``.
+
+    In Inception's features they are ``fid``, ``kid`` and the Inception score of ``drawn``; in others
+    ``frechet_distance`` and ``kernel_distance``. The Frechet distance is biased upwards for small sets, so only values
+    for equal numbers of images can be compared; the kernel distance is unbiased. Raises ValueError for features of two
+    different networks.
+    """
+    if drawn.network != real.network:
+        raise ValueError(f"real: got features of {real.network}, expected those of {drawn.network} as in drawn")
+    found: dict[str, str | float] = {
+        "network": real.network, "images": len(drawn.values), "real_images": len(real.values)
+    }  # fmt: skip
+    frechet, kernel = (distance(drawn.values, real.values) for distance in (frechet_distance, kernel_distance))
+    if real.network != INCEPTION:
+        return found | {"frechet_distance": frechet, "kernel_distance": kernel}
+    from torch_fidelity.metric_isc import isc_features_to_metric  # optional package
+
+    score = isc_features_to_metric(drawn.logits, splits=min(_SPLITS, len(drawn.values)))
+    return found | {"fid": frechet, "kid": kernel} | score
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D), N and M at least 2.
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) with the unbiased covariances S (Heusel et al. 2017). With
-    S_a = A^T A and S_b = B^T B the trace of the root is the sum of the singular values of A B^T, which also holds where
-    fewer images than features make the covariances singular and the root of their product unstable.
+    S_a = A^T A and S_b = B^T B the trace of the root is the sum of the singular values of A B^T. This stays exact where
+    there are fewer images than features, so that the covariances are singular and the root of their product unstable.
     """
     a, b = _checked(a, b)
     factors = [_factor(x) for x in (a, b)]
@@ -23,31 +61,29 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy of features (N, D) and (M, D) under the kernel (x.y / D + 1)^3.
 
-    The estimate of KID (Binkowski et al. 2018) over all pairs instead of random subsets. Its values may be below 0 for
-    sets that are alike. N and M are at least 2.
+    The estimate of KID (Binkowski et al. 2018) over all pairs instead of random subsets. It may be negative for similar
+    sets. N and M are at least 2.
     """
     a, b = _checked(a, b)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def among(x: np.ndarray) -> float:
+    def within(x: np.ndarray) -> float:
         values = kernel(x, x)
         return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
 
-    return float(among(a) + among(b) - 2 * kernel(a, b).mean())
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 
 def _factor(x: np.ndarray) -> np.ndarray:
     """A (min(N, D), D) with A^T A = the covariance of x (N, D)."""
     centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    return np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
 def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            f"features: got shapes {a.shape} and {b.shape}; expected (N, D) and (M, D), N and M at least 2"
-        )
+        raise ValueError(f"features: got shapes {a.shape} and {b.shape}, expected (N, D) and (M, D), N and M above 1")
     return a, b

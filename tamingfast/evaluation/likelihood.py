@@ -1,9 +1,8 @@
-"""How likely a prior finds real images."""
+"""The likelihood of real images under a prior."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,13 @@ from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
+from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training.tokens import grid_of, tokens_of
 
-#: 8-bit colours per call of the search for the nearest one of a dictionary.
+#: 8-bit colours per call of the nearest-code search.
 _COLORS_PER_CALL = 1 << 20
+#: Nats per token above which exp overflows a double.
+_MOST_NATS = 700.0
 
 
 @torch.no_grad()
@@ -32,41 +34,39 @@ def likelihood(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """What a prior makes of ``limit`` images of ``dataset``, drawn by ``seed``, or of all, under their own conditions.
+) -> dict[str, float]:
+    """Likelihood of the images of ``dataset`` under a prior, each given its own condition.
+
+    Args:
+        limit, seed: measure this many images, drawn by ``seed``; None measures all.
+        device: where to compute; None leaves the model where it is.
+        progress: called after each batch with its number of images.
 
     Returns:
         - ``images``, and ``tokens`` of each;
         - ``nats_per_token``, the mean cross entropy of the image tokens, and ``perplexity``, its exponential;
-        - ``bits_per_token``: the same in bits, so bits per dimension of the grid of tokens;
-        - ``token_bits_per_image_dimension``: all bits of the tokens over 3 x height x width of the images. Unless the
-          first stage is lossless this is a rate, what storing the tokens costs, and no likelihood of the pixels;
-        - ``pixel_bits_per_dimension``, for priors on clustered colours alone: the likelihood of the 8-bit pixels under
-          the model that draws a colour cluster and then any of the 8-bit colours nearest to it, all alike.
+        - ``bits_per_token``: the same in bits, that is, bits per dimension of the token grid;
+        - ``token_bits_per_image_dimension``: bits of all tokens over 3 x height x width of the images. Unless the first
+          stage is lossless this is a rate, the cost of storing the tokens, and not a likelihood of the pixels;
+        - ``pixel_bits_per_dimension``, only for priors on clustered colours: the likelihood of the 8-bit pixels under
+          the model that draws a colour cluster and then, uniformly, one of the 8-bit colours nearest to it.
 
     Raises:
-        UserError: the model is no prior, or the images have more tokens than it sees at once.
+        UserError: the model is no prior, or the images have more tokens than its context.
     """
-    tasks.check_prior(model)
+    prior = tasks.check_prior(model)
     if device is not None:
-        model.to(device)
-    stage = model.first_stage_model
+        prior.to(device)
+    stage = prior.first_stage_model
     cells = cell_bits(stage) if isinstance(stage, ColorClusters) else None
-    nats = extra_bits = 0.0
-    images = tokens = 0
     pixels = round(math.prod(grid_of(dataset, stage)) * stage.pixels_per_token)
-    for batch in batches(dataset, batch_size, limit, seed, device=model.device):
-        z, c = tokens_of(model, batch)
-        room = model.transformer.config.block_size - c.shape[1] + 1
-        if z.shape[1] > room:
-            raise UserError(
-                f"the images have {z.shape[1]} tokens and the model sees {room} at once; evaluate on images of the "
-                "trained size, or use `tamingfast likelihood`"
-            )
-        logits = model.token_logits(z, c)
-        nats += float(F.cross_entropy(logits.flatten(0, 1).float(), z.flatten(), reduction="sum"))
+    nats = bits_in_cells = 0.0
+    images = tokens = 0
+    for batch in batches(dataset, batch_size, limit, seed, device=prior.device):
+        z, c = tokens_of(prior, batch)
+        nats += _nats(prior, z, c)
         if cells is not None:
-            extra_bits += float(cells[z.flatten()].sum())
+            bits_in_cells += float(cells[z.flatten()].sum())
         images, tokens = images + len(z), z.shape[1]
         if progress is not None:
             progress(len(z))
@@ -76,17 +76,29 @@ def likelihood(
         "images": images,
         "tokens": tokens,
         "nats_per_token": per_token,
-        "perplexity": math.exp(min(per_token, 700.0)),
+        "perplexity": math.exp(min(per_token, _MOST_NATS)),
         "bits_per_token": bits / tokens,
         "token_bits_per_image_dimension": bits / (3 * pixels),
     }
     if cells is not None:
-        found["pixel_bits_per_dimension"] = (bits + extra_bits / images) / (3 * pixels)
+        found["pixel_bits_per_dimension"] = (bits + bits_in_cells / images) / (3 * pixels)
     return found
 
 
+def _nats(prior: Net2NetTransformer, z: Tensor, c: Tensor) -> float:
+    """Sum of the cross entropies of image tokens z (B, n) given condition tokens c (B, c)."""
+    room = prior.transformer.config.block_size - c.shape[1] + 1
+    if z.shape[1] > room:
+        raise UserError(
+            f"data: got images of {z.shape[1]} tokens, expected at most {room}, the context of the model; evaluate on "
+            "images of the trained size, or use `tamingfast likelihood`"
+        )
+    logits = prior.token_logits(z, c)
+    return float(F.cross_entropy(logits.flatten(0, 1).float(), z.flatten(), reduction="sum"))
+
+
 def cell_bits(clusters: ColorClusters) -> Tensor:
-    """float64 (n,): log2 of how many of the 2^24 8-bit colours are nearest to each colour of a dictionary."""
+    """log2 of the number of 8-bit colours, out of 2^24, that are nearest to each cluster: float64 (n,)."""
     colors = clusters.kmeans.C
     levels = to_unit_scale(np.arange(256, dtype=np.uint8)).to(colors)
     counts = torch.zeros(len(colors), dtype=torch.int64, device=colors.device)

@@ -1,9 +1,9 @@
-"""What a first stage keeps of images: PSNR, SSIM, LPIPS, and how its codebook is used."""
+"""How well a first stage reconstructs images: PSNR, SSIM, LPIPS, and the use of its codebook."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from tamingfast import images, tasks
 from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, images_of
-from tamingfast.tasks.figures import psnr
+from tamingfast.tasks.figures import l1, psnr
 from tamingfast.training.vqgan import codebook_use
 
-#: Side of the Gaussian window of SSIM (Wang et al. 2004), and of the least image that LPIPS's network takes, in pixels.
+#: Side of SSIM's Gaussian window (Wang et al. 2004), and of the smallest image that LPIPS's network takes, in pixels.
 SSIM_WINDOW, LPIPS_SIDE = 11, 16
 
 
@@ -31,25 +31,25 @@ def reconstruction(
     perceptual: nn.Module | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Figures of the first stage of ``model``, or of ``model`` itself, on ``dataset``.
+) -> dict[str, float | None]:
+    """Reconstruct the images of ``dataset`` with the first stage of ``model``, or with ``model`` itself, and compare.
 
     Args:
-        limit, seed: so many images, drawn by ``seed``; None takes all.
+        limit, seed: measure this many images, drawn by ``seed``; None measures all.
         perceptual: a `tamingfast.models.lpips.LPIPS`; without it there is no ``lpips``.
         device: where to compute; None leaves the model where it is.
-        progress: called with a number of images after these are done.
+        progress: called after each batch with its number of images.
 
     Returns:
         ``images``, their number; ``l1``, mean absolute difference of images in [-1, 1]; ``psnr`` in dB and ``ssim``,
         means over images of 8-bit pixels, SSIM with the Gaussian window of Wang et al. (2004) over each channel;
         ``lpips``; ``codebook_usage``, the share of codes that occur, and ``codebook_perplexity``, exp of the entropy of
-        their frequencies. ``psnr`` is None when an image comes back exactly, ``ssim`` for sides below 11 pixels,
+        their frequencies. ``psnr`` is None when an image is reconstructed exactly, ``ssim`` for sides below 11 pixels,
         ``lpips`` for sides below 16.
 
     Raises:
-        UserError: the model is no first stage and has none, or what it encodes are no images of 1 or 3 channels, or of
-            sides that are no multiples of its factor.
+        UserError: the model neither is nor has a first stage, its inputs are not images of 1 or 3 channels, or their
+            sides are not multiples of its factor.
     """
     stage = tasks.first_stage_of(model)
     if device is not None:
@@ -59,35 +59,35 @@ def reconstruction(
     sums: dict[str, float] = {}
     counts = torch.zeros(stage.n_embed, dtype=torch.int64)
     total = 0
-    for x in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
-        x = _checked(x).to(stage.device)
-        tasks.grid_size(model, *x.shape[2:])  # fails for images that would come back smaller
+    for batch in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
+        x = _checked(batch).to(stage.device)
+        tasks.grid_size(model, *x.shape[2:])  # refuses sides that the factor does not divide
         quant, _, (_, _, indices) = stage.encode(x)
         out = stage.decode(quant).clamp(-1, 1)
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        for name, value in _figures(x, out, perceptual).items():
+        for name, value in _sums(x, out, perceptual).items():
             sums[name] = sums.get(name, 0.0) + value
         total += len(x)
         if progress is not None:
             progress(len(x))
     means = {name: value / total if math.isfinite(value) else None for name, value in sums.items()}
-    return {"images": total} | means | codebook_use(counts)
+    return {"images": total, **means, **codebook_use(counts)}
 
 
 def _checked(x: Tensor) -> Tensor:
     if x.shape[1] not in (1, 3):
         raise UserError(
-            f"the model encodes maps of {x.shape[1]} channels, for which these figures mean nothing; evaluate a first "
-            "stage of images"
+            f"data: got maps of {x.shape[1]} channels, expected images of 1 or 3, for which the measures are defined; "
+            "evaluate a first stage of images"
         )
     return x
 
 
-def _figures(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, float]:
-    """Sums over the batch; not a number where a figure is not defined."""
+def _sums(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, float]:
+    """Each measure summed over the batch; infinite or NaN where it is undefined for an image."""
     real, made = images.to_uint8(x), images.to_uint8(out)
     found = {
-        "l1": float((out - x).abs().mean((1, 2, 3)).sum()),
+        "l1": float(l1(x, out).sum()),
         "psnr": sum(psnr(a, b) for a, b in zip(real, made, strict=True)),
         "ssim": sum(_ssim(a, b) for a, b in zip(real, made, strict=True)),
     }
@@ -99,18 +99,19 @@ def _figures(x: Tensor, out: Tensor, perceptual: nn.Module | None) -> dict[str, 
 
 
 def _ssim(real: np.ndarray, made: np.ndarray) -> float:
+    """Structural similarity of pixels uint8 (H, W, 3); NaN for sides below `SSIM_WINDOW`."""
     if min(real.shape[:2]) < SSIM_WINDOW:
         return math.nan
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(_metrics().structural_similarity(real, made, data_range=255, channel_axis=-1, **options))
 
 
-def _metrics() -> Any:
+def _metrics() -> ModuleType:
     try:
-        from skimage import metrics
+        from skimage import metrics  # optional package
     except ImportError as error:
         raise UserError(
-            f"PSNR and SSIM are computed with scikit-image, which cannot be imported ({error}): run pip install "
-            '"tamingfast[evaluate]"'
+            f"scikit-image: got '{error}' on importing it, expected the package, which computes SSIM; run pip "
+            'install "tamingfast[evaluate]"'
         ) from error
     return metrics

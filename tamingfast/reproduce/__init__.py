@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tamingfast.errors import UserError, nearest
 
-#: Experiments, each a module of this package with ``presets()`` and ``run``, and their subjects.
+#: The experiments, each a module of this package with a function ``run(study)``, and their subjects.
 EXPERIMENTS = {
     "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
     "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
@@ -30,21 +30,27 @@ def run(
 ) -> Path:
     """Run one of `EXPERIMENTS`, or `ALL` of them; returns the path of ``out/report.md``.
 
-    ``resume`` continues an interrupted run in ``out``. Raises UserError for unknown experiments, bad settings, and when
-    ``out`` holds a run that is not to be resumed.
+    Args:
+        preset: name of a packaged preset, as listed by `tamingfast.reproduce.settings.presets`.
+        out: directory for the report, its pictures and the run directories of the models.
+        overrides: ``key=value`` settings that replace the preset's, or ``EXPERIMENT.key=value`` for `ALL`.
+        resume: continue what was interrupted in ``out``; finished models are not trained again.
+        device: as for `tamingfast.ops.backends.pick_device`.
+
+    Raises:
+        UserError: unknown experiments, presets or settings, and an ``out`` with runs that are not to be resumed.
     """
+    # Imported here because `tamingfast --help` reads the table above and should not wait for torch.
+    from tamingfast.reproduce import everything
+    from tamingfast.reproduce.study import Study
+
     known = (*EXPERIMENTS, ALL)
     if experiment not in known:
-        hint = nearest(experiment, known)
         raise UserError(
-            f"'{experiment}' is no experiment{hint} (experiments: {', '.join(known)}; settings are key=value)"
+            f"experiment: got '{experiment}', expected one of {', '.join(known)}{nearest(experiment, known)}; write "
+            "settings as key=value"
         )
-    module = "everything" if experiment == ALL else experiment
-    return importlib.import_module(f"{__name__}.{module}").run(preset, out, overrides, resume, device)
-
-
-def presets(experiment: str) -> list[str]:
-    """Names of an experiment's packaged presets."""
-    from tamingfast.reproduce import settings
-
-    return settings.presets(experiment)
+    if experiment == ALL:
+        return everything.run(preset, out, overrides, resume, device)
+    study = Study.of(experiment, preset, out, overrides, resume, device)
+    return importlib.import_module(f"{__name__}.{experiment}").run(study)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tamingfast import report
-from tamingfast.files import write_json, write_text
 from tamingfast.models.lpips import distance_name
+from tamingfast.reproduce.study import geometry
 
-_SPEEDS = {
+if TYPE_CHECKING:  # optional package
+    from matplotlib.axes import Axes
+
+#: One first stage's part of ``results["rows"]``.
+Row = Mapping[str, Any]
+
+SPEEDS = {
     "paper": "full forward pass per token (paper)",
     "engine": "our engine, the same tokens",
     "strided": "our engine, window in strides",
@@ -20,30 +26,26 @@ _SPEEDS = {
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md`` and its plots into ``out``; returns the report's path.
 
-    ``results`` is what `tamingfast.reproduce.compression.run` measured; nothing else enters the report. Sample sheets
-    that ``results["pictures"]`` names lie in ``out`` already.
+    Everything in the report comes from ``results``, but for the sheets in ``results["pictures"]``, which
+    `tamingfast.reproduce.compression` draws.
     """
-    write_json(out / "report.json", results)
     name = distance_name(results["settings"]["evaluation"]["perceptual"])
     plot_reconstruction(results["rows"], name, out / "reconstruction.png")
     plot_speed(results["rows"], out / "speed.png")
-    write_text(out / "report.md", markdown(results))
-    return out / "report.md"
+    return report.write(out, results, _sections(results))
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
+def _sections(results: Mapping[str, Any]) -> list[str]:
     settings, rows = results["settings"], results["rows"]
-    geometry = settings["prior"]["model"]["params"]["transformer_config"]["params"]
     size, window, first = settings["data"]["size"], settings["stages"]["window"], settings["vqgan"]["training"]
-    return "\n\n".join([
+    return [
         f"# How far to compress: preset `{results['preset']}`",
         report.provenance(results),
         f"All first stages but the colours (f = 1) saw the same {first['steps']} batches of "
         f"{report.counted(first['batch_size'], 'crop')} of {settings['stages']['crop']} pixels. Then the same "
-        f"transformer ({report.geometry(geometry)}) learned sequences of at most {window}² tokens of each, with "
-        f"{results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} f "
-        f"pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
+        f"transformer ({report.geometry(geometry(settings))}) learned sequences of at most {window}² tokens of each, "
+        f"with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} "
+        f"f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
         "## What is lost, and what the rest costs",
         quality_table(rows, distance_name(settings["evaluation"]["perceptual"])),
         _quality_notes(rows),
@@ -53,32 +55,33 @@ def markdown(results: Mapping[str, Any]) -> str:
         _speed_notes(rows, settings),
         "![seconds per image against pixels per token](speed.png)",
         "## Pictures",
-        *(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
-    ]) + "\n"  # fmt: skip
+        *report.pictures(results["pictures"]),
+    ]
 
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def quality_table(rows: Sequence[Mapping[str, Any]], perceptual: str) -> str:
+def quality_table(rows: Sequence[Row], perceptual: str) -> str:
     """Tokens, reconstruction and likelihood of each first stage as a Markdown table."""
-    with_lpips = any(row["reconstruction"].get("lpips") is not None for row in rows)
-    heads = ["first stage", "tokens per image", "codes", "in use", "PSNR, dB", "SSIM", *[perceptual] * with_lpips]
+    measures = [("psnr", "PSNR, dB", ".2f"), ("ssim", "SSIM", ".3f")]
+    if any(row["reconstruction"].get("lpips") is not None for row in rows):
+        measures.append(("lpips", perceptual, ".3f"))
+    heads = ["first stage", "tokens per image", "codes", "in use", *(label for _, label, _ in measures)]
     heads += ["the window sees, pixels", "NLL, nats per token", "bits per pixel and channel"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    body = []
     for row in rows:
         kept, nll = row["reconstruction"], row["likelihood"]
         cells = [row["label"], f"{row['tokens']:,}", str(row["vocabulary"]), f"{kept['codebook_usage']:.0%}"]
-        cells += [_cell(kept["psnr"], ".2f"), _cell(kept["ssim"], ".3f")]
-        cells += [_cell(kept.get("lpips"), ".3f")] * with_lpips
+        cells += [_cell(kept.get(name), form) for name, _, form in measures]
         cells += [f"{row['crop']} x {row['crop']}", f"{nll['nats_per_token']:.3f}"]
         cells.append(f"{nll['token_bits_per_image_dimension']:.3f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append(cells)
+    return report.table(heads, body)
 
 
-def _quality_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+def _quality_notes(rows: Sequence[Row]) -> str:
     kept, nll = rows[0]["reconstruction"], rows[0]["likelihood"]
     return (
         f"PSNR, SSIM and the codes in use are of {report.counted(kept['images'], 'whole validation image')}, the NLL "
@@ -88,24 +91,20 @@ def _quality_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds per image of each first stage and how many times faster than the first row, as a Markdown table."""
-    heads = [
-        "first stage",
-        *(f"{label}, s/image" for label in _SPEEDS.values()),
-        f"times faster than {rows[0]['label']}",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+def speed_table(rows: Sequence[Row]) -> str:
+    """Seconds per image of each first stage and its speed-up over the first row, as a Markdown table."""
+    heads = ["first stage", *(f"{label}, s/image" for label in SPEEDS.values())]
+    heads.append(f"times faster than {rows[0]['label']}")
+    body = []
     for row in rows:
-        seconds = {key: row["speed"][key]["seconds_per_image"] for key in _SPEEDS}
-        ratios = [rows[0]["speed"][key]["seconds_per_image"] / seconds[key] for key in _SPEEDS]
-        cells = [row["label"], *(f"{value:.4g}" for value in seconds.values())]
-        cells.append(", ".join(f"{ratio:.3g}x" for ratio in ratios))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        seconds = {key: row["speed"][key]["seconds_per_image"] for key in SPEEDS}
+        ratios = [rows[0]["speed"][key]["seconds_per_image"] / seconds[key] for key in SPEEDS]
+        times = ", ".join(f"{ratio:.3g}x" for ratio in ratios)
+        body.append([row["label"], *(f"{value:.4g}" for value in seconds.values()), times])
+    return report.table(heads, body)
 
 
-def _speed_notes(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+def _speed_notes(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     lines = [
         f"- Batches of {settings['timing']['batch']}; times include the decoding of tokens to images.",
         "- The paper's protocol is timed on a part of the tokens and multiplied where the window moves; the engine's "
@@ -122,48 +121,55 @@ def _speed_notes(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any])
     return "\n".join(lines)
 
 
-def _across(row: Mapping[str, Any]) -> float:
-    """Pixels of one side that a token stands for: f, or for two levels what f would give as many tokens."""
+def _across(row: Row) -> float:
+    """Side of the pixels per token: f, or for two levels the f of one level with as many tokens."""
     return row["pixels_per_token"] ** 0.5
 
 
-def plot_reconstruction(rows: Sequence[Mapping[str, Any]], perceptual: str, path: Path) -> None:
-    """A panel for each figure of the reconstructions there is, over the pixels per token."""
+def plot_reconstruction(rows: Sequence[Row], perceptual: str, path: Path) -> None:
+    """A panel for each measure of the reconstructions that was taken, over the pixels per token."""
     names = [("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("lpips", perceptual)]
     names = [pair for pair in names if any(row["reconstruction"].get(pair[0]) is not None for row in rows)]
     figure, axes = report.figure(len(names), width=4.5)
     for axis, (name, label) in zip(axes, names, strict=True):
-        _curve(axis, rows, lambda row, name=name: row["reconstruction"].get(name))
+        _name_stars(axis, _curve(axis, rows, [row["reconstruction"].get(name) for row in rows]))
         axis.set(ylabel=label)
     report.save_figure(figure, path)
 
 
-def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_speed(rows: Sequence[Row], path: Path) -> None:
     """Seconds per image over the pixels per token, both logarithmic, a curve for each way of sampling."""
     figure, (axis,) = report.figure(1, width=7)
     axis.set_yscale("log")
-    # Where the window does not move, two ways take the same time: the smaller mark leaves the one below to be seen.
-    for (key, label), size in zip(_SPEEDS.items(), (9, 8, 4), strict=True):
-        _curve(axis, rows, lambda row, key=key: row["speed"][key]["seconds_per_image"], label, size)
+    # Where the window does not slide, two ways take the same time: the smaller mark leaves the one below it visible.
+    stars = []
+    for (key, label), size in zip(SPEEDS.items(), (9, 8, 4), strict=True):
+        stars += _curve(axis, rows, [row["speed"][key]["seconds_per_image"] for row in rows], label, size)
+    _name_stars(axis, stars)
     axis.set(ylabel="seconds per image")
     axis.legend()
     report.save_figure(figure, path)
 
 
-def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], value: Any, label: str | None = None, size: float = 6) -> None:
-    """One level as a line over f, two levels as a star with its name, once where stars coincide."""
-    points = [(_across(row), value(row), row) for row in rows if value(row) is not None]
-    single = [point[:2] for point in points if point[2]["levels"] == 1]
-    (line,) = axis.plot(*zip(*single, strict=True) if single else [[]], "o-", markersize=size, label=label)
-    named = [note.xy for note in axis.texts]
-    for x, y, row in points:
-        if row["levels"] > 1:
-            axis.plot([x], [y], "*", markersize=2 * size, color=line.get_color())
-            if (x, y) not in named:
-                above = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center", "fontsize": 8}
-                on_lines = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-                axis.annotate(row["label"], (x, y), bbox=on_lines, **above)
+def _curve(
+    axis: Axes, rows: Sequence[Row], values: Sequence[float | None], label: str | None = None, size: float = 6
+) -> list[tuple[float, float, str]]:
+    """One level as a line over f, two levels as stars; returns the stars (x, y, first stage)."""
+    points = [(_across(row), value, row) for row, value in zip(rows, values, strict=True) if value is not None]
+    single = [(x, y) for x, y, row in points if row["levels"] == 1]
+    stars = [(x, y, row["label"]) for x, y, row in points if row["levels"] > 1]
+    (line,) = axis.plot([x for x, _ in single], [y for _, y in single], "o-", markersize=size, label=label)
+    for x, y, _ in stars:
+        axis.plot([x], [y], "*", markersize=2 * size, color=line.get_color())
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(y=0.15)
     axis.set(xlabel="pixels per token, along one side (f)")
+    return stars
+
+
+def _name_stars(axis: Axes, stars: Iterable[tuple[float, float, str]]) -> None:
+    """Write each first stage's name above its star, once where stars coincide."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    for x, y, label in dict.fromkeys(stars):
+        axis.annotate(label, (x, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8, bbox=box)

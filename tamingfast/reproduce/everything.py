@@ -1,4 +1,4 @@
-"""Every experiment, one after the other: ``tamingfast reproduce all``."""
+"""All experiments, one after another: ``tamingfast reproduce all``."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from tamingfast import report, reproduce
 from tamingfast.errors import UserError, nearest
 from tamingfast.files import write_text
 from tamingfast.ops import backends
-
-REPORT = "report.md"
+from tamingfast.reproduce.settings import presets
 
 
 def run(
     preset: str, out: str | os.PathLike, overrides: Sequence[str] = (), resume: bool = False, device: str | None = None
 ) -> Path:
-    """Run all of `tamingfast.reproduce.EXPERIMENTS` into folders of their names; returns the path of ``out/report.md``.
+    """Run all of `tamingfast.reproduce.EXPERIMENTS` into directories of their names; returns the path of an index.
 
-    That page links their reports and is renewed after each. Overrides are ``EXPERIMENT.key=value``. ``resume`` skips
-    experiments that have a report and resumes the one that has none. Raises as `tamingfast.reproduce.run`, before
-    anything runs for presets that some experiment lacks.
+    The index ``out/report.md`` links to their reports and is updated after each. Overrides are
+    ``EXPERIMENT.key=value``. ``resume`` skips experiments that have a report. Raises as `tamingfast.reproduce.run`,
+    and before anything runs when an experiment lacks the preset.
     """
     out, names = Path(out), list(reproduce.EXPERIMENTS)
     for name in names:
-        known = reproduce.presets(name)
+        known = presets(name)
         if preset not in known:
-            raise UserError(f"'{preset}' is no preset of reproduce {name}, so not of all (presets: {', '.join(known)})")
+            raise UserError(
+                f"preset: got '{preset}', expected one that all experiments have; {name} has {', '.join(known)}"
+            )
     chosen = _by_experiment(overrides, names)
-    finished = [name for name in names if (out / name / REPORT).exists()]
+    finished = [name for name in names if (out / name / report.PAGE).exists()]
     if finished and not resume:
-        raise UserError(f"{out} holds reports already; continue with --resume, or give another directory")
+        raise UserError(f"{out}: got a directory with reports, expected a new one; continue it with --resume")
     for name in names:
         if name not in finished:
             reproduce.run(name, preset, out / name, chosen[name], resume, device)
@@ -46,27 +47,25 @@ def _by_experiment(overrides: Sequence[str], names: Sequence[str]) -> dict[str, 
         name, dot, rest = override.partition(".")
         if name not in names or not dot:
             raise UserError(
-                f"the override '{override}' names no experiment{nearest(name, names)}; write EXPERIMENT.key=value, "
-                f"e.g. {names[0]}.data.seed=1"
+                f"settings: got '{override}', expected EXPERIMENT.key=value, such as {names[0]}.data.seed=1"
+                f"{nearest(name, names)}"
             )
         chosen[name].append(rest)
     return chosen
 
 
 def _write_index(preset: str, names: Sequence[str], out: Path) -> Path:
-    lines = [
-        f"# All experiments: preset `{preset}`",
-        "",
-        f"{report.on(backends.machine())}.",
-        "",
-        "| experiment | about | time |",
-        "|---|---|---|",
-    ]
+    rows = []
     for name in names:
-        if (out / name / REPORT).exists():
-            seconds = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["seconds"]
-            lines.append(f"| [{name}]({name}/{REPORT}) | {reproduce.EXPERIMENTS[name]} | {report.duration(seconds)} |")
-        else:
-            lines.append(f"| {name} | {reproduce.EXPERIMENTS[name]} | not run yet |")
-    write_text(out / REPORT, "\n".join(lines) + "\n")
-    return out / REPORT
+        link, time = name, "not run yet"
+        if (out / name / report.PAGE).exists():
+            seconds = json.loads((out / name / report.FIGURES).read_text(encoding="utf-8"))["seconds"]
+            link, time = f"[{name}]({name}/{report.PAGE})", report.duration(seconds)
+        rows.append([link, reproduce.EXPERIMENTS[name], time])
+    page = [
+        f"# All experiments: preset `{preset}`",
+        f"{report.on(backends.machine())}.",
+        report.table(["experiment", "about", "time"], rows),
+    ]
+    write_text(out / report.PAGE, "\n\n".join(page) + "\n")
+    return out / report.PAGE

@@ -1,8 +1,7 @@
-"""The report of `tamingfast.reproduce.pixels`: tables as Markdown and JSON, plots and sample sheets as PNG."""
+"""The report of `tamingfast.reproduce.pixels`: tables as Markdown and JSON, plots as PNG."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 from tamingfast import report
 from tamingfast.checkpoints.run_directory import read_metrics
 from tamingfast.evaluation import distance_table
-from tamingfast.files import write_json, write_text
 
 PAPER_RATIO = 14.08  # pixels / latents, seconds per image; An Image is Worth 16x16 Tokens, section 2
-PAPER_QUALITY = 0.1863  # by how much the FID of latents is lower at the same budget; the same place
+PAPER_QUALITY = 0.1863  # relative reduction of the FID from pixels to latents at the same budget; ibid.
 
-TOLERATED = 0.1  # difference between an integrated time and a whole run, beyond which the report warns
+TOLERATED = 0.1  # relative difference of an integrated time from that of a whole run above which the report warns
 
 _PROTOCOLS = {
     "paper": "(a) the paper's: full forward pass per token",
@@ -24,46 +22,41 @@ _PROTOCOLS = {
 }
 
 
-def write(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
+def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the report's path.
 
-    ``results`` is what `tamingfast.reproduce.pixels.run` measured; nothing else enters the report. Sample sheets that
-    ``results["pictures"]`` names lie in ``out`` already.
+    Everything in the report comes from ``results``, but for the curves, read from the runs in ``out``, and the sheets
+    in ``results["pictures"]``, which `tamingfast.reproduce.pixels` draws.
     """
-    out = Path(out)
-    write_json(out / "report.json", results)
     plot_training(results["runs"], out)
     plot_speed(results["speed"], out / "speed.png")
-    write_text(out / "report.md", markdown(results))
-    return out / "report.md"
+    return report.write(out, results, _sections(results))
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    return "\n\n".join([
+def _sections(results: Mapping[str, Any]) -> list[str]:
+    return [
         f"# Pixels against latents: preset `{results['preset']}`",
         report.provenance(results),
         "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
         "## Quality at the same budget\n\n" + _quality(results["quality"]),
         "## Training\n\n" + _training_table(results),
-        "## Pictures\n\n" + "\n\n".join(f"{text}:\n\n![{text}]({name})" for name, text in results["pictures"].items()),
-    ]) + "\n"  # fmt: skip
+        "## Pictures",
+        *report.pictures(results["pictures"]),
+    ]
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
     """The paper's comparison as a Markdown table: seconds per image from pixels and from latents, and their ratio."""
     heads = ["protocol", "pixels, s/image", "latents, s/image", "pixels / latents", "paper"]
     heads += ["pixels, tokens/s", "latents, tokens/s"]
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for key, label in _PROTOCOLS.items():
-        pixels, latents = speed[key]["pixels"], speed[key]["latents"]
-        ratio = pixels["seconds_per_image"] / latents["seconds_per_image"]
-        rows.append(
-            f"| {label} | {pixels['seconds_per_image']:.4g} | {latents['seconds_per_image']:.4g} | **{ratio:.2f}** | "
-            f"{PAPER_RATIO if key == 'paper' else '-'} | {pixels['tokens_per_second']:,.0f} | "
-            f"{latents['tokens_per_second']:,.0f} |"
-        )
-    return "\n".join(rows)
+        both = [speed[key][name] for name in ("pixels", "latents")]
+        pixels, latents = (row["seconds_per_image"] for row in both)
+        cells = [label, f"{pixels:.4g}", f"{latents:.4g}", f"**{pixels / latents:.2f}**"]
+        cells.append(str(PAPER_RATIO) if key == "paper" else "-")
+        rows.append([*cells, *(f"{row['tokens_per_second']:,.0f}" for row in both)])
+    return report.table(heads, rows)
 
 
 def _speed_notes(speed: Mapping[str, Any]) -> str:
@@ -90,7 +83,7 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
             f"{measured:.4g} s/image; the integral is {abs(off):.1%} {'above' if off > 0 else 'below'} it."
         )
         if abs(off) > TOLERATED:
-            # What follows from (a) is not told either.
+            # The speed-up above is derived from (a), so the warning replaces it.
             first = (
                 f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} from what a "
                 "whole run took. The machine was busy, or the steps are too short to be timed alone; repeat the run on "
@@ -121,37 +114,32 @@ def _quality(quality: Mapping[str, Any]) -> str:
 
 def _training_table(results: Mapping[str, Any]) -> str:
     prior = results["prior"]
-    lines = [
+    rows = []
+    for run in results["runs"]:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
+        counts = [str(run[key]) for key in ("tokens", "vocabulary", "steps")]
+        rows.append([run["label"], *counts, report.duration(run["seconds"]), figures])
+    heads = ["stage", "tokens per image", "vocabulary", "steps", "training time", "validation"]
+    parts = [
         f"Both priors are the same transformer, {prior['parameters'] / 1e6:.2g} M parameters without embeddings and "
         f"head ({report.geometry(prior)}), trained with the same "
         f"budget of {prior['budget_flops']:.3g} floating-point operations.",
-        "",
-        "| stage | tokens per image | vocabulary | steps | training time | validation |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in results["runs"]:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in run["validation"].items())
-        lines.append(
-            f"| {run['label']} | {run['tokens']} | {run['vocabulary']} | {run['steps']} | "
-            f"{report.duration(run['seconds'])} | {figures} |"
-        )
-    lines += [
-        "",
+        report.table(heads, rows),
         "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
         "they do not compare the two priors with each other.",
-        "",
         "![training curves](training.png)",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], split: str, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric."""
     points = [(line["step"], line[name]) for line in lines if line.get("split") == split and name in line]
     return [p[0] for p in points], [p[1] for p in points]
 
 
 def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """One panel per run: its curve while training and on validation data, over steps."""
+    """One panel per run with its curves on training and validation data, over steps."""
     plotted, axes = report.figure(len(runs))
     for axis, run in zip(axes, runs, strict=True):
         lines = read_metrics(out / run["directory"])
@@ -164,7 +152,7 @@ def plot_training(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def plot_speed(speed: Mapping[str, Any], path: Path) -> None:
-    """Bars of seconds per image, logarithmic, with the ratio of each pair above it."""
+    """Seconds per image as bars on a logarithmic axis, with the ratio above each pair."""
     plotted, (axis,) = report.figure(1)
     for offset, name in ((-0.2, "pixels"), (0.2, "latents")):
         seconds = [speed[key][name]["seconds_per_image"] for key in _PROTOCOLS]

@@ -1,4 +1,4 @@
-"""Presets of experiments: a YAML file each, in one directory per experiment, with ``key=value`` overrides."""
+"""Presets of experiments: one YAML file each, in one directory per experiment, with ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -6,33 +6,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.checkpoints.config import load_yaml, plain
-from tamingfast.errors import UserError, nearest
+from omegaconf import OmegaConf
 
-HOME = Path(__file__).parents[1] / "configs" / "reproduce"
+from tamingfast.checkpoints.config import load_yaml, plain
+from tamingfast.errors import UserError, first_line, nearest
+
+_PRESETS = Path(__file__).parents[1] / "configs" / "reproduce"
 
 
 def presets(experiment: str) -> list[str]:
     """Names of an experiment's packaged presets."""
-    return sorted(path.stem for path in (HOME / experiment).glob("*.yaml"))
+    return sorted(path.stem for path in (_PRESETS / experiment).glob("*.yaml"))
 
 
 def load_preset(experiment: str, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A preset's settings with ``key=value`` overrides; UserError for unknown presets and sections."""
-    from omegaconf import OmegaConf
+    """The settings of a preset with ``key=value`` overrides applied.
 
+    Raises UserError for unknown presets, for overrides of another form and for those of unknown sections.
+    """
     known = presets(experiment)
     if name not in known:
-        hint = nearest(name, known)
-        raise UserError(f"'{name}' is no preset of reproduce {experiment}{hint} (presets: {', '.join(known)})")
-    settings = load_yaml(HOME / experiment / f"{name}.yaml")
+        raise UserError(
+            f"preset: got '{name}', expected one of reproduce {experiment}: {', '.join(known)}{nearest(name, known)}"
+        )
+    settings = load_yaml(_PRESETS / experiment / f"{name}.yaml")
     sections = [str(section) for section in settings]
     for override in overrides:
         key, equals, _ = override.partition("=")
         section = key.split(".")[0]
         if not equals:
-            raise UserError(f"the override '{override}' is not of the form key=value, e.g. data.seed=1")
+            raise UserError(f"settings: got '{override}', expected key=value, such as data.seed=1")
         if section not in sections:
-            raise UserError(f"unknown key '{key}'{nearest(section, sections)} (sections: {', '.join(sections)})")
-        settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
+            raise UserError(
+                f"{key}: got an unknown section, expected one of {', '.join(sections)}{nearest(section, sections)}"
+            )
+        try:
+            settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
+        except Exception as error:  # of omegaconf and of its YAML parser, which share no class
+            raise UserError(f"{key}: got '{first_line(error)}', expected a value in YAML") from error
     return plain(settings)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tamingfast import report
 from tamingfast.sampling.plan import plan_grid
 from tamingfast.sampling.schedule import make_schedule, make_waves
 
@@ -73,29 +70,3 @@ def tokens_per_token(
     """Tokens that pass through the transformer per sampled token, with as many cache slots as are useful."""
     waves = make_waves(make_schedule(height, width, window, schedule, stride))
     return waves.tokens_fed(prefix) / (height * width)
-
-
-def plot(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Write a plot of likelihood against work as PNG; UserError for a name that says another format.
-
-    Each row has `name`, `tokens_per_token` (or `seconds`, when all have it) and `nats`.
-    """
-    from matplotlib import ticker
-
-    timed = all("seconds" in row for row in rows)
-    points: dict[tuple[float, float], list[str]] = {}  # schedules may coincide
-    for row in rows:
-        points.setdefault((row["seconds" if timed else "tokens_per_token"], row["nats"]), []).append(str(row["name"]))
-    figure, (axes,) = report.figure(1, width=6)
-    axes.set_xscale("log")
-    # Round numbers and a legend: schedules may lie so close that ticks and names at the points would overlap.
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    for (x, y), names in sorted(points.items()):
-        axes.plot(x, y, "o", label=", ".join(names))
-    axes.legend()
-    axes.set_xlabel("seconds per grid" if timed else "tokens computed per token sampled")
-    axes.set_ylabel("nats per token of real images")
-    axes.margins(x=0.2, y=0.15)
-    report.save_figure(figure, path)

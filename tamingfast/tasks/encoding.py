@@ -133,7 +133,7 @@ def _write(
     }
 
     def grids() -> Iterator[np.ndarray]:
-        for items in loader(dataset, batch, seed=0, epoch=0, shuffle=False, drop_last=False):
+        for items in loader(dataset, batch, drop_last=False):
             x = _images(items["image"], stage)
             grid_size(model, *x.shape[2:])  # raises for images of which a part would be lost
             tokens = stage.encode_grid(x)

@@ -103,7 +103,10 @@ CONSTRUCTIONS = {
         "^weights: got no 'ln_f.bias', expected every parameter",
     ),
     "weight null": (dict(weights=lambda w: w | {"pos_emb": 0}), r"^weights\['pos_emb'\]: got a null pointer"),
-    "weight unaligned": (dict(weights=lambda w: w | {"pos_emb": 3}), r"^weights\['pos_emb'\]: got 3, .* a multiple of 4"),
+    "weight unaligned": (
+        dict(weights=lambda w: w | {"pos_emb": 3}),
+        r"^weights\['pos_emb'\]: got 3, .* a multiple of 4",
+    ),
     "geometry missing": (dict(geometry={}), "^geometry: got no 'vocab_size', expected every size"),
     "heads": (dict(geometry=lambda g: g | {"n_head": 3}), "^n_head: got 3, expected a divisor of n_embd=16"),
     "layers": (dict(geometry=lambda g: g | {"n_layer": 10**9}), "^n_layer: got 1000000000, expected 0 to"),

@@ -68,7 +68,7 @@ def test_names_of_networks_are_kept_apart():
     assert found["frechet_distance"] == pytest.approx(0, abs=1e-9) and "fid" not in found
     text = evaluation.distance_table({"samples": found})
     assert "Frechet distance, efficientnet-lite0 features" in text and "FID" not in text
-    with pytest.raises(ValueError, match="expected one network's"):
+    with pytest.raises(ValueError, match="got features of other, expected those of efficientnet-lite0"):
         evaluation.compare(ours, other)
     with pytest.raises(UserError, match=r"did you mean 'inception'\?"):
         evaluation.load_features("inceptoin")
@@ -137,5 +137,5 @@ def test_inception_from_a_local_file(fidelity, tmp_path, monkeypatch):
     assert found["fid"] == pytest.approx(0, abs=1e-6) and found["inception_score_mean"] >= 1
     assert "| FID | KID | Inception score |" in evaluation.distance_table({"samples": found})
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not hold the weights of torch-fidelity's Inception"):
+    with pytest.raises(UserError, match="expected those of torch-fidelity's Inception"):
         evaluation.load_features(evaluation.INCEPTION, tmp_path / "other.pth")

@@ -14,7 +14,7 @@ from skimage import metrics
 
 from tamingfast import UserError, cli, evaluation, images, load_model
 from tamingfast.data import build
-from tamingfast.evaluation import quality
+from tamingfast.evaluation import generated
 from tamingfast.evaluation.batches import batches
 from tamingfast.evaluation.likelihood import cell_bits
 from tamingfast.models.base import FirstStage
@@ -91,7 +91,7 @@ def test_reconstruction_says_what_is_not_defined():
     assert found["psnr"] is None and found["ssim"] is None and found["lpips"] is None and found["l1"] == 0
     assert json.loads(json.dumps(found, allow_nan=False))["codebook_perplexity"] == 1
     Exact.image_key = "segmentation"
-    with pytest.raises(UserError, match=r"hold image, class_label, file_path_ and no 'segmentation'"):
+    with pytest.raises(UserError, match="got items with image, class_label, file_path_, expected 'segmentation'"):
         evaluation.reconstruction(Exact(), tiny.Noise(5))
 
 
@@ -140,15 +140,20 @@ def test_a_prior_on_colors_has_a_likelihood_of_pixels(tmp_path):
 
 
 def test_images_beyond_the_block_are_refused(runs):
-    with pytest.raises(UserError, match="256 tokens and the model sees 17 at once"):
+    with pytest.raises(UserError, match="got images of 256 tokens, expected at most 17"):
         evaluation.likelihood(load_model(runs[1]), Photographs(2))
 
 
 def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
     model, data = load_model(runs[1]), tiny.datasets()[1]
     seen = []
-    draw = quality.tasks.draw
-    monkeypatch.setattr(quality.tasks, "draw", lambda m, cond, *a, **k: (seen.append(cond), draw(m, cond, *a, **k))[1])
+    draw = generated.tasks.draw
+
+    def noted(model, cond, *arguments, **options):
+        seen.append(cond)
+        return draw(model, cond, *arguments, **options)
+
+    monkeypatch.setattr(generated.tasks, "draw", noted)
     drawn = torch.cat(list(evaluation.samples(model, data, 12, batch_size=5)))
     assert drawn.shape == (12, 3, 8, 8) and len(seen[0]) == 12
     labels = [data[i]["class_label"] for i in range(5)]

@@ -6,18 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import smoke
 import torch
+from commands import run
 from PIL import Image
 
 import tamingfast
 from tamingfast import cli
-from tamingfast.reproduce import multiscale, settings
+from tamingfast.reproduce import multiscale, multiscale_report, settings
 
-SMALLER = ["data.length=48", "sampling.images=3"]  # what `conftest.everything` asks for
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
+SMALLER = smoke.SMALLER["multiscale"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def test_report_holds_what_was_measured(reproduced):
     assert [row["tokens"] for row in results["nll"]] == [1, 4, 16, 64]
     assert results["given"][-1]["between"] == 0 < results["given"][0]["between"]
     assert "distance in random features" in text and "chelsea, coffee" in text
-    for picture in (*multiscale.PICTURES, "distance.png"):
+    for picture in (*multiscale_report.PICTURES, "distance.png"):
         with Image.open(reproduced / picture) as image:
             assert len(np.unique(np.asarray(image))) > 10
         assert f"({picture})" in text
@@ -76,7 +74,7 @@ def test_a_finished_run_is_resumed_without_training_again(reproduced):
     assert (reproduced / "prior" / "state.pt").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("name", multiscale.presets())
+@pytest.mark.parametrize("name", settings.presets("multiscale"))
 def test_presets_have_all_scales(name):
     loaded = settings.load_preset("multiscale", name)
     assert set(loaded) == {"data", "vqgan", "prior", "scales", "measure", "sampling"} and loaded["scales"] == "all"
@@ -85,9 +83,9 @@ def test_presets_have_all_scales(name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "paper"], "no preset of reproduce multiscale"),
-        (["scales=null"], "the setting scales is null"),
-        (["measure.images=100000"], "fewer than measure.images=100000"),
+        (["--preset", "paper"], "expected one of reproduce multiscale"),
+        (["scales=null"], "scales: got null"),
+        (["measure.images=100000"], "measure.images: got 100000, expected at most"),
         (["measure.perceptual_weights=nowhere.ckpt"], "no file of VGG16 weights at nowhere.ckpt"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the reports of all experiments share, and what they must not say."""
+"""Building blocks of all reports, and claims that a report must not make."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_numbers_in_words():
 
 
 @pytest.mark.parametrize(("whole_run", "trusted"), [(1.05, True), (2.0, False)])
-def test_a_ratio_whose_base_cannot_be_trusted_is_not_told(whole_run, trusted):
+def test_a_ratio_to_an_unreliable_time_is_not_reported(whole_run, trusted):
     row = {"seconds_per_image": 1.0, "tokens_per_second": 4.0, "tokens": 4, "batch": 1, "integrated": True}
     paper = row | {"prefixes": [0], "whole_run_seconds_per_image": whole_run}
     fastest = row | {"seconds_per_image": 0.01, "backend": "native", "dtype": None, "candidates": [{}]}
@@ -29,7 +29,7 @@ def test_a_ratio_whose_base_cannot_be_trusted_is_not_told(whole_run, trusted):
     assert "times** faster" not in "".join(rest) and "1 prefix length and" in "".join(rest)
 
 
-def test_stars_that_coincide_are_all_seen_and_named_once(tmp_path, monkeypatch):
+def test_stars_that_coincide_are_all_visible_and_named_once(tmp_path, monkeypatch):
     def speed(*seconds):
         ways = zip(("paper", "engine", "strided"), seconds, strict=True)
         return {way: {"seconds_per_image": value} for way, value in ways}

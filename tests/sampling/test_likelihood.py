@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from gpts import SHAPES, VOCAB, prior, tokens
-from PIL import Image
 
-from tamingfast.errors import UserError
-from tamingfast.sampling.likelihood import negative_log_likelihood, plot, tokens_per_token
+from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 from tamingfast.sampling.schedule import RULES, make_schedule
 
 
@@ -43,14 +40,6 @@ def test_probabilities_of_all_codes_sum_to_one(gpt):
     assert VOCAB > 6
 
 
-def test_work_and_plot(tmp_path):
+def test_work_of_the_schedules():
     work = {rule: tokens_per_token(32, 32, 1, 16, rule, 8) for rule in RULES}
     assert work["block"] == work["strided"] < work["paper"] / 4
-    rows = [{"name": rule, "nats": 1.0 + i, "tokens_per_token": value} for i, (rule, value) in enumerate(work.items())]
-    plot(tmp_path / "a.png", rows)
-    plot(tmp_path / "b.png", [row | {"seconds": 1.0 + i} for i, row in enumerate(rows)])
-    first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab")
-    assert len(np.unique(first)) > 10 and (first != second).any()
-    with pytest.raises(UserError, match=r"c.xyz is no name for a PNG"):
-        plot(tmp_path / "c.xyz", rows)
-    assert not (tmp_path / "c.xyz").exists()

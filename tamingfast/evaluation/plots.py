@@ -1,0 +1,37 @@
+"""Plots of what was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from tamingfast import report
+
+
+def plot_schedules(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Plot the likelihood of real images under each schedule against its work, as PNG.
+
+    Each row has ``name``, ``nats``, and ``tokens_per_token`` or, if every row has it, ``seconds``. Raises UserError for
+    a path with the suffix of another format.
+    """
+    from matplotlib import ticker  # optional package
+
+    work, label = "tokens_per_token", "tokens computed per token sampled"
+    if all("seconds" in row for row in rows):
+        work, label = "seconds", "seconds per grid"
+    points: dict[tuple[float, float], list[str]] = {}  # schedules may coincide
+    for row in rows:
+        points.setdefault((float(row[work]), float(row["nats"])), []).append(str(row["name"]))
+    figure, (axes,) = report.figure(1, width=6)
+    axes.set_xscale("log")
+    # Schedules may lie so close together that default ticks, and names beside the points, would overlap.
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    for (x, y), names in sorted(points.items()):
+        axes.plot(x, y, "o", label=", ".join(names))
+    axes.legend()
+    axes.set_xlabel(label)
+    axes.set_ylabel("nats per token of real images")
+    axes.margins(x=0.2, y=0.15)
+    report.save_figure(figure, path)

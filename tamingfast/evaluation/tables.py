@@ -1,0 +1,56 @@
+"""The results of an evaluation as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tamingfast import report
+
+_LABELS = {
+    "images": "images",
+    "l1": "mean absolute difference, of images in [-1, 1]",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS (VGG16)",
+    "codebook_usage": "share of codes in use",
+    "codebook_perplexity": "perplexity of the codes",
+    "tokens": "tokens per image",
+    "nats_per_token": "NLL, nats per token",
+    "perplexity": "perplexity",
+    "bits_per_token": "NLL, bits per dimension of the token grid",
+    "token_bits_per_image_dimension": "rate of the tokens, bits per image dimension",
+    "pixel_bits_per_dimension": "NLL of the 8-bit pixels, bits per dimension",
+}
+_DISTANCES = {
+    "fid": "FID",
+    "kid": "KID",
+    "inception_score_mean": "Inception score",
+    "frechet_distance": "Frechet distance, {} features",
+    "kernel_distance": "kernel distance, {} features",
+}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The result of `tamingfast.evaluation.evaluate` as Markdown tables, without the measures that are undefined."""
+    parts = []
+    for section in ("reconstruction", "likelihood"):
+        if section in found:
+            rows = [[_LABELS[key], _number(value)] for key, value in found[section].items() if value is not None]
+            parts.append(report.table([section, ""], rows))
+    if found.get("distances"):
+        parts.append(distance_table(found["distances"]))
+    return "\n\n".join(parts)
+
+
+def distance_table(distances: Mapping[str, Mapping[str, str | float]]) -> str:
+    """Results of `tamingfast.evaluation.compare` as a Markdown table whose heads name the network of the features."""
+    first = next(iter(distances.values()))
+    keys = [key for key in _DISTANCES if key in first]
+    heads = ["to the real images", "images", "real images", *(_DISTANCES[key].format(first["network"]) for key in keys)]
+    columns = ("images", "real_images", *keys)
+    return report.table(heads, [[name, *(_number(row[key]) for key in columns)] for name, row in distances.items()])
+
+
+def _number(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
