@@ -254,7 +254,7 @@ class Decoder(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Images and reconstructions (B, C, H, W) in [-1, 1], and the codebook loss ()."""
+    """What the losses compare: images and reconstructions, both (B, C, H, W), and the codebook loss ()."""
 
     images: Tensor
     reconstructions: Tensor
@@ -363,7 +363,7 @@ class VQModel(FirstStage):
         return image_from_batch(batch, k).float()
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """What a training step's losses compare: images, reconstructions and the codebook loss."""
+        """The forward pass of a training step on a batch."""
         x = self.get_input(batch, self.image_key)
         return Outputs(x, *self(x))
 
