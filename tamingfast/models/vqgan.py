@@ -28,7 +28,7 @@ Optimizers: TypeAlias = torch.optim.Optimizer | tuple[list[torch.optim.Optimizer
 
 
 class Outputs(NamedTuple):
-    """Images and reconstructions (B, C, H, W) in [-1, 1], and the codebook loss ()."""
+    """What the losses compare: images and reconstructions, both (B, C, H, W), and the codebook loss ()."""
 
     images: Tensor
     reconstructions: Tensor
@@ -160,7 +160,7 @@ class VQModel(FirstStage):
         return image_from_batch(batch, k).float()
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """What a training step's losses compare: images, reconstructions and the codebook loss."""
+        """The forward pass of a training step on a batch."""
         x = self.get_input(batch, self.image_key)
         return Outputs(x, *self(x))
 

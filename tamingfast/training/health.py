@@ -87,8 +87,8 @@ class Monitor:
         found = []
         if self._collapsed >= PERSISTS_FOR:
             found.append(
-                f"less than {COLLAPSED_USAGE:.0%} of the codes were used in {PERSISTS_FOR} consecutive validations: the "
-                "codebook has collapsed; a lower learning rate, a smaller n_embed or a larger batch may help"
+                f"less than {COLLAPSED_USAGE:.0%} of the codes were used in {PERSISTS_FOR} consecutive validations, so "
+                "the codebook has collapsed; a lower learning rate, a smaller n_embed or a larger batch may help"
             )
         if self._separated >= PERSISTS_FOR:
             found.append(

@@ -186,6 +186,8 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
             "data.sise: got a key that .* does not have, expected .*; did you mean 'size'",
         ),
         ({"name": "folder"}, "data.path: got none"),
+        ({"name": "tokens", "path": "x", "crop": 4}, "data.crop: got 4 for data.name=tokens, expected images alone"),
+        ({"train": {"target": "taming.data.imagenet.ImageNetTrain"}}, "ImageNetTrain.*give data.name=folder"),
         ({"name": "photos", "size": 301}, "at most 300"),
         ({"name": "photos", "size": 0}, "size: got 0"),
         ({"name": "photos", "size": "32"}, "size: got '32'"),

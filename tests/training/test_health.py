@@ -98,9 +98,7 @@ class Poisoned(tiny.Noise):
 def test_a_run_stops_before_the_weights_are_spoilt(tmp_path):
     out = tmp_path / "run"
     config = tiny.config(tiny.VQGAN, steps=12, checkpoint_every=1)
-    with pytest.raises(
-        UserError, match=r"at step (\d+): expected a finite number; the image noise/7.png has NaN or infinite values"
-    ):
+    with pytest.raises(UserError, match=r"at step \d+, expected .*; the image noise/7.png has NaN or infinite"):
         vqgan.train(config, out, device="cpu", datasets=(Poisoned(13), None))
     reached = run_directory.progress(out)["step"]
     assert 6 <= reached < 12 and len(run_directory.read_metrics(out, "train")) == reached

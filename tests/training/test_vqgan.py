@@ -61,8 +61,9 @@ def test_a_shared_pass_changes_the_discriminator_only():
         assert name.startswith("loss.") or torch.equal(after[name], after_shared[name])
 
 
-def test_gumbel_temperature_follows_the_step(tmp_path):
-    config = tiny.config(tiny.VQGAN, {"kl_weight": 1e-3}, steps=3)
+@pytest.mark.parametrize("shared", [False, True], ids=["original", "shared"])
+def test_gumbel_temperature_follows_the_step(tmp_path, shared):
+    config = tiny.config(tiny.VQGAN, {"kl_weight": 1e-3}, steps=3, shared_forward=shared)
     config["model"]["target"] = "taming.models.vqgan.GumbelVQ"
     schedule = {"warm_up_steps": 2, "lr_min": 0.1, "lr_max": 3.0, "lr_start": 1.0, "max_decay_steps": 10}
     config["model"]["params"]["temperature_scheduler_config"] = {
