@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import check_targets, instantiate_from_config, load_yaml, without_checkpoints
 from tamingfast.checkpoints.infer import infer_config
-from tamingfast.checkpoints.locate import (
-    embedded_config,
-    metadata_of,  # noqa: F401  for imports from its old place
-    neighbouring_config,
-    weights_path,
-)
+from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device

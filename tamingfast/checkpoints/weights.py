@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tamingfast.checkpoints.fingerprint import fingerprint  # noqa: F401  for imports from its old place
 from tamingfast.errors import UserError
 from tamingfast.files import atomic_write
 

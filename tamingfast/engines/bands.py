@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,23 +83,6 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
 
 
 # The next two only delegate: callers use `tamingfast.models.base.encode_grid` and `decode_grid`, or a stage's methods.
-
-
-@torch.no_grad()
-def encode_grid(stage: Any, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """`tamingfast.models.base.encode_grid`."""
-    if hasattr(stage, "encode_grid"):
-        return stage.encode_grid(x, memory, progress)
-    quant, _, (_, _, indices) = stage.encode(x)
-    return indices.view(len(x), *quant.shape[2:])
-
-
-@torch.no_grad()
-def decode_grid(stage: Any, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """`tamingfast.models.base.decode_grid`."""
-    if hasattr(stage, "decode_grid"):
-        return stage.decode_grid(grid, memory, progress)
-    return stage.decode(stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim)))
 
 
 def _shape(x: Tensor) -> Shape:

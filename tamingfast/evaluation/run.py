@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tamingfast import tasks
 from tamingfast.data import folders
 from tamingfast.errors import UserError
-from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, load_features
+from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.models.lpips import LPIPS
 from tamingfast.ops import backends
@@ -110,7 +110,7 @@ def _networks(
     features: str | None,
     inception_weights: str | os.PathLike[str] | None,
     perceptual_weights: str | os.PathLike[str] | None,
-) -> tuple[nn.Module | None, LPIPS | None, dict[str, str]]:
+) -> tuple[Extractor | None, LPIPS | None, dict[str, str]]:
     """(network of features, LPIPS, why either is missing); UserError when one that was asked for is."""
     name = features or (INCEPTION if inception_weights else EFFICIENTNET)
     if inception_weights and name != INCEPTION:

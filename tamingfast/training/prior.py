@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamingfast.checkpoints import load_model
 from tamingfast.checkpoints.config import instantiate_from_config, plain, trained_side
@@ -98,7 +98,12 @@ def train(
         if frozen is not None:
             load_into(model.first_stage_model, frozen.model.state_dict(), frozen.path, optional=_NOT_NEEDED)
         if condition is not None:
-            load_into(model.cond_stage_model, condition.model.state_dict(), condition.path, optional=_NOT_NEEDED)
+            load_into(
+                cast(nn.Module, model.cond_stage_model),
+                condition.model.state_dict(),
+                condition.path,
+                optional=_NOT_NEEDED,
+            )
         return loop.run(stage, settings, (training, validation), out, among, resume)
 
 

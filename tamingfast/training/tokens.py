@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tamingfast.checkpoints.weights import fingerprint
+from tamingfast.checkpoints.fingerprint import fingerprint
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.conditions import SPATIAL_KEYS, TOKEN_KEYS
 from tamingfast.errors import UserError

@@ -105,7 +105,7 @@ CONSTRUCTIONS = {
     "weight null": (dict(weights=lambda w: w | {"pos_emb": 0}), r"^weights\['pos_emb'\]: got a null pointer"),
     "weight unaligned": (
         dict(weights=lambda w: w | {"pos_emb": 3}),
-        r"^weights\['pos_emb'\]: got 3, .* a multiple of 4",
+        r"^weights\['pos_emb'\]: got 3, .*multiple of 4",
     ),
     "geometry missing": (dict(geometry={}), "^geometry: got no 'vocab_size', expected every size"),
     "heads": (dict(geometry=lambda g: g | {"n_head": 3}), "^n_head: got 3, expected a divisor of n_embd=16"),
