@@ -98,7 +98,7 @@ def _open(path: str | os.PathLike) -> Image.Image:
     image = Image.open(path, formats=_FORMATS)
     if image.mode == "F":
         image.close()
-        raise ValueError("got floating-point pixels, expected integers, whose white is known; save it with 8 bits")
+        raise ValueError("pixels: got floating point, expected integers, whose white is known; save it with 8 bits")
     return image
 
 

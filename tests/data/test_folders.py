@@ -176,11 +176,11 @@ def test_floating_point_pixels_are_refused(tmp_path, caplog):
         save(tmp_path / f"{number}.png")
     path = tmp_path / "float.tif"
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
-    with pytest.raises(UserError, match=r"float\.tif.* got floating-point pixels"):
+    with pytest.raises(UserError, match=r"float\.tif.*pixels: got floating point"):
         tasks.read_photo(path)
     train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
     assert len(train) + len(validation) == 2
-    assert "float.tif (got floating-point pixels" in "".join(logged(caplog))
+    assert "float.tif (pixels: got floating point" in "".join(logged(caplog))
 
 
 def test_decoders_that_start_programs_are_not_used(tmp_path):
