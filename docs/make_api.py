@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,15 +45,34 @@ def entry(module: str, name: str, value: Any) -> str:
         for method, function in vars(value).items():
             plain = function.__func__ if isinstance(function, classmethod | staticmethod) else function
             if not method.startswith("_") and inspect.isfunction(plain) and plain.__doc__:
-                lines += ["", f"- `{signature(method, plain)}`", "", indented(text(plain))]
+                lines += [
+                    "",
+                    f"#### `{name}.{method}`",
+                    "",
+                    "```python",
+                    signature(method, plain),
+                    "```",
+                    "",
+                    text(plain),
+                ]
     return "\n".join(lines)
 
 
 def signature(name: str, value: Any) -> str:
+    """The call as it is written, a parameter a line where it is long."""
     try:
-        return f"{name}{inspect.signature(value)}"
+        written = str(inspect.signature(value))
     except (TypeError, ValueError):
         return name
+    plain = re.sub(r"(: |-> )'([^']*)'", r"\1\2", written)  # annotations are strings
+    if len(name + plain) <= 100 or not inspect.signature(value).parameters:
+        return name + plain
+    parameters = [re.sub(r"(: )'([^']*)'", r"\1\2", str(one)) for one in inspect.signature(value).parameters.values()]
+    kinds = [one.kind for one in inspect.signature(value).parameters.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    lines = "".join(f"    {one},\n" for one in parameters)
+    return f"{name}(\n{lines})" + plain[plain.rindex(")") + 1 :]
 
 
 def text(value: Any) -> str:
@@ -60,10 +80,6 @@ def text(value: Any) -> str:
     written = inspect.getdoc(value) or ""
     head, _, rest = written.partition("\n\n")
     return head if not rest else f"{head}\n\n```text\n{rest}\n```"
-
-
-def indented(written: str) -> str:
-    return "\n".join(f"  {line}".rstrip() for line in written.splitlines())
 
 
 def page() -> str:
