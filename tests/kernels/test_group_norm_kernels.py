@@ -57,7 +57,7 @@ def cases() -> list:
 
 @pytest.mark.parametrize(("sizes", "groups", "channels_last", "dtype", "silu"), cases())
 def test_output_and_gradients(rng, device, sizes, groups, channels_last, dtype, silu):
-    """The bound: twice the error of torch's own operators in that type, plus two roundings."""
+    """The bound: twice the error of torch's own operators in that dtype, plus two roundings."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = (2 * torch.randn(sizes, generator=rng) + 3).to(device, dtype).contiguous(memory_format=layout)
     weight, bias = (torch.randn(sizes[1], generator=rng).to(device, dtype) for _ in range(2))
