@@ -41,10 +41,8 @@ def cases() -> list:
     """Every shape in float32 with SiLU; the other dtypes, and no SiLU, on one shape of each path unless exhaustive."""
     made = []
     for name, channels_last, dtype, silu in itertools.product(SHAPES, (False, True), DTYPES, (True, False)):
-        if name in REPRESENTATIVE:
-            usual = silu or dtype == torch.float32
-        else:
-            usual = silu and dtype == torch.float32
+        single = dtype == torch.float32
+        usual = (silu and single) or (name in REPRESENTATIVE and (silu or single))
         layout, activation = "channels last" if channels_last else "contiguous", "SiLU" if silu else "plain"
         marks = () if usual else pytest.mark.exhaustive
         made.append(
