@@ -14,7 +14,7 @@ from tamingfast import ops
 from tamingfast.ops import reference
 
 pytestmark = pytest.mark.gpu
-GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width, as the paper has them
+GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width in the paper
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def step(attention, inputs: tuple) -> torch.Tensor:
 
 
 def available(runs: dict, inputs: tuple, exact: tuple) -> dict:
-    """Those that run here and err at most like twice flash attention: near 1e-2 in bfloat16."""
+    """The implementations that run here; a relative error above 1e-2, about twice flash attention's, fails."""
     found = {}
     for name, attention in runs.items():
         try:
@@ -86,7 +86,7 @@ def available(runs: dict, inputs: tuple, exact: tuple) -> dict:
 def test_attention(model, length, batch, prefix):
     if prefix and batch != 8:
         pytest.skip("prefixes are timed at batch 8 only, because FlexAttention compiles for every shape")
-    flex.cache_clear()  # else every shape adds to one compiled function, until torch compiles no more
+    flex.cache_clear()  # else one compiled function collects shapes until it reaches torch's recompilation limit
     torch._dynamo.reset()
     heads, width = GEOMETRY[model]
     n_unmasked = length // 2 if prefix else 0
@@ -99,7 +99,7 @@ def test_attention(model, length, batch, prefix):
         )
 
     inputs = [draw() for _ in range(gpu.copies_past_cache(2 * 4 * elements))]
-    few = slice(0, 1)  # of the batch: float64 scores of all would not fit
+    few = slice(0, 1)  # of the batch: float64 scores of the whole batch would not fit
     true_inputs = (inputs[0][0][:, few].detach().double().requires_grad_(), inputs[0][1][few].double())
     definition = functools.partial(reference.causal_attention, n_unmasked=n_unmasked)
     exact = forward(definition, true_inputs), step(definition, true_inputs)

@@ -51,7 +51,7 @@ def test_group_norm_silu(shape, channels_last):
             error = (got.double() - expected).norm() / expected.norm()
             assert error < 1e-2, f"{name}: relative error {error:.1e}"
     del true, exact
-    # What the formula asks for: x in and y out; then x and dy in, dx out.
+    # Tensors that must move: x in and y out; backward, x and dy in and dx out.
     for name, run, passes in (("forward", forward, 2), ("forward + backward", step, 5)):
         times = {key: gpu.milliseconds(functools.partial(run, function), inputs) for key, function in runs.items()}
         case = f"{'x'.join(map(str, shape))}{', channels last' if channels_last else ''}, {name}"

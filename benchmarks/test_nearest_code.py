@@ -1,4 +1,4 @@
-"""nearest_code against the best that torch's own operators give, each in its best chunking."""
+"""nearest_code against torch's own operators, each at its best chunk size, and against published kernels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def torch_formulas(z: torch.Tensor, codebook: torch.Tensor) -> dict:
 
 
 def validate(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
-    """Of a sample of rows, the chosen code is the nearest in float64."""
+    """For a sample of rows, the chosen code is the nearest in float64."""
     sample = torch.linspace(0, len(z) - 1, 512, device=z.device).long()
     distance = torch.cdist(z[sample].double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     chosen = distance.gather(1, index[sample, None]).squeeze(1)
@@ -67,7 +67,7 @@ def test_nearest_code(compare, n, k, d):
 
 
 def peers(codebook: torch.Tensor) -> dict:
-    """Published quantisers that are installed, each as a function of z that gives indices."""
+    """The published quantizers that are installed, each as a function from z to indices."""
     found = {}
     try:
         from vector_quantize_pytorch import VectorQuantize
@@ -103,7 +103,7 @@ def sampled(run, z: torch.Tensor, codebook: torch.Tensor, tolerance: float) -> b
      (65536, 512, 3), (262144, 512, 3)],
 )  # fmt: skip
 def test_nearest_code_on_a_gpu(n, k, d):
-    """cdist and the matrix product are float32 as the kernel is; peers may be less exact, which validation allows."""
+    """cdist and the matrix product use float32 like the kernel; peers may be less exact, which validation allows."""
     codebook = torch.randn(k, d, device="cuda")
     inputs = [torch.randn(n, d, device="cuda") for _ in range(gpu.copies_past_cache(4 * n * d))]
     rows = min(n, LARGEST_MATRIX * 4 // (4 * k))
@@ -131,7 +131,7 @@ def test_nearest_code_on_a_gpu(n, k, d):
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [12, 64])
 def test_quantizer_step_on_a_gpu(batch):
-    """Search, straight-through, both losses, counts, and the gradients of z and the codebook."""
+    """Search, straight-through estimate, both losses, counts, and the gradients of z and the codebook."""
     from tamingfast.ops import backends
 
     shape = (batch, 256, 16, 16)

@@ -1,4 +1,4 @@
-"""Where the kernels run: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter on the CPU."""
+"""The device of the kernels' tests: a GPU, or with TRITON_INTERPRET=1 the CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def device() -> torch.device:
 
 @pytest.fixture
 def on_triton() -> Iterator[None]:
-    """Every op of the test runs on Triton or raises."""
+    """Every op in the test runs on Triton or raises."""
     with backends.use("triton"):
         yield
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written holds NaN, or the largest integer, so that what a kernel leaves out shows."""
+    """Uninitialised memory holds NaN, or the largest integer, so that elements a kernel does not write show up."""
 
     def poison(allocate):
         def wrapped(*args, **kwargs):

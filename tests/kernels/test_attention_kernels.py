@@ -63,7 +63,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_output_and_gradients(rng, device, shape, dtype):
-    """The bound: twice the error of torch's own attention in that type, plus two roundings."""
+    """The bound: twice the error of torch's own attention in that dtype, plus two roundings."""
     *sizes, n_unmasked = shape
     projection = fused(rng, *sizes, dtype, device)
     weight = torch.randn(sizes, generator=rng).to(device, dtype)
@@ -77,7 +77,7 @@ def test_output_and_gradients(rng, device, shape, dtype):
         assert distance(got, true) <= bound, f"{name}: {distance(got, true):.2e}, allowed {bound:.2e}"
 
 
-def test_views_of_a_projection_are_read_in_place_and_answered_in_its_layout(rng, device):
+def test_the_output_has_the_layout_of_the_projection(rng, device):
     out = ops.causal_attention(*split(fused(rng, 2, 3, 9, 16, torch.float32, device)))
     assert out.transpose(1, 2).is_contiguous(), "the heads of one position must lie side by side for the projection"
 
@@ -131,7 +131,7 @@ def test_large_scores_do_not_overflow(rng, device):
 
 @pytest.mark.parametrize(("length", "n_unmasked"), [(16, 0), (50, 34)])
 def test_dropout_drops_its_share_and_its_gradient_drops_the_same(rng, device, length, n_unmasked):
-    """An identity for values makes the weights the output, so that they and their mask can be read off."""
+    """With an identity as values the output is the weights, which show the mask."""
     width = 64
     projection = fused(rng, 2, 2, length, width, torch.float32, device)
     q, k, _ = split(projection)
@@ -151,7 +151,7 @@ def test_dropout_drops_its_share_and_its_gradient_drops_the_same(rng, device, le
     again = dropped(eye, 1)
     torch.testing.assert_close(again[..., :length].double(), weights * mask / 0.7, atol=1e-6, rtol=0)
     assert (dropped(eye, 2) != again).any()
-    # Heads, and images, draw their own.
+    # Every head of every image draws its own mask.
     assert not any(
         torch.equal(mask[a], mask[b]) for a, b in itertools.combinations(itertools.product((0, 1), repeat=2), 2)
     )

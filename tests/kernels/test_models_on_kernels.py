@@ -1,4 +1,4 @@
-"""The models run on the kernels, and compile into one graph with them."""
+"""Models run on the kernels, and torch.compile makes one graph of both."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_training_step_compiles_into_one_graph(device, case):
 
 @pytest.mark.gpu
 def test_a_training_step_is_captured_in_a_cuda_graph():
-    """No launcher waits for the device; the dropout of a replay is new, as its seed comes from torch's generator."""
+    """No launcher synchronises; each replay draws new dropout, because the seed comes from torch's generator."""
     model = gpt(n_unmasked=5, attn_pdrop=0.5).cuda()
     tokens = torch.randint(11, (2, 12), device="cuda")
     side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""The nearest code on Triton, judged by float64 distances, and the training form against its definition."""
+"""The nearest code on Triton, checked by float64 distances, and the training form against its definition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_rows(device):
 
 @pytest.mark.parametrize("offset", [0.0, pytest.param(1e3, marks=pytest.mark.exhaustive), -1e6])
 def test_near_duplicates_and_large_offsets(rng, device, offset):
-    """Codes one float32 step apart, where the expanded square has no digits left."""
+    """Codes one float32 step apart, whose difference the expanded square loses to cancellation."""
     base = normal(rng, 20, 24, device=device) + offset
     codebook = torch.cat([base, torch.nextafter(base, torch.tensor(math.inf, device=device)), base])
     codebook[20:40, 1:] = base[:, 1:]
@@ -48,7 +48,7 @@ def test_near_duplicates_and_large_offsets(rng, device, offset):
 
 
 def test_the_scan_leaves_both_kinds_of_rivals_open(rng, device):
-    """A pair of near codes is settled as a pair, three and more by searching again; the rest is not touched."""
+    """Two near codes are compared with each other, three or more cause a new search; other rows are settled."""
     from tamingfast.kernels import nearest_code as kernel
 
     codebook = normal(rng, 40, 32, device=device)
@@ -81,7 +81,7 @@ def test_sizes_far_apart(rng, device, rows, codes):
     z, codebook = rows * normal(rng, 5, 16, device=device), codes * normal(rng, 40, 16, device=device)
     from tamingfast.kernels import nearest_code as kernel
 
-    # Distances in float64 cannot tell the codes apart from here, so what is asked is that the scan knows its limits.
+    # Even float64 cannot tell the codes apart at this distance; the scan must know that it cannot either.
     _, rival = kernel._scan(z, codebook)
     assert torch.all(rival == -2) or codes > rows
     index = ops.nearest_code(z, codebook)

@@ -1,4 +1,4 @@
-"""The choice of a configuration: once for each key, kept on disk, never while a graph is captured."""
+"""The choice of a configuration: measured once for each key, stored on disk, never while a graph is captured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """The block sizes in the order in which they were timed, on a machine that is made up."""
+    """The block sizes in the order in which they were timed, on a pretended machine."""
     sizes: list[int] = []
 
     def milliseconds(kernel, grid, config, arguments) -> float:
@@ -55,7 +55,7 @@ def test_the_fastest_is_found_once_for_each_key(measured):
 def test_the_choice_outlives_the_process_but_not_its_kernel_or_device(measured, monkeypatch):
     choose(("a",))
     monkeypatch.setattr(common, "_choices", {})  # as a new process starts
-    monkeypatch.setitem(TIMES, 32, 9.0)  # what is measured now is not asked
+    monkeypatch.setitem(TIMES, 32, 9.0)  # a new measurement would choose otherwise
     assert choose(("a",)) == 32
     assert len(measured) == 3
     choose(("a",), CHANGED)
@@ -72,4 +72,4 @@ def test_while_a_graph_is_captured_an_unknown_key_takes_the_first_and_a_known_on
     assert choose(("known",)) == 32
     assert choose(("unknown",)) == 16
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert choose(("unknown",)) == 32, "what was taken for want of a measurement is not kept"
+    assert choose(("unknown",)) == 32, "a choice made without a measurement must not be kept"

@@ -11,7 +11,7 @@ from tamingfast.ops import backends, reference
 
 
 def attention_by_rows(q, k, v, n_unmasked, scale):
-    """The formula, query by query, in float64, with nothing masked because nothing hidden is read."""
+    """The formula in float64, query by query; it reads visible keys only, so it needs no mask."""
     q, k, v = q.double(), k.double(), v.double()
     out = torch.empty_like(q)
     length = q.shape[2]
@@ -52,7 +52,7 @@ def test_causal_attention_has_the_gradient_of_its_formula(rng, n_unmasked):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_unmasked", [0, 5])
 def test_causal_attention_in_half_precision_errs_as_its_formula(rng, dtype, n_unmasked):
-    """The bound: twice the error that the definition itself makes in that type, plus one step of it."""
+    """The bound: twice the error of the definition in that dtype, plus one rounding step."""
     q, k, v = (normal(rng, 2, 4, 40, 16, dtype=dtype) for _ in range(3))
     exact = attention_by_rows(q, k, v, n_unmasked, 0.25)
     error = (ops.causal_attention(q, k, v, n_unmasked).double() - exact).abs().max()
@@ -63,7 +63,7 @@ def test_causal_attention_in_half_precision_errs_as_its_formula(rng, dtype, n_un
 @pytest.mark.parametrize("name", [None, "reference"])
 @pytest.mark.parametrize("n_unmasked", [0, 3])
 def test_causal_attention_drops_weights(rng, name, n_unmasked):
-    """Through an identity value matrix the weights can be read: each is 0 or twice what it was."""
+    """With an identity as values the output is the weights: each is dropped, or doubled."""
     q = normal(rng, 1, 2, 16, 16)
     eye = torch.eye(16).expand(1, 2, 16, 16).contiguous()
     with backends.use(name):

@@ -43,7 +43,7 @@ def test_nearest_code_over_many_chunks(backend, rng):
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
 def test_nearest_code_of_near_duplicates(backend, rng, offset):
-    """Codes one float32 step apart, where the expanded square has no digits left."""
+    """Codes one float32 step apart, whose difference the expanded square loses to cancellation."""
     base = normal(rng, 40, 24) + offset
     codebook = torch.cat([base, torch.nextafter(base, torch.tensor(math.inf)), base])
     codebook[40:80, 1:] = base[:, 1:]
@@ -101,7 +101,7 @@ def test_nearest_code_of_any_values(data):
     d = data.draw(st.integers(1, 5))
     vectors = st.lists(st.lists(finite, min_size=d, max_size=d), min_size=1, max_size=60)
     z, codebook = torch.tensor(data.draw(vectors)), torch.tensor(data.draw(vectors))
-    # Rows repeated and moved into each other's neighbourhood are what random draws seldom give.
+    # Random draws seldom repeat rows or put them close together.
     codebook = torch.cat([codebook, codebook.flip(0), z])
     for name in ("native", "reference") if NATIVE.available else ("reference",):
         with backends.use(name):
@@ -178,7 +178,7 @@ def test_quantize_names_the_argument_that_is_wrong():
 
 
 def test_the_gradient_of_codes_is_the_same_every_time():
-    """With several threads, too: training is to be repeatable."""
+    """Also with several threads: training must be repeatable."""
     z = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(0))
     codebook = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The extension itself: its bound functions, threads, instruction sets, memory; and life without it."""
+"""The extension itself: its functions, threads, instruction sets and memory; and what happens without it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_build_info_tells_how_it_was_built():
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 def test_result_depends_on_neither_threads_nor_instruction_set(rng, isa):
-    """Also where rounding decides: half of the codes are copies moved by less than the scan can see."""
+    """Even where rounding decides: half of the codes are copies, shifted by less than the scan can resolve."""
     codebook = torch.randn(300, 19, generator=rng)
     codebook[150:] = codebook[:150] * (1 + 1e-7 * torch.randn(150, 1, generator=rng))
     z = torch.cat([torch.randn(1000, 19, generator=rng), codebook])
@@ -101,7 +101,7 @@ def test_bad_arguments_are_named(change, error, message):
         native.nearest_code(**({"threads": 1} | good | change))
 
 
-# Small sizes fit the arrays below, all others must be refused before any memory is touched.
+# Small sizes fit the arrays below; all others must be refused before memory is accessed.
 size = st.one_of(
     st.integers(-(2**70), 0), st.integers(2**61, 2**70), st.integers(0, 4), st.none(), st.floats(), st.text()
 )
@@ -140,7 +140,7 @@ def test_calls_from_several_python_threads_at_once(rng):
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_can_use_it():
-    """As a data loader's worker does, after the parent has used its threads; OpenMP must not hang there."""
+    """As in a data loader's worker, after the parent has used its threads: OpenMP must not hang."""
     result = run_python(
         """
         import os, torch
@@ -162,8 +162,8 @@ def test_a_forked_child_can_use_it():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("backend", "most"), [("native", 32), ("reference", 128)])
 def test_memory_does_not_grow_to_n_times_k(backend, most):
-    """The N x K matrix would be 256 MiB in float32. The reference works in pieces of 64 MiB, of which the allocator
-    may or may not reuse the one from the first call."""
+    """The N x K matrix would take 256 MiB in float32. The reference works in chunks of 64 MiB; the allocator may or may
+    not reuse that of the first call."""
     result = run_python(
         """
         import torch
