@@ -93,7 +93,9 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
     A float32 must hold the temperature; a `top_k` of type float must have an integer's value.
     """
     if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
-        raise UserError(f"temperature: got {temperature}, expected a positive number that a float32 holds; for 0 use greedy")
+        raise UserError(
+            f"temperature: got {temperature}, expected a positive number that a float32 holds; for 0 use greedy"
+        )
     if top_k is not None and (isinstance(top_k, bool) or not 1 <= top_k < float("inf") or top_k != int(top_k)):
         raise UserError(f"top_k: got {top_k}, expected an integer of at least 1, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
@@ -101,7 +103,7 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
 
 
 def check_chosen(nan: bool, nothing: bool) -> None:
-    """Raises ValueError where a row of logits held NaN (`nan`) or no finite entry (`nothing`), so nothing was chosen."""
+    """Raises ValueError if a row of logits had NaN (`nan`) or no finite entry (`nothing`), so nothing was chosen."""
     if nan or nothing:
         found = "NaN" if nan else "only -inf"
         raise ValueError(f"logits: got {found} in a row, expected numbers to choose a token from; check the weights")
