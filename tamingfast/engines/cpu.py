@@ -140,7 +140,6 @@ class GPTEngine:
         """
         check_range("every", every, 1)
         request.check_fits(self._room, torch.device("cpu"))
-        choice = request.choice
         self._native.set_threads(self._thread_count())
         self._native.decode(
             request.slots,
@@ -152,14 +151,9 @@ class GPTEngine:
             request.rows,
             request.columns,
             request.images,
-            self.vocab_size if request.choices is None else request.choices,
-            choice.greedy,
-            choice.temperature,
-            0 if choice.top_k is None else min(choice.top_k, self.vocab_size),
-            1.0 if choice.top_p is None else choice.top_p,
-            choice.seed,
-            progress,
-            every,
+            **request.options(self.vocab_size),
+            progress=progress,
+            every=every,
         )
 
     def info(self) -> dict[str, int]:

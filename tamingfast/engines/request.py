@@ -225,6 +225,18 @@ class DecodeRequest:
         if self.slots and self.steps:
             room.check_tokens(self._given_tokens())
 
+    def options(self, vocab_size: int) -> dict[str, float]:
+        """The token choice as keyword arguments of the extension, for which top_k 0 and top_p 1 keep all entries."""
+        choice = self.choice
+        return {
+            "choices": vocab_size if self.choices is None else self.choices,
+            "greedy": choice.greedy,
+            "temperature": choice.temperature,
+            "top_k": 0 if choice.top_k is None else min(choice.top_k, vocab_size),
+            "top_p": 1.0 if choice.top_p is None else choice.top_p,
+            "seed": choice.seed,
+        }
+
     def _given_tokens(self) -> Tensor:
         """The tokens that the caller gives, 0 in place of those to decode: int64 (B, last step + 1)."""
         given = torch.ones(len(self.slots), self.steps[-1] + 1, dtype=torch.bool)

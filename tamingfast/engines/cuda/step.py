@@ -64,7 +64,7 @@ class Step:
 
     def begin(self, request: DecodeRequest) -> None:
         """Takes over what a call of `decode` asks for."""
-        place, choice = self.device.place, request.choice
+        place = self.device.place
         self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32))
         known = min(request.sequences.shape[1], self.length)
         self.sequence[:, :known] = request.sequences[:, :known]
@@ -73,15 +73,7 @@ class Step:
         self.wanted[:, steps] = request.wanted.to(place)
         self.places[:, steps] = torch.tensor([request.rows, request.columns], device=place)
         self.images.copy_(torch.tensor(request.images))
-        vocab_size = self.geometry.vocab_size
-        options = self.device.kernels.options_bytes(
-            choice.greedy,
-            choice.temperature,
-            0 if choice.top_k is None else min(choice.top_k, vocab_size),
-            1.0 if choice.top_p is None else choice.top_p,
-            choice.seed,
-            vocab_size if request.choices is None else request.choices,
-        )
+        options = self.device.kernels.options_bytes(**request.options(self.geometry.vocab_size))
         self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
         self.errors.zero_()
         self.position = _NOWHERE
