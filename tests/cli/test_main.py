@@ -38,7 +38,7 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_an_interrupt_keeps_the_canvas(runs, tmp_path):
-    # A line of progress for each update tells when drawing has begun.
+    # A line of progress for each update shows that drawing has begun.
     code = "import sys; from tamingfast import cli, progress; progress.EVERY = 0.0; sys.exit(cli.main(sys.argv[1:]))"
     words = ["sample", runs / "prior", "-n", 1, "--size", "80x80", "--out", tmp_path / "s.png"]
     command = [sys.executable, "-c", code, *map(str, words), "--engine", "naive"]

@@ -76,7 +76,7 @@ def test_a_run_s_own_config_trains_again(trained, first_stage, tmp_path):
     assert losses[0] == losses[1] and isinstance(load_model(out), MultiscaleTransformer)
 
 
-def test_validation_tells_each_scale_and_they_sum_up(trained):
+def test_validation_reports_each_scale_and_they_sum_up(trained):
     model, line = load_model(trained), run_directory.read_metrics(trained, "validation")[-1]
     scales = [line[f"nll_{name}"] for name in model.pyramid.names]
     assert line["nll"] * TOKENS == pytest.approx(np.dot(scales, [1, 4, 16]))
