@@ -52,7 +52,7 @@ class TestEncodeAndTrain:
         [
             (["photos32_vqgan", "training.step=3"], "did you mean 'steps'"),
             (["photos32_vqgan", "data.name=fotos"], "photos"),
-            (["nonsense"], "presets:"),
+            (["nonsense"], "expected a YAML file or a preset, one of"),
         ],
     )
     def test_mistakes(self, tmp_path, capsys, words, message):
@@ -73,7 +73,7 @@ class TestEncodeAndTrain:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["vqgan", "photos32_vqgan", "data.size=33"], "multiple of the first stage's 2"),
+            (["vqgan", "photos32_vqgan", "data.size=33"], "expected multiples of 2, the pixels per token of the first stage"),
             (["vqgan", "photos32_vqgan", "model.params.ddconfig.ch=33"], "do not fit"),
             (["vqgan", "photos32_vqgan", "model.params.n_embed=abc"], "do not fit"),
             (["prior", "tiny"], "--first-stage"),

@@ -15,7 +15,7 @@ import tamingfast
 from tamingfast import cli
 from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.reproduce import orderings_report, settings
-from tamingfast.training import prior
+from tamingfast.training import prior_config
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ class TestOrderings:
     def test_presets_have_all_orderings(self, name):
         loaded = settings.load_preset("orderings", name)
         assert set(loaded) == {"data", "vqgan", "prior", "orderings", "sampling"}
-        assert set(loaded["orderings"]["names"]) == set(prior.ORDERINGS)
+        assert set(loaded["orderings"]["names"]) == set(prior_config.ORDERINGS)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -98,5 +98,7 @@ class TestOrderings:
         config = {"prior": {"ordering": "subsample"}}
         first = tamingfast.load_model(ordered / "vqgan").config
         made = prior.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
-        with pytest.raises(tamingfast.UserError, match="square grid of side 2\\^k, got 8 x 6; use another ordering"):
+        with pytest.raises(
+            tamingfast.UserError, match="got 8 x 6, expected a square of side 2\\^k for the subsample ordering"
+        ):
             instantiate_from_config(made)

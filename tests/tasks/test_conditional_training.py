@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from tamingfast import UserError, cli, load_model, tasks
 from tamingfast.checkpoints import run_directory
-from tamingfast.data import build, loader
+from tamingfast.data import build, loader, shuffled
 from tamingfast.data.conditions import Boxes
 from tamingfast.training import loop, prior
 
@@ -113,17 +113,25 @@ def metrics(out):
 def stage_and_batch(out):
     model = load_model(out)
     dataset = build(model.config["data"])[0]
-    return prior.PriorStage(model.train(), 3e-3, (4, 4)), next(iter(loader(dataset, 4, seed=0, epoch=0)))
+    return prior.PriorStage(model.train(), 3e-3, (4, 4)), next(
+        iter(loader(dataset, 4, order=shuffled(len(dataset), 0, 0)))
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prior.condition=edges"], "needs a first stage for it; train one with `tamingfast train vqgan edges_vqgan`"),
+        (
+            ["prior.condition=edges"],
+            "expected a first stage for prior.condition=edges; train one with `tamingfast train vqgan edges_vqgan`",
+        ),
         (["prior.condition=edgs"], "did you mean 'edges'"),
-        (["prior.condition=coord"], "conditioned on 'coord', which the data do not hold"),
-        (["prior.condition=none", "--cond-stage", "FIRST"], "prior.condition is 'none', which has none"),
-        (["prior.condition=edges", "--cond-stage", "FIRST"], "was trained on 'image', but prior.condition is 'edges'"),
+        (["prior.condition=coord"], "data: got items without 'coord'"),
+        (["prior.condition=none", "--cond-stage", "FIRST"], "--cond-stage: got one for prior.condition=none"),
+        (
+            ["prior.condition=edges", "--cond-stage", "FIRST"],
+            "--cond-stage: got a first stage of 'image', expected one of 'edges'",
+        ),
     ],
 )
 def test_mistakes_in_training(first_stage, tmp_path, capsys, words, message):
@@ -165,5 +173,5 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
     assert run("train", "vqgan", "edges_vqgan", "--out", other, *SMALL, *ADVERSARIAL, "training.steps=1",
                "training.seed=9", *(f"data.{setting}" for setting in where)) == 0  # fmt: skip
     assert "another first stage" in said(*words, "prior.condition=edges", "--cond-stage", other)
-    assert "conditioned on 'coord', which the data do not hold" in said(*words, "prior.condition=coord")
+    assert "data: got items without 'coord'" in said(*words, "prior.condition=coord")
     assert not (tmp_path / "prior").exists()

@@ -18,7 +18,7 @@ from tamingfast.data.tokens import write_tokens
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.ops import backends
 from tamingfast.sampling import Canvas, gumbel_noise, sample_grid
-from tamingfast.training import load_config, prior
+from tamingfast.training import load_config, prior, prior_config
 
 BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
 GRID, TOKENS = (4, 4), 1 + 4 + 16
@@ -126,7 +126,7 @@ def test_learning_lowers_the_nll_of_every_scale(first_stage, tmp_path):
 def test_the_setting_is_a_key_of_every_preset(first_stage):
     settings = load_config("gpt2_small", ["prior.scales=[16,4,1]"])
     made = prior.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
-    assert made["target"] == prior.MULTISCALE and made["params"]["scales"] == [16, 4, 1]
+    assert made["target"] == prior_config.MULTISCALE and made["params"]["scales"] == [16, 4, 1]
     assert made["params"]["transformer_config"]["params"]["block_size"] == 1 + 1 + 16 + 256
     settings = load_config("gpt2_small", ["prior.scales=all"])
     made = prior.prior_config(load_model(first_stage).config, settings, (16, 16))["model"]
@@ -140,8 +140,8 @@ def test_the_setting_is_a_key_of_every_preset(first_stage):
     [
         ({"scales": [16, 1]}, "scales: got 16, expected divisors of a grid of 4 x 4 tokens"),
         ({"scales": [1, 2]}, "expected strictly decreasing factors"),
-        ({"scales": "all", "ordering": "z_curve"}, "prior.ordering is 'z_curve', but prior.scales unrolls"),
-        ({"scales": "all", "condition": "coord"}, "prior.condition is 'coord'"),
+        ({"scales": "all", "ordering": "z_curve"}, "prior.ordering: got z_curve with prior.scales"),
+        ({"scales": "all", "condition": "coord"}, "prior.condition: got coord with prior.scales"),
     ],
 )
 def test_settings_that_do_not_go_together(first_stage, section, said):
@@ -229,7 +229,7 @@ def test_other_sizes_and_windows_are_refused(model):
     cond = tasks.conditions(model, 1)
     with pytest.raises(UserError, match="draws whole images of 4 x 4"):
         model.sample_images(cond, 4, 8)
-    with pytest.raises(UserError, match="a grid of 1 x 21, but got 4 x 4"):
+    with pytest.raises(UserError, match="got a grid of 4 x 4, expected 1 x 21"):
         sample_grid(model, cond, 4, 4)
     assert model.sample_images(cond, 4, 4).shape == (1, 3, 8, 8)
 
