@@ -73,7 +73,7 @@ class TestEncodeAndTrain:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["vqgan", "photos32_vqgan", "data.size=33"], "expected multiples of 2, the pixels per token of the first stage"),
+            (["vqgan", "photos32_vqgan", "data.size=33"], "expected multiples of 2, the pixels per token"),
             (["vqgan", "photos32_vqgan", "model.params.ddconfig.ch=33"], "do not fit"),
             (["vqgan", "photos32_vqgan", "model.params.n_embed=abc"], "do not fit"),
             (["prior", "tiny"], "--first-stage"),

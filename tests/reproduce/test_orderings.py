@@ -97,7 +97,7 @@ class TestOrderings:
     def test_a_grid_without_the_ordering(self, ordered, tmp_path):
         config = {"prior": {"ordering": "subsample"}}
         first = tamingfast.load_model(ordered / "vqgan").config
-        made = prior.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
+        made = prior_config.prior_config(first, config, (8, 6))["model"]["params"]["permuter_config"]
         with pytest.raises(
             tamingfast.UserError, match="got 8 x 6, expected a square of side 2\\^k for the subsample ordering"
         ):
