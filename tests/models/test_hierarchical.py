@@ -137,7 +137,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["sample", "--size", "16x16"], "size: got 80 tokens, expected 20"),
+            (["sample", "--size", "16x16"], "got 80 tokens, expected 20"),
             (["sample", "--size", "6x6"], "multiples of 4"),
             (["complete", "p.png", "--size", "8x8"], "two levels"),
             (["outpaint", "p.png", "--right", "4"], "two levels"),

@@ -20,7 +20,7 @@ from tamingfast.ops import backends
 from tamingfast.sampling import Canvas, gumbel_noise, sample_grid
 from tamingfast.training import load_config, prior, prior_config
 
-BACKENDS = ("torch", "naive", *(["native"] if backends.native()[0] else []))
+ENGINES = ("torch", "naive", *(["native"] if backends.native()[0] else []))
 GRID, TOKENS = (4, 4), 1 + 4 + 16
 
 
@@ -164,10 +164,10 @@ def test_sequence_and_back(model, images):
 
 
 @pytest.mark.parametrize("given", [0, 1, 5])
-def test_backends_agree_and_keep_what_is_given(model, images, given):
+def test_engines_agree_and_keep_what_is_given(model, images, given):
     start = model.encode_to_z(images)[1][:, :given]
     cond = tasks.conditions(model, 3)
-    drawn = [sample_grid(model, cond, 1, TOKENS, start=start, seed=3, backend=backend) for backend in BACKENDS]
+    drawn = [sample_grid(model, cond, 1, TOKENS, start=start, seed=3, engine=engine) for engine in ENGINES]
     for tokens in drawn:
         assert torch.equal(tokens, drawn[0]) and tokens.shape == (3, 1, TOKENS)
         assert torch.equal(tokens[:, 0, :given], start)
@@ -183,22 +183,22 @@ def test_the_original_s_sampler_agrees(model):
     assert torch.equal(model.sample(cond[:, :0], cond, TOKENS), greedy[:, 0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_scales_given_are_the_image(model, images, backend):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_scales_given_are_the_image(model, images, engine):
     sequence = model.encode_to_z(images)[1]
-    tokens = sample_grid(model, tasks.conditions(model, 3), 1, TOKENS, start=sequence, backend=backend)
+    tokens = sample_grid(model, tasks.conditions(model, 3), 1, TOKENS, start=sequence, engine=engine)
     assert torch.equal(tokens[:, 0], sequence)
     canvas = tasks.painted(model, tasks.begun(model, images, 3, tasks.conditions(model, 3)))
     assert canvas.done
     assert torch.equal(tasks.decoded(model, canvas.sample(model)), model.decode_grid(model.image_tokens(tokens)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_is_keyed_by_the_place_in_the_sequence(trained, backend):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_noise_is_keyed_by_the_place_in_the_sequence(trained, engine):
     """Where all logits are alike the noise decides alone: row 0, and a column of its own for every token."""
     model = load_model(trained)
     nn.init.zeros_(model.transformer.head.weight)
-    tokens = sample_grid(model, tasks.conditions(model, 2), 1, TOKENS, seed=5, first_image=7, backend=backend)
+    tokens = sample_grid(model, tasks.conditions(model, 2), 1, TOKENS, seed=5, first_image=7, engine=engine)
     image, column = torch.arange(7, 9)[:, None], torch.arange(TOKENS)[None]
     expected = gumbel_noise(5, image, torch.zeros_like(column), column, 16).argmax(-1)
     assert torch.equal(tokens[:, 0], expected)
