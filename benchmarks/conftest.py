@@ -16,11 +16,11 @@ import gpu
 import pytest
 import torch
 
-from tamingfast.ops import backends
+from tamingfast.ops import backends, info
 
 
 def pytest_report_header() -> list[str]:
-    return backends.describe().splitlines()
+    return info.describe().splitlines()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

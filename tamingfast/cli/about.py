@@ -33,6 +33,6 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    from tamingfast.ops import backends
+    from tamingfast.ops import info
 
-    print(f"tamingfast {__version__}\n{backends.describe()}")
+    print(f"tamingfast {__version__}\n{info.describe()}")

@@ -21,7 +21,7 @@ _HOMES = {
     "nearest_code": "codes",
     "quantize": "codes",
 }
-_MODULES = {"backends", "choice", "machine", "reference"}
+_MODULES = {"backends", "choice", "info", "machine", "reference"}
 
 
 def __getattr__(name: str) -> object:

@@ -32,8 +32,7 @@ from tamingfast.ops.machine import (
 from tamingfast.ops.machine import facts as machine
 
 __all__ = [
-    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "describe", "gpu", "implementations",
-    "interpreted", "isa", "machine", "multiprocessors", "native", "pick_device", "requested", "status", "use",
+    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "gpu", "interpreted", "isa", "machine", "multiprocessors", "native", "pick_device", "requested", "status", "use",
 ]  # fmt: skip
 
 #: The backends by name, each with the question whether it can run here.
@@ -70,37 +69,6 @@ def use(backend: str | None) -> Iterator[None]:
         _requested = before
 
 
-def implementations() -> dict[str, tuple[str, ...]]:
-    """The backends of each op, in the order in which the automatic choice asks them."""
-    from tamingfast.ops import attention, codes, norm  # which import torch
-
-    ops = (attention.CAUSAL_ATTENTION, norm.GROUP_NORM_SILU, codes.NEAREST_CODE, codes.QUANTIZE)
-    return {op.name: op.backends for op in ops}
-
-
 def status() -> dict[str, Availability]:
     """Whether each backend can run here, and why or why not."""
     return {name: probe() for name, probe in PROBES.items()}
-
-
-def describe() -> str:
-    """The text of ``tamingfast info``: the machine, each backend and its ops, the CUDA engine, and the settings."""
-    facts = machine()
-    lines = [
-        f"python     {facts['python']} on {facts['platform']}",
-        f"torch      {facts['torch']}, threads: {facts['threads']}, processors: {facts['cpu_count']}",
-        f"cpu        {facts['cpu']} ({' '.join(facts['cpu_features']) or 'no known vector instructions'})",
-        f"gpu        {facts['gpu']}",
-    ]
-    having = implementations()
-    for name, state in status().items():
-        ops = ", ".join(op for op, names in having.items() if name in names)
-        lines.append(f"{name:<10} {_yes_or_no(state)}" + (f" [{ops}]" if state.available else ""))
-    lines.append(f"cuda engine {_yes_or_no(cuda())}")
-    for variable in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA"):
-        lines.append(f"{variable} = {os.environ.get(variable) or 'not set, chosen by device and dtype'}")
-    return "\n".join(lines)
-
-
-def _yes_or_no(state: Availability) -> str:
-    return f"{'yes' if state.available else 'no'}: {state.reason}"

@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 from ahead_of_time import CUOBJDUMP
 
-from tamingfast.ops import backends
+from tamingfast.ops import backends, info
 
 if backends.interpreted():
     pytest.skip("these tests have nothing to interpret", allow_module_level=True)
@@ -120,4 +120,4 @@ def test_without_a_device_the_extension_says_so():
     count, why = native.cuda.devices()
     assert (count == 0) == bool(why)
     if count == 0:
-        assert f"no CUDA device ({why})" in backends.describe()
+        assert f"no CUDA device ({why})" in info.describe()

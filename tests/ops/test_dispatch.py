@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nearest import assert_nearest, normal
 
 from tamingfast import ops
-from tamingfast.ops import backends, dispatch
+from tamingfast.ops import backends, dispatch, info
 
 
 def test_a_backend_asked_for_runs_or_says_why_not(rng):
@@ -62,12 +62,12 @@ def test_attention_is_torchs_own_unless_the_definition_is_asked_for(rng, backend
 
 
 def test_every_op_is_listed_with_its_backends():
-    listed = backends.implementations()
+    listed = info.implementations()
     assert set(listed) == set(ops.__all__)
     for names in listed.values():
         assert set(names) <= set(backends.PROBES)
         assert names[-1] == "reference", "which runs everywhere"
-    text = backends.describe()
+    text = info.describe()
     assert "[causal_attention, group_norm_silu, nearest_code, quantize]" in text
     assert "[causal_attention]" in text
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tamingfast.errors import UserError
-from tamingfast.ops import backends, machine
+from tamingfast.ops import backends, info, machine
 
 
 def test_devices_by_name():
@@ -28,7 +28,7 @@ def test_facts_for_reports():
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["cpu"]
-    text = backends.describe()
+    text = info.describe()
     assert all(name in text for name in backends.PROBES)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from tamingfast import ops
-from tamingfast.ops import backends, machine, reference
+from tamingfast.ops import backends, info, machine, reference
 
 native, reason = backends.native()
 needs_native = pytest.mark.skipif(native is None, reason=reason)
@@ -189,7 +189,7 @@ def test_instruction_set_from_the_environment(monkeypatch, rng):
     monkeypatch.setenv("TAMINGFAST_ISA", "generic")
     assert backends.isa() == "generic"
     assert torch.equal(ops.nearest_code(z, codebook), reference.nearest_code(z, codebook))
-    assert "TAMINGFAST_ISA = generic" in backends.describe()
+    assert "TAMINGFAST_ISA = generic" in info.describe()
     monkeypatch.setenv("TAMINGFAST_ISA", "mmx")
     with pytest.raises(RuntimeError, match="^TAMINGFAST_ISA: got 'mmx', expected auto or .*generic"):
         ops.nearest_code(z, codebook)
@@ -202,10 +202,10 @@ BLOCK = """
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     import torch
     from tamingfast import ops
-    from tamingfast.ops import backends
+    from tamingfast.ops import backends, info
     status = backends.status()
     print({{name: state.available for name, state in status.items()}})
-    print(backends.describe())
+    print(info.describe())
     z, codebook = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([[1.0], [4.0]])
     print(ops.nearest_code(z, codebook).tolist(), ops.nearest_code(z, codebook).tolist())
     """
