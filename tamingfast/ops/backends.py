@@ -32,7 +32,8 @@ from tamingfast.ops.machine import (
 from tamingfast.ops.machine import facts as machine
 
 __all__ = [
-    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "gpu", "interpreted", "isa", "machine", "multiprocessors", "native", "pick_device", "requested", "status", "use",
+    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "gpu", "interpreted", "isa", "machine",
+    "multiprocessors", "native", "pick_device", "requested", "status", "use",
 ]  # fmt: skip
 
 #: The backends by name, each with the question whether it can run here.
