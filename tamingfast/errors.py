@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(UserError):
+    """A training run was asked to stop, and saved a state to resume from."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or the name of its class when the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
