@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from tamingfast import tasks
 from tamingfast.data import folders
+from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
@@ -68,7 +69,7 @@ def evaluate_model(
     how = options.deciding() | options.running()
     return {
         "model": type(network).__name__ if isinstance(model, nn.Module) else str(model),
-        "data": getattr(dataset, "description", type(dataset).__name__),
+        "data": dataset.description,
         "machine": backends.machine(),
         "sampling": options.deciding() | {"engine": options.engine},
         "missing": missing,
@@ -80,12 +81,12 @@ def evaluate_model(
 
 def _data(
     model: nn.Module, data: Dataset | Mapping[str, Any] | str | os.PathLike[str] | None
-) -> tuple[Dataset | None, Any]:
+) -> tuple[EpochDataset | None, EpochDataset]:
     """(training set, the images to evaluate on); there is no training set for a data set or a directory."""
     if isinstance(data, str | os.PathLike):
         return None, _folder(model, data)
     if data is not None and not isinstance(data, Mapping):
-        return None, data
+        return None, as_epoch_dataset(data)
     settings = tasks.config_of(model).get("data") or {} if data is None else data
     train, validation = build_datasets({"data": settings})
     if validation is None:
@@ -93,7 +94,7 @@ def _data(
     return train, validation
 
 
-def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> Dataset:
+def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     side = tasks.image_size(model)[0]
     dataset = folders.build(folder, side, validation_path=folder)[1]
     classes, found = tasks.classes_of(model), len(dataset.classes or ())

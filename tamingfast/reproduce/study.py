@@ -110,15 +110,10 @@ class Study:
         """What every report begins with."""
         return {
             "preset": self.preset,
-            "data": description(dataset),
+            "data": dataset.description,
             "machine": backends.machine(),
             "settings": self.settings,
         }
-
-
-def description(dataset: EpochDataset) -> str:
-    """What the images of a data set are."""
-    return getattr(dataset, "description", type(dataset).__name__)
 
 
 def geometry(settings: Mapping[str, Any]) -> Mapping[str, int]:
