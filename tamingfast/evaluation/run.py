@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tamingfast import tasks
-from tamingfast.data import folders
+from tamingfast.checkpoints.config import plain
+from tamingfast.data import build, folders
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
@@ -21,7 +22,6 @@ from tamingfast.progress import Bars, silent
 from tamingfast.tasks.drawing import PAPER, at_least_one
 from tamingfast.tasks.models import Model
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
-from tamingfast.training.settings import build_datasets
 
 
 def evaluate_model(
@@ -88,7 +88,7 @@ def _data(
     if data is not None and not isinstance(data, Mapping):
         return None, as_epoch_dataset(data)
     settings = tasks.config_of(model).get("data") or {} if data is None else data
-    train, validation = build_datasets({"data": settings})
+    train, validation = build(plain(settings))
     if validation is None:
         raise UserError("data: got settings without a validation set, expected one; give a directory of images instead")
     return train, validation

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tamingfast.checkpoints.config import plain
 from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.data import build, loader
 from tamingfast.data import conditions as kinds
-from tamingfast.data import loader
 from tamingfast.data.base import ConditionRecord, EpochDataset, as_epoch_dataset
 from tamingfast.data.tokens import smallest, write_tokens
 from tamingfast.errors import UserError
@@ -25,7 +26,6 @@ from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
 from tamingfast.tasks.options import ENCODING_BATCH
 from tamingfast.tasks.sizes import grid_size
-from tamingfast.training.settings import build_datasets
 
 
 def encode(
@@ -107,7 +107,7 @@ def _made(data: Mapping[str, Any], split: str) -> EpochDataset:
     if split not in ("train", "validation"):
         raise UserError(f"split: got '{split}', expected train or validation")
     check_encodable(data)
-    dataset = build_datasets({"data": data})[0 if split == "train" else 1]
+    dataset = build(plain(data))[0 if split == "train" else 1]
     if dataset is None:
         raise UserError("split: got validation, expected train, as the data settings give no validation set")
     return dataset
