@@ -11,9 +11,7 @@ from torch import Tensor
 
 from tamingfast.sampling.plan import plan_grid
 from tamingfast.sampling.schedule import make_schedule, make_waves
-
-#: Tokens per forward pass.
-TOKENS_PER_CALL = 8192
+from tamingfast.sampling.waves import TOKENS_PER_CALL
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from tamingfast.data.conditions import SPATIAL_KEYS, TOKEN_KEYS, Objects, label_
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.multiscale import MultiscaleTransformer
-from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.models.prior import TOP_K, Net2NetTransformer
 from tamingfast.training import distributed, loop
 from tamingfast.training.begin import begin
 from tamingfast.training.configs import check_stage
@@ -32,8 +32,6 @@ from tamingfast.training.settings import training_settings
 from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import check_condition, check_tokens, grid_of, tokens_of
-
-SAMPLE_TOP_K = 100
 
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
@@ -185,7 +183,7 @@ class PriorStage:
             height,
             width,
             window=max(height, width),
-            top_k=min(SAMPLE_TOP_K, self.model.transformer.config.vocab_size),
+            top_k=TOP_K,
             seed=self.seed,
         )
         return [*self.conditioning(batch), shown, samples]
