@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from tamingfast import tasks
 from tamingfast.cli.options import DEVICE, Commands, command, data_settings, load
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import ENCODING_BATCH
 
 
@@ -22,9 +24,7 @@ def add_to(commands: Commands) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
     from tamingfast.checkpoints import load_model
-    from tamingfast.ops.backends import pick_device
 
     cond_stage = arguments.cond_stage and load_model(arguments.cond_stage, device=pick_device(arguments.device))
     count = tasks.encode(
