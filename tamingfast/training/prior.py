@@ -35,6 +35,8 @@ from tamingfast.training.tokens import check_condition, check_tokens, grid_of, t
 
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
+#: Nats per token above which exp overflows a double.
+_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def _data_section(config: Mapping[str, Any], frozen: _Trained | None, condition:
     return completed_data(section, trained_side(frozen.config), frozen.model.n_embed)
 
 
+def perplexity(nats: float) -> float:
+    """exp of the cross entropy per token, capped where it would overflow a double."""
+    return math.exp(min(nats, _MOST_NATS))
+
+
 class PriorStage:
     """A `Net2NetTransformer` with its AdamW.
 
@@ -166,7 +173,7 @@ class PriorStage:
             total, images = total.to(nats.device) + nats.sum(0), images + len(nats)
         mean = total / images  # (n,)
         nll = float(mean.mean())
-        values = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        values = {"nll": nll, "perplexity": perplexity(nll)}
         if isinstance(self.model, MultiscaleTransformer):
             pyramid = self.model.pyramid
             scales = zip(pyramid.names, pyramid.split(mean), strict=True)
