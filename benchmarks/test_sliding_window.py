@@ -73,7 +73,7 @@ def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
     return times[len(times) // 2] * HEIGHT * WIDTH
 
 
-def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, backend: str) -> tuple[float, float]:
+def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, engine: str) -> tuple[float, float]:
     """Seconds for the grid, and the share of its tokens whose sampling was timed."""
     whole = rule in ("strided", "block") or os.environ.get("TAMINGFAST_BENCH_WHOLE") == "1"
     begun, done = time.perf_counter(), 0
@@ -94,7 +94,7 @@ def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, 
             schedule=rule,
             stride=stride,
             seed=0,
-            backend=backend,
+            engine=engine,
             observer=observe,
         )
     spent = time.perf_counter() - begun
