@@ -26,7 +26,9 @@ def add_to(commands: Commands) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     from tamingfast.checkpoints import load_model
 
-    cond_stage = arguments.cond_stage and load_model(arguments.cond_stage, device=pick_device(arguments.device))
+    cond_stage = None
+    if arguments.cond_stage:
+        cond_stage = load_model(arguments.cond_stage, device=pick_device(arguments.device))
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
         batch=arguments.batch, bars=progress_bar,
