@@ -158,7 +158,7 @@ class Canvas:
         batch: int = 16,
         path: str | os.PathLike | None = None,
         preview: Callable[[Canvas], None] | None = None,
-        progress: Callable[[int, int], Any] | None = None,
+        progress: Callable[[int, int], object] | None = None,
         every: float = EVERY,
         **options: Any,
     ) -> Canvas:

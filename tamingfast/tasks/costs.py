@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def schedule_costs(
     cond: Tensor,
     strides: Sequence[int],
     batch: int,
-    progress: Callable[[int, int], Any],
+    progress: Callable[[int, int], object],
 ) -> list[ScheduleCost]:
     """The same of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns)."""
     canvas = painted(model, photo_canvas(model, x, cond))
