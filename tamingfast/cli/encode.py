@@ -8,7 +8,7 @@ from tamingfast import tasks
 from tamingfast.cli.options import DEVICE, Commands, command, data_settings, load
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.ops.backends import pick_device
-from tamingfast.tasks.options import ENCODING_BATCH
+from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 
 def add_to(commands: Commands) -> None:
@@ -17,7 +17,7 @@ def add_to(commands: Commands) -> None:
     added.add_argument("model", help="run directory or checkpoint of a first stage")
     added.add_argument("--out", required=True, help="token file to write (.safetensors)")
     added.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
-    added.add_argument("--split", choices=("train", "validation"), default="train")
+    added.add_argument("--split", choices=SPLITS, default=SPLITS[0])
     added.add_argument("--batch", type=int, default=ENCODING_BATCH)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)

@@ -24,7 +24,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
 from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
-from tamingfast.tasks.options import ENCODING_BATCH
+from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 from tamingfast.tasks.sizes import grid_size
 
 
@@ -104,10 +104,10 @@ class _Conditions:
 
 def _made(data: Mapping[str, Any], split: str) -> EpochDataset:
     """The data set that settings describe."""
-    if split not in ("train", "validation"):
-        raise UserError(f"split: got '{split}', expected train or validation")
+    if split not in SPLITS:
+        raise UserError(f"split: got '{split}', expected {' or '.join(SPLITS)}")
     check_encodable(data)
-    dataset = build(plain(data))[0 if split == "train" else 1]
+    dataset = build(plain(data))[SPLITS.index(split)]
     if dataset is None:
         raise UserError("split: got validation, expected train, as the data settings give no validation set")
     return dataset
