@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypedDict
 
-from tamingfast.errors import UserError
+from tamingfast.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def isa() -> str:
         return name
     supported = module.build_info()["isas"]
     if name not in supported:
-        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")
+        raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")
     return name
 
 
