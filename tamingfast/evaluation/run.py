@@ -16,7 +16,7 @@ from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
-from tamingfast.models.lpips import LPIPS
+from tamingfast.models.lpips import LPIPS, RANDOM
 from tamingfast.ops import backends
 from tamingfast.progress import Bars, silent
 from tamingfast.tasks.drawing import PAPER, at_least_one
@@ -116,7 +116,7 @@ def _networks(
     name = features or (INCEPTION if inception_weights else EFFICIENTNET)
     if inception_weights and name != INCEPTION:
         raise UserError(f"inception_weights: got a file, expected none with the features of {name}; leave one out")
-    if perceptual_weights == "random":
+    if perceptual_weights == RANDOM:
         raise UserError(
             "perceptual_weights: got 'random', whose distance is no LPIPS, expected a file of VGG16's weights"
         )
