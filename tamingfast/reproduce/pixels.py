@@ -245,11 +245,11 @@ def _fastest(
 ) -> dict[str, Any]:
     """The fastest setting: all are tried on the middle row of the token grid, the best two on whole images."""
     tried = [(timer.row(batch, dtype=dtype) / batch, batch, dtype) for batch in batches for dtype in dtypes]
-    measured = [{**cached, "backend": "torch", "dtype": None}]
+    measured = [{**cached, "engine": "torch", "dtype": None}]
     for _, batch, dtype in sorted(tried, key=itemgetter(0))[:2]:
         figures = timer.figures(timer.whole(batch, engine="auto", dtype=dtype), batch)
         engine, _ = choose_engine("auto", timer.prior.transformer, dtype)
-        measured.append({**figures, "backend": engine, "dtype": dtype})
+        measured.append({**figures, "engine": engine, "dtype": dtype})
     best = min(measured, key=itemgetter("seconds_per_image"))
     candidates = [{"batch": batch, "dtype": dtype, "row_seconds_per_image": row} for row, batch, dtype in tried]
     return {**best, "measured": measured, "candidates": candidates}

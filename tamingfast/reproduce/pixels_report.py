@@ -70,7 +70,7 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
     for name in ("pixels", "latents"):
         row = fastest[name]
         lines.append(
-            f"- (c) for {name}: backend {row['backend']}, batches of {row['batch']}, "
+            f"- (c) for {name}: engine {row['engine']}, batches of {row['batch']}, "
             f"weights {row['dtype'] or 'as trained'}, the best of {report.counted(len(row['candidates']), 'setting')} "
             "tried."
         )

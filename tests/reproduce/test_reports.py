@@ -22,7 +22,7 @@ def test_numbers_in_words():
 def test_a_ratio_to_an_unreliable_time_is_not_reported(whole_run, trusted):
     row = {"seconds_per_image": 1.0, "tokens_per_second": 4.0, "tokens": 4, "batch": 1, "integrated": True}
     paper = row | {"prefixes": [0], "whole_run_seconds_per_image": whole_run}
-    fastest = row | {"seconds_per_image": 0.01, "backend": "native", "dtype": None, "candidates": [{}]}
+    fastest = row | {"seconds_per_image": 0.01, "engine": "native", "dtype": None, "candidates": [{}]}
     both = {name: dict.fromkeys(("pixels", "latents"), row) for name, row in (("paper", paper), ("fastest", fastest))}
     first, *rest = pixels_report._speed_notes(both | {"batch": 1}).splitlines()
     assert ("**100 times** faster" in first, "Do not use the figures of (a)" in first) == (trusted, not trusted)
