@@ -22,8 +22,8 @@ import gpu
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seconds
-from test_decode import TOP_K, GrowingCache, StaticCache, request, sample
+from decoding import TOP_K, GrowingCache, StaticCache, request, sample
+from measuring import seconds
 from torch import Tensor, nn
 
 from tamingfast.engines import CudaEngine, Span, refusal

@@ -16,7 +16,7 @@ import torch
 from tamingfast import files
 from tamingfast.ops import backends
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # The number of runs is limited because the launch queue holds about a thousand entries, and a call may take a dozen.
 _WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
 _CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
