@@ -20,7 +20,7 @@ class Stopped(UserError):
 
 
 class SettingError(RuntimeError):
-    """An environment variable of ours asks for what does not exist or cannot run here."""
+    """A backend or an instruction set was asked for that does not exist or cannot run here."""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
+from tamingfast.errors import SettingError
 from tamingfast.ops import backends
 
 logger = logging.getLogger("tamingfast")
@@ -72,7 +73,9 @@ class Op(Generic[P, R]):
                 return implementation.run(*args, **kwargs)
             refusals.append((implementation.backend, reason))
         backend, reason = refusals[-1]
-        raise RuntimeError(f"the {backend} backend was asked for, but cannot run {self.name}: {reason}")
+        raise SettingError(
+            f"backend: got {backend!r}, which cannot run {self.name} ({reason}), expected one that can; ask for another"
+        )
 
     def _candidates(self, asked: str | None, device: str) -> list[Implementation[P, R]]:
         if asked in self.backends:
