@@ -248,13 +248,13 @@ def transformer(name: str, layers: tuple[int, int], device: str) -> nn.Module:
     return GPT(vocab, side * side, n_layer=layers[0], n_head=16, n_embd=layers[1]).to(device).eval()
 
 
-def seconds_per_image(gpt: nn.Module, side: int, backend: str, batch: int, dtype: str) -> float:
+def seconds_per_image(gpt: nn.Module, side: int, engine: str, batch: int, dtype: str) -> float:
     """Seconds per image of whole grids, after a short one that warms up."""
     device = next(gpt.parameters()).device
 
     def run(height: int, width: int) -> None:
         cond = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        sample_grid(gpt, cond, height, width, window=side, top_k=TOP_K, backend=backend, dtype=dtype)
+        sample_grid(gpt, cond, height, width, window=side, top_k=TOP_K, engine=engine, dtype=dtype)
 
     run(2, side)
     return seconds(lambda: run(side, side), device.type) / batch
@@ -265,9 +265,9 @@ def test_pixels_against_latents(batch):
     """The paper's experiment on the transformers alone: what an image costs, and how much faster latents are."""
     assert refusal(prior("GPT2-medium", 256)) is None
     found = {}
-    for protocol, backend in PROTOCOLS.items():
+    for protocol, engine in PROTOCOLS.items():
         times = {
-            name: seconds_per_image(transformer(name, LAYERS["GPT2-medium"], "cuda"), side, backend, batch, "bfloat16")
+            name: seconds_per_image(transformer(name, LAYERS["GPT2-medium"], "cuda"), side, engine, batch, "bfloat16")
             for name, (side, _) in GRIDS.items()
         }
         found[protocol] = times

@@ -73,7 +73,7 @@ def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
     return times[len(times) // 2] * HEIGHT * WIDTH
 
 
-def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, backend: str) -> tuple[float, float]:
+def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, engine: str) -> tuple[float, float]:
     """Seconds for the grid, and the share of its tokens whose sampling was timed."""
     whole = rule in ("strided", "block") or os.environ.get("TAMINGFAST_BENCH_WHOLE") == "1"
     begun, done = time.perf_counter(), 0
@@ -94,7 +94,7 @@ def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, 
             schedule=rule,
             stride=stride,
             seed=0,
-            backend=backend,
+            engine=engine,
             observer=observe,
         )
     spent = time.perf_counter() - begun
@@ -109,13 +109,13 @@ def planned(gpt: GPT, rule: str, stride: int) -> Waves:
 
 
 @pytest.mark.parametrize(("rule", "stride"), CASES)
-@pytest.mark.parametrize(("device", "backend"), WAYS)
-def test_sliding_window(benchmark, gpt, condition, rule, stride, device, backend):
+@pytest.mark.parametrize(("device", "engine"), WAYS)
+def test_sliding_window(benchmark, gpt, condition, rule, stride, device, engine):
     gpt = gpt.to(device)
     original = original_seconds(gpt, condition)
     waves = planned(gpt, rule, stride)
     computed, slots = waves.tokens_fed(PREFIX) / (HEIGHT * WIDTH), int(waves.slots.max()) + 1
-    seconds, share = benchmark.pedantic(lambda: schedule_seconds(gpt, condition, rule, stride, backend), rounds=1)
+    seconds, share = benchmark.pedantic(lambda: schedule_seconds(gpt, condition, rule, stride, engine), rounds=1)
     benchmark.extra_info |= {
         "seconds": seconds,
         "share_timed": share,
@@ -128,7 +128,7 @@ def test_sliding_window(benchmark, gpt, condition, rule, stride, device, backend
     }
     name = rule if rule in ("paper", "scene") else f"{rule} {stride}"
     print(
-        f"\n  {name}, {backend} on {device}: {seconds:.1f} s ({share:.0%} of it timed), the original's loop "
+        f"\n  {name}, {engine} on {device}: {seconds:.1f} s ({share:.0%} of it timed), the original's loop "
         f"{original:.0f} s: {original / seconds:.1f}x; {len(waves)} waves, {computed:.1f} tokens computed per token "
         f"against {2 * PREFIX - 1}, {slots} cache slots"
     )

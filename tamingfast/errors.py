@@ -15,6 +15,14 @@ class UserError(ValueError):
     """
 
 
+class Stopped(UserError):
+    """A training run was asked to stop, and saved a state to resume from."""
+
+
+class SettingError(RuntimeError):
+    """An environment variable of ours asks for what does not exist or cannot run here."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or the name of its class when the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

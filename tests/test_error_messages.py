@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("tamingfast", "kernels") for path in (ROOT / room).rglob("*.py"))
-CHECKED = {"UserError", "ValueError", "TypeError"}
+CHECKED = {"SettingError", "UserError", "ValueError", "TypeError"}
 #: Sentences about what an object is, not about a value; the extension has the same one.
 STATES = {"the engine is closed"}
 

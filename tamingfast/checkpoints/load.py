@@ -17,10 +17,10 @@ from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, 
 from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
+from tamingfast.ops.check import FLOATS
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Parts that a checkpoint may lack, because only training needs them.
 _OPTIONAL = ("loss.",)
 
@@ -60,8 +60,8 @@ def load_model(
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(found, torch.dtype) or found not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+    if not isinstance(found, torch.dtype) or found not in FLOATS:
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
         raise UserError(f"dtype: got '{dtype}', expected one of {names}")
     return found
 

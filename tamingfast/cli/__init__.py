@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tamingfast import __version__
 from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, train
-from tamingfast.errors import UserError, first_line, lacks_memory
+from tamingfast.errors import SettingError, Stopped, UserError, first_line, lacks_memory
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(f"tamingfast: error: {message}", file=sys.stderr)
-        return INTERRUPTED if type(error).__name__ == "Stopped" else USAGE_ERROR
+        return INTERRUPTED if isinstance(error, Stopped) else USAGE_ERROR
     return 0
 
 
@@ -74,8 +74,8 @@ def _for_users(error: Exception) -> str | None:
             f"memory: got too little ({first_line(error)}), expected enough for the model and its images; use fewer or "
             "smaller images at a time, or a smaller model"
         )
-    if isinstance(error, RuntimeError) and str(error).startswith("TAMINGFAST_"):
-        return first_line(error)
+    if isinstance(error, SettingError):
+        return str(error)
     return None
 
 

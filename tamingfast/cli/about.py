@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from tamingfast import __version__
+from tamingfast import __version__, tasks
 from tamingfast.cli.options import Commands, command
 from tamingfast.cli.progress import say_written
 
@@ -21,8 +21,6 @@ def add_to(commands: Commands) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
-
     print(json.dumps(tasks.inspect(arguments.checkpoint), indent=2))
 
 

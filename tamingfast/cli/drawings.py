@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tamingfast import tasks
 from tamingfast.cli.options import given_options, options
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
-
-if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
-    from tamingfast.tasks import Drawing
 
 KEEPING = options(
     ("--preview", {"metavar": "PNG", "help": "picture of what is drawn so far, renewed while drawing"}),
@@ -25,16 +23,14 @@ KEEPING = options(
 
 def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `sample`, `edit` and `outpaint` share, by their names in `tamingfast.tasks`."""
-    from tamingfast.tasks import begun_with, check_unused
-
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
     if arguments.resume:
-        drawing = replace(begun_with(canvas), **given)
+        drawing = replace(tasks.begun_with(canvas), **given)
     else:
         drawing = DrawingOptions(**given)
         if arguments.canvas is None:
-            check_unused(canvas)
+            tasks.check_unused(canvas)
     names = ("count", "label", "condition", "condition_of", "resume", "preview")
     shared = {name: getattr(arguments, name) for name in names}
     return shared | {"options": drawing, "canvas": canvas, "bars": progress_bar}
@@ -47,7 +43,7 @@ def canvas_file(arguments: argparse.Namespace) -> Path:
     return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
 
 
-def write(arguments: argparse.Namespace, drawing: Drawing) -> None:
+def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
     """Write the images of a drawing, with pictures of its conditions, and remove its canvas.
 
     A canvas that --canvas names stays. A single image, and with --separate each, is written as it is with the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from tamingfast import tasks
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
 from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, condition_options, load
 
@@ -35,15 +36,11 @@ def _command(
 
 
 def edit(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
-
     shared, own_pixels = drawing_arguments(arguments), not arguments.reconstruct
     write(arguments, tasks.edit(load(arguments), arguments.photo, arguments.mask, own_pixels=own_pixels, **shared))
 
 
 def outpaint(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
-
     shared, own_pixels = drawing_arguments(arguments), not arguments.reconstruct
     sides = {side: getattr(arguments, side) for side in SIDES}
     write(arguments, tasks.outpaint(load(arguments), arguments.photo, **sides, own_pixels=own_pixels, **shared))

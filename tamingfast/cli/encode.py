@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from tamingfast import tasks
 from tamingfast.cli.options import DEVICE, Commands, command, data_settings, load
 from tamingfast.cli.progress import progress_bar, say_written
-from tamingfast.tasks.options import ENCODING_BATCH
+from tamingfast.ops.backends import pick_device
+from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 
 def add_to(commands: Commands) -> None:
@@ -15,18 +17,18 @@ def add_to(commands: Commands) -> None:
     added.add_argument("model", help="run directory or checkpoint of a first stage")
     added.add_argument("--out", required=True, help="token file to write (.safetensors)")
     added.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
-    added.add_argument("--split", choices=("train", "validation"), default="train")
+    added.add_argument("--split", choices=SPLITS, default=SPLITS[0])
     added.add_argument("--batch", type=int, default=ENCODING_BATCH)
     text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
     from tamingfast.checkpoints import load_model
-    from tamingfast.ops.backends import pick_device
 
-    cond_stage = arguments.cond_stage and load_model(arguments.cond_stage, device=pick_device(arguments.device))
+    cond_stage = None
+    if arguments.cond_stage:
+        cond_stage = load_model(arguments.cond_stage, device=pick_device(arguments.device))
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
         batch=arguments.batch, bars=progress_bar,

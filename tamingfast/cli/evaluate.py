@@ -7,6 +7,7 @@ import argparse
 from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, data_settings, given_options, load
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.errors import UserError
+from tamingfast.files import write_json
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
 
 
@@ -32,7 +33,6 @@ def add_to(commands: Commands) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from tamingfast import evaluation
-    from tamingfast.files import write_json
 
     if arguments.data is not None and arguments.overrides:
         raise UserError(f"--data: got a directory and '{arguments.overrides[0]}', expected one of them; leave one out")

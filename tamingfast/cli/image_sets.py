@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from tamingfast import tasks
 from tamingfast.cli.options import (
     DEVICE,
     DRAWING,
@@ -56,7 +57,7 @@ def _command(
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    from tamingfast import images, tasks
+    from tamingfast import images
 
     check_png(arguments.out)
     size = size_of(arguments)
@@ -67,7 +68,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def complete(arguments: argparse.Namespace) -> None:
-    from tamingfast import images, tasks
+    from tamingfast import images
 
     check_png(arguments.out)
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
@@ -81,7 +82,6 @@ def complete(arguments: argparse.Namespace) -> None:
 
 
 def likelihood(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
     from tamingfast.evaluation import plot_schedules
 
     if arguments.plot:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from tamingfast.errors import UserError
+from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
 
 if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
@@ -128,6 +129,5 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
 def load(arguments: argparse.Namespace) -> nn.Module:
     """The model that the command names, on its device."""
     from tamingfast.checkpoints import load_model
-    from tamingfast.ops.backends import pick_device
 
     return load_model(arguments.model, device=pick_device(arguments.device))

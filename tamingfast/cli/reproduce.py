@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tamingfast import reproduce as experiments
 from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 
 
 def add_to(commands: Commands) -> None:
-    from tamingfast.reproduce import EXPERIMENTS
-
     added = command(commands, "reproduce", reproduce, "an experiment of the papers, with a report", (DEVICE, RESUME))
     added.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     added.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
     text = (
-        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
-        "settings EXPERIMENT.key=value"
+        f"one of {', '.join(experiments.EXPERIMENTS)} (default: {experiments.DEFAULT}), then settings that win over "
+        "the preset's; or all, with settings EXPERIMENT.key=value"
     )
     added.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
-    from tamingfast import reproduce as experiments
-
     # One positional list, as argparse would take the first setting for an experiment that was left out.
     words = list(arguments.overrides)
     experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tamingfast import tasks
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
 from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, condition_options, load, size_of
 from tamingfast.tasks.options import COUNT
@@ -24,10 +25,6 @@ def add_to(commands: Commands) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from tamingfast import tasks
-
     shared, size = drawing_arguments(arguments), size_of(arguments)
-    drawing = tasks.sample(
-        load(arguments), size=size, photo=arguments.photo, scales=arguments.scales, **shared
-    )  # fmt: skip
+    drawing = tasks.sample(load(arguments), size=size, photo=arguments.photo, scales=arguments.scales, **shared)
     write(arguments, drawing)

@@ -27,7 +27,8 @@ _OTHERS: dict[str, Callable[..., tuple[EpochDataset, EpochDataset | None]]] = {
     "tokens": tokens.build,
 }
 _FACTORIES = _IMAGES | _OTHERS
-_SPLITS = ("train", "validation")
+#: Keys of the two data sets in the original's layout.
+SPLITS = ("train", "validation")
 #: Settings that runs on token files keep from the images that were encoded.
 _OF_ENCODED_IMAGES = ("size", "seed", "kind", *SETTINGS)
 
@@ -45,7 +46,7 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     wrong with the data themselves.
     """
     options = dict(config)
-    originals = {split: options.pop(split, None) for split in _SPLITS}
+    originals = {split: options.pop(split, None) for split in SPLITS}
     name = options.pop("name", None)
     if name is None:
         return _originals(originals)

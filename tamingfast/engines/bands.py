@@ -82,9 +82,6 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
-# The next two only delegate: callers use `tamingfast.models.base.encode_grid` and `decode_grid`, or a stage's methods.
-
-
 def _shape(x: Tensor) -> Shape:
     _, channels, height, width = x.shape
     return channels, height, width

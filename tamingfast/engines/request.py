@@ -13,14 +13,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tamingfast.ops.choice import Choice
+from tamingfast.ops.choice import WORD, Choice
 
 #: Which rows of logits a step returns: none, those of each span's last token, those of all tokens.
 LOGITS = ("none", "last", "all")
 #: Tokens to feed as lists: (slot, start, tokens) each.
 Items = Iterable[tuple[int, int, Iterable[int]]]
 _MOST_SLOTS = 1 << 24
-_WORD = (1 << 32) - 1
 
 
 def check_range(name: str, value: int, least: int, most: int | None = None) -> None:
@@ -199,8 +198,8 @@ class DecodeRequest:
             check_range("steps", step, 1, self.sequences.shape[1] - 1)
         for name, values in (("rows", self.rows), ("columns", self.columns), ("images", self.images)):
             if values:
-                check_range(name, min(values), 0, _WORD)
-                check_range(name, max(values), 0, _WORD)
+                check_range(name, min(values), 0, WORD)
+                check_range(name, max(values), 0, WORD)
         check_range("fed", self.fed, 0)
 
     def check_fits(self, room: Room, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError
 
 #: Called after each batch with the number of images in it.
-Progress = Callable[[int], Any]
+Progress = Callable[[int], object]
 
 
 def batches(

@@ -22,7 +22,7 @@ def samples(
     *,
     batch_size: int = 16,
     seed: int = 0,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """``count`` samples of a prior in batches (b, 3, H, W) in [-1, 1], of the size of the data set's images.

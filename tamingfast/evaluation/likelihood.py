@@ -16,12 +16,11 @@ from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.training.prior import perplexity
 from tamingfast.training.tokens import grid_of, tokens_of
 
 #: 8-bit colours per call of the nearest-code search.
 _COLORS_PER_CALL = 1 << 20
-#: Nats per token above which exp overflows a double.
-_MOST_NATS = 700.0
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def likelihood(
         "images": images,
         "tokens": tokens,
         "nats_per_token": per_token,
-        "perplexity": math.exp(min(per_token, _MOST_NATS)),
+        "perplexity": perplexity(per_token),
         "bits_per_token": bits / tokens,
         "token_bits_per_image_dimension": bits / (3 * pixels),
     }

@@ -59,7 +59,7 @@ def reconstruction(
     sums: dict[str, float] = {}
     counts = torch.zeros(stage.n_embed, dtype=torch.int64)
     total = 0
-    for batch in images_of(dataset, batch_size, limit, seed, key=getattr(stage, "image_key", "image")):
+    for batch in images_of(dataset, batch_size, limit, seed, key=stage.image_key):
         x = _checked(batch).to(stage.device)
         tasks.grid_size(model, *x.shape[2:])  # refuses sides that the factor does not divide
         quant, _, (_, _, indices) = stage.encode(x)

@@ -10,17 +10,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tamingfast import tasks
-from tamingfast.data import folders
+from tamingfast.checkpoints.config import plain
+from tamingfast.data import build, folders
+from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
-from tamingfast.models.lpips import LPIPS
+from tamingfast.models.lpips import LPIPS, RANDOM
 from tamingfast.ops import backends
 from tamingfast.progress import Bars, silent
 from tamingfast.tasks.drawing import PAPER, at_least_one
 from tamingfast.tasks.models import Model
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
-from tamingfast.training.settings import build_datasets
 
 
 def evaluate_model(
@@ -68,7 +69,7 @@ def evaluate_model(
     how = options.deciding() | options.running()
     return {
         "model": type(network).__name__ if isinstance(model, nn.Module) else str(model),
-        "data": getattr(dataset, "description", type(dataset).__name__),
+        "data": dataset.description,
         "machine": backends.machine(),
         "sampling": options.deciding() | {"engine": options.engine},
         "missing": missing,
@@ -80,20 +81,20 @@ def evaluate_model(
 
 def _data(
     model: nn.Module, data: Dataset | Mapping[str, Any] | str | os.PathLike[str] | None
-) -> tuple[Dataset | None, Any]:
+) -> tuple[EpochDataset | None, EpochDataset]:
     """(training set, the images to evaluate on); there is no training set for a data set or a directory."""
     if isinstance(data, str | os.PathLike):
         return None, _folder(model, data)
     if data is not None and not isinstance(data, Mapping):
-        return None, data
+        return None, as_epoch_dataset(data)
     settings = tasks.config_of(model).get("data") or {} if data is None else data
-    train, validation = build_datasets({"data": settings})
+    train, validation = build(plain(settings))
     if validation is None:
         raise UserError("data: got settings without a validation set, expected one; give a directory of images instead")
     return train, validation
 
 
-def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> Dataset:
+def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     side = tasks.image_size(model)[0]
     dataset = folders.build(folder, side, validation_path=folder)[1]
     classes, found = tasks.classes_of(model), len(dataset.classes or ())
@@ -115,7 +116,7 @@ def _networks(
     name = features or (INCEPTION if inception_weights else EFFICIENTNET)
     if inception_weights and name != INCEPTION:
         raise UserError(f"inception_weights: got a file, expected none with the features of {name}; leave one out")
-    if perceptual_weights == "random":
+    if perceptual_weights == RANDOM:
         raise UserError(
             "perceptual_weights: got 'random', whose distance is no LPIPS, expected a file of VGG16's weights"
         )

@@ -17,6 +17,7 @@ from tamingfast.evaluation.likelihood import likelihood
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.tasks.options import SAMPLES
 
 
 class _Choice(TypedDict):
@@ -34,7 +35,7 @@ def evaluate(
     network: Extractor | None = None,
     perceptual: nn.Module | None = None,
     training_set: Dataset | None = None,
-    count: int = 256,
+    count: int = SAMPLES,
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,

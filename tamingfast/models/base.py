@@ -81,6 +81,7 @@ class FirstStage(Module):
     """
 
     levels: int = 1
+    image_key: str = "image"  # of its images in a batch
 
     if TYPE_CHECKING:  # some subclasses compute these, others set them, and `quantize` is often a submodule
 

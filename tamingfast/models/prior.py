@@ -28,6 +28,11 @@ from tamingfast.models.orderings import AbstractPermuter, Identity
 from tamingfast.models.vqgan import VQModel
 from tamingfast.sampling import sample_grid
 
+#: Values of ``cond_stage_config`` that stand for no config, as in the original.
+FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+#: Of samples that training shows: the paper's.
+TOP_K = 100
+
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
     """The original's replacement for ``train`` of a frozen stage: changes nothing."""
@@ -100,9 +105,9 @@ class Net2NetTransformer(Module):
 
     def init_cond_stage_from_ckpt(self, config: Mapping[str, Any] | str) -> None:
         """Set the condition stage: a frozen one of its own, the first stage, or a constant token."""
-        if config == "__is_first_stage__":
+        if config == FIRST_STAGE:
             self.cond_stage_model = self.first_stage_model
-        elif config == "__is_unconditional__" or self.be_unconditional:
+        elif config == UNCONDITIONAL or self.be_unconditional:
             self.be_unconditional = True
             self.cond_stage_key = self.first_stage_key
             self.cond_stage_model = cast("ConditionStage", SOSProvider(self.sos_token))  # has nothing to decode
@@ -269,7 +274,7 @@ class Net2NetTransformer(Module):
         quant_z, z = self.encode_to_z(x)
         quant_c, c_indices = self.encode_to_c(c)
         temperature = 1.0 if temperature is None else temperature
-        top_k = min(100, self.transformer.config.vocab_size) if top_k is None else top_k
+        top_k = min(TOP_K, self.transformer.config.vocab_size) if top_k is None else top_k
         callback = callback or (lambda k: None)
         n = z.shape[1]
 

@@ -16,6 +16,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+from tamingfast.errors import SettingError
 from tamingfast.ops import machine as _machine
 from tamingfast.ops.machine import (
     OLDEST_CUDA,
@@ -50,7 +51,7 @@ _requested = os.environ.get("TAMINGFAST_BACKEND") or None
 def requested() -> str | None:
     """The backend that the user asked for, None for the automatic choice. RuntimeError for an unknown name."""
     if _requested is not None and _requested not in PROBES:
-        raise RuntimeError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(PROBES)}")
+        raise SettingError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(PROBES)}")
     return _requested
 
 

@@ -155,6 +155,11 @@ def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = 
         UserError: an option outside its range; see `check_filters`.
     """
     check_filters(top_k=top_k, top_p=top_p)
+    return _filtered(logits, top_k, top_p)
+
+
+def _filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """`top_k_top_p` with options that have been checked."""
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(int(top_k), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -192,7 +197,7 @@ def choose(
     check_filters(temperature, top_k, top_p)
     scores = logits.float()
     if noise is not None:
-        scores = top_k_top_p(scores / temperature, top_k, top_p) + noise
+        scores = _filtered(scores / temperature, top_k, top_p) + noise
     tokens = scores.argmax(-1)
     best = scores.gather(-1, tokens[..., None])  # NaN if the row has any: argmax prefers it
     if not bool((best > -torch.inf).all()):

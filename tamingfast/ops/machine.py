@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypedDict
 
-from tamingfast.errors import UserError
+from tamingfast.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +75,13 @@ def triton() -> Availability:
         return Availability(True, f"triton {version}, interpreted on the CPU because TRITON_INTERPRET is set")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
         return Availability(
-            False, f"triton {version}, but its kernels need {_dotted(_OLDEST_TRITON)} (torch 2.8) or newer"
+            False, f"triton {version}, but its kernels need {dotted(_OLDEST_TRITON)} (torch 2.8) or newer"
         )
     device = gpu()
     if device.available and torch.version.hip is not None:
         return Availability(False, f"triton {version}, but its kernels are written for CUDA devices, and this is ROCm")
     if device.available and torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        needed = f"its kernels need compute capability {_dotted(_OLDEST_CAPABILITY)}"
+        needed = f"its kernels need compute capability {dotted(_OLDEST_CAPABILITY)}"
         return Availability(False, f"triton {version}, but {needed}: {device.reason}")
     return Availability(device.available, f"triton {version}, {device.reason}")
 
@@ -131,7 +131,7 @@ def isa() -> str:
         return name
     supported = module.build_info()["isas"]
     if name not in supported:
-        raise RuntimeError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")
+        raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")
     return name
 
 
@@ -226,5 +226,6 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def dotted(version: tuple[int, int]) -> str:
+    """A version or compute capability as text: 3.4."""
     return ".".join(map(str, version))

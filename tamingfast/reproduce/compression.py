@@ -174,7 +174,8 @@ def _measured(study: Study, variant: Variant, validation: EpochDataset) -> dict[
     """A variant's row of the report. All but the training's steps and time is measured here."""
     prior = study.prior(variant.prior)
     stage, size, chosen = prior.first_stage_model, study.settings["data"]["size"], study.settings["evaluation"]
-    perceptual = chosen["perceptual"] and LPIPS(None if chosen["perceptual"] == "lpips" else chosen["perceptual"])
+    source = chosen["perceptual"]  # "lpips" is the package of that name
+    perceptual = LPIPS(None if source == "lpips" else source) if source else None
     squares = crops.Crops(validation, variant.crop, tiles=True)
     grid = stage.grid(size, size)
     began = time.perf_counter()

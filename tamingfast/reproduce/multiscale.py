@@ -22,7 +22,7 @@ from tamingfast.models.lpips import LPIPS, distance_name
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.pyramid import Pyramid
 from tamingfast.reproduce import multiscale_report
-from tamingfast.reproduce.study import Study, description, draw_images, images_at, sampling_options, spread
+from tamingfast.reproduce.study import Study, draw_images, images_at, sampling_options, spread
 
 VQGAN, PRIOR = "vqgan", "prior"
 #: Pairs of images per call of the distance.
@@ -44,7 +44,7 @@ def run(study: Study) -> Path:
     assert isinstance(prior, MultiscaleTransformer)  # as its config has scales
     drawn = draw_given(prior, held_out, measured["samples"], settings["sampling"])
     results = study.facts(datasets[0]) | {
-        "held_out": description(datasets[1]),
+        "held_out": datasets[1].description,
         "scales": prior.pyramid.names,
         "seconds": study.seconds([VQGAN, PRIOR]),
         "distance": distance_name(measured["perceptual_weights"]),

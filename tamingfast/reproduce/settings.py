@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tamingfast.checkpoints.config import load_yaml, plain
 from tamingfast.errors import UserError, first_line, nearest
+from tamingfast.training.configs import PRESETS
 
-_PRESETS = Path(__file__).parents[1] / "configs" / "reproduce"
+_PRESETS = PRESETS / "reproduce"
 
 
 def presets(experiment: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tamingfast import tasks
 from tamingfast.checkpoints import load_model, run_directory
+from tamingfast.data import build
 from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
@@ -23,7 +24,6 @@ from tamingfast.reproduce.settings import load_preset
 from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
 from tamingfast.training.colors import fit_color_clusters
-from tamingfast.training.settings import build_datasets
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Study:
 
     def datasets(self) -> tuple[EpochDataset, EpochDataset]:
         """The training and validation sets of the ``data`` section; UserError without a validation set."""
-        train, validation = build_datasets({"data": self.settings["data"]})
+        train, validation = build(self.settings["data"])
         if validation is None:
             raise UserError("data: got settings without a validation set, expected one to measure on")
         return train, validation
@@ -110,15 +110,10 @@ class Study:
         """What every report begins with."""
         return {
             "preset": self.preset,
-            "data": description(dataset),
+            "data": dataset.description,
             "machine": backends.machine(),
             "settings": self.settings,
         }
-
-
-def description(dataset: EpochDataset) -> str:
-    """What the images of a data set are."""
-    return getattr(dataset, "description", type(dataset).__name__)
 
 
 def geometry(settings: Mapping[str, Any]) -> Mapping[str, int]:

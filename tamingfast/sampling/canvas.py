@@ -158,7 +158,7 @@ class Canvas:
         batch: int = 16,
         path: str | os.PathLike | None = None,
         preview: Callable[[Canvas], None] | None = None,
-        progress: Callable[[int, int], Any] | None = None,
+        progress: Callable[[int, int], object] | None = None,
         every: float = EVERY,
         **options: Any,
     ) -> Canvas:
@@ -179,9 +179,11 @@ class Canvas:
         tokens, pending = now.tokens.clone(), now.pending.clone()
         current = replace(now, tokens=tokens, pending=pending)
         total, counted = int(pending.sum()), time.monotonic()
-        acts = [] if path is None else [lambda: current.save(path)]
-        acts += [] if preview is None else [lambda: preview(current)]
-        often = [_Regularly(every, act) for act in acts]
+        often: list[_Regularly] = []
+        if path is not None:
+            often.append(_Regularly(every, partial(current.save, path)))
+        if preview is not None:
+            often.append(_Regularly(every, partial(preview, current)))
 
         def observe(part: slice, drawn: Tensor, left: Tensor) -> None:
             nonlocal counted

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tamingfast.engines import CudaEngine, DecodeRequest, GPTEngine
+from tamingfast.engines import DecodeRequest, Engine
 from tamingfast.engines.networks import Transformer
 from tamingfast.ops.choice import Choice
 
@@ -93,9 +93,7 @@ class NativeDecoder:
         choice: how a token is chosen.
     """
 
-    def __init__(
-        self, engine: GPTEngine | CudaEngine, images: range, shared: int, choices: int, choice: Choice
-    ) -> None:
+    def __init__(self, engine: Engine, images: range, shared: int, choices: int, choice: Choice) -> None:
         self.engine, self.images, self.shared = engine, images, shared
         self.choices, self.choice = choices, choice
 

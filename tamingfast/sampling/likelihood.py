@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tamingfast.sampling.plan import plan_grid
+from tamingfast.sampling.plan import Sampled, plan_grid
 from tamingfast.sampling.schedule import make_schedule, make_waves
-
-#: Tokens per forward pass.
-TOKENS_PER_CALL = 8192
+from tamingfast.sampling.waves import TOKENS_PER_CALL
 
 
 @torch.no_grad()
 def negative_log_likelihood(
-    transformer: Any,
+    transformer: Sampled,
     cond: Tensor,
     tokens: Tensor,
     *,

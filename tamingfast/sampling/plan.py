@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamingfast.engines.networks import Transformer
 from tamingfast.errors import UserError
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
+
+#: What is sampled: a GPT, or a prior around one; see `describe`.
+Sampled: TypeAlias = Transformer | nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +36,13 @@ class SequenceModel:
     row_length: int | None
 
 
-def describe(model: Any) -> SequenceModel:
+def describe(model: Sampled) -> SequenceModel:
     """What sampling uses of ``model``, a GPT or a prior around one.
 
     A prior has ``transformer`` and may have ``permuter.forward_shuffle_idx``, ``first_stage_model.quantize.re_embed``
     (codes that are left after a remap) and ``pyramid.tokens``.
     """
-    gpt: Transformer = getattr(model, "transformer", model)
+    gpt = cast(Transformer, getattr(model, "transformer", model))  # a module without one is the GPT itself
     order = getattr(getattr(model, "permuter", None), "forward_shuffle_idx", None)
     quantize = getattr(getattr(model, "first_stage_model", None), "quantize", None)
     codes = getattr(quantize, "re_embed", gpt.config.vocab_size)
@@ -86,7 +89,7 @@ class GridPlan:
 
 
 def plan_grid(
-    model: Any, cond: Tensor, height: int, width: int, window: int = 16, schedule: str = "paper", stride: int = 8
+    model: Sampled, cond: Tensor, height: int, width: int, window: int = 16, schedule: str = "paper", stride: int = 8
 ) -> GridPlan:
     """The plan of a height x width grid; arguments and errors are those of `tamingfast.sampling.sample_grid`."""
     known = describe(model)

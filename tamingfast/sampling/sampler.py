@@ -7,7 +7,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tamingfast.engines.selection import choose_engine, log_once
 from tamingfast.errors import UserError
 from tamingfast.ops.choice import Choice, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
-from tamingfast.sampling.plan import GridPlan, checked_tokens, plan_grid
+from tamingfast.sampling.plan import GridPlan, Sampled, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
 from tamingfast.sampling.waves import MEMORY, NativeWaves, TorchWaves, WaveEngine, plan_waves, sample_waves
 
@@ -31,7 +30,7 @@ REPORTED = 16
 
 @torch.no_grad()
 def sample_grid(
-    transformer: Any,
+    transformer: Sampled,
     cond: Tensor,
     height: int,
     width: int,

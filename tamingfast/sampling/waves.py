@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tamingfast.engines import CudaEngine, GPTEngine
+from tamingfast.engines import Engine
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
@@ -50,7 +50,7 @@ class TorchWaves:
 class NativeWaves:
     """A native engine, whose slot ``slot * batch + image`` holds one image's window."""
 
-    def __init__(self, engine: GPTEngine | CudaEngine, batch: int) -> None:
+    def __init__(self, engine: Engine, batch: int) -> None:
         self.engine, self.batch = engine, batch
 
     def step(self, tokens: Tensor, spans: list[Span]) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from tamingfast.data import conditions as kinds
 from tamingfast.data.conditions import Scene
 from tamingfast.errors import UserError
-from tamingfast.models.base import encode_grid
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
@@ -250,7 +249,7 @@ def condition_tokens(model: Net2NetTransformer, condition: Condition, count: int
         return tokens[None].expand(count, -1, -1, -1)
     c = torch.from_numpy(condition).to(model.device).permute(2, 0, 1)[None].contiguous()
     whole = model.downsample_cond_size > -1
-    tokens = (model.encode_to_c(c)[1] if whole else encode_grid(model.cond_stage_model, c)).flatten(1)
+    tokens = (model.encode_to_c(c)[1] if whole else model.encode_condition(c)).flatten(1)
     if tokens.shape[1] != rows * columns:
         raise UserError(
             f"condition: got {tokens.shape[1]} tokens, expected the image's {rows * columns}, as windows cut both "

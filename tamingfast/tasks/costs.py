@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
+from tamingfast.sampling.plan import plan_grid
 from tamingfast.tasks.conditioning import ConditionSource, conditions_of_each, given_each, tokens_of_each
 from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
 from tamingfast.tasks.models import Model, check_windowed, opened
@@ -74,13 +74,13 @@ def schedule_costs(
     cond: Tensor,
     strides: Sequence[int],
     batch: int,
-    progress: Callable[[int, int], Any],
+    progress: Callable[[int, int], object],
 ) -> list[ScheduleCost]:
     """The same of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns)."""
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]
-    prefix = cond.shape[-1] if cond.ndim != 3 else min(window, rows) * min(window, columns)
+    prefix = plan_grid(model, cond, rows, columns, window).context.length
     rules = [("paper", "paper", 1), ("scene", "scene", 1)]
     rules += [(f"{rule} {stride}", rule, stride) for rule in ("strided", "block") for stride in strides]
     found = []

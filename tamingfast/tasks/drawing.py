@@ -45,7 +45,7 @@ def draw(
     rows: int,
     columns: int,
     batch: int = PAPER.batch,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """Token grids int64 (b, rows, columns) of len(cond) images in batches, whose size does not change them.

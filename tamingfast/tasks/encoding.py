@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tamingfast.checkpoints.config import plain
 from tamingfast.checkpoints.fingerprint import fingerprint
+from tamingfast.data import build, loader
 from tamingfast.data import conditions as kinds
-from tamingfast.data import loader
-from tamingfast.data.base import ConditionRecord
+from tamingfast.data.base import ConditionRecord, EpochDataset, as_epoch_dataset
 from tamingfast.data.tokens import smallest, write_tokens
 from tamingfast.errors import UserError
 from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
@@ -23,9 +24,8 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
 from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
-from tamingfast.tasks.options import ENCODING_BATCH
+from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 from tamingfast.tasks.sizes import grid_size
-from tamingfast.training.settings import build_datasets
 
 
 def encode(
@@ -64,9 +64,9 @@ def encode(
     stage_of_conditions = None if cond_stage is None else first_stage_of(opened(cond_stage))
     if data is None:
         data = config_of(network if stage_of_conditions is None else stage_of_conditions).get("data") or {}
-    dataset = _made(data, split) if isinstance(data, Mapping) else data
+    dataset = _made(data, split) if isinstance(data, Mapping) else as_epoch_dataset(data)
     conditions = _conditions_of(network, dataset, stage_of_conditions)
-    with bars("images", len(dataset) if isinstance(dataset, Sized) else None) as counter:
+    with bars("images", len(dataset)) as counter:
         return _write(network, dataset, conditions, out, batch, counter)
 
 
@@ -91,9 +91,9 @@ class _Conditions:
     def vocab_size(self) -> int:
         return self.stage.n_embed + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
 
-    def description(self, dataset: Dataset) -> ConditionRecord:
+    def description(self, dataset: EpochDataset) -> ConditionRecord:
         """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
-        kind = getattr(dataset, "kind", None)
+        kind = dataset.kind
         return {
             "key": self.key,
             "vocab_size": self.vocab_size,
@@ -102,12 +102,12 @@ class _Conditions:
         }
 
 
-def _made(data: Mapping[str, Any], split: str) -> Dataset:
+def _made(data: Mapping[str, Any], split: str) -> EpochDataset:
     """The data set that settings describe."""
-    if split not in ("train", "validation"):
-        raise UserError(f"split: got '{split}', expected train or validation")
+    if split not in SPLITS:
+        raise UserError(f"split: got '{split}', expected {' or '.join(SPLITS)}")
     check_encodable(data)
-    dataset = build_datasets({"data": data})[0 if split == "train" else 1]
+    dataset = build(plain(data))[SPLITS.index(split)]
     if dataset is None:
         raise UserError("split: got validation, expected train, as the data settings give no validation set")
     return dataset
@@ -115,20 +115,20 @@ def _made(data: Mapping[str, Any], split: str) -> Dataset:
 
 def _write(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: EpochDataset,
     conditions: _Conditions | None,
     path: str | os.PathLike[str],
     batch: int,
     counter: Counter,
 ) -> int:
     stage = first_stage_of(model)
-    classes = getattr(dataset, "classes", None)
+    classes = dataset.classes
     labels: list[int] = []
     written: list[np.ndarray] = []
     height, width = dataset[0]["image"].shape[:2]
     metadata = {
         "size": f"{height}x{width}",
-        "source": getattr(dataset, "description", type(dataset).__name__),
+        "source": dataset.description,
         "first_stage": fingerprint(stage),
     }
 
@@ -169,16 +169,16 @@ def _counted(stage: ConditionStage) -> FirstStage | CoordStage:
     return stage
 
 
-def _conditions_of(model: nn.Module, dataset: Dataset, stage: FirstStage | None) -> _Conditions | None:
+def _conditions_of(model: nn.Module, dataset: EpochDataset, stage: FirstStage | None) -> _Conditions | None:
     """The data set's spatial conditions; None without any. ``stage`` is the one that was given for them."""
-    kind = getattr(dataset, "kind", None)
-    key = getattr(kind, "key", None)
+    kind = dataset.kind
+    key = None if kind is None else kind.key
     if kind is not None:
         check_encodable(kinds.settings_of(kind))
     if stage is None and isinstance(model, Net2NetTransformer) and is_spatial(model):
         found = _Conditions(model.cond_stage_key, _counted(model.cond_stage_model))
     elif stage is not None:
-        found = _Conditions(str(getattr(stage, "image_key", "image")), stage)
+        found = _Conditions(stage.image_key, stage)
     elif key == kinds.Coordinates.key:
         first = first_stage_of(model)
         return _Conditions(key, CoordStage(first.n_embed - 1, first.factor))

@@ -14,6 +14,7 @@ from tamingfast.checkpoints.fingerprint import fingerprint
 from tamingfast.checkpoints.locate import embedded_config, metadata_of, neighbouring_config, weights_path
 from tamingfast.checkpoints.weights import read_checkpoint, state_dict_of
 from tamingfast.data.tokens import FORMAT, TokenDataset
+from tamingfast.models.prior import UNCONDITIONAL
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _of_config(path: Path) -> dict[str, Any]:
     }
     transformer = at(params, "transformer_config", "params")
     if transformer is not None:
-        unconditional = at(params, "unconditional") or at(params, "cond_stage_config") == "__is_unconditional__"
+        unconditional = at(params, "unconditional") or at(params, "cond_stage_config") == UNCONDITIONAL
         found |= {
             "transformer": transformer,
             "condition": None if unconditional else at(params, "cond_stage_key"),

@@ -18,6 +18,8 @@ TIMES = 3
 STRIDES, LIKELIHOOD_BATCH = (8,), 4
 #: Images at a time of `encode`.
 ENCODING_BATCH = 64
+#: The two sets that data settings describe.
+SPLITS = ("train", "validation")
 #: Samples of a prior that `tamingfast.evaluation.evaluate_model` compares with real images.
 SAMPLES = 256
 

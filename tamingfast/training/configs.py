@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import get_obj_from_str, load_yaml, plain
+from tamingfast.data import SPLITS
 from tamingfast.errors import UserError, first_line, nearest
 from tamingfast.training.keys import check_keys, check_mapping, check_params, parameters_of
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
@@ -26,7 +27,6 @@ _SECTIONS = ("model", "data", "training", "prior")
 _MODEL_KEYS = ("base_learning_rate", "target", "params")
 _PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
 _DATA_MODULE = "DataModuleFromConfig"
-_SPLITS = ("train", "validation")
 
 
 def presets() -> list[str]:
@@ -140,7 +140,7 @@ def _translated(loaded: DictConfig) -> DictConfig:
     }
     training = {key: value for key, value in training.items() if value is not None}
     config["training"] = training | dict(config.get("training") or {})
-    config["data"] = {key: params[key] for key in _SPLITS if params.get(key)}
+    config["data"] = {key: params[key] for key in SPLITS if params.get(key)}
     train = (params.get("train") or {}).get("params") or {}
     size = train.get("size") or (train.get("config") or {}).get("size") or train.get("crop_size")
     if size:

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 from torch.utils.data import Dataset
 
+from tamingfast.checkpoints.config import plain
+from tamingfast.data import build
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
-from tamingfast.training.settings import build_datasets
 
 #: (training, validation), ours or any map-style data sets of torch's.
 Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]
@@ -17,6 +18,6 @@ Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | N
 def datasets_of(config: Mapping[str, Any], given: Datasets | None = None) -> tuple[EpochDataset, EpochDataset | None]:
     """The ``given`` data sets, or those of the config."""
     if given is None:
-        return build_datasets(config)
+        return build(plain(config.get("data")) or {})
     training, validation = given
     return as_epoch_dataset(training), None if validation is None else as_epoch_dataset(validation)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tamingfast.checkpoints import run_directory
 from tamingfast.data.base import EpochDataset
-from tamingfast.errors import UserError
+from tamingfast.errors import Stopped, UserError
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
 from tamingfast.training.distributed import World
@@ -32,10 +32,6 @@ from tamingfast.training.step import rate_factor, step
 
 #: Images of a batch that a picture of the run shows.
 IMAGES_SHOWN = 8
-
-
-class Stopped(UserError):
-    """The run was asked to stop, and saved a state to resume from."""
 
 
 def run(

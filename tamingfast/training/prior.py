@@ -21,7 +21,7 @@ from tamingfast.data.conditions import SPATIAL_KEYS, TOKEN_KEYS, Objects, label_
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.multiscale import MultiscaleTransformer
-from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.models.prior import TOP_K, Net2NetTransformer
 from tamingfast.training import distributed, loop
 from tamingfast.training.begin import begin
 from tamingfast.training.configs import check_stage
@@ -33,10 +33,10 @@ from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import check_condition, check_tokens, grid_of, tokens_of
 
-SAMPLE_TOP_K = 100
-
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
+#: Nats per token above which exp overflows a double.
+_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ def _data_section(config: Mapping[str, Any], frozen: _Trained | None, condition:
     return completed_data(section, trained_side(frozen.config), frozen.model.n_embed)
 
 
+def perplexity(nats: float) -> float:
+    """exp of the cross entropy per token, capped where it would overflow a double."""
+    return math.exp(min(nats, _MOST_NATS))
+
+
 class PriorStage:
     """A `Net2NetTransformer` with its AdamW.
 
@@ -168,7 +173,7 @@ class PriorStage:
             total, images = total.to(nats.device) + nats.sum(0), images + len(nats)
         mean = total / images  # (n,)
         nll = float(mean.mean())
-        values = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        values = {"nll": nll, "perplexity": perplexity(nll)}
         if isinstance(self.model, MultiscaleTransformer):
             pyramid = self.model.pyramid
             scales = zip(pyramid.names, pyramid.split(mean), strict=True)
@@ -185,7 +190,7 @@ class PriorStage:
             height,
             width,
             window=max(height, width),
-            top_k=min(SAMPLE_TOP_K, self.model.transformer.config.vocab_size),
+            top_k=TOP_K,
             seed=self.seed,
         )
         return [*self.conditioning(batch), shown, samples]

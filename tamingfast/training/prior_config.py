@@ -13,6 +13,7 @@ from tamingfast.data.conditions import IMAGE_KEYS, TOKEN_KEYS
 from tamingfast.data.conditions.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
 from tamingfast.models.base import FirstStage
+from tamingfast.models.prior import UNCONDITIONAL
 from tamingfast.models.pyramid import Pyramid
 
 # The original's names, so that its programs can read a run's config too.
@@ -24,7 +25,6 @@ COORD_STAGE = "taming.modules.misc.coord.CoordStage"
 TOKEN_STAGE = "taming.models.dummy_cond_stage.DummyCondStage"
 DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
 PERMUTERS = "taming.modules.transformer.permuter"
-UNCONDITIONAL = "__is_unconditional__"
 
 #: ``prior.ordering`` -> class of the permuter (second source, section 3); None keeps the tokens in raster order.
 ORDERINGS = {

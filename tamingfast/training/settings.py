@@ -12,9 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from tamingfast import data
 from tamingfast.checkpoints.config import plain
-from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys
 
@@ -91,11 +89,6 @@ def training_settings(config: Mapping[str, Any]) -> Training:
         name = str(error.full_key)
         raise _refused(name, section[name]) from None
     return Training(**plain(merged))
-
-
-def build_datasets(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
-    """`tamingfast.data.build` of a config's ``data:`` section."""
-    return data.build(plain(config.get("data")) or {})
 
 
 @functools.cache

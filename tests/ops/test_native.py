@@ -231,7 +231,7 @@ def test_an_unknown_backend_in_the_environment_is_an_error_when_used():
     result = run_python(BLOCK.format(blocked=[]), TAMINGFAST_BACKEND="cpu")
     assert "TAMINGFAST_BACKEND = cpu" in result.stdout
     assert (
-        "RuntimeError: TAMINGFAST_BACKEND: got 'cpu', expected one of triton, native, sdpa, reference" in result.stderr
+        "SettingError: TAMINGFAST_BACKEND: got 'cpu', expected one of triton, native, sdpa, reference" in result.stderr
     )
 
 

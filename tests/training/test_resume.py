@@ -20,6 +20,7 @@ import torch
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
+from tamingfast.errors import Stopped
 from tamingfast.training import loop, vqgan
 
 STAGES = ("vqgan", "prior")
@@ -84,7 +85,7 @@ def test_asked_to_stop(stage, number, first_stage, unbroken, tmp_path, monkeypat
     out, before = tmp_path / "stopped", signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(tiny.Noise, "__getitem__", asked)
-        with pytest.raises(loop.Stopped, match=rf"after step 9 \({number.name}\).*--resume"):
+        with pytest.raises(Stopped, match=rf"after step 9 \({number.name}\).*--resume"):
             tiny.train(stage, out, first_stage, steps=11)
     assert signal.getsignal(number) == before
     assert run_directory.progress(out)["step"] == 9

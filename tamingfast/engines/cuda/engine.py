@@ -20,6 +20,7 @@ from tamingfast.engines.cuda.weights import Geometry, Weights
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import DecodeRequest, Items, Span, check_range, spans_of
 from tamingfast.ops import backends
+from tamingfast.ops.machine import dotted
 
 WIDEST_HEAD = 256
 
@@ -54,8 +55,8 @@ class CudaEngine:
             return state.reason
         capability = torch.cuda.get_device_capability(gpt.pos_emb.device)
         if capability < backends.OLDEST_CUDA:
-            oldest = _dotted(backends.OLDEST_CUDA)
-            return f"its kernels need compute capability {oldest}, and {_dotted(capability)} is here"
+            oldest = dotted(backends.OLDEST_CUDA)
+            return f"its kernels need compute capability {oldest}, and {dotted(capability)} is here"
         head = gpt.config.n_embd // gpt.config.n_head
         if head > WIDEST_HEAD:
             return f"its kernels are for heads up to {WIDEST_HEAD} wide, and these are {head} wide"
@@ -191,7 +192,3 @@ class _Parts:
         yield from self.weights.tensors()
         for step in self.steps.values():
             yield from step.tensors()
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
