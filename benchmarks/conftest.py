@@ -62,7 +62,7 @@ _limits: dict[str, dict[str, float]] = {}
 
 
 def limits(device: str) -> dict[str, float]:
-    """The limits of the device, the best measured so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
+    """The best rates of the device measured so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
 
     Every call measures again and keeps the best, because a single measurement may fall into a busy moment. On the CPU
     all of torch's threads read an array larger than any cache, and multiply and add in registers with the extension's
@@ -98,7 +98,7 @@ def _torch_limits(device: str) -> dict[str, float]:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., None]:
-    """Time ``ours`` and ``rivals`` in turns, so that disturbances of the machine affect all of them equally.
+    """Time ``ours`` and ``rivals`` in turn, so that other load on the machine affects all of them equally.
 
     ``compare(ours, rivals, device, flop, size)``: ``rivals`` maps names to callables, which the caller has run and
     validated; ``flop`` and ``size`` (bytes) are the operations and the memory traffic that the problem requires.

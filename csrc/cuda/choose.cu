@@ -93,7 +93,7 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
       if (same) split.add(shared, static_cast<int>(key >> shift & (kDigits - 1)), mass);
     }
     __syncthreads();
-    if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on: the highest first
+    if (threadIdx.x < kWarp) {  // lane i has the 8 digits from (31 - i) * 8 on, so lane 0 has the highest
       constexpr int kEach = kDigits / kWarp;
       const int lane = threadIdx.x, first = (kWarp - 1 - lane) * kEach;
       Mass mine = 0;
@@ -170,7 +170,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
       low = middle + 1;
   }
   if (low == count) return {at.key, kept.before};
-  std::int64_t from = 1, to = entries;  // bisects for the lowest index below which there are that many
+  std::int64_t from = 1, to = entries;  // bisects for the lowest index below which `low` of them lie
   while (from < to) {
     const std::int64_t middle = (from + to) / 2;
     int below = 0;
