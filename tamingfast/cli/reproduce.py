@@ -11,12 +11,16 @@ from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 def add_to(commands: Commands) -> None:
     from tamingfast.reproduce import EXPERIMENTS
 
-    added = command(commands, "reproduce", reproduce, "an experiment of the papers, with a report", (DEVICE, RESUME))
+    added = command(
+        commands, "reproduce", reproduce, "run an experiment of the papers and write a report", (DEVICE, RESUME)
+    )
     added.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
-    added.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
+    added.add_argument(
+        "--out", help="directory of the report; default: runs/reproduce for pixels, else runs/EXPERIMENT"
+    )
     text = (
-        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that win over the preset's; or all, with "
-        "settings EXPERIMENT.key=value"
+        f"one of {', '.join(EXPERIMENTS)} (default: pixels), then settings that override the preset's; or all, "
+        "with settings EXPERIMENT.key=value"
     )
     added.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
@@ -24,7 +28,7 @@ def add_to(commands: Commands) -> None:
 def reproduce(arguments: argparse.Namespace) -> None:
     from tamingfast import reproduce as experiments
 
-    # One positional list, as argparse would take the first setting for an experiment that was left out.
+    # One positional list, because argparse would mistake the first setting for the experiment if that is left out.
     words = list(arguments.overrides)
     experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT
     out = arguments.out or ("runs/reproduce" if experiment == experiments.DEFAULT else f"runs/{experiment}")

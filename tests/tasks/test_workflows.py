@@ -106,7 +106,7 @@ def test_an_interrupted_drawing_is_resumed(prior, tmp_path):
         )
     content = kept.read_bytes()
     assert not Canvas.load(kept).done and tasks.begun_with(kept).seed == 2
-    with pytest.raises(UserError, match="a file that holds a drawing already"):
+    with pytest.raises(UserError, match="a file that already contains a drawing"):
         tasks.sample(prior, 1, canvas=kept)
     for given, said in (
         ({"options": DrawingOptions(seed=9)}, "seed: got 9, expected 2"),
