@@ -68,13 +68,13 @@ DRAWING = options(
     ("--batch", {"type": int, "help": f"images at a time; it does not change them; default: {_DEFAULT['batch']}"}),
     (
         "--schedule",
-        {"help": f"where windows lie: paper, scene, strided or block; default: {_DEFAULT['schedule']}"},
+        {"help": f"window placement on large images: paper, scene, strided or block; default: {_DEFAULT['schedule']}"},
     ),
     (
         "--stride",
         {"type": int, "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
     ),
-    ("--engine", {"help": f"what samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
+    ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
     ("--dtype", {"help": "of the weights: float32, bfloat16, float16 or int8; default: as stored"}),
 )

@@ -59,7 +59,13 @@ def given_names(scales: Sequence[str]) -> list[str]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Distances for each number of given scales as a Markdown table."""
-    heads = ["given scales", "tokens given", f"{results['distance']} to the input", "between samples", "pixels off"]
+    heads = [
+        "given scales",
+        "tokens given",
+        f"{results['distance']} to the input",
+        "between samples",
+        "pixel difference",
+    ]
     tokens = np.cumsum([0, *(row["tokens"] for row in results["nll"])])
     cells = [
         [

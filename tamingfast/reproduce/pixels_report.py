@@ -85,9 +85,9 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
         if abs(off) > TOLERATED:
             # The speed-up above is derived from (a), so the warning replaces it.
             first = (
-                f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} off the time "
-                "of a whole run. The machine was busy, or the steps are too short to be timed alone; repeat the run "
-                "on an idle machine.**"
+                f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} off the "
+                "time of a whole run. The machine was busy, or the steps are too short to be timed alone; repeat the "
+                "run on an idle machine.**"
             )
     return "\n".join([first, *lines])
 

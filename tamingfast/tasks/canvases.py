@@ -117,7 +117,7 @@ class Painter:
 
 
 def begun_with(canvas: Canvas | str | os.PathLike[str]) -> DrawingOptions:
-    """The options that a canvas, given as such or as a file, was begun with; those it does not record are the defaults.
+    """The options that a canvas, itself or in a file, was begun with; others have their defaults.
 
     Raises UserError if the file is missing or is not a canvas.
     """

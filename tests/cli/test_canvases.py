@@ -1,4 +1,4 @@
-"""`tamingfast edit`, `outpaint` and all that keeps and resumes a canvas."""
+"""`tamingfast edit` and `outpaint`, and saving and resuming canvases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of models on real images: against the libraries' own, by hand, and in the order that they must have."""
+"""Measures of models on real images: equal to other libraries' and hand-made values, and in the expected order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prior over scales: trained, saved and sampled by the ways of every prior."""
+"""The multiscale prior is trained, saved and sampled like any other prior."""
 
 from __future__ import annotations
 

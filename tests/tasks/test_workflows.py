@@ -1,4 +1,4 @@
-"""The workflows as Python calls them: paths, arrays, PIL images and tensors in, results out, no command line."""
+"""The workflows called from Python, with paths, arrays, PIL images and tensors."""
 
 from __future__ import annotations
 
