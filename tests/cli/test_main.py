@@ -1,4 +1,4 @@
-"""What every command does: help, unknown words, interrupts, closed pipes and old names."""
+"""Behaviour common to all commands: help, unknown words, interrupts, closed pipes and old names."""
 
 from __future__ import annotations
 

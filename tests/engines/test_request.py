@@ -1,4 +1,4 @@
-"""What engines are asked for: every mistake is named, in the same words by both engines, and changes nothing."""
+"""Requests to engines: both engines report each mistake in the same words, and a refused request changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine has, and the sentences that say why something is missing."""
+"""The description of the machine, and the sentences that say why something is missing."""
 
 from __future__ import annotations
 

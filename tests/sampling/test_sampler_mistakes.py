@@ -1,4 +1,4 @@
-"""`sample_grid`: mistakes are named."""
+"""`sample_grid`: error messages name the wrong argument."""
 
 from __future__ import annotations
 
