@@ -1,4 +1,4 @@
-"""The data sets of a run: those of the config's ``data:`` section, or those that the caller gives."""
+"""The data sets of a run, from the config's ``data:`` section or from the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.training.settings import build_datasets
 
-#: (training, validation), ours or any map-style data sets of torch's.
+#: (training, validation): our data sets, or any map-style data sets of torch.
 Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]
 
 

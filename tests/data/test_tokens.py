@@ -1,4 +1,4 @@
-"""Token files: what is written is read back, from any iterable, and damaged files are refused."""
+"""Token files: what is written from any iterable is read back, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path):
     content = path.read_bytes()
     for keep in (0, 4, 8, 300, len(content) - 1):
         path.write_bytes(content[:keep])
-        with pytest.raises(UserError, match="got a truncated file or no safetensors file"):
+        with pytest.raises(UserError, match="got a truncated file or one of another format"):
             TokenDataset(path)
 
 
