@@ -202,7 +202,7 @@ def test_files_that_are_not_token_files_are_refused(tmp_path):
         {**good, "class_label": torch.zeros(3, dtype=torch.int64)},
     ):
         save_file(tensors, path, metadata=marks)
-        with pytest.raises(UserError, match=r"integers indices \(N, h, w\)"):
+        with pytest.raises(UserError, match=r"integer tensors: indices \(N, h, w\)"):
             TokenDataset(path)
 
 
