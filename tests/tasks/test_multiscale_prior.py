@@ -227,7 +227,7 @@ def test_an_interrupted_canvas_goes_on(model, tmp_path):
 
 def test_other_sizes_and_windows_are_refused(model):
     cond = tasks.conditions(model, 1)
-    with pytest.raises(UserError, match="draws whole images of 4 x 4"):
+    with pytest.raises(UserError, match="expected 4 x 4, the only size"):
         model.sample_images(cond, 4, 8)
     with pytest.raises(UserError, match="got a grid of 4 x 4, expected 1 x 21"):
         sample_grid(model, cond, 4, 4)
