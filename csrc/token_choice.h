@@ -29,7 +29,7 @@ struct Candidate {
 };
 
 // The neutral element of `beats`: it loses to every score above -infinity.
-TAMINGFAST_HOST_DEVICE inline Candidate nobody() {
+TAMINGFAST_HOST_DEVICE inline Candidate no_candidate() {
   Candidate candidate;
   candidate.score = -INFINITY;
   candidate.index = -1;

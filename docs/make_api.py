@@ -1,4 +1,4 @@
-"""Writes docs/api.md: the public functions and classes of each room, with signatures and docstrings.
+"""Writes docs/api.md: the public functions and classes of each package, with signatures and docstrings.
 
 ``python docs/make_api.py --check`` writes nothing and fails when the page is not what the docstrings say.
 """

@@ -192,7 +192,7 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
   float* scores = reinterpret_cast<float*>(&shared + 1);
   const bool cached = entries <= kMostCached;
   const auto score = [&](std::int64_t v) { return cached ? scores[v] : to_float(logits[v]) / temperature; };
-  Candidate mine = nobody();
+  Candidate mine = no_candidate();
   bool nan = false;
   for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
     const float value = to_float(logits[v]) / temperature;
@@ -218,7 +218,7 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
   }
   if (choice.top_p < 1.0) kept = nucleus(score, entries, choice.top_p, kept, best.score, shared);
 
-  mine = nobody();
+  mine = no_candidate();
   nan = false;
   for (std::int64_t quad = threadIdx.x; quad * kQuad < entries; quad += kThreads) {
     bool drawn = false;
