@@ -1,10 +1,10 @@
 # Every target makes .venv when it is missing or out of date, with the versions of constraints.txt. `make TARGET READY=
-# BIN=DIR` takes the environment whose python is in DIR instead, as on a machine without a network.
+# BIN=DIR` uses the environment whose python is in DIR instead, for instance on a machine without a network.
 PYTHON ?= python3
 PRESET ?= cpu
 OUT ?= runs/reproduce
 THREADS ?= 2
-# Processes that run tests side by side, each on one thread.
+# Number of processes that run tests side by side, each on one thread.
 WORKERS ?= 2
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -17,7 +17,7 @@ READY := .venv/ready.stamp
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu tests/*/*.cpp)
 BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks $(BENCH_ARGS) \
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .PHONY: reproduce test test-all bench bench-gpu lint docs clean
 
@@ -29,7 +29,7 @@ test: $(READY)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "not exhaustive" tests/kernels
 
-# Also every shape, architecture and launch of the kernels: half an hour where Triton has compiled nothing yet.
+# Also every shape, architecture and launch of the kernels: half an hour if Triton has compiled nothing yet.
 test-all: $(READY)
 	$(PYTEST) $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
@@ -37,8 +37,8 @@ test-all: $(READY)
 bench: $(READY)
 	$(BENCHMARK)
 
-# Writes benchmarks/results/<device>.json and prints its table; BENCH_ARGS='-k attention' measures a part, whose rows join
-# those that are there. `pip install '.[peers]'` adds published rivals.
+# Writes benchmarks/results/<device>.json and prints its table; BENCH_ARGS='-k attention' measures a part, whose rows are
+# added to those already there. `pip install '.[peers]'` adds published rivals.
 bench-gpu: $(READY)
 	$(BENCHMARK) -m gpu
 
@@ -56,10 +56,10 @@ docs: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
 
-# torch comes first and alone, so that nothing else decides which build of it is taken. The extension is built without
-# build isolation, so that a second build compiles only what has changed. lpips comes without its dependencies: it asks
-# for torchvision, whose published builds do not import beside a CPU-only torch. The other two are the classifier whose
-# features compare images if there is no Inception network.
+# torch is installed first and alone, so that no other package decides which build of it is taken. The extension is built
+# without build isolation, so that a second build compiles only what has changed. lpips comes without its dependencies: it
+# requires torchvision, whose published builds cannot be imported beside a CPU-only torch. The last two packages are the
+# classifier whose features compare images if there is no Inception network.
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

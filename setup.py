@@ -1,4 +1,4 @@
-"""Builds the native extension with ninja; everything that is plain metadata stands in pyproject.toml."""
+"""Builds the native extension with ninja; all plain metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from setuptools.errors import BaseError, CCompilerError, CompileError, ExecError
 CUDA_SOURCES = sorted(str(path) for ending in ("cpp", "cu") for path in Path("csrc", "cuda").glob(f"*.{ending}"))
 SOURCES = sorted({str(path) for path in Path("csrc").rglob("*.cpp")} - set(CUDA_SOURCES))
 HEADERS = sorted(str(path) for ending in ("h", "inl") for path in Path("csrc").rglob(f"*.{ending}"))
-# Machine code is made for these compute capabilities; later devices compile the PTX of the last one on first use.
+# Machine code is compiled for these compute capabilities; later devices compile the PTX of the last one on first use.
 CUDA_TARGETS = ("80", "90")
-# tamingfast/ops/backends.py reads it, so that `tamingfast info` can say why there is no extension.
+# tamingfast/ops/machine.py reads it, so that `tamingfast info` can say why there is no extension.
 FAILURE_NOTE = "_C.failure.txt"
-# Objects persist here, also between editable installations, whose own build directory is a new one every time.
+# Objects persist here even across editable installations, each of which gets a new build directory of its own.
 FOLDER = Path("build", "native" + sysconfig.get_config_var("EXT_SUFFIX").rpartition(".")[0])
 
 
 class NoCuda(ExecError):
-    """Why the extension cannot have the CUDA engine."""
+    """The extension cannot have the CUDA engine; the message says why."""
 
 
 class BuildExtension(build_ext):
@@ -95,8 +95,8 @@ class BuildExtension(build_ext):
             plan.rule("nvcc", cuda.command, "-MD -MF $out.d -c $in -o $out")
         else:
             macros["TAMINGFAST_NO_CUDA"] = cuda
-        # Only bindings depend on what may change from one build to the next: in build isolation pybind11 is elsewhere
-        # every time.
+        # Only bindings get the flags that may change from one build to the next: under build isolation, pybind11 has a
+        # new path every time.
         includes = [f"-I{path}" for path in (*self.include_dirs, find_pybind11())]
         defines = [f"-D{name}={json.dumps(value)}" for name, value in macros.items()]
         sources = [*CUDA_SOURCES, *SOURCES] if isinstance(cuda, Cuda) else SOURCES
@@ -106,7 +106,7 @@ class BuildExtension(build_ext):
             else plan.compile("cxx", source, [*includes, *defines] if Path(source).name == "bindings.cpp" else [])
             for source in sorted(sources, key=lambda source: not source.endswith(".cu"))  # the slowest first
         ]
-        # CXX in the environment changes the compiler, but not the linker, which is the compiler with other flags.
+        # CXX in the environment changes the compile command but not the link command; only the latter's flags are kept.
         linker = self.compiler.linker_so_cxx
         first = next((index for index, word in enumerate(linker) if word.startswith("-")), len(linker))
         plan.rule("link", [*self.compiler.compiler_cxx, *linker[first:]], f"$in -o $out {shell(libraries)}")
@@ -169,7 +169,7 @@ def find_cuda() -> Cuda:
 
 
 def answer(nvcc: str, *arguments: str) -> str:
-    """What nvcc prints. Raises NoCuda if it fails."""
+    """The output of nvcc. Raises NoCuda if it fails."""
     try:
         done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -218,13 +218,13 @@ class Plan:
         return made
 
     def build(self, rule: str, inputs: Sequence[Path], output: str) -> Path:
-        """Adds a file that ``rule`` makes of ``inputs``; returns its path."""
+        """Adds a file that ``rule`` makes from ``inputs``; returns its path."""
         made = self.folder / output
         self.lines.append(f"build {escape(str(made))}: {rule} {' '.join(escape(str(path)) for path in inputs)}")
         return made
 
     def run(self, ninja: str, jobs: int | None) -> None:
-        """Makes what is out of date. Raises CompileError with the first error."""
+        """Builds what is out of date. Raises CompileError with the first error."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "build.ninja"
         file.write_text("\n".join([*self.lines, ""]), encoding="utf-8")
@@ -240,12 +240,12 @@ class Plan:
 
 
 def shell(words: Sequence[str]) -> str:
-    """A command line for the shell, in a ninja file."""
+    """A command line, quoted for the shell and escaped for a ninja file."""
     return shlex.join(words).replace("$", "$$")
 
 
 def escape(path: str) -> str:
-    """A path in a ninja file."""
+    """A path, escaped for a ninja file."""
     return re.sub(r"([$ :])", r"$\1", path)
 
 

@@ -44,7 +44,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., None]:
-    """Time ``ours`` and ``rivals`` in turns, so that disturbances of the machine affect all of them equally.
+    """Time ``ours`` and ``rivals`` in turn, so that other load on the machine affects all of them equally.
 
     ``compare(ours, rivals, device, flop, size)``: ``rivals`` maps names to callables, which the caller has run and
     validated; ``flop`` and ``size`` (bytes) are the operations and the memory traffic that the problem requires.

@@ -1,9 +1,9 @@
 """Decoding of large images in bands: seconds, peak memory and deviation from the whole image.
 
-A decoder with the f = 16 geometry of the paper's ImageNet model, a quarter of its width and random weights. Each way
-runs in a process of its own; the increase of its peak resident memory is reported. The deviation is measured if the
-image also fits whole, in steps of 1/255 of the range of the whole image's values. TAMINGFAST_BENCH_PIXELS sets the side
-(default 1024), TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
+A decoder with the f = 16 geometry of the paper's ImageNet model, a quarter of its width and random weights. Each of the
+two runs has a process of its own and reports by how much its peak resident memory grew. The deviation is measured if
+the image also fits whole, in units of 1/255 of the range of the whole image's values. TAMINGFAST_BENCH_PIXELS sets the
+side (default 1024), TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
 """
 
 from __future__ import annotations

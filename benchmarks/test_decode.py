@@ -3,10 +3,10 @@
 The baseline is the loop of the original's cached sampler: float32, eager, one token at a time, keys and values of all
 layers grown with `torch.cat`. Beside it: Hugging Face's GPT2 with its cache (if `transformers` is installed), and our
 torch engine's static cache. All sample with top-k 100. The benchmark's own figure is a whole run. Ratios and the share
-of the limit come from `PLACES` lengths, evenly spaced over the 256: at each, the machine's bandwidth is measured, ours
-and the rivals take a few steps in turn, and the bandwidth is measured again. A disturbance of the machine then affects
-all of them, and the bandwidth is known at the time it counts, even if it changes from second to second as under a
-hypervisor.
+of the limit come from `PLACES` lengths, evenly spaced over the 256: at each, the machine's bandwidth is measured, our
+engine takes a few steps, the bandwidth is measured again, and the rivals take theirs. Other load on the machine then
+affects all of them, and the bandwidth is known for the moment of our steps, even if it changes from second to second
+as under a hypervisor.
 
 The limit of a step is the larger of bytes / bandwidth and operations / rate: every weight read once, every visible key
 and value read once; two operations per weight and image.
@@ -30,7 +30,7 @@ from tamingfast.ops import backends
 from tamingfast.ops.choice import choose, gumbel_noise
 
 TOKENS, ROUNDS = 256, 3
-PLACES, RUN = 16, 8  # lengths that are compared, our steps at each
+PLACES, RUN = 16, 8  # number of lengths that are compared, and of our steps at each
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
@@ -115,7 +115,7 @@ def validate(engine: GPTEngine, dtype: str, batch: int) -> None:
 
 
 def limit_of_step(engine: GPTEngine, dtype: str, batch: int, length: int, most: dict[str, float]) -> dict[str, float]:
-    """The least seconds of a step after `length` tokens, for each of its limits."""
+    """The shortest possible time of a step after `length` tokens, in seconds, under each of its limits."""
     config = small_gpt().config
     parameters = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     pairs = 2 * (length + 1) * config.n_embd * config.n_layer * batch  # keys and values

@@ -1,4 +1,4 @@
-"""Decoding of GPT2 priors on a GPU: ours against the loops that people run, and the paper's pixels against latents.
+"""Decoding of GPT2 priors on a GPU: ours against the loops in common use, and the paper's pixels against latents.
 
 Every sampler draws whole sequences with top-k 100 from bfloat16 weights; seconds are wall time, the device's work
 included, because the cost of launching is part of the comparison. Beside ours: the loop of the original's cached
@@ -230,7 +230,7 @@ def test_decode(name, tokens, batch):
     times = compare(single, made, rivals(half.eval(), batch), batch, tokens)
     flop, size = work(single, made, batch, tokens)
     case = f"{name}, {tokens} tokens, batch {batch}"
-    # The design asks for 1.3 times the compiled loop at batch 64, and for a share of the limit at batch 1.
+    # The aim is 1.3 times the compiled loop at batch 64, and a share of the limit at batch 1.
     target = 1.3 if (name, batch) == ("GPT2-medium", 64) else None
     gpu.record("decode", case, times, [key for key in times if key != "ours"], flop=flop, size=size, target=target)
     torch.compiler.reset()

@@ -2,9 +2,9 @@
 
 64 x 64 tokens, 256 conditioning tokens in every window, GPT2-small geometry. For every token the original passes the
 whole window, 511 tokens, through the network, with attention written out. The time of such a pass does not depend on
-the tokens, so it is measured at some positions and multiplied by their number. `strided` and `block` run to the end.
-`paper` and `scene` compute hundreds of tokens for each sampled token: they are stopped after `SECONDS` and extrapolated
-by the number of computed tokens, unless TAMINGFAST_BENCH_WHOLE=1 lets them run to the end.
+the tokens, so it is measured for a few windows and multiplied by the number of tokens. `strided` and `block` run to the
+end. `paper` and `scene` compute hundreds of tokens for each sampled token: they are stopped after `SECONDS` and
+extrapolated by the number of computed tokens, unless TAMINGFAST_BENCH_WHOLE=1 lets them run to the end.
 """
 
 from __future__ import annotations

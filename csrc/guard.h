@@ -26,7 +26,7 @@ inline void require_least(const std::string& name, std::int64_t value, std::int6
   require(value >= least, name, value, "at least " + std::to_string(least));
 }
 
-// The value of that name.
+// The value of the given name. Refuses a name that is not among the values, and lists those that are.
 template <class Value>
 Value named(const std::string& argument, const std::string& name, const std::map<std::string, Value>& values) {
   const auto found = values.find(name);
@@ -45,7 +45,7 @@ T* pointer_at(const std::string& name, std::uintptr_t address, std::uintptr_t al
   return reinterpret_cast<T*>(address);
 }
 
-// The start of a (rows, columns) array, whose size in bytes fits into an int64. Null is an empty array.
+// The start of a (rows, columns) array, whose size in bytes fits into an int64. Only an empty array may be null.
 template <class T>
 T* array_at(const std::string& name, std::uintptr_t address, std::int64_t rows, std::int64_t columns) {
   const std::int64_t most = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(sizeof(double));

@@ -29,7 +29,7 @@ struct Candidate {
 };
 
 // The neutral element of `beats`: it loses to every score above -infinity.
-TAMINGFAST_HOST_DEVICE inline Candidate nobody() {
+TAMINGFAST_HOST_DEVICE inline Candidate no_candidate() {
   Candidate candidate;
   candidate.score = -INFINITY;
   candidate.index = -1;
@@ -41,7 +41,7 @@ TAMINGFAST_HOST_DEVICE inline bool beats(const Candidate& a, const Candidate& b)
   return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// Whether the best entries, which hold this share of the probability together, complete the nucleus of top-p.
+// Whether the best entries complete the nucleus of top-p, if together they hold this share of the probability.
 TAMINGFAST_HOST_DEVICE inline bool crosses(double share, double p) {
   return static_cast<float>(share) > static_cast<float>(p);
 }

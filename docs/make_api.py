@@ -1,4 +1,4 @@
-"""Writes docs/api.md: the public functions and classes of each room, with signatures and docstrings.
+"""Writes docs/api.md: the public functions and classes of each package, with signatures and docstrings.
 
 ``python docs/make_api.py --check`` writes nothing and fails when the page is not what the docstrings say.
 """
@@ -64,15 +64,20 @@ def signature(name: str, value: Any) -> str:
         written = str(inspect.signature(value))
     except (TypeError, ValueError):
         return name
-    plain = re.sub(r"(: |-> )'([^']*)'", r"\1\2", written)  # annotations are strings
+    plain = readable(written)
     if len(name + plain) <= 100 or not inspect.signature(value).parameters:
         return name + plain
-    parameters = [re.sub(r"(: )'([^']*)'", r"\1\2", str(one)) for one in inspect.signature(value).parameters.values()]
+    parameters = [readable(str(one)) for one in inspect.signature(value).parameters.values()]
     kinds = [one.kind for one in inspect.signature(value).parameters.values()]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
         parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     lines = "".join(f"    {one},\n" for one in parameters)
     return f"{name}(\n{lines})" + plain[plain.rindex(")") + 1 :]
+
+
+def readable(written: str) -> str:
+    """Annotations without quotes, and functions as defaults by their names instead of their addresses."""
+    return re.sub(r"<function (\S+) at 0x\w+>", r"\1", re.sub(r"(: |-> )'([^']*)'", r"\1\2", written))
 
 
 def text(value: Any) -> str:

@@ -10,8 +10,8 @@ m + M, or at n_unmasked if that is later and m is below it; tiles beyond that ar
 boundary crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits whose counter is
 (row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass redraws it in any tiling.
 
-Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy what
-has another. dK and dV are allocated alike and share their strides.
+Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy
+tensors with any other. dK and dV are allocated alike and share their strides.
 """
 
 from __future__ import annotations
@@ -351,18 +351,18 @@ def _layout(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its last stride is 1, as the kernels demand, else a contiguous copy."""
+    """x itself if its last stride is 1, as the kernels require, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, in the layout of x as far as the last stride can be 1."""
+    """Uninitialised, in the layout of x, or contiguous if the last stride would not be 1."""
     out = torch.empty_like(x)
     return out if out.stride(-1) == 1 or x.shape[-1] <= 1 else x.new_empty(x.shape)
 
 
 class _Shared(TypedDict):
-    """The arguments that all kernels but delta's take."""
+    """The arguments of all kernels except `_delta_kernel`."""
 
     scale: float
     n_unmasked: int
@@ -506,7 +506,7 @@ def _empty_gradients(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
     return _empty_like(q), _empty_like(k), _empty_like(k)
 
 
-# ctx is torch's, with attributes that are ours.
+# ctx is torch's object, to which we add attributes; hence Any.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, seed, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, seed)
@@ -531,7 +531,7 @@ def causal_attention(
 
     Any T and any strides; a last stride other than 1 costs a copy. The dropout seed is drawn on the device from torch's
     generator, without synchronising, so a CUDA graph can capture the call. float32 products are exact unless torch
-    allows tf32 in its own.
+    allows tf32 for its own.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the kernel takes the running maximum before scaling, which a negative scale would invert

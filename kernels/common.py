@@ -1,4 +1,4 @@
-"""Shared by the kernels: launches with tuned configurations, and a dot product that also works interpreted."""
+"""Shared by the kernels: launches with tuned configurations, and a dot product that also works in the interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-# Triton reads the variable when a kernel is defined, so it counts at import only.
+# Triton reads the variable when a kernel is defined, so only its value at import counts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -47,8 +47,8 @@ def launch(
 ) -> None:
     """Launch ``kernel`` on the device of its tensors with the fastest of ``configs``, measured once for each ``key``.
 
-    Tuning runs the kernel many times, so it must not read what it writes. The choice is stored on disk for each kind of
-    device. Nothing can be timed while a CUDA graph is captured: an unknown key then takes the first configuration,
+    Tuning runs the kernel many times, so it must not read what it writes. The choice is stored on disk for each GPU
+    model. Nothing can be timed while a CUDA graph is captured: an unknown key then takes the first configuration,
     which must fit every supported device. The configurations must be a function of the key and the device.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))

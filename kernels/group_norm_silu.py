@@ -6,7 +6,7 @@ Backward, with ``g = do · sigmoid(y) (1 + y (1 - sigmoid(y)))``: ``dw = Σ g x�
 A tensor is addressed as (image, channel, position) with three strides, so contiguous and channels-last tensors are read
 in place. A group that fits into one program is read once. Larger groups take three launches: sums of each channel over
 pieces of the positions, with enough pieces to fill the device; their combination for each group; and the element-wise
-rest. The pieces' moments are combined by Chan et al. 1983 (eq. 2.1), and each piece is summed relative to the mean of
+output. The pieces' moments are combined by Chan et al. 1983 (eq. 2.1), and each piece is summed relative to the mean of
 its first tile, so that a large mean does not cancel the variance.
 """
 
@@ -372,7 +372,7 @@ def _(
     return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-# ctx is torch's, with attributes that are ours.
+# ctx is torch's object, to which we add attributes; hence Any.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     x, weight, bias, _, _, ctx.silu = inputs
     _, mean, rstd = output

@@ -1,6 +1,6 @@
 """Nearest codebook entry in squared Euclidean distance (van den Oord et al. 2017, eq. 1), and its training form.
 
-A fast scan, then an exact decision where the scan cannot decide. The scan ranks codes by ``|c|²/2 - z·c``, both
+A fast scan, then an exact comparison where the scan cannot decide. The scan ranks codes by ``|c|²/2 - z·c``, both
 relative to the codebook's mean, which removes a common offset. Each float32 factor is split into two bfloat16 values,
 ``x = hi + lo``, and the product is ``hi·hi + hi·lo + lo·hi`` on the matrix units. The error of a score is at most
 
@@ -10,9 +10,9 @@ relative to the codebook's mean, which removes a common offset. Each float32 fac
 NVIDIA tensor cores), and the 8 covers centring and the norms; 2⁻¹⁴ bounds what splitting drops, even if conversion
 truncates; the last term is underflow. A code whose score is more than 2 e above the best is farther away. The scan
 keeps the best two codes and the third score. Between two codes within 2 e the float64 distances decide; where a third
-is as near, or float32 may have overflowed or underflowed, the row is searched again in float64. So near-duplicate codes
-and large offsets cost time, never exactness. Nothing of size N x K is held: the scratch memory is the split inputs, as
-large as the inputs themselves.
+is within 2 e too, or float32 may have overflowed or underflowed, the row is searched again in float64. So
+near-duplicate codes and large offsets cost time, never exactness. Nothing of size N x K is held: the scratch memory is
+the split inputs, as large as the inputs themselves.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _scan_kernel(
         b_norm = tl.load(c_norm + n + o_n, mask=m_n, other=0.0)
         largest = tl.maximum(largest, b_norm)
         b_s = tl.where(m_n[None, :], 0.5 * b_norm[None, :] - b_s, inf)  # [BM, BN]
-        # Merge the three least scores of the tile with the three least so far.
+        # Merge the three lowest scores of the tile with the three lowest so far.
         t_best, j_best = tl.min(b_s, 1, return_indices=True)
         b_s = tl.where(o_n[None, :] == j_best[:, None], inf, b_s)
         t_second, j_second = tl.min(b_s, 1, return_indices=True)
@@ -374,7 +374,7 @@ def _(
     return codebook.new_empty(codebook.shape)
 
 
-# ctx is torch's, with attributes that are ours.
+# ctx is torch's object, to which we add attributes; hence Any.
 def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
     z, codebook = inputs
     z_q, index, _, _, counts = output

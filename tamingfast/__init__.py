@@ -1,4 +1,4 @@
-"""tamingfast: the fast, modern "Taming Transformers for High-Resolution Image Synthesis".
+"""tamingfast: a fast, modern implementation of "Taming Transformers for High-Resolution Image Synthesis".
 
 Public names are imported on first use, so that ``import tamingfast`` stays cheap.
 """

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, which the command line shows as one sentence without a traceback."""
+"""`UserError`, which the command line shows as one sentence without a traceback, and helpers for error messages."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which replaces ``path`` on success and is removed on failure.
 
     Missing parent directories are created. The data are flushed to disk (fsync) before the rename, so a crash leaves
-    either the old file or the new one, never a part.
+    either the old file or the new one, never a partial one.
 
     Raises UserError when ``path`` is a directory or cannot be written.
     """

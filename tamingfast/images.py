@@ -52,12 +52,12 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
 
 
 def magnified(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """Pixels (H, W, 3) enlarged by nearest neighbour, as images of 32 x 32 pixels are too small to look at."""
+    """Pixels (H, W, 3), each repeated ``scale`` times in both directions, for images too small to look at."""
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else pixels
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
-    """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; errors as `check_png`."""
+    """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; raises what `check_png` raises."""
     check_png(path)
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG")
@@ -82,7 +82,7 @@ def save_rows(path: str | os.PathLike, rows: Sequence[Tensor], names: Sequence[s
 
 
 def labelled(sheet: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """A sheet (H, W, 3) of equally high rows with a white margin on the left that holds their names."""
+    """A sheet (H, W, 3) of rows of equal height, with the rows' names in a white margin on the left."""
     height = len(sheet) // len(names)
     font = ImageFont.load_default(size=max(12, height // 6))
     gap = height // 16 + 2

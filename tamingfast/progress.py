@@ -1,4 +1,4 @@
-"""The progress of long work: a bar on a terminal; elsewhere, as in a log file, one line a minute."""
+"""Progress of long work: a bar on a terminal; anywhere else, such as in a log file, one line a minute."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-#: Seconds between two lines.
+#: Seconds between printed lines.
 EVERY = 60.0
 _KNOWN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-_OPEN = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} gone{postfix}"
+_OPEN = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} elapsed{postfix}"
 
 
 class Counter(Protocol):
-    """What long work reports its progress to, either in steps or as a state."""
+    """What long work reports its progress to, either as increments or as a count and a total."""
 
     def update(self, n: float | None = 1, /) -> object:
         """Count ``n`` more."""
 
     def moved(self, done: int, total: int, /) -> object:
-        """``done`` of ``total`` are done."""
+        """Set the count to ``done`` and the total to ``total``."""
 
 
 #: ``bars(unit, total)`` opens a counter of ``unit``; ``total`` is None where it is not known beforehand.
@@ -31,7 +31,7 @@ Bars = Callable[[str, int | None], AbstractContextManager[Counter]]
 
 
 class Bar(tqdm):
-    """A progress bar that also takes a state instead of steps."""
+    """A progress bar that can also be set to a count and a total."""
 
     def moved(self, done: int, total: int) -> None:
         """Set the count to ``done`` and the total to ``total``."""
@@ -40,7 +40,7 @@ class Bar(tqdm):
 
 
 class Lines(Bar):
-    """The same without a terminal: the bar is never drawn; its state is printed every `EVERY` seconds."""
+    """A `Bar` that is not drawn but prints a line every `EVERY` seconds, for output that is not a terminal."""
 
     def __init__(self, total: int | None = None, unit: str = "it", **options: Any) -> None:
         super().__init__(total=total, initial=options.get("initial", 0), disable=True)
@@ -69,5 +69,5 @@ def bar(unit: str, total: int | None = None, **options: Any) -> Bar:
 
 
 def silent(unit: str, total: int | None = None) -> Bar:
-    """A counter that shows nothing: the `Bars` of callers who want none."""
+    """A counter that shows nothing, for callers that want no progress shown."""
     return Bar(total=total, unit=unit, disable=True)

@@ -1,6 +1,6 @@
-"""Module names of earlier versions, so that old imports and the targets of saved configs keep working.
+"""Module names of earlier versions, so that old imports and the targets in saved configs keep working.
 
-Strings only. The table is read by imports of ``tamingfast.<old name>`` and by `tamingfast.checkpoints.compat`.
+The table holds strings only. Imports of ``tamingfast.<old name>`` use it, and so does `tamingfast.checkpoints.compat`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-#: old name -> new name, both below ``tamingfast.``; the modules of an old package have entries of their own.
+#: old name -> new name, both below ``tamingfast.``; an old package and its modules each have an entry.
 RENAMED: dict[str, str] = {
     "apply": "tasks",
     "apply.conditioning": "tasks.conditioning",
@@ -52,13 +52,13 @@ RENAMED: dict[str, str] = {
 
 
 def new_name(module: str) -> str:
-    """Today's dotted name for an old one of this package; any other name unchanged."""
+    """The current dotted name for an old one of this package; any other name unchanged."""
     package, _, rest = module.partition(".")
     return f"{package}.{RENAMED[rest]}" if package == __package__ and rest in RENAMED else module
 
 
 class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the module of today under its old name."""
+    """Imports the current module under its old name."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -72,11 +72,11 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # which the import machinery has just replaced by that of the old name
+        module.__spec__ = self._spec  # the import machinery has just replaced it with the old name's spec
 
 
 def install() -> None:
     """Make old names importable. Called once, when the package is imported."""
     if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
-        # The first finder: the others would load a module below an old package a second time, under its old name.
+        # First in the list: any other finder would load a module below an old package a second time.
         sys.meta_path.insert(0, _OldNames())

@@ -24,7 +24,7 @@ def write(out: Path, results: Mapping[str, Any], sections: Iterable[str]) -> Pat
 
 
 def provenance(results: Mapping[str, Any]) -> str:
-    """Sentences on the data, the machine and the time."""
+    """Sentences that state the data, the machine and the time taken."""
     return (
         f"Data: {results['data']}. Measured on {on(results['machine'])}. Everything below comes from this one run, "
         f"which took {duration(results['seconds'])} of training and measuring."
@@ -51,7 +51,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration in seconds with two digits, from a minute on in minutes."""
+    """A duration as text: seconds with two significant digits, or minutes with one decimal from a minute on."""
     return f"{seconds:.2g} s" if seconds < 59.5 else f"{seconds / 60:.1f} min"
 
 
@@ -81,7 +81,7 @@ def figure(columns: int, width: float = 5) -> tuple[Figure, list[Axes]]:
 
 
 def save_figure(plotted: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically; errors as `tamingfast.files.check_png`."""
+    """Write a figure as PNG, atomically; raises what `tamingfast.files.check_png` raises."""
     check_png(path)
     with atomic_write(path) as temporary:
         plotted.savefig(temporary, dpi=110, format="png")

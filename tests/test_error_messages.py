@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for room in ("tamingfast", "kernels") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(path for folder in ("tamingfast", "kernels") for path in (ROOT / folder).rglob("*.py"))
 CHECKED = {"SettingError", "UserError", "ValueError", "TypeError"}
 #: Sentences about what an object is, not about a value; the extension has the same one.
 STATES = {"the engine is closed"}

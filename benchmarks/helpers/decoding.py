@@ -23,7 +23,7 @@ class GrowingCache:
         self.past: list[tuple[Tensor, Tensor] | None] = [None] * len(gpt.blocks)
 
     def jump(self, length: int, batch: int) -> None:
-        """Pretends that `length` tokens were fed."""
+        """Fills the cache with zeros for `length` tokens, which take as long as real ones."""
         config = self.gpt.config
         shape = (batch, config.n_head, length, config.n_embd // config.n_head)
         self.past = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.past]

@@ -1,4 +1,4 @@
-"""Timing on a GPU: device events, rotated inputs that miss the L2 cache, ceilings of the same run, and the results."""
+"""Timing on a GPU: device events, rotated inputs that miss the L2 cache, ceilings from the same run, and results."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def record(
     """Record one row: ``times["ours"]`` and the others in ms, and our share of the ceiling that limits the problem.
 
     ``flop`` and ``size`` (bytes) are the operations and the memory traffic that the problem requires; ``target`` is the
-    speed-up over the fastest of ``rivals`` that the design page demands.
+    speed-up over the fastest of ``rivals`` that we aim for.
     """
     ours, limits = times["ours"], ceilings()
     floor = max(flop / limits[f"{rate}_tflop_per_s"] / 1e9, size / limits["copy_gb_per_s"] / 1e6)

@@ -30,7 +30,7 @@ _limits: dict[str, dict[str, float]] = {}
 
 
 def limits(device: str) -> dict[str, float]:
-    """The limits of the device, the best measured so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
+    """The best rates of the device measured so far in this run: ``gb_per_s`` and ``<dtype>_gflop_per_s``.
 
     Every call measures again and keeps the best, because a single measurement may fall into a busy moment. On the CPU
     all of torch's threads read an array larger than any cache, and multiply and add in registers with the extension's

@@ -132,7 +132,7 @@ class GPTEngine {
    private:
     GPTEngine& engine_;
     std::optional<py::gil_scoped_release> unlocked_;
-    std::unique_lock<std::mutex> lock_;  // destroyed first, so that the GIL is not awaited with the lock held
+    std::unique_lock<std::mutex> lock_;  // destroyed first, so that no thread waits for the GIL with the lock held
   };
 
   std::unique_ptr<Engine> engine_;
@@ -256,7 +256,7 @@ void bind_engine(py::module_& module) {
             e.use([&](Engine& native) { native.reserve(slots, length); });
           },
           py::arg("slots"), py::arg("length"),
-          "Replaces the cache by an empty one for `slots` sequences of `length` positions. Raises MemoryError, which "
+          "Replaces the cache with an empty one for `slots` sequences of `length` positions. Raises MemoryError, which "
           "states the bytes, if there is not enough memory.")
       .def(
           "length",
@@ -286,7 +286,7 @@ void bind_engine(py::module_& module) {
            "csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries.")
       .def(
           "set_threads", [](GPTEngine& e, int threads) { e.use([&](Engine& native) { native.set_threads(threads); }); },
-          py::arg("threads"), "Sets the number of threads of later calls.")
+          py::arg("threads"), "Sets the number of threads for later calls.")
       .def("info", &bound_info,
            "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions per slot), threads.")
       .def("close", &GPTEngine::close, "Frees the memory; every later call raises ValueError.");

@@ -74,7 +74,7 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
   for (std::int64_t v = 0; v < vocab; ++v) scores[v] = logits[v] / choice.temperature;
   std::int64_t count = keep_top_k(scores, vocab, choice.top_k, scratch);
   if (choice.top_p < 1.0) count = keep_top_p(scores, count, choice.top_p, scratch);
-  Candidate best = nobody();
+  Candidate best = no_candidate();
   std::int32_t block = -1;
   Words words{};
   for (std::int64_t i = 0; i < count; ++i) {

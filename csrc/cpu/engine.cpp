@@ -24,7 +24,7 @@ constexpr std::int64_t kPassRows = 512;  // tokens per pass over the weights
 constexpr std::int64_t kMaxThreads = 256;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
 
-// Bytes that the system can still allocate, or infinity if it does not say.
+// Bytes that the system can still allocate, or infinity if it does not report them.
 double available_memory() {
 #if defined(__linux__)
   if (std::FILE* file = std::fopen("/proc/meminfo", "r")) {
@@ -145,7 +145,7 @@ struct Engine::State {
   std::int64_t slots = 0, capacity = 0, keys_bytes = 0, head_bytes = 0;
   std::vector<std::int64_t> lengths;
 
-  // Scratch of a pass. Row strides are no powers of two, so that rows do not compete for the same cache sets.
+  // Scratch of a pass. Row strides are not powers of two, so that rows do not compete for the same cache sets.
   std::int64_t scratch_rows = 0, logits_room = 0;
   Memory x, activation, qkv, joined, inner, logits;
   std::vector<Memory> attention_scratch;
@@ -182,7 +182,7 @@ struct Engine::State {
   int usable_threads() const { return forked() ? 1 : threads; }
 };
 
-// Tokens that go through all layers together: one row for each.
+// Tokens that go through all layers together, one row each.
 struct Engine::State::Pass {
   std::vector<Span> spans;
   std::vector<std::int64_t> first_rows;         // of each span
@@ -373,7 +373,7 @@ void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tok
   for (const Span& span : spans) lengths[span.slot] = span.start;
   std::int64_t done_rows = 0;
   std::size_t at = 0;
-  std::int64_t taken = 0;  // tokens of spans[at] that are in a pass
+  std::int64_t taken = 0;  // tokens of spans[at] that are already in a pass
   Pass pass;
   pass.poll = &poll;
   while (at < spans.size()) {

@@ -61,7 +61,7 @@ struct DecodeParams {
   std::int64_t length;
   std::int64_t fed;              // leading positions that every slot already holds, with these tokens
   std::int64_t count;            // number of steps
-  const std::int64_t* steps;     // (count,), rising, from 1 on
+  const std::int64_t* steps;     // (count,), increasing, at least 1
   const std::uint8_t* wanted;    // (batch, count): 0 keeps the sequence's token
   const std::uint32_t* rows;     // (count,), grid rows for the noise
   const std::uint32_t* columns;  // (count,), grid columns for the noise
@@ -76,8 +76,8 @@ struct Interrupted : std::runtime_error {
 
 class Engine {
  public:
-  // Called about every 20 ms on the calling thread. Returning true stops the work: the slots keep what is valid and
-  // Interrupted is thrown.
+  // Called about every 20 ms on the calling thread. Returning true stops the work: Interrupted is thrown,
+  // and the slots keep their valid positions.
   using Poll = std::function<bool()>;
   using Progress = std::function<void(std::int64_t done)>;
 
@@ -92,7 +92,7 @@ class Engine {
   int threads() const;
   void set_threads(int threads);
 
-  // Replaces the cache by an empty one for `slots` sequences of `length` positions.
+  // Replaces the cache with an empty one for `slots` sequences of `length` positions.
   // Throws OutOfMemory, which states the bytes, and keeps the old cache if there is not enough memory.
   void reserve(std::int64_t slots, std::int64_t length);
   std::int64_t slots() const;

@@ -43,7 +43,7 @@ Isa parse_isa(const std::string& name) {
     if (name == entry.name) return entry.isa;
     known += std::string(known.empty() ? "" : ", ") + entry.name;
   }
-  refuse("isa", "'" + name + "'", "auto or what this processor runs: " + known);
+  refuse("isa", "'" + name + "'", "auto or one that this processor supports: " + known);
 }
 
 }  // namespace tamingfast

@@ -11,7 +11,7 @@
 
 namespace tamingfast {
 
-// Of the packed weights; with bfloat16 and int8 the cache is bfloat16.
+// The type of the packed weights; with bfloat16 and int8 the cache is bfloat16.
 enum class Dtype { float32, bfloat16, int8 };
 
 constexpr std::int64_t kPanel = 32;  // output channels interleaved in a panel of a packed matrix
@@ -64,7 +64,7 @@ struct Kernels {
   bool pairs;  // bfloat16 and int8 layers read activations as pairs of bfloat16
   // Packs one panel from (rows, k) weights, at most kPanel rows; `scale` is (rows,), read for int8 only.
   void (*pack)(Dtype dtype, const float* weight, std::int64_t rows, std::int64_t k, const float* scale, void* panel);
-  // The output channels of panels first to last - 1.
+  // Computes the output channels of panels first to last - 1.
   void (*linear)(Dtype dtype, const LinearParams& params, const Matrix& matrix, std::int64_t first, std::int64_t last);
   // gain and bias are zero-padded to a multiple of kBlock.
   void (*layer_norm)(Dtype dtype, const float* x, std::int64_t n, const float* gain, const float* bias, void* out);

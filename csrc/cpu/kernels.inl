@@ -125,7 +125,7 @@ inline void store_activation(Dtype dtype, void* out, int64_t i, Floats v) {
     store(static_cast<float*>(out) + i, (Floats)round_bfloat16(v));
 }
 
-// Stores exactly n activations and writes nothing behind them.
+// Stores exactly n activations and writes nothing past them.
 inline void store_activations(Dtype dtype, void* out, int64_t at, const float* values, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store_activation(dtype, out, at + i, load(values + i));
@@ -235,8 +235,8 @@ void pack(Dtype dtype, const float* weight, int64_t rows, int64_t k, const float
     }
 }
 
-// Prefetches weights while a tile computes, so that memory is never idle: a single tile of rows fetches ahead in its
-// own panel; if several tiles read the same panel, each fetches its share of the next one.
+// Prefetches weights while a tile computes, so that memory is never idle. A single tile of rows prefetches from its own
+// panel; if several tiles read the same panel, each prefetches its share of the next one.
 struct Ahead {
   const char* at;
   int64_t stride;  // bytes per iteration of a tile's loop

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident) attention_kernel(Attentio
   const int slot = p.slot[row], position = p.position[row], count = p.last[row] + 1;
   const int share = (count + p.splits - 1) / p.splits, each = share > kLeast ? share : kLeast;
   const int active = (count + each - 1) / each;
-  // None of them is negative. The test makes the compiler load all three before the branch, not one after it.
+  // Neither is ever negative. Testing them makes the compiler load all three values before the branch, not after it.
   if (split >= active || (slot | position) < 0) return;
   const int begin = split * each, end = begin + each < count ? begin + each : count;
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kResident) attention_kernel(Attentio
   unpack(of_row(own), q);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) q[j] *= scale;
-  // The group that handles the new position takes it from the row, so that nobody waits for the cache to be written.
+  // The group that handles the new position takes it from the row, so that no thread waits for the cache to be written.
   const bool appends = p.append && begin <= position && position < end && (position - begin) % kGroups == group;
   Packed<T> new_key = zeros<T>(), new_value = zeros<T>();
   if (appends) new_key = of_row(own + whole), new_value = of_row(own + 2 * whole);

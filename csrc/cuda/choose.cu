@@ -93,7 +93,7 @@ __device__ Threshold select(std::int64_t entries, const Entry& entry, const Reac
       if (same) split.add(shared, static_cast<int>(key >> shift & (kDigits - 1)), mass);
     }
     __syncthreads();
-    if (threadIdx.x < kWarp) {  // lane i has the digits from (31 - i) * 8 on: the highest first
+    if (threadIdx.x < kWarp) {  // lane i has the 8 digits from (31 - i) * 8 on, so lane 0 has the highest
       constexpr int kEach = kDigits / kWarp;
       const int lane = threadIdx.x, first = (kWarp - 1 - lane) * kEach;
       Mass mine = 0;
@@ -170,7 +170,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
       low = middle + 1;
   }
   if (low == count) return {at.key, kept.before};
-  std::int64_t from = 1, to = entries;  // bisects for the lowest index below which there are that many
+  std::int64_t from = 1, to = entries;  // bisects for the lowest index below which `low` of them lie
   while (from < to) {
     const std::int64_t middle = (from + to) / 2;
     int below = 0;
@@ -192,7 +192,7 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
   float* scores = reinterpret_cast<float*>(&shared + 1);
   const bool cached = entries <= kMostCached;
   const auto score = [&](std::int64_t v) { return cached ? scores[v] : to_float(logits[v]) / temperature; };
-  Candidate mine = nobody();
+  Candidate mine = no_candidate();
   bool nan = false;
   for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
     const float value = to_float(logits[v]) / temperature;
@@ -218,7 +218,7 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
   }
   if (choice.top_p < 1.0) kept = nucleus(score, entries, choice.top_p, kept, best.score, shared);
 
-  mine = nobody();
+  mine = no_candidate();
   nan = false;
   for (std::int64_t quad = threadIdx.x; quad * kQuad < entries; quad += kThreads) {
     bool drawn = false;

@@ -77,7 +77,7 @@ __device__ inline void store(T* to, const Packed<T>& packed) {
   for (int i = 0; i < Packed<T>::kWords; ++i) reinterpret_cast<uint4*>(to)[i] = packed.words[i];
 }
 
-// Loads `count` elements from any address and fills up with zeros.
+// Loads `count` elements from any address and pads with zeros.
 template <class T>
 __device__ inline Packed<T> gather(const T* from, int count) {
   T values[kVector];
@@ -183,7 +183,7 @@ inline void check(const char* what, cudaError_t status) {
 
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 
-// Whether a kernel may start while the previous one still runs: the device supports it, and so do captured graphs.
+// Whether a kernel may start while the previous one still runs: only if the device and captured graphs support it.
 #define TAMINGFAST_EARLY_VERSION 12030
 #if CUDART_VERSION >= TAMINGFAST_EARLY_VERSION
 inline bool starts_early(int device) {

@@ -11,7 +11,7 @@
 
 namespace tamingfast::cuda {
 
-// Of weights, activations and cache; sums are always float32.
+// The type of weights, activations and cache; sums are always float32.
 enum class Dtype { float32, bfloat16, float16 };
 
 // Where a kernel is launched: a device index and a stream of that device (a cudaStream_t).
@@ -124,7 +124,7 @@ struct ChooseParams {
 // A failed launch throws std::runtime_error, which names the kernel.
 void linear(Dtype dtype, const LinearParams& params, const Queue& queue);
 void attention(Dtype dtype, const AttentionParams& params, const Queue& queue);
-// Writes the rows' keys and values to their positions. Queries, `last` and the fields behind `values` are not used.
+// Writes the rows' keys and values to their positions. Queries, `last` and the fields after `values` are not used.
 void append(Dtype dtype, const AttentionParams& params, const Queue& queue);
 void add_norm(Dtype dtype, const AddNormParams& params, const Queue& queue);
 void bias_gelu(Dtype dtype, const GeluParams& params, const Queue& queue);

@@ -59,7 +59,7 @@ __device__ inline int folded_index(int lane) {
   return index;
 }
 
-// Sums each of N values over each warp and writes the sums to `of_warps`, (kWarps, N), from which `total` adds them up.
+// Sums each of N values over each warp and writes the sums to `of_warps`, (kWarps, N); `total` adds those of all warps.
 template <int N>
 __device__ inline void add_up(float (&values)[N], float* of_warps) {
   fold<kWarp / 2, N>(values);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
   float* of_warps = reinterpret_cast<float*>(shared_memory());  // (kWarps, Sums)
   const int first = blockIdx.x * Columns;
   const auto weight = [&](int c) {
-    const int column = first + c < p.columns ? first + c : p.columns - 1;  // columns beyond are not stored
+    const int column = first + c < p.columns ? first + c : p.columns - 1;  // further columns are not stored
     return static_cast<const T*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
   };
   Packed<T> weights[Ahead][Columns];
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
         inputs[a][row] = i < p.inner ? load(row_of<Input>(p, row) + i) : zeros<Input>();
     }
   };
-  const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of the output of this thread
+  const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of this thread's output
   const bool stores = threadIdx.x < Sums && row < p.rows && column < p.columns;
   const std::int64_t at = row * p.ldo + column;
   load_weights(0);  // before the norm and the end of the previous kernel, so that the memory is busy meanwhile

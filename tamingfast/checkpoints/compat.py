@@ -103,10 +103,10 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 def resolve(target: str) -> Any:
-    """The object of a dotted name: our counterpart for the original's names, else what is imported under that name.
+    """The object that a dotted name stands for: our counterpart of a name of the original, else what the name imports.
 
-    Raises KeyError for a name of the original without counterpart, and ImportError, AttributeError or ValueError for
-    any other name that cannot be imported.
+    Raises KeyError for a name of the original that has no counterpart, and ImportError, AttributeError or ValueError
+    for any other name that cannot be imported.
     """
     module, name = _home(target)
     return getattr(importlib.import_module(module), name)

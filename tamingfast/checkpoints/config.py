@@ -16,7 +16,7 @@ from tamingfast.errors import UserError, first_line, lacks_memory, nearest
 
 
 def load_yaml(path: str | os.PathLike) -> Any:
-    """A YAML file as an OmegaConf config; UserError if it is missing, unreadable or not a mapping."""
+    """Read a YAML file as an OmegaConf config; UserError if it is missing, unreadable or not a mapping."""
     path = Path(path)
     try:
         config = OmegaConf.load(path)
@@ -105,7 +105,7 @@ def without_checkpoints(config: Any) -> Any:
 
 
 def check_targets(config: Any, trusted: bool) -> None:
-    """UserError for a ``target`` that is no network and no schedule of this package, as building it would run code.
+    """Raise UserError for a ``target`` other than a network or schedule of this package: building it would run code.
 
     With ``trusted``, other `torch.nn.Module` classes are allowed too. Nothing is built, but the modules of allowed
     names are imported.

@@ -1,4 +1,4 @@
-"""Any checkpoint as one safetensors file."""
+"""Converts a checkpoint of any kind to one safetensors file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Digests of weights, by which files tell one model from another.
 
-Files on disk contain both: token files and runs a `fingerprint`, canvases an `identity`. Neither may ever change.
+Both are stored on disk, `fingerprint` in token files and runs, `identity` in canvases, so neither may ever change.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """128 bits, hexadecimal, of a first stage's weights without its loss, whatever their dtype and order."""
+    """A 128-bit digest, hexadecimal, of a first stage's weights without its loss, in any order and floating dtype."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    # `colorize` are random colours in which label maps are drawn.
+    # `colorize` holds the random colours in which label maps are drawn.
     kept = ((key, value) for key, value in sorted(state.items()) if not key.startswith(("loss.", "colorize")))
     return _sha256("", ((f"{key}{tuple(value.shape)}", value.float()) for key, value in kept))[:32]
 
@@ -30,7 +30,7 @@ def identity(model: nn.Module) -> str:
 
 
 def _sha256(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of ``head``, then of the label and the bytes of each tensor."""
+    """SHA-256, hexadecimal, of ``head``, then of each tensor's label and bytes."""
     digest = hashlib.sha256(head.encode())
     for label, value in tensors:
         digest.update(label.encode())

@@ -14,17 +14,17 @@ from tamingfast.errors import UserError
 def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the checkpoint") -> dict[str, Any]:
     """The ``{target, params}`` config of a VQGAN first stage, from the shapes of its weights.
 
-    Attention resolutions are given for a square input whose latent side is 16, which makes the same network. Raises
-    UserError for unknown keys, and for a transformer, whose number of heads cannot be inferred.
+    Attention resolutions are given for a square input with a latent side of 16; the network is the same for every size.
+    Raises UserError for unknown keys, and for a transformer, whose number of heads cannot be inferred.
     """
     if any(key.startswith("transformer.") for key in state):
         raise UserError(
-            f"{source}: got a transformer without config, expected one with it, as weights do not show the number of "
-            "heads; give its config"
+            f"{source}: got a transformer without a config, expected one with its config, as weights do not show the "
+            "number of heads; give its config"
         )
     if "encoder_top.conv_in.weight" in state:
         raise UserError(
-            f"{source}: got a first stage of two levels without config, expected one with it; give its config"
+            f"{source}: got a first stage of two levels without a config, expected one with its config; give that"
         )
     if "encoder.conv_in.weight" not in state or "decoder.conv_out.weight" not in state:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Models from checkpoints of the original and of ours."""
+"""Builds models from checkpoints, the original's and ours."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def load_model(
 
     Args:
         checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
-        config: a YAML file or a mapping. By default it is searched where both projects put it: inside the safetensors
-            file, beside the weights, in the run's ``configs/``. Without any, that of a first stage is inferred.
+        config: a YAML file or a mapping. By default it is looked for where both projects put it: inside the safetensors
+            file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
 
     Raises:
-        UserError: a file is missing, damaged, unsafe, not finite or of another architecture.
+        UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
     """
     dtype, device = _dtype(dtype), pick_device(str(device or "cpu"))
     path = weights_path(Path(checkpoint))

@@ -1,4 +1,4 @@
-"""Where a checkpoint and its config are found, in runs of the original and in ours."""
+"""Finds a checkpoint and its config, in the original's run directories and in ours."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The directory of a training run: its files and their names, from which it can be opened and continued bit for bit.
+"""The directory of a training run: the files from which a run is opened, or continued bit for bit.
 
 ``state.pt`` alone is enough to continue: it contains the weights, the optimizers and the position in the data, and is
-replaced atomically. ``weights.safetensors`` is an export for all other uses, written after it, so a run that is killed
-between the two has an older export but a consistent state. No random state is stored, because every draw is keyed by
-(seed, step, rank); see `tamingfast.training.loop`.
+replaced atomically. ``weights.safetensors`` is an export for all other uses and is written second, so a run that is
+killed between the two has an older export but a consistent state. No random state is stored, because every draw is
+keyed by (seed, step, rank); see `tamingfast.training.loop`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from tamingfast.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-#: Keys of training checkpoints that are no part of a model: dropped when it is loaded.
+#: Prefixes of keys in training checkpoints that do not belong to a model; such keys are dropped on loading.
 TRAINING_ONLY = ("loss.perceptual_loss.", "first_stage_model.loss.", "cond_stage_model.loss.", "model_ema.")
 
 # Besides tensors, Lightning's pickles contain callbacks, hyper-parameters and configs. All names below these are mapped
@@ -65,8 +65,8 @@ def _allowed_globals(path: Path) -> list[Any]:
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, an original Lightning ``.ckpt`` or a plain torch file, on the CPU.
 
-    Only tensors, containers and inert stand-ins are unpickled. Raises UserError for a file that is missing, truncated,
-    no checkpoint, or contains other objects.
+    Only tensors, containers and inert stand-ins are unpickled. Raises UserError for a file that is missing, truncated
+    or not a checkpoint, or that contains other objects.
     """
     return state_dict_of(read_checkpoint(path), path)
 
@@ -199,7 +199,7 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], meta
     Attention masks are left out, because ``n_unmasked`` in the config says the same.
     """
     tensors = {key: value.contiguous() for key, value in state_dict.items() if not key.endswith(".attn.mask")}
-    # Safetensors refuses tensors that share memory, as those of a condition stage that is the first stage.
+    # Safetensors refuses tensors that share memory, such as those of a condition stage that is the first stage itself.
     seen: set[int] = set()
     for key, value in tensors.items():
         if value.data_ptr() in seen and value.numel():

@@ -1,7 +1,7 @@
 """The ``tamingfast`` command.
 
-Each module in `COMMANDS` has an ``add_to(commands)`` that declares its commands and their options; the others are
-shared by commands. Heavy imports wait until a command runs, so that ``--help`` answers at once.
+Each module in `COMMANDS` has an ``add_to(commands)`` that declares its commands and their options; the commands share
+the other modules. Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # argparse gives up on positional arguments that follow an option after others came before it, which is how
-    # anybody writes overrides: train vqgan CONFIG --out DIR training.steps=100.
+    # argparse does not accept positional arguments both before and after an option, but that is the natural way to
+    # write overrides: train vqgan CONFIG --out DIR training.steps=100.
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _for_users(error: Exception) -> str | None:
-    """One sentence for mistakes that a user can correct, None for our own."""
+    """One sentence for an error that the user can correct; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

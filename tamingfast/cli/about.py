@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert` and `info`: what a checkpoint holds, and what this machine can run."""
+"""`tamingfast inspect`, `convert` and `info`: the contents of checkpoints, and what this machine can run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tamingfast.cli.progress import say_written
 
 
 def add_to(commands: Commands) -> None:
-    added = command(commands, "inspect", inspect, "what a checkpoint or token file holds")
+    added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
     added.add_argument("checkpoint", help="run directory, checkpoint or token file")
-    added = command(commands, "convert", convert, "any checkpoint to one .safetensors file with its config inside")
+    added = command(commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config")
     added.add_argument("checkpoint")
     added.add_argument("out", help="file to write (.safetensors)")
-    added.add_argument("--config", help="YAML of the checkpoint, where it does not lie beside it")
-    command(commands, "info", info, "what this machine can run, and why not more")
+    added.add_argument("--config", help="YAML config of the checkpoint, if it is not beside it")
+    command(commands, "info", info, "what this machine can run, and what is missing for the rest")
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What `sample`, `edit` and `outpaint` share: options of a drawing that is kept while it is made, and its pictures."""
+"""Shared by `sample`, `edit` and `outpaint`: options for saving and resuming a drawing, and writing its images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
 
 KEEPING = options(
-    ("--preview", {"metavar": "PNG", "help": "picture of what is drawn so far, renewed while drawing"}),
-    ("--canvas", {"metavar": "FILE", "help": "keep the tokens here; default: beside --out until it is written"}),
-    ("--resume", {"action": "store_true", "help": "go on with the canvas of an interrupted command"}),
-    ("--separate", {"action": "store_true", "help": "write one PNG per image, numbered, beside --out"}),
+    ("--preview", {"metavar": "PNG", "help": "write the images so far here, every few seconds"}),
+    ("--canvas", {"metavar": "FILE", "help": "save the tokens here; default: beside --out, until that is written"}),
+    ("--resume", {"action": "store_true", "help": "continue the canvas of an interrupted command"}),
+    ("--separate", {"action": "store_true", "help": "write one numbered PNG per image instead of --out"}),
 )
 
 
 def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that `sample`, `edit` and `outpaint` share, by their names in `tamingfast.tasks`."""
+    """The arguments shared by `sample`, `edit` and `outpaint`, by their names in `tamingfast.tasks`."""
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
     if arguments.resume:
@@ -37,17 +37,17 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def canvas_file(arguments: argparse.Namespace) -> Path:
-    """Where the canvas is kept while it is drawn."""
+    """Where the canvas is saved while it is drawn."""
     from tamingfast.tasks.canvases import SUFFIX
 
     return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
 
 
 def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
-    """Write the images of a drawing, with pictures of its conditions, and remove its canvas.
+    """Write the images of a drawing and pictures of its conditions, and delete its canvas unless --canvas names it.
 
-    A canvas that --canvas names stays. A single image, and with --separate each, is written as it is with the
-    conditions beside it; several are written on one sheet with them.
+    A single image, or with --separate each image, gets a file of its own, with the conditions in files beside it;
+    otherwise the conditions and all images are written on one sheet.
     """
     import torch
 
@@ -65,6 +65,6 @@ def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
     if arguments.separate or len(batch) == 1:
         for picture in drawing.conditions:
             save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
-    if not arguments.canvas:  # it was kept to be resumed, and nothing is left to draw
+    if not arguments.canvas:  # it was saved only for resuming
         canvas_file(arguments).unlink(missing_ok=True)
     say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")

@@ -1,4 +1,4 @@
-"""`tamingfast edit` and `tamingfast outpaint`: a photo, partly drawn anew or continued."""
+"""`tamingfast edit` and `tamingfast outpaint`: redrawing a part of a photo, or extending it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ SIDES = ("left", "right", "top", "bottom")
 
 def add_to(commands: Commands) -> None:
     """Declare both commands."""
-    added = _command(commands, "edit", edit, "draw the masked region of a photo anew")
-    added.add_argument("--mask", required=True, help="image of the photo's size, white where it is drawn anew")
+    added = _command(commands, "edit", edit, "redraw the masked region of a photo")
+    added.add_argument("--mask", required=True, help="image of the photo's size, white where the photo is redrawn")
     added = _command(commands, "outpaint", outpaint, "draw what lies around a photo")
     for side in SIDES:
-        added.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="default: 0")
+        added.add_argument(
+            f"--{side}", type=int, default=0, metavar="PIXELS", help="to add, a multiple of the factor f; default: 0"
+        )
 
 
 def _command(
@@ -26,11 +28,11 @@ def _command(
 ) -> argparse.ArgumentParser:
     added = command(commands, name, run, text, (DEVICE, DRAWING, condition_options(), KEEPING))
     added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("photo", help="image file, or a canvas kept by --canvas")
-    added.add_argument("-n", "--count", type=int, help="how many versions; default: 1")
+    added.add_argument("photo", help="image file, or a canvas saved with --canvas")
+    added.add_argument("-n", "--count", type=int, help="number of versions; default: 1, or that of the canvas")
     added.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
     added.add_argument(
-        "--reconstruct", action="store_true", help="show the first stage's version of the photo where it is kept"
+        "--reconstruct", action="store_true", help="show the first stage's reconstruction of the kept part"
     )
     return added
 

@@ -16,10 +16,10 @@ def add_to(commands: Commands) -> None:
     added = command(commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE,))
     added.add_argument("model", help="run directory or checkpoint of a first stage")
     added.add_argument("--out", required=True, help="token file to write (.safetensors)")
-    added.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, where they have one")
+    added.add_argument("--cond-stage", help="run or checkpoint of the conditions' first stage, if they have one")
     added.add_argument("--split", choices=SPLITS, default=SPLITS[0])
     added.add_argument("--batch", type=int, default=ENCODING_BATCH)
-    text = "the data set, e.g. name=folder path=DIR size=256; default: what the model was trained on"
+    text = "the data set, e.g. name=folder path=DIR size=256; default: the one that the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 

@@ -1,4 +1,4 @@
-"""`tamingfast evaluate`: figures of a model on real images."""
+"""`tamingfast evaluate`: measuring a model on real images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from tamingfast.tasks.options import SAMPLES, DrawingOptions
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
-    text = "figures of a model on real images: likelihood, reconstructions, samples"
+    text = "measure a model on real images: likelihood, reconstructions, samples"
     added = command(commands, "evaluate", evaluate, text, (DEVICE, DRAWING))
     added.add_argument("model", help="run directory or checkpoint of a first stage or a prior")
-    added.add_argument("--data", metavar="DIR", help="all images below this directory instead of the validation set")
+    added.add_argument("--data", metavar="DIR", help="take all images below this directory, not the validation set")
     added.add_argument("--limit", type=int, help="number of images, drawn by --seed; default: all")
-    added.add_argument("--samples", type=int, default=SAMPLES, help="of a prior (default: %(default)s)")
+    added.add_argument(
+        "--samples", type=int, default=SAMPLES, help="number to draw from a prior (default: %(default)s)"
+    )
     added.add_argument(
         "--features",
-        help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception where "
-        "--inception-weights is given, else efficientnet-lite0 where it is installed",
+        help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception if "
+        "--inception-weights is given, else efficientnet-lite0 if it is installed",
     )
-    added.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's; default: its own download")
-    added.add_argument("--perceptual-weights", metavar="FILE", help="VGG16 for LPIPS; default: the lpips package's")
-    added.add_argument("--out", metavar="JSON", help="write the report here too")
-    text = "the data set, e.g. name=photos size=32; default: what the model was trained on"
+    added.add_argument(
+        "--inception-weights", metavar="FILE", help="Inception weights of torch-fidelity; default: downloaded"
+    )
+    added.add_argument(
+        "--perceptual-weights", metavar="FILE", help="VGG16 weights for LPIPS; default: from the lpips package"
+    )
+    added.add_argument("--out", metavar="JSON", help="also write the report here")
+    text = "the data set, e.g. name=photos size=32; default: the one that the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 

@@ -25,18 +25,18 @@ from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOp
 
 def add_to(commands: Commands) -> None:
     """Declare the three commands."""
-    added = _command(commands, "reconstruct", reconstruct, "images above what the first stage makes of them", ())
+    added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", ())
     added.add_argument("--out", default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
-    text = "keep the upper half of images and draw the lower half anew"
+    text = "keep the upper half of images and redraw the lower half"
     added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
     added.add_argument("--out", default="completed.png", help="PNG to write (default: %(default)s)")
     added.add_argument("--times", type=int, default=TIMES, help="completions of each image (default: %(default)s)")
 
-    text = "what each schedule costs: nats per token of real images"
+    text = "measure what each schedule costs, in nats per token of real images"
     added = _command(commands, "likelihood", likelihood, text, (condition_options(nargs="+"),))
     added.add_argument(
-        "--strides", type=int, nargs="+", default=list(STRIDES), help=f"of strided and block (default: {STRIDES[0]})"
+        "--strides", type=int, nargs="+", default=list(STRIDES), help=f"for strided and block (default: {STRIDES[0]})"
     )
     added.add_argument("--batch", type=int, default=LIKELIHOOD_BATCH, help="images at a time (default: %(default)s)")
     added.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
@@ -52,7 +52,7 @@ def _command(
     added = command(commands, name, run, text, (DEVICE, *parents))
     added.add_argument("model", help="run directory or checkpoint")
     added.add_argument("images", nargs="+", help="image files, or directories of them")
-    added.add_argument("--size", help="HEIGHTxWIDTH in pixels to cut them to; default: as trained")
+    added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")
     return added
 
 

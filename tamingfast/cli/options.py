@@ -1,4 +1,4 @@
-"""Options that commands share, and the values that they stand for."""
+"""Options shared by commands, and the values that they stand for."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def command(
     text: str,
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.ArgumentParser:
-    """A new command ``name`` among those of ``to`` that calls ``run(arguments)``."""
+    """Add a command ``name`` that calls ``run(arguments)`` to the commands ``to``; ``text`` is its help."""
     added: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=list(parents))
     added.set_defaults(run=run)
     return added
 
 
 def options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
-    """Options for the ``parents`` of commands: for each its name and the keywords of `add_argument`."""
+    """A parser to list among the ``parents`` of commands, from (option, keywords of `add_argument`) pairs."""
     group = argparse.ArgumentParser(add_help=False)
     for name, settings in arguments:
         group.add_argument(name, **settings)
@@ -43,7 +43,7 @@ def options(*arguments: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 
 
 class _OldName(argparse.Action):
-    """An option under the name that it had, which still works and is logged."""
+    """An option under its old name, which still works but logs a warning."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -56,50 +56,57 @@ _DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
 
 DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
-# Without defaults of argparse, so that what was given can be told from what was not; `DrawingOptions` has them.
+# argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
-    ("--temperature", {"type": float, "help": f"default: {_DEFAULT['temperature']:g}"}),
-    ("--top-k", {"type": int, "help": f"0: all tokens; default: {_DEFAULT['top_k']}"}),
-    ("--top-p", {"type": float, "help": "nucleus: the most likely tokens that hold this probability"}),
-    ("--greedy", {"action": "store_true", "default": None, "help": "always the most likely token"}),
+    ("--temperature", {"type": float, "help": f"divides the logits; default: {_DEFAULT['temperature']:g}"}),
+    (
+        "--top-k",
+        {"type": int, "help": f"sample from the k most likely tokens, 0 for all; default: {_DEFAULT['top_k']}"},
+    ),
+    ("--top-p", {"type": float, "help": "sample from the most likely tokens with this total probability"}),
+    ("--greedy", {"action": "store_true", "default": None, "help": "always take the most likely token"}),
     ("--seed", {"type": int, "help": f"default: {_DEFAULT['seed']}"}),
-    ("--batch", {"type": int, "help": f"images at a time, which does not change them; default: {_DEFAULT['batch']}"}),
+    ("--batch", {"type": int, "help": f"images at a time; it does not change them; default: {_DEFAULT['batch']}"}),
     (
         "--schedule",
-        {"help": f"paper, scene, strided or block, for images beyond the window; default: {_DEFAULT['schedule']}"},
+        {"help": f"window placement on large images: paper, scene, strided or block; default: {_DEFAULT['schedule']}"},
     ),
     (
         "--stride",
         {"type": int, "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
     ),
-    ("--engine", {"help": f"who samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
+    ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
-    ("--dtype", {"help": "weights while drawing: float32, bfloat16, float16 or int8; default: as stored"}),
+    ("--dtype", {"help": "of the weights: float32, bfloat16, float16 or int8; default: as stored"}),
 )
 
 
 def condition_options(**several: str) -> argparse.ArgumentParser:
-    """Options of one condition, or with ``nargs="+"`` of one for each image."""
+    """Options for one condition or, with ``nargs="+"``, for one condition per image."""
     text = "label map, depth map, keypoints, edges, objects or small image to draw from"
     return options(
         (
             "--class",
-            {"dest": "label", "type": int, "help": "class index of a class-conditional prior; default: all in turn"},
+            {
+                "dest": "label",
+                "type": int,
+                "help": "class index, for class-conditional priors; default: cycle through all",
+            },
         ),
-        ("--condition", {"metavar": "FILE", "help": text + (", one for each image" if several else "")} | several),
+        ("--condition", {"metavar": "FILE", "help": text + (", one per image" if several else "")} | several),
         (
             "--condition-of",
-            {"metavar": "PHOTO", "help": "compute the condition from this photo, where it can be computed"} | several,
+            {"metavar": "PHOTO", "help": "compute the condition from this photo, if its kind can be"} | several,
         ),
     )
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those options of `DRAWING` that the command line gives, by the names of `DrawingOptions`."""
+    """The options of `DRAWING` that were given, by their names in `DrawingOptions`."""
     given = {name: getattr(arguments, name) for name in _DEFAULT if getattr(arguments, name) is not None}
     if "top_k" in given:
         if given["top_k"] < 0:
-            raise UserError(f"--top-k: got {given['top_k']}, expected a number of tokens; give 0 to keep all")
+            raise UserError(f"--top-k: got {given['top_k']}, expected a positive number of tokens, or 0 to keep all")
         given["top_k"] = given["top_k"] or None
     return given
 
@@ -115,7 +122,7 @@ def size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The ``data`` section that the overrides make; None without any."""
+    """The ``data`` section that the overrides make up; None without overrides."""
     if not arguments.overrides:
         return None
     from omegaconf import OmegaConf
@@ -127,7 +134,7 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def load(arguments: argparse.Namespace) -> nn.Module:
-    """The model that the command names, on its device."""
+    """The model named on the command line, on the device of --device."""
     from tamingfast.checkpoints import load_model
 
     return load_model(arguments.model, device=pick_device(arguments.device))

@@ -13,7 +13,7 @@ def progress_bar(unit: str, total: int | None = None) -> Bar:
     """A progress bar of ``unit``: `tamingfast.progress.Bars` for the terminal."""
     from tamingfast.progress import bar
 
-    # There are billions of multiply-adds, and those of small images take less than a second.
+    # Multiply-adds come in billions, so they get a scaled unit; those of small images finish before a bar is worth it.
     many = unit.startswith("multiply-adds")
     return bar(f" {unit}", total, unit_scale=many, delay=1 if many else 0)
 

@@ -10,18 +10,20 @@ from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 
 
 def add_to(commands: Commands) -> None:
-    added = command(commands, "reproduce", reproduce, "an experiment of the papers, with a report", (DEVICE, RESUME))
+    added = command(commands, "reproduce", reproduce, "run an experiment and write a report", (DEVICE, RESUME))
     added.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
-    added.add_argument("--out", help="directory of the report; default: runs/reproduce for pixels, runs/EXPERIMENT")
+    added.add_argument(
+        "--out", help="directory of the report; default: runs/reproduce for pixels, else runs/EXPERIMENT"
+    )
     text = (
-        f"one of {', '.join(experiments.EXPERIMENTS)} (default: {experiments.DEFAULT}), then settings that win over "
+        f"one of {', '.join(experiments.EXPERIMENTS)} (default: {experiments.DEFAULT}), then settings that override "
         "the preset's; or all, with settings EXPERIMENT.key=value"
     )
     added.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
-    # One positional list, as argparse would take the first setting for an experiment that was left out.
+    # One positional list, because argparse would mistake the first setting for an experiment left out.
     words = list(arguments.overrides)
     experiment = words.pop(0) if words and "=" not in words[0] else experiments.DEFAULT
     out = arguments.out or ("runs/reproduce" if experiment == experiments.DEFAULT else f"runs/{experiment}")

@@ -15,13 +15,13 @@ def add_to(commands: Commands) -> None:
     parents = (DEVICE, DRAWING, condition_options(), KEEPING)
     added = command(commands, "sample", sample, "draw new images", parents)
     added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("-n", "--count", type=int, help=f"how many images; default: {COUNT}")
-    added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: as trained")
+    added.add_argument("-n", "--count", type=int, help=f"number of images; default: {COUNT}")
+    added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: the training size")
     added.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
     added.add_argument(
-        "--from", dest="photo", metavar="PHOTO", help="begin with coarse scales of this photo, for multiscale priors"
+        "--from", dest="photo", metavar="PHOTO", help="start from coarse scales of this photo, for multiscale priors"
     )
-    added.add_argument("--scales", type=int, metavar="N", help="how many of them, coarsest first")
+    added.add_argument("--scales", type=int, metavar="N", help="number of scales taken from it, coarsest first")
 
 
 def sample(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
     _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
     added = _command(stages, "prior", train_prior, "the second stage: a transformer over the tokens")
     added.add_argument("--first-stage", help="run or checkpoint of the first stage")
-    added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, where it has one")
+    added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, if it has one")
 
 
 def _command(
@@ -28,8 +28,8 @@ def _command(
     added.add_argument("--out", required=True, help="run directory to write")
     added.add_argument("--seed", type=int, help="the same as training.seed=N")
     text = (
-        "a preset's name or a YAML file, the original's included, then settings that win over its; --resume needs no "
-        "CONFIG, as it continues with the run's"
+        "a preset or a YAML file (the original's work too), then settings that override it; with --resume, CONFIG can "
+        "be left out, as the run has its own"
     )
     added.add_argument("overrides", nargs="*", metavar="CONFIG | key=value", help=text)
     return added
@@ -53,7 +53,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> Any:
     from tamingfast.training import load_config, resumed_config
 
-    # One positional list, as argparse would take the first setting for a config that was left out.
+    # One positional list, because argparse would mistake the first setting for the config if that is left out.
     words = list(arguments.overrides)
     name = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     words += [] if arguments.seed is None else [f"training.seed={arguments.seed}"]

@@ -1,4 +1,4 @@
-"""Data sets by name and their batches: ``build`` makes a pair of data sets, ``loader`` walks through one."""
+"""Data sets by name, and their batches: ``build`` makes the training and validation sets, ``loader`` reads one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tamingfast.errors import UserError, nearest
 
 __all__ = ["Loader", "build", "loader", "shuffled"]
 
-#: Data sets of images alone, which can be cut into squares.
+#: Data sets of images without conditions, from which squares can be cropped.
 _IMAGES: dict[str, Callable[..., tuple[EpochDataset, EpochDataset]]] = {
     "cifar10": cifar10.build,
     "folder": folders.build,
@@ -40,7 +40,8 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     squares to cut from images without conditions (see `tamingfast.data.crops`); every other key is an argument of that
     module's ``build``. Without a name, ``train`` and ``validation`` are data sets as the original's configs describe
     them, {target, params}. Items are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch; see
-    `tamingfast.data.base.EpochDataset`. Validation is None for token files and originals without one.
+    `tamingfast.data.base.EpochDataset`. Validation is None for token files and
+    original configs without one.
 
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
     wrong with the data themselves.
@@ -60,8 +61,8 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
         return _FACTORIES[name](**options)
     if name not in _IMAGES:
         raise UserError(
-            f"data.crop: got {crop} for data.name={name}, expected images alone; leave it out, and give short_side and "
-            "size to crop images with their conditions"
+            f"data.crop: got {crop} for data.name={name}, expected images without conditions; leave it out, and give "
+            "short_side and size to crop images with their conditions"
         )
     return cut(_IMAGES[name](**options), crop, seed)
 

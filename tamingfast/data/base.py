@@ -1,4 +1,4 @@
-"""What every dataset here offers to the code that reads it."""
+"""The interface of every dataset, and base classes for ours."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tamingfast.data.conditions import Kind
 
 
 class ConditionRecord(TypedDict, total=False):
-    """What a token file records about its condition tokens; files made by other means may leave entries out.
+    """What a token file records about its condition tokens; files from other programs may leave entries out.
 
     Attributes:
-        key: of the condition in a batch.
+        key: the condition's key in a batch.
         vocab_size: number of codes.
         first_stage: fingerprint of the first stage that made the tokens.
         data: settings of the kind of condition (`tamingfast.data.conditions.settings_of`).
@@ -28,7 +28,7 @@ class ConditionRecord(TypedDict, total=False):
 
 
 class EpochDataset(Dataset[dict[str, Any]]):
-    """A map-style dataset whose items may change from epoch to epoch, through ``set_epoch`` alone.
+    """A map-style dataset whose items may depend on the epoch, which only ``set_epoch`` changes.
 
     An item is a dict with ``image`` float32 (H, W, 3) in [-1, 1], ``class_label`` int and ``file_path_`` str, or with
     tokens instead (`tamingfast.data.tokens`); conditions are further entries. Subclasses define ``__len__`` and
@@ -69,7 +69,7 @@ class EpochDataset(Dataset[dict[str, Any]]):
         return default_collate([self[int(index)] for index in indices])
 
     def warn_broken(self) -> None:
-        """Log the files found unreadable since the last call; nothing for data that are not read file by file."""
+        """Log the files found unreadable since the last call; does nothing for data that are not read file by file."""
 
     def _check(self, index: int) -> int:
         length = len(self)
@@ -79,13 +79,13 @@ class EpochDataset(Dataset[dict[str, Any]]):
 
 
 class _Foreign(EpochDataset):
-    """Any other map-style dataset: what it lacks of an `EpochDataset` is added, what it has is used."""
+    """Any other map-style dataset: its own attributes of an `EpochDataset` are used, missing ones get the defaults."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
         self.dataset = dataset
         for name in ("epoch", "classes", "kind", "grid", "vocab_size", "metadata", "condition"):
             setattr(self, name, getattr(dataset, name, getattr(self, name)))
-        if isinstance(self.classes, int):  # their number instead of their names
+        if isinstance(self.classes, int):  # a number of classes instead of their names
             self.classes = [str(number) for number in range(self.classes)]
 
     @property
@@ -112,9 +112,9 @@ class _Foreign(EpochDataset):
 
 
 def as_epoch_dataset(dataset: Dataset[dict[str, Any]]) -> EpochDataset:
-    """``dataset`` with every attribute of an `EpochDataset`, itself if it is one.
+    """``dataset`` itself if it is an `EpochDataset`, else wrapped so that it has every attribute of one.
 
-    The one place that asks a dataset from elsewhere (a config's ``target``, a caller's own class) what it has.
+    Nothing else inspects foreign datasets (a config's ``target``, a caller's own class) for the attributes they have.
     """
     return dataset if isinstance(dataset, EpochDataset) else _Foreign(dataset)
 

@@ -162,7 +162,7 @@ def download(url: str, target: Path, md5: str) -> None:
 
 
 def _fetch(url: str, partial: Path) -> int | None:
-    """Append what ``partial`` lacks; returns the total size if the server gives it."""
+    """Append the bytes that ``partial`` lacks; returns the file's total size, None if the server does not give it."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -217,8 +217,8 @@ def _from_archive(archive: Path, md5: str) -> Iterator[tuple[str, bytes]]:
     found = digest(archive, "md5")
     if found != md5:
         raise UserError(
-            f"{archive}: got MD5 {found}, expected {md5}; the file is incomplete or another one, so delete it and "
-            "download it again"
+            f"{archive}: got MD5 {found}, expected {md5}; the file is incomplete or a different one, so delete it "
+            "and download it again"
         )
     wanted = {f"{FOLDER_NAME}/{name}": name for name in MEMBER_MD5}
     try:

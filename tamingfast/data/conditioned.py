@@ -49,7 +49,7 @@ def build(
     `tamingfast.data.folders.build`, except that sub-folders are not classes.
 
     Raises UserError for images without a condition and conditions without an image, for settings that the kind does not
-    have, and as `tamingfast.data.folders.build`. A condition's content is checked when it is read.
+    have, and where `tamingfast.data.folders.build` does. A condition's content is checked when it is read.
     """
     size = positive("size", size)
     if short_side is not None and positive("short_side", short_side) < size:
@@ -77,7 +77,7 @@ def build(
 
 
 def _with_settings(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with each setting of the kinds as a parameter of its own."""
+    """The signature with ``**settings`` replaced by one parameter for each setting of the kinds."""
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     return signature.replace(
         parameters=[
@@ -87,7 +87,7 @@ def _with_settings(signature: inspect.Signature) -> inspect.Signature:
     )
 
 
-# `tamingfast.data.build` checks the keys of a config by this signature, and only the registry lists the settings.
+# `tamingfast.data.build` checks the keys of a config against this signature; the settings come from the registry.
 build.__signature__ = _with_settings(inspect.signature(build))  # type: ignore[attr-defined]  # see inspect.signature
 
 

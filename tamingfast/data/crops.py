@@ -1,4 +1,4 @@
-"""Squares cut from another dataset's images: what a window of tokens sees of them (the first source, section 4.3)."""
+"""Squares cut from another dataset's images, each as large as what a window of tokens sees (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tamingfast.errors import UserError
 def cut(datasets: tuple[Dataset, Dataset], side: int, seed: int = 0) -> tuple[Crops, Crops]:
     """(train, validation): squares of ``side`` pixels from (train, validation) images.
 
-    A training image gives one random square, by (seed, epoch, index). A validation image gives every square of its
-    tiling, in an order whose beginning represents all of them. Raises UserError when an image is smaller than a square.
+    Each training image gives one random square, a function of (seed, epoch, index). Each validation image gives every
+    square of its tiling; the squares of all images are shuffled, so that the first ones represent the whole set. Raises
+    UserError when the first image is smaller than a square.
     """
     return Crops(datasets[0], side, seed), Crops(datasets[1], side, tiles=True)
 
@@ -26,7 +27,7 @@ def cut(datasets: tuple[Dataset, Dataset], side: int, seed: int = 0) -> tuple[Cr
 class Crops(ArrayDataset):
     """Squares of ``side`` pixels of a dataset's ``image`` (H, W, 3); the rest of an item stays as it is.
 
-    With ``tiles``, the items are the squares of every image's tiling, shuffled once and for all; otherwise item k is a
+    With ``tiles``, the items are the squares of every image's tiling, in one fixed random order; otherwise item k is a
     random square of image k.
     """
 

@@ -35,8 +35,8 @@ def build(
     the class above them. Without sub-folders every image has class 0; images directly in ``path`` next to sub-folders
     are skipped and named by ``report``. Validation images are those under ``validation_path``, whose sub-folders must
     then be among the classes, or else ``validation_fraction`` of the files: those whose path relative to ``path``
-    hashes below that fraction, so that adding files moves none of the others. (If that selects no file at all, or every
-    file, the one with the lowest, or highest, hash changes sides.)
+    hashes below that fraction, so that adding files moves none of the others. (If that selects no file, the one with
+    the lowest hash is taken; if it selects every file, the one with the highest hash is left for training.)
 
     Training images have their shorter side resized to ``size`` and are cropped at random (``random_crop``) and mirrored
     at random (``flip``); validation images are cropped at the centre.
@@ -75,7 +75,7 @@ def build(
 
 
 def scan(root: Path) -> tuple[list[Labelled], list[Skipped]]:
-    """The images under ``root`` that open, and those that do not. UserError if there are none that open."""
+    """The images under ``root`` that open, and those that do not. Raises UserError if none opens."""
     names = sorted(walk(root))
     candidates = [name for name in names if name.lower().endswith(EXTENSIONS)]
     if not candidates:
@@ -89,7 +89,7 @@ def scan(root: Path) -> tuple[list[Labelled], list[Skipped]]:
     if not good:
         path, reason = broken[0]
         raise UserError(
-            f"{root}: got {len(candidates)} image files of which none opens, the first being {path} ({reason}), "
+            f"{root}: got {len(candidates)} image files, none of which opens, the first being {path} ({reason}), "
             "expected readable images; replace them"
         )
     opened = set(good)
@@ -101,7 +101,7 @@ def walk(root: Path) -> Iterator[str]:
     """Relative paths, with "/" as separator, of all files that are not hidden; follows links to folders."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        # A link to a parent folder would never end.
+        # A link to a parent folder would make the walk endless.
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -115,7 +115,7 @@ def walk(root: Path) -> Iterator[str]:
 
 
 def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
-    """Those of ``names`` that are for validation: about ``fraction`` of them, at least one and never all."""
+    """The ``names`` chosen for validation: about ``fraction`` of them, at least one and never all."""
     if not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise UserError(f"validation_fraction: got {fraction!r}, expected a number between 0 and 1")
     if len(names) < 2:
@@ -137,7 +137,7 @@ def _hash_to_unit(name: str) -> float:
 
 
 def _check_classes(root: Path, files: Sequence[Labelled], classes: Sequence[str]) -> None:
-    """UserError for a validation image outside the training classes, if there are classes."""
+    """Raise UserError for a validation image outside the training classes; without classes, any image is valid."""
     known = set(classes)
     for name, label in files if classes else ():
         if label not in known:

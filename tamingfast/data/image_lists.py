@@ -38,7 +38,7 @@ class ImageList(ImageFiles):
         if not good:
             path, reason = broken[0]
             raise UserError(
-                f"{paths_file}: got {len(paths)} paths of which none opens as an image, the first being {path} "
+                f"{paths_file}: got {len(paths)} paths, none of which opens as an image, the first being {path} "
                 f"({reason}), expected paths of images; correct them (relative paths start at the working directory)"
             )
         warn_skipped(broken)

@@ -1,4 +1,4 @@
-"""The batches of a data set: an explicit order, read here or in worker processes, from any batch on."""
+"""The batches of a data set, in an explicit order and from any batch on, read here or in worker processes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def loader(
 ) -> Loader:
     """The items ``order`` of ``dataset`` in batches, as an iterable of dicts with one row per item.
 
-    ``order`` holds the numbers of the items, such as `shuffled` gives them; None takes all items in the data set's own
+    ``order`` holds the numbers of the items, such as those from `shuffled`; None takes all items in the data set's own
     order. ``epoch`` is what the data set's ``set_epoch`` receives. ``workers`` processes read ahead and change nothing
     else. Batches before ``start_batch`` are not read, so that a run that stopped in the middle of an epoch continues
     with exactly the batches that were left; ``drop_last`` leaves out a last batch that is not full. ``len`` of the
     result is the number of batches that it yields. torch's global random state is not touched.
 
-    Raises UserError when ``order`` is shorter than one full batch, ValueError for arguments out of range.
+    Raises UserError when ``drop_last`` would leave no batch, ValueError for arguments out of range.
     """
     items = as_epoch_dataset(dataset)
     order = np.arange(len(items)) if order is None else order

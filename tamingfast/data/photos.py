@@ -128,7 +128,7 @@ class _Crops(ArrayDataset):
 
 
 class PhotoCrops(_Crops):
-    """Random crops: photograph (by weight), scale (uniform), position and flip, by (seed, epoch, index)."""
+    """Random crops. (seed, epoch, index) determine photograph (by weight), scale (uniform), position and flip."""
 
     def __init__(
         self, planes: Sequence[Plane], size: int, seed: int = 0, length: int | None = None, flip: bool = True
@@ -148,7 +148,7 @@ class PhotoCrops(_Crops):
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         choice, row, column, mirror = (random_bits(self.seed, self.epoch, indices, draw) for draw in range(4))
-        # The minimum, because the last cumulative weight may be rounded to below a draw.
+        # The minimum, because rounding may leave the last cumulative weight below a draw.
         which = np.minimum(np.searchsorted(self._cumulative, random_units(choice), side="right"), len(self.planes) - 1)
         tops, lefts = (
             random_integers(row, self._bounds[which, 0]),
@@ -160,7 +160,7 @@ class PhotoCrops(_Crops):
 class PhotoGrid(_Crops):
     """Every crop of the sparsest even grid that covers each whole plane, the same in every epoch.
 
-    The order is shuffled once and for all, so that the first crops already represent all photographs and scales.
+    They are in one fixed random order, so that the first crops already represent all photographs and scales.
     """
 
     def __init__(self, planes: Sequence[Plane], size: int) -> None:
@@ -185,7 +185,7 @@ class PhotoGrid(_Crops):
 def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (height, width, C), each pixel the mean over the area of uint8 (H, W, C) that it covers.
 
-    Pixels on a border count by the covered fraction, so that no ratio of sizes causes moiré.
+    Pixels that are covered in part count by that part, so that no ratio of sizes causes moiré.
     """
     rows, columns = _coverage(pixels.shape[0], height), _coverage(pixels.shape[1], width)
     mean = np.einsum("yY,YXc->yXc", rows, pixels.astype(np.float64), optimize=True)
@@ -207,7 +207,7 @@ def _even(room: int, stride: int) -> list[int]:
 
 
 def _planes(photograph: Photograph, size: int) -> list[Plane]:
-    """The photograph at every scale that does not enlarge it, and at its own if that is within their range."""
+    """The photograph at every scale that does not enlarge it, and at its own size if that is within their range."""
     pixels = _read(photograph)
     height, width = pixels.shape[:2]
     native = min(height, width)

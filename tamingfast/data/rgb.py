@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 
 from tamingfast.progress import bar
 
-#: What the names of image files end in, in lower case.
+#: Extensions of image files, in lower case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 #: What Pillow raises for files that are not what they claim to be.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-# A file with the wrong extension is common and is read anyway; decoders that start other programs are not allowed.
+# Files with a wrong extension are common, so the content decides; decoders that start other programs are left out.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # x / 127.5 - 1 rounded once from double precision, as the original repository's loaders compute it.
@@ -52,7 +52,7 @@ class View:
     key: int = 0
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """That part of any array (H, W, ...) over the picture."""
+        """The same part of an array (H, W, ...) with the picture's height and width."""
         part = array[self.top : self.top + self.height, self.left : self.left + self.width]
         return part[:, ::-1] if self.flipped else part
 
@@ -68,8 +68,8 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None) -> Image.Im
             # JPEG only: decodes at a reduced scale that is still at least twice the size needed.
             image.draft(None, (2 * short_side, 2 * short_side))
         image.load()
-        # In place, where the pixels are turned before the tags are rewritten, because a damaged EXIF block may raise
-        # anything at either point and is no reason to lose the picture.
+        # A damaged EXIF block may raise anything, and is no reason to lose the picture. In place, because Pillow then
+        # turns the pixels before it rewrites the tags, so that an error in the latter leaves the picture upright.
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
@@ -98,7 +98,9 @@ def _open(path: str | os.PathLike) -> Image.Image:
     image = Image.open(path, formats=_FORMATS)
     if image.mode == "F":
         image.close()
-        raise ValueError("pixels: got floating point, expected integers, whose white is known; save it with 8 bits")
+        raise ValueError(
+            "pixels: got floating-point values without a known white, expected integers; save the image with 8 bits"
+        )
     return image
 
 

@@ -1,8 +1,9 @@
 """Token files: images as grids of codebook indices, from ``tamingfast encode`` to the training of the prior.
 
 A token file is a safetensors file with the integer tensor ``indices`` (N, h, w), optionally ``class_label`` (N,) and
-the tokens of spatial conditions, ``conditions`` (N, h, w). Its string metadata are ``format``, ``vocab_size``, with
-labels ``classes`` (a JSON list of names), and with conditions ``condition`` (a `ConditionRecord` as JSON).
+the tokens of spatial conditions, ``conditions`` (N, h, w). Its metadata, all strings, are ``format`` and
+``vocab_size``; for named labels also ``classes`` (a JSON list of names); for conditions also ``condition`` (a
+`ConditionRecord` as JSON).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _AGAIN = "write it again with tamingfast encode"
 
 
 class _Stored(NamedTuple):
-    """A tensor as it lies in the file: safetensors' name of its type, shape, and size in bytes."""
+    """A tensor in the file: safetensors' name of its type, its shape, and its size in bytes."""
 
     code: str
     shape: tuple[int, ...]
@@ -55,10 +56,10 @@ def write_tokens(
 
     ``indices`` is integer (N, h, w), or an iterable of such arrays with equal (h, w). Tokens are stored in the smallest
     of uint8, int16 and int32 that can hold ``vocab_size`` values. ``class_label`` has N integers, in any nesting of
-    arrays; it is read after the last of ``indices``, so a generator of those may fill the list passed here.
-    ``conditions`` are arrays like ``indices`` and are also read after them; ``condition``, required with them,
-    describes them and needs ``vocab_size``. ``classes`` names the labels. ``metadata`` records the origin of the tokens
-    (first stage, dataset, flips).
+    arrays; it is read after the last of ``indices``, so a generator passed as ``indices`` may fill the list
+    passed here. ``conditions`` are arrays like ``indices`` and are also read after them; ``condition``, required with
+    them, describes them and must have ``vocab_size``. ``classes`` names the labels. ``metadata`` records the origin of
+    the tokens (first stage, dataset, flips).
 
     Raises ValueError for tokens outside 0 to vocab_size - 1, grids of different shapes, a number of labels or
     conditions other than N, no grids at all, conditions without their record, and reserved or non-string metadata.
@@ -163,7 +164,7 @@ def _header(metadata: dict[str, str], tensors: dict[str, _Stored], room: int) ->
 def build(
     path: str | os.PathLike, validation_path: str | os.PathLike | None = None
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """(training, validation) from token files; validation is None without a path. Raises as `TokenDataset`."""
+    """(training, validation) from token files; validation is None without a path. Raises what `TokenDataset` raises."""
     return TokenDataset(path), TokenDataset(validation_path) if validation_path else None
 
 
@@ -247,7 +248,7 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path}: got no such file, expected a token file; correct the path") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path}: got a truncated file or no safetensors file ({error}), expected a token file; {_AGAIN}"
+            f"{path}: got a truncated file or one of another format ({error}), expected a token file; {_AGAIN}"
         ) from error
     if metadata.get("format") != FORMAT or not metadata.get("vocab_size", "").isdecimal():
         raise UserError(
@@ -261,8 +262,8 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     agree = shapes.get("class_label", grids[:1]) == grids[:1] == conditions[:1]
     if not whole or len(grids) != 3 or len(conditions) != 3 or not agree:
         raise UserError(
-            f"{path}: got tensors {shapes}, expected integers indices (N, h, w) and optionally class_label (N,) and "
-            f"conditions (N, h, w); {_AGAIN}"
+            f"{path}: got tensors {shapes}, expected integer tensors: indices (N, h, w), optionally class_label "
+            f"(N,) and conditions (N, h, w); {_AGAIN}"
         )
     if "conditions" in shapes and "condition" not in metadata:
         raise UserError(f"{path}: got conditions without a record of what they are, expected both; {_AGAIN}")

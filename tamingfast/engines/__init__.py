@@ -1,4 +1,4 @@
-"""What runs a network without Python between its layers: the CPU engine, the CUDA engine, bands of rows."""
+"""Engines: decoding on the CPU or a GPU without Python between tokens, and large images in bands of rows."""
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine

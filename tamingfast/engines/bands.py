@@ -1,10 +1,11 @@
 """Runs encoders and decoders on images whose feature maps do not fit into memory, in bands of rows.
 
 An image that fits runs whole. Otherwise it goes through the network one convolution at a time: the input is read in
-bands of rows with one row more above and below, normalised, convolved and written to the next feature map, whose means
+bands of rows with one extra row above and below, normalised, convolved and written to the next feature map, whose means
 and variances are accumulated on the way for the normalisation that follows. So nothing is computed twice, there are no
-seams, and the result equals the whole image's up to rounding. Feature maps that exceed the memory are kept in a scratch
-file, or for a GPU in the host's memory if it has room. Attention, found at the lowest resolutions only, runs whole.
+seams, and the result equals that of the whole image up to rounding. Feature maps that exceed the memory are kept in a
+scratch file, or for a GPU in the host's memory if it has room. Attention, which occurs at the lowest resolutions only,
+runs whole.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from tamingfast.engines.layers import (
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import available_memory
 
-#: Peak memory of a layer that runs whole, in feature maps of its larger side: input, normalised input, output and a
-#: library's copies of two; for attention also queries, keys, values and what is computed from them.
+#: Peak memory of a layer that runs whole, counted in copies of its input or output, whichever is larger: the input, the
+#: normalised input, the output and a library's copies of two; for attention also queries, keys, values and results.
 MAPS, ATTENTION_MAPS = 6, 10
-#: Largest band in bytes: glibc returns blocks beyond 32 MiB to the system each time and gets them back zeroed.
+#: Largest band in bytes: glibc returns every freed block above 32 MiB to the system, which zeroes it for the next use.
 BAND = 24 << 20
-#: Peak memory of a convolution in bands.
+#: Peak memory of a convolution that runs in bands, counted in bands.
 BAND_MAPS = 8
 
 Progress = Callable[[int, int], object]
@@ -49,16 +50,16 @@ Progress = Callable[[int, int], object]
 
 @torch.no_grad()
 def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-    """``network(x)``, as many images at a time as memory allows, in bands if it does not even hold one.
+    """``network(x)``: several images at a time if memory allows, in bands if not even one fits.
 
     Args:
         network: an encoder or a decoder.
         x: (B, C, H, W).
         memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
-        progress: called as progress(done, total) with multiply-adds over all images, while images run in bands.
+        progress: called as progress(done, total), in multiply-adds over all images; only while images run in bands.
 
     Raises:
-        UserError: ``memory`` does not hold bands of two rows, or the disk not the feature maps beyond ``memory``.
+        UserError: ``memory`` is too small for bands of two rows, or the disk for the feature maps that exceed it.
     """
     layers = network.layers()
     memory = available_memory(x.device) // 2 if memory is None else memory
@@ -88,7 +89,7 @@ def _shape(x: Tensor) -> Shape:
 
 
 def _peak(layer: Layer, before: Shape, after: Shape) -> int:
-    """Values in memory at the peak of a layer that runs whole."""
+    """Peak number of values in memory while a layer runs whole."""
     maps = ATTENTION_MAPS if isinstance(layer, Attention) else MAPS
     return maps * max(math.prod(before), math.prod(after))
 
@@ -109,7 +110,7 @@ def _one(
     work: Sequence[int],
     advance: Callable[[float], None],
 ) -> Tensor:
-    """One image (1, C, H, W) through the layers, each of them whole if it fits, else in bands."""
+    """Run one image (1, C, H, W) through the layers, each whole if it fits, else in bands."""
     size = x.element_size()
     rows = [max(math.prod(before), math.prod(after)) // after[1] for before, after in pairwise(sides)]
     store = _Store(memory, math.prod(sides[-1]) * size, 2 * max(rows) * size, x)
@@ -150,7 +151,7 @@ def _in_bands(
 ) -> _Map:
     """The layer's output, written over its input if possible; the input is closed or overwritten.
 
-    ``advance`` is called after each band with the share of the layer's work that it was.
+    ``advance`` is called after each band with its share of the layer's work.
     """
     if isinstance(layer, Residual):
         return _residual_in_bands(layer, x, shape, store, last, lambda part: advance(part / 2))
@@ -190,7 +191,7 @@ def _convolve_all(
     skip: _Map | None = None,
     shortcut: nn.Conv2d | None = None,
 ) -> _Map:
-    """``out`` = conv(norm(source)) + skip, with ``skip`` through the convolution ``shortcut`` if there is one."""
+    """``out`` = conv(norm(source)) + skip; ``skip`` goes through the convolution ``shortcut`` first, if given."""
     for top, bottom in out.bands(source):
         band = _convolve(conv, source, top, bottom, norm)
         if skip is not None:
@@ -222,7 +223,7 @@ def _down(layer: Downsample, source: _Map, top: int, bottom: int) -> Tensor:
 
 
 class _Store:
-    """Memory for the feature maps of one image, and the scratch files beyond it.
+    """The memory budget for the feature maps of one image, and scratch files for maps that exceed it.
 
     Attributes:
         band: bytes of the largest feature map of a band.
@@ -248,7 +249,7 @@ class _Store:
         return _Scratch(self, shape, size)
 
     def adopt(self, x: Tensor) -> _Map:
-        """The output (1, C, H, W) of a layer that ran whole, as a feature map."""
+        """The output (1, C, H, W) of a layer that ran whole, as a feature map of this store."""
         adopted = _InMemory(self, _shape(x), x, x.nbytes)
         for top, bottom in adopted.bands(adopted):
             adopted.count(top, adopted.read(top, bottom))
@@ -263,7 +264,7 @@ class _Map:
 
     Attributes:
         shape: channels, height, width.
-        charged: bytes of the store's memory that it takes.
+        charged: bytes that it takes from the store's memory.
     """
 
     def __init__(self, store: _Store, shape: Shape, charged: int) -> None:
@@ -283,7 +284,7 @@ class _Map:
         raise NotImplementedError
 
     def whole(self) -> Tensor:
-        """All of it, (1, C, H, W), contiguous; closes the feature map."""
+        """The whole map, (1, C, H, W), contiguous; closes it."""
         raise NotImplementedError
 
     def bands(self, source: _Map) -> Iterator[tuple[int, int]]:
@@ -306,10 +307,10 @@ class _Map:
         return F.pad(band, (0, 0, *beyond)) if any(beyond) else band
 
     def count(self, top: int, band: Tensor) -> None:
-        """Add rows from ``top`` on to the moments."""
+        """Add the rows of ``band``, which begin at ``top``, to the channels' moments."""
         wide = band.to(torch.promote_types(band.dtype, torch.float32))
         if top == 0:
-            # Sums of squares of values far from zero would lose the variance.
+            # Values are summed relative to an offset: squares of values far from zero would drown the variance.
             self._offset = wide[:, :, 0].mean(-1)[..., None, None]
             self._count = 0
             self._first = self._second = wide.new_zeros(wide.shape[1], dtype=torch.float64)
@@ -319,7 +320,7 @@ class _Map:
         self._second = self._second + wide.square_().sum((0, 2, 3)).double()
 
     def _affine(self, norm: Norm) -> tuple[Tensor, Tensor]:
-        """The normalisation as a factor and a summand for each channel: float64 (C,) each."""
+        """The normalisation as a scale and a shift for each channel: float64 (C,) each."""
         drift = self._first / self._count
         mean = self._offset.flatten().double() + drift
         variance = self._second / self._count - drift.square()
@@ -398,5 +399,5 @@ class _Scratch(_Map):
 
 
 def scratch_directory() -> str:
-    """A directory for large temporary files: ``TMPDIR``, else /var/tmp, because /tmp is often a part of memory."""
+    """A directory for large temporary files: ``TMPDIR``, else /var/tmp, because /tmp is often kept in memory."""
     return os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())

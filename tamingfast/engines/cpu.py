@@ -25,13 +25,13 @@ class GPTEngine:
 
     Args:
         gpt: on the CPU, of any floating-point type; its weights are copied.
-        dtype: of the packed weights, one of `DTYPES`.
-        threads: None follows `torch.get_num_threads()` at each call.
+        dtype: type of the packed weights, one of `DTYPES`.
+        threads: number of threads; None takes `torch.get_num_threads()` at each call.
 
     Raises:
         ValueError: an unknown dtype, or threads below 1.
         RuntimeError: the engine cannot run this GPT; see `refusal`.
-        MemoryError: the weights do not fit; the message gives the bytes.
+        MemoryError: the weights do not fit; the message states the bytes needed.
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
@@ -73,9 +73,10 @@ class GPTEngine:
         return Room(self.vocab_size, slots, capacity, self._native.length, self._n_unmasked)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Replaces the cache by one of ``slots`` empty sequences of at most ``length`` positions.
+        """Replaces the cache with one of ``slots`` empty slots of ``length`` positions.
 
-        Raises ValueError for sizes out of range; MemoryError, with the bytes needed, keeps the old cache.
+        Raises ValueError for sizes out of range. Raises MemoryError, with the bytes needed, and keeps the old cache if
+        the new one does not fit.
         """
         check_reserve(slots, length, self._block_size)
         self._native.reserve(slots, length)
@@ -104,18 +105,18 @@ class GPTEngine:
         """Feeds tokens to slots; the weights are read once for all of them.
 
         Args:
-            items: (slot, start, tokens) each: tokens at positions ``start`` onwards of distinct slots. ``start`` is at
-                most the slot's length, and later positions are dropped. Positions of an unmasked prefix
-                (``n_unmasked``), which attend to each other, must come in one piece, from 0 on.
+            items: (slot, start, tokens) each, for distinct slots; the tokens go to positions ``start`` onwards.
+                ``start`` is at most the slot's length, and its later positions are dropped. The positions of an
+                unmasked prefix (``n_unmasked``) attend to each other, so they must come in one piece, from 0 on.
             logits: "last" gives float32 (items, vocab_size), "all" (all tokens, vocab_size), "none" (0, vocab_size).
 
         Raises:
-            ValueError: names the slot, start, position or token that is out of range.
+            ValueError: a slot, start, position or token out of range, which the message names.
         """
         return self.feed(*spans_of(items), logits)
 
     def feed(self, tokens: Tensor, spans: Sequence[Span], logits: str = "last") -> Tensor:
-        """As `step`, for the tokens of all spans in turn: int64 (T,)."""
+        """As `step`; ``tokens`` is int64 (T,), those of all spans one after the other."""
         self._room.check_step(tokens, spans, logits)
         self._room.check_tokens(tokens)
         rows = {"none": 0, "last": len(spans), "all": len(tokens)}[logits]
@@ -127,7 +128,7 @@ class GPTEngine:
         return out
 
     def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
-        """Decodes the tokens that are asked for and writes them into ``request.sequences``.
+        """Decodes the requested tokens and writes them into ``request.sequences``.
 
         Args:
             request: its sequences are on the CPU.
@@ -135,8 +136,8 @@ class GPTEngine:
             every: at least 1.
 
         Raises:
-            ValueError: names the argument that is wrong; or the logits hold NaN.
-            KeyboardInterrupt: within 100 ms of Ctrl-C; the slots' lengths then count what is valid.
+            ValueError: an invalid argument, which the message names, or logits that hold NaN.
+            KeyboardInterrupt: within 100 ms of Ctrl-C; the slots' lengths then count the valid positions.
         """
         check_range("every", every, 1)
         request.check_fits(self._room, torch.device("cpu"))

@@ -1,8 +1,8 @@
-"""What an encoder or a decoder is made of: layers in the order in which they run, each with its torch modules.
+"""Describes an encoder or a decoder as a list of layers in the order in which they run, each with its torch modules.
 
 Engines run a first stage from this description and never look at its class. Widths, kernel sizes, strides and padding
-are those of the ``torch.nn.Conv2d`` modules; groups, eps and activation those of the norms. Every layer can be called
-to run whole, and says what shape it makes of a feature map.
+are those of the ``torch.nn.Conv2d`` modules; groups, eps and activation those of the norms. Calling a layer runs
+it on a whole feature map; its `shape` method gives the shape of the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 Shape: TypeAlias = tuple[int, int, int]  # channels, height, width
 
-#: Zeros (left, right, top, bottom) that a `Downsample` puts around its input before its convolution, which adds none.
+#: Zeros (left, right, top, bottom) that a `Downsample` adds around its input; its convolution then adds none.
 DOWNSAMPLE_PADDING = (0, 1, 0, 1)
 
 

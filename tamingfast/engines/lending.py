@@ -1,4 +1,4 @@
-"""Which engine runs a GPT, and engines that are kept with it from call to call.
+"""Chooses the engine that runs a GPT, and keeps engines with their GPT from call to call.
 
 A GPT's device decides: `GPTEngine` on the CPU, `CudaEngine` on a GPU.
 """
@@ -18,9 +18,9 @@ from tamingfast.engines.networks import Transformer
 from tamingfast.ops import backends
 
 Engine = GPTEngine | CudaEngine
-#: By the type of device.
+#: The engines by type of device.
 ENGINES: dict[str, type[GPTEngine] | type[CudaEngine]] = {"cpu": GPTEngine, "cuda": CudaEngine}
-#: A parameter of at least twice as many elements is compared by a sample of them.
+#: Only a sample of the elements is compared if a parameter has at least twice as many as this.
 _SAMPLED = 512
 
 
@@ -33,17 +33,17 @@ def refusal(gpt: Transformer) -> str | None:
 
 
 def dtypes(gpt: Transformer) -> tuple[str, ...]:
-    """The types of weights that the engine of the GPT's device offers."""
+    """The weight dtypes that the engine for the GPT's device offers."""
     device = _device_type(gpt)
     return ENGINES[device].DTYPES if device in ENGINES else ()
 
 
 @contextlib.contextmanager
 def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> Iterator[Engine]:
-    """An engine of this GPT with at least that many slots of ``length`` positions, all empty, for the caller alone.
+    """An engine for this GPT, for the caller alone, with at least ``slots`` empty slots of ``length`` positions.
 
-    It is kept with the GPT afterwards, so that weights are packed again only after they have changed. Raises as the
-    engine's constructor and `reserve` do.
+    It is kept with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the
+    engine's constructor and `reserve` raise.
     """
     state = _Snapshot(gpt)
     kept = _kept.setdefault(gpt, {})
@@ -66,12 +66,12 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
 
 
 class _Snapshot:
-    """The state of a GPT's parameters at one time; equal to that of another time as long as no write is noticed.
+    """The state of a GPT's parameters at one time; two snapshots are equal if no write between them is noticed.
 
-    A write by torch to a parameter, or to what `detach` makes of it, changes its version, and another tensor in its
-    place has another address. Writes through `.data`, NumPy, DLPack or an extension change neither; they are noticed
-    if they change one of the elements that are compared bit by bit: all of a parameter with fewer than 1024, and 512
-    to 1023 of a larger one, evenly spaced.
+    A write by torch to a parameter, or to a detached view of it, changes the parameter's version; a tensor that
+    replaces it has another address. Writes through `.data`, NumPy, DLPack or an extension change neither. They are
+    noticed only if they change an element that is compared bit by bit: every element of a parameter with fewer than
+    1024, and 512 to 1023 evenly spaced elements of a larger one.
     """
 
     def __init__(self, gpt: Transformer) -> None:
@@ -91,7 +91,7 @@ class _Snapshot:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An engine that nobody uses now, and the state of its GPT when the engine was made."""
+    """An idle engine, and the state of its GPT when the engine was made."""
 
     state: _Snapshot
     engine: Engine

@@ -1,4 +1,4 @@
-"""What engines and samplers know of a network: a description, never its class."""
+"""What engines and samplers require of a network, as protocols: they never look at its class."""
 
 from __future__ import annotations
 

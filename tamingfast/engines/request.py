@@ -17,7 +17,7 @@ from tamingfast.ops.choice import WORD, Choice
 
 #: Which rows of logits a step returns: none, those of each span's last token, those of all tokens.
 LOGITS = ("none", "last", "all")
-#: Tokens to feed as lists: (slot, start, tokens) each.
+#: Tokens to feed: (slot, start, tokens) for each slot.
 Items = Iterable[tuple[int, int, Iterable[int]]]
 _MOST_SLOTS = 1 << 24
 
@@ -51,7 +51,7 @@ class Room:
         vocab_size: entries of the vocabulary.
         slots: number of slots.
         capacity: positions of a slot.
-        length: of a slot, the number of its valid positions now.
+        length: returns the current number of valid positions of a slot.
         n_unmasked: leading positions that attend to each other; 0 for plain causal attention.
     """
 
@@ -62,23 +62,23 @@ class Room:
     n_unmasked: int = 0
 
     def check_slot(self, name: str, slot: int) -> None:
-        """There must be such a slot."""
+        """The slot must exist."""
         if not self.slots:
             raise ValueError(f"{name}: got {slot}, expected a slot of the cache; call reserve() first")
         check_range(name, slot, 0, self.slots - 1)
 
     def check_length(self, slot: int, length: int) -> None:
-        """The slot must hold that many positions."""
+        """The slot must hold at least ``length`` positions."""
         check_range("length", length, 0, self.length(slot))
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """All tokens must lie in the vocabulary. The host waits for a GPU."""
+        """All tokens must lie in the vocabulary. On a GPU, this makes the host wait."""
         if tokens.numel():
             for token in torch.stack(tokens.aminmax()).tolist():
                 check_range("token", token, 0, self.vocab_size - 1)
 
     def check_step(self, tokens: Tensor, spans: Sequence[Span], logits: str) -> None:
-        """Every span must fit its slot, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` one of `LOGITS`."""
+        """Spans must fit their slots, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` one of `LOGITS`."""
         if logits not in LOGITS:
             raise ValueError(f"logits: got {logits!r}, expected one of {', '.join(LOGITS)}")
         count = sum(span.count for span in spans)
@@ -131,7 +131,7 @@ class DecodeRequest:
         slots: (B,), one for each sequence, all different.
         sequences: contiguous int64 (B, L), into which the tokens are written. Every token before a step must be known
             already or be a step itself.
-        steps: (S,), indices of the tokens to decode, rising, from 1 on.
+        steps: (S,), indices in a sequence of the tokens to decode, strictly increasing, at least 1.
         wanted: bool (B, S); where False, the sequence keeps its token. Default: all True.
         rows, columns: (S,), each token's place in its grid, which keys its noise. Default: row 0, column its step.
         images: (B,), the images' numbers, which key the noise. Default: 0 onwards.
@@ -193,7 +193,7 @@ class DecodeRequest:
             raise ValueError(f"slot: got {self.slots}, expected every slot at most once")
         for before, step in pairwise(self.steps):
             if step <= before:
-                raise ValueError(f"steps: got {step} after {before}, expected rising steps")
+                raise ValueError(f"steps: got {step} after {before}, expected increasing steps")
         for step in (*self.steps[:1], *self.steps[-1:]):
             check_range("steps", step, 1, self.sequences.shape[1] - 1)
         for name, values in (("rows", self.rows), ("columns", self.columns), ("images", self.images)):
@@ -203,9 +203,9 @@ class DecodeRequest:
         check_range("fed", self.fed, 0)
 
     def check_fits(self, room: Room, device: torch.device) -> None:
-        """Raises ValueError where an engine on ``device`` has no such slots, positions or vocabulary entries.
+        """Raises ValueError unless an engine on ``device`` has these slots, positions and vocabulary entries.
 
-        The host waits for a GPU, once.
+        On a GPU, this makes the host wait once.
         """
         if self.sequences.device != device:
             raise ValueError(f"sequences: got a tensor on {self.sequences.device}, expected one on {device}")

@@ -1,4 +1,4 @@
-"""Which engine samples: the one place that chooses, and says why another one cannot."""
+"""Chooses the engine that samples, and says why another one cannot. Nothing else makes this choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tamingfast.engines.networks import Transformer
 from tamingfast.errors import UserError
 from tamingfast.ops import backends
 
-#: "native": the extension's engine of the transformer's device; "torch": torch with a static key/value cache; "naive":
+#: "native": the extension's engine for the transformer's device; "torch": torch with a static key/value cache; "naive":
 #: the paper's full forward pass for every token; "auto": the fastest of these that can run.
 ENGINES = ("auto", "native", "torch", "naive")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -26,7 +26,7 @@ def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str
         dtype: one of `DTYPES`, or None for the transformer's own.
 
     Raises:
-        UserError: an unknown name, or an engine or dtype that cannot be had here, with the reason.
+        UserError: an unknown name, or an engine or dtype that is not available here, with the reason.
     """
     if engine not in ENGINES:
         raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
@@ -48,12 +48,12 @@ def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str
     if name == "int8":
         why = reason or f"the engine is {engine!r}"
         raise UserError(
-            f"dtype: got 'int8', expected another one as only the native engine has it ({why}); use bfloat16"
+            f"dtype: got 'int8', expected another one, as only the native engine has it ({why}); use bfloat16"
         )
     return "torch" if engine == "auto" else engine, name
 
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log a warning the first time it is given."""
+    """Log a warning, each distinct message only once."""
     logger.warning(message)

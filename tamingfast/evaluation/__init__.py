@@ -1,8 +1,8 @@
 """Measures of a model: its reconstructions, its likelihoods, and the distance of its samples from real images.
 
 `reconstruction` and `likelihood` take a model and a data set. `samples` and `reconstructions` make images, which
-`distances` compares with real ones in the features of a network from `load_features`. `evaluate` measures everything
-that a model allows.
+`distances` compares with real ones in the features of a network from `load_features`. `evaluate` takes every measure
+that applies to a model; `evaluate_model` does the same from paths and settings.
 """
 
 from __future__ import annotations

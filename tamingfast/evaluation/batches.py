@@ -48,7 +48,7 @@ def batches(
 def images_of(
     dataset: Dataset, batch_size: int = 16, limit: int | None = None, seed: int = 0, key: str = "image"
 ) -> Iterator[Tensor]:
-    """The images of `batches` as (b, C, H, W). Raises UserError when the data set has none under ``key``."""
+    """The images of `batches` as (b, C, H, W). Raises UserError if the data set has none under ``key``."""
     for batch in batches(dataset, batch_size, limit, seed):
         if key not in batch:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Distances between sets of images, by the features that a network gives them."""
+"""Distances between sets of images, in the features of a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tamingfast.evaluation.features import INCEPTION, Extractor, Features, extract
 
-#: The most parts that the Inception score is averaged over (Salimans et al. 2016).
+#: Largest number of parts that the Inception score is averaged over (Salimans et al. 2016).
 _SPLITS = 10
 
 

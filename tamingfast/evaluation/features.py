@@ -62,7 +62,7 @@ class _Inception(Extractor):
             except OSError as error:
                 raise UserError(
                     f"{INCEPTION}: got '{error}' on downloading its weights, expected a connection; give a local file "
-                    "of them"
+                    "of the weights"
                 ) from error
         else:
             self.net = _with_weights(FeatureExtractorInceptionV3, options, Path(weights))
@@ -124,8 +124,8 @@ def load_features(
 ) -> Extractor:
     """The network `INCEPTION` or `EFFICIENTNET` for `extract`.
 
-    ``weights`` is a local file to use instead of the weights that come with the package or that it downloads. Raises
-    UserError for unknown names, and when the package or its weights are not available.
+    ``weights`` is a local file that replaces the weights that the package contains or downloads. Raises UserError for
+    unknown names, and if the package or its weights are not available.
     """
     if name not in _NETWORKS:
         raise UserError(f"features: got '{name}', expected {' or '.join(_NETWORKS)}{nearest(str(name), _NETWORKS)}")
@@ -136,7 +136,7 @@ def load_features(
 def extract(network: Extractor, batches: Iterable[Tensor]) -> Features:
     """The features of images (b, C, H, W) in [-1, 1], C = 1 or 3, after rounding to 8 bits as in files.
 
-    Raises ValueError when there are no images.
+    Raises ValueError if there are no images.
     """
     device = next(network.parameters()).device
     values, logits = [], []

@@ -1,4 +1,4 @@
-"""Images that a model makes: samples of a prior and reconstructions by a first stage."""
+"""Images made by a model: samples of a prior, and reconstructions by a first stage."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def samples(
 ) -> Iterator[Tensor]:
     """``count`` samples of a prior in batches (b, 3, H, W) in [-1, 1], of the size of the data set's images.
 
-    The conditions are those of images drawn from the data set by ``seed``, repeated when there are fewer than
+    The conditions are those of images drawn from the data set by ``seed``, repeated if there are fewer than
     ``count``. ``options`` go to `tamingfast.tasks.draw`; ``progress(done, total)`` counts tokens. Raises UserError
-    when the model is no prior.
+    if the model is not a prior.
     """
     prior = tasks.check_prior(model)
     rows, columns = grid_of(dataset, prior.first_stage_model)

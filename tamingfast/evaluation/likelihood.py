@@ -51,7 +51,7 @@ def likelihood(
           the model that draws a colour cluster and then, uniformly, one of the 8-bit colours nearest to it.
 
     Raises:
-        UserError: the model is no prior, or the images have more tokens than its context.
+        UserError: the model is not a prior, or the images have more tokens than its context holds.
     """
     prior = tasks.check_prior(model)
     if device is not None:

@@ -1,4 +1,4 @@
-"""Plots of what was measured."""
+"""Plots of measurements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tamingfast import report
 
 
 def plot_schedules(path: str | os.PathLike, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Plot the likelihood of real images under each schedule against its work, as PNG.
+    """Plot the likelihood of real images under each schedule against its work, as a PNG.
 
-    Each row has ``name``, ``nats``, and ``tokens_per_token`` or, if every row has it, ``seconds``. Raises UserError for
-    a path with the suffix of another format.
+    Each row has ``name``, ``nats`` (per token) and ``tokens_per_token``. If every row has ``seconds``, they are plotted
+    instead of ``tokens_per_token``. Raises UserError unless the path has the suffix .png.
     """
     from matplotlib import ticker  # optional package
 

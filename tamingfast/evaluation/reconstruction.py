@@ -44,7 +44,7 @@ def reconstruction(
         ``images``, their number; ``l1``, mean absolute difference of images in [-1, 1]; ``psnr`` in dB and ``ssim``,
         means over images of 8-bit pixels, SSIM with the Gaussian window of Wang et al. (2004) over each channel;
         ``lpips``; ``codebook_usage``, the share of codes that occur, and ``codebook_perplexity``, exp of the entropy of
-        their frequencies. ``psnr`` is None when an image is reconstructed exactly, ``ssim`` for sides below 11 pixels,
+        their frequencies. ``psnr`` is None if an image is reconstructed exactly, ``ssim`` for sides below 11 pixels,
         ``lpips`` for sides below 16.
 
     Raises:
@@ -61,7 +61,7 @@ def reconstruction(
     total = 0
     for batch in images_of(dataset, batch_size, limit, seed, key=stage.image_key):
         x = _checked(batch).to(stage.device)
-        tasks.grid_size(model, *x.shape[2:])  # refuses sides that the factor does not divide
+        tasks.grid_size(model, *x.shape[2:])  # refuses sides that are not multiples of the factor
         quant, _, (_, _, indices) = stage.encode(x)
         out = stage.decode(quant).clamp(-1, 1)
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))

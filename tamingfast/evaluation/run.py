@@ -1,4 +1,4 @@
-"""The whole evaluation of a model, from paths and settings: data, networks of features, figures."""
+"""The whole evaluation of a model, from paths and settings: `evaluate_model`."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def evaluate_model(
     options: DrawingOptions = PAPER,
     bars: Bars = silent,
 ) -> dict[str, Any]:
-    """All figures that a model allows on real images: `evaluate`, with everything that it needs made here.
+    """Take every measure that applies to a model on real images: prepare the data and networks, then call `evaluate`.
 
     Args:
         model: a first stage or a prior, or the path of its run or checkpoint.
-        data: a data set; the settings that make one, whose validation set is taken; a directory, all images below which
-            are taken; None takes the validation set that the model was trained with.
+        data: a data set; the settings of one, whose validation set is used; or a directory, of which all images are
+            used, those in subdirectories included. None uses the validation set that the model was trained with.
         limit: the number of images, drawn by the seed; None takes all.
-        samples: the number of samples of a prior.
-        features: "inception" or "efficientnet-lite0"; by default inception where its weights are given, else
-            efficientnet-lite0 where it is installed.
-        inception_weights, perceptual_weights: files of the Inception network, and of VGG16 for LPIPS; by default the
-            packages' own.
-        options: for drawing the samples; the batch is that of all figures.
-        bars: opens counters of progress; see `tamingfast.progress`.
+        samples: the number of samples to draw from a prior.
+        features: "inception" or "efficientnet-lite0"; default: inception if its weights are given, else
+            efficientnet-lite0 if it is installed.
+        inception_weights, perceptual_weights: files with the weights of the Inception network, and of VGG16 for LPIPS;
+            default: the weights of their packages.
+        options: how samples are drawn; its ``batch`` and ``seed`` apply to all measures.
+        bars: opens progress counters; see `tamingfast.progress`.
 
     Returns:
-        ``model``, ``data``, ``machine`` and ``sampling`` in words; ``missing``, what was not computed and why; and what
-        `evaluate` returns.
+        ``model``, ``data`` and ``machine`` as text; ``sampling``, the options of drawing; ``missing``, what was not
+        computed and why; and the results of `evaluate`.
 
     Raises:
-        UserError: data that the model cannot be evaluated on, or a network that was asked for and is missing.
+        UserError: data that the model cannot be evaluated on, or a network that was requested but is not available.
     """
     at_least_one(samples, "samples")
     at_least_one(1 if limit is None else limit, "limit")
@@ -82,7 +82,7 @@ def evaluate_model(
 def _data(
     model: nn.Module, data: Dataset | Mapping[str, Any] | str | os.PathLike[str] | None
 ) -> tuple[EpochDataset | None, EpochDataset]:
-    """(training set, the images to evaluate on); there is no training set for a data set or a directory."""
+    """(training set, images to evaluate on); the training set is None if a data set or a directory is given."""
     if isinstance(data, str | os.PathLike):
         return None, _folder(model, data)
     if data is not None and not isinstance(data, Mapping):
@@ -100,8 +100,8 @@ def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     classes, found = tasks.classes_of(model), len(dataset.classes or ())
     if classes is not None and found != classes:
         raise UserError(
-            f"{folder}: got {found} class folders, expected {classes}, the classes that the model knows; give a "
-            "directory with one for each, in the order of their names"
+            f"{folder}: got {found} class folders, expected {classes}, one for each class of the model; give a "
+            "directory whose class folders, sorted by name, are in the model's order"
         )
     return dataset
 
@@ -112,13 +112,13 @@ def _networks(
     inception_weights: str | os.PathLike[str] | None,
     perceptual_weights: str | os.PathLike[str] | None,
 ) -> tuple[Extractor | None, LPIPS | None, dict[str, str]]:
-    """(network of features, LPIPS, why either is missing); UserError when one that was asked for is."""
+    """(network of features, LPIPS, why either is missing); UserError if one that was requested is missing."""
     name = features or (INCEPTION if inception_weights else EFFICIENTNET)
     if inception_weights and name != INCEPTION:
         raise UserError(f"inception_weights: got a file, expected none with the features of {name}; leave one out")
     if perceptual_weights == RANDOM:
         raise UserError(
-            "perceptual_weights: got 'random', whose distance is no LPIPS, expected a file of VGG16's weights"
+            "perceptual_weights: got 'random', whose distance is not LPIPS, expected a file of VGG16's weights"
         )
     network = perceptual = None
     missing = {}

@@ -42,11 +42,12 @@ def evaluate(
     bar: Bars = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Everything that can be measured of ``model`` on ``limit`` images of ``dataset``, or on all.
+    """Take every measure that applies to ``model``, on ``limit`` images of ``dataset`` or on all of them.
 
     Returns ``reconstruction`` and, for priors, ``likelihood``: the results of the functions with these names. With a
-    ``network`` of features there are also ``distances`` from the images of ``dataset``: a row each for their
-    reconstructions, for ``count`` samples of a prior and, as a yardstick, for ``count`` images of the ``training_set``.
+    ``network`` of features there are also ``distances`` from the images of ``dataset``: one row for their
+    reconstructions, one for ``count`` samples of a prior and, for comparison, one for ``count`` images of the
+    ``training_set``.
     ``options`` are for drawing the samples; see `tamingfast.evaluation.samples`.
     """
     total = _size(dataset, limit)

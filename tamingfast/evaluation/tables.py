@@ -44,7 +44,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def distance_table(distances: Mapping[str, Mapping[str, str | float]]) -> str:
-    """Results of `tamingfast.evaluation.compare` as a Markdown table whose heads name the network of the features."""
+    """Results of `tamingfast.evaluation.compare` as a Markdown table; its headings name the network of the features."""
     first = next(iter(distances.values()))
     keys = [key for key in _DISTANCES if key in first]
     heads = ["to the real images", "images", "real images", *(_DISTANCES[key].format(first["network"]) for key in keys)]

@@ -1,6 +1,7 @@
-"""Encoder and decoder of the first stages, and their blocks (paper section 3.1).
+"""Encoder and decoder of the first stage, and their blocks (paper section 3.1).
 
-Module names are the original's state-dict keys. Engines know these networks by `tamingfast.engines.layers`.
+Module names are the original's state-dict keys. Every network describes itself to the engines as a list of
+`tamingfast.engines.layers`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 def Normalize(in_channels: int) -> GroupNorm:
-    """The normalisation of every block, under the original's name."""
+    """`GroupNorm` without the activation, under the original's name."""
     return GroupNorm(in_channels)
 
 
 class ResnetBlock(nn.Module):
-    """Norm, swish, 3x3 convolution, twice, and a shortcut, which is a convolution if the width changes."""
+    """Two rounds of `GroupNorm`, SiLU and 3x3 convolution, plus a shortcut: a convolution if the width changes."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class ResnetBlock(nn.Module):
         return (x if self.shortcut is None else getattr(self, self.shortcut)(x)) + h
 
     def layer(self) -> layers.Residual:
-        """The description for engines."""
+        """The block's description for engines."""
         shortcut = None if self.shortcut is None else getattr(self, self.shortcut)
         return layers.Residual(
             module=self, norm1=self.norm1, conv1=self.conv1, norm2=self.norm2, conv2=self.conv2, shortcut=shortcut
@@ -87,13 +88,13 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # Contiguous, or PyTorch's attention on CPUs would store the scores of all pairs: 17 GB for 256 x 256 pixels.
+        # Contiguous, because otherwise PyTorch's CPU attention stores all pairs of scores: 17 GB for 256 x 256 pixels.
         q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
     def layer(self) -> layers.Attention:
-        """The description for engines."""
+        """The block's description for engines."""
         return layers.Attention(
             module=self, norm=self.norm, query=self.q, key=self.k, value=self.v, projection=self.proj_out
         )
@@ -113,7 +114,7 @@ class Upsample(nn.Module):
         return self.conv(x) if self.with_conv else x
 
     def layer(self) -> layers.Upsample:
-        """The description for engines."""
+        """The block's description for engines."""
         return layers.Upsample(module=self, conv=self.conv if self.with_conv else None)
 
 
@@ -130,7 +131,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, layers.DOWNSAMPLE_PADDING)) if self.with_conv else F.avg_pool2d(x, 2)
 
     def layer(self) -> layers.Downsample:
-        """The description for engines."""
+        """The block's description for engines."""
         return layers.Downsample(module=self, conv=self.conv if self.with_conv else None)
 
 
@@ -186,9 +187,10 @@ class _Middle(nn.Module):
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> latents (B, z_channels, H/f, W/f), f = 2^(len(ch_mult)-1).
 
-    Pixels beyond multiples of f are cut off at the right and the bottom, as in the original.
-    ``ch * ch_mult[i]`` is the width at level i; attention follows every block at ``attn_resolutions`` (in pixels of
-    a square input of side ``resolution``). Other keyword arguments of the shared ``ddconfig`` are ignored.
+    With ``double_z`` there are 2 * z_channels latents. H/f and W/f are rounded down, as in the original.
+    ``ch * ch_mult[i]`` is the width at level i. Attention follows every block of the levels whose feature maps have a
+    side in ``attn_resolutions``, for square inputs of side ``resolution``. Other keyword arguments of the shared
+    ``ddconfig`` are ignored.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class Encoder(nn.Module):
         return self.conv_out(self.norm_out(self.mid(h)))
 
     def layers(self) -> list[layers.Layer]:
-        """The description for engines, in the order of `forward`."""
+        """The network's description for engines, in the order of `forward`."""
         parts = [part for level in cast("Iterable[_Level]", self.down) for part in level.parts()]
         blocks = [part.layer() for part in (*parts, *self.mid.parts())]
         return [layers.Convolution(self.conv_in), *blocks, layers.Convolution(self.conv_out, self.norm_out)]
@@ -289,7 +291,7 @@ class Decoder(nn.Module):
         return h if self.give_pre_end else self.conv_out(self.norm_out(h))
 
     def layers(self) -> list[layers.Layer]:
-        """The description for engines, in the order of `forward`."""
+        """The network's description for engines, in the order of `forward`."""
         parts = [part for level in cast("list[_Level]", list(reversed(self.up))) for part in level.parts()]
         found: list[layers.Layer] = [layers.Convolution(self.conv_in)]
         found += [part.layer() for part in (*self.mid.parts(), *parts)]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tamingfast.engines.bands import Progress
 
-#: ``(perplexity, one-hot codes, tokens int64)``; most quantisers leave the first two out.
+#: ``(perplexity, one-hot codes, tokens int64)``; most quantisers give None for the first two.
 Info: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
-#: What the original's ``encode`` returns: quantised latents (B, D, h, w), a loss if it has one, and `Info`.
+#: What the original's ``encode`` returns: quantised latents (B, D, h, w), a loss or None, and `Info`.
 Encoded: TypeAlias = tuple[Tensor, Tensor | None, Info]
 
 
@@ -21,8 +21,8 @@ class Module(nn.Module):
     """A torch module with the attributes that code written for the original reads and sets.
 
     Attributes:
-        learning_rate, global_step: set by whoever trains the model.
-        logged: the latest value of everything that a training or validation step has logged.
+        learning_rate, global_step: set by the code that trains the model.
+        logged: the latest value of each quantity that a training or validation step has logged.
         config: the sections of the model's config, set by `tamingfast.load_model`.
     """
 
@@ -36,7 +36,7 @@ class Module(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter or buffer, the CPU without any."""
+        """The device of the first parameter or buffer; the CPU if the module has neither."""
         for tensor in (*self.parameters(), *self.buffers()):
             return tensor.device
         return torch.device("cpu")
@@ -52,10 +52,10 @@ class Module(nn.Module):
 
 
 class Codebook(Protocol):
-    """Where tokens have their latent vectors."""
+    """The latent vectors that tokens stand for."""
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Entries of flat ``indices`` (N,): (B, D, h, w) for ``shape`` = (B, h, w, D), (N, D) for None."""
+        """Entries of ``indices`` int64 (N,): (B, D, h, w) if ``shape`` is (B, h, w, D), (N, D) if it is None."""
 
 
 class ConditionStage(Protocol):
@@ -64,7 +64,7 @@ class ConditionStage(Protocol):
     training: bool
 
     def encode(self, c: Tensor, /) -> Encoded:
-        """Conditions -> the quantised condition, a loss if it has one, and `Info` with its tokens."""
+        """Conditions -> the quantised condition, a loss or None, and `Info` with its tokens."""
 
     def decode(self, c: Tensor, /) -> Tensor:
         """The inverse of `encode`, from the quantised condition."""
@@ -76,14 +76,15 @@ class ConditionStage(Protocol):
 class FirstStage(Module):
     """Turns images into tokens and back, one token for ``factor`` x ``factor`` pixels.
 
-    Images of (H, W) pixels become (rows, columns) tokens, which a prior models in raster order. ``levels`` is the
-    number of grids over the image that they form: with one, the row and column of a token are its place in the image.
+    Images of (H, W) pixels become (rows, columns) tokens, which a prior models in raster order. ``levels`` is how
+    many grids these tokens form, each covering the whole image. With one level, a token's row and column are its place
+    in the image.
     """
 
     levels: int = 1
     image_key: str = "image"  # of its images in a batch
 
-    if TYPE_CHECKING:  # some subclasses compute these, others set them, and `quantize` is often a submodule
+    if TYPE_CHECKING:  # subclasses compute these, set them, or (`quantize`) register them as a submodule
 
         @property
         def factor(self) -> int:
@@ -113,14 +114,15 @@ class FirstStage(Module):
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Images (B, C, H, W) -> tokens int64 (B, rows, columns), without gradients.
 
-        Stages that can work in bands of rows keep within ``memory`` bytes of feature maps (default: half of the free
-        memory) and call ``progress(done, total)`` then; see `tamingfast.engines.bands.run`. Others ignore both.
+        A stage that can work in bands of rows does so if its feature maps exceed ``memory`` bytes (default: half of the
+        free memory), and then calls ``progress(done, total)``; see `tamingfast.engines.bands.run`. Other stages ignore
+        both arguments.
         """
         return _encode_grid(self, x)
 
     @torch.no_grad()
     def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; as `encode_grid` otherwise."""
+        """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; arguments as for `encode_grid`."""
         return self.decode(self.codes_of(grid))
 
     def codes_of(self, grid: Tensor) -> Tensor:
@@ -171,14 +173,14 @@ def _codes(stage: Any, grid: Tensor) -> Tensor:
 
 
 def at_least(least: int, **numbers: int) -> None:
-    """ValueError naming the first of the ``numbers`` below ``least``: torch builds networks of size 0 silently."""
+    """Raise ValueError for the first of the ``numbers`` below ``least``; torch silently builds networks of size 0."""
     for name, value in numbers.items():
         if value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:
-    """``batch[key]`` from (B, H, W, C) or (B, H, W) to a contiguous (B, C, H, W); other ranks pass unchanged."""
+    """``batch[key]``, of shape (B, H, W, C) or (B, H, W), as a contiguous (B, C, H, W); other ranks are unchanged."""
     x = batch[key]
     if x.ndim == 3:
         x = x[..., None]

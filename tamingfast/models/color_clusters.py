@@ -36,7 +36,7 @@ class KMeans(nn.Module):
     def initialize(self, x: Tensor) -> None:
         """Learn the colours from x (N, nc), starting from random rows; empty clusters move to random rows.
 
-        Draws from torch's generator. Raises ValueError for another shape and for fewer rows than clusters.
+        Draws from torch's generator. Raises ValueError for any other shape and for fewer rows than clusters.
         """
         if x.ndim != 2 or x.shape[1] != self.nc or len(x) < self.ncluster:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.nc}) with N at least {self.ncluster}")
@@ -76,7 +76,7 @@ class ColorClusters(FirstStage):
 
     @property
     def quantize(self) -> ColorClusters:
-        """The object with ``get_codebook_entry``, which is this one."""
+        """The codebook: this object, which has ``get_codebook_entry`` itself."""
         return self
 
     def encode(self, x: Tensor) -> Quantised:
@@ -85,11 +85,11 @@ class ColorClusters(FirstStage):
         return self.kmeans.C[indices].permute(0, 3, 1, 2).contiguous(), x.new_zeros(()), (None, None, indices)
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Colours (B, 3, H, W), which are the image already."""
+        """Colours (B, 3, H, W), unchanged: they already are the image."""
         return quant
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Colours of flat ``indices`` (N,): (B, 3, H, W) for ``shape`` = (B, H, W, 3), (N, 3) for None."""
+        """Colours of ``indices`` int64 (N,): (B, 3, H, W) if ``shape`` is (B, H, W, 3), (N, 3) if it is None."""
         return as_grid(self.kmeans.C[indices], shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ class SOSProvider(nn.Module):
         self.sos_token, self.quantize_interface = sos_token, quantize_interface
 
     def encode(self, x: Tensor) -> Encoded | Tensor:
-        """x (B, ...) -> tokens (B, 1), as ``(tokens, None, (None, None, tokens))`` with ``quantize_interface``."""
+        """x (B, ...) -> int64 tokens (B, 1); with ``quantize_interface``, ``(tokens, None, (None, None, tokens))``."""
         c = torch.full((x.shape[0], 1), self.sos_token, dtype=torch.int64, device=x.device)
         return (c, None, (None, None, c)) if self.quantize_interface else c
 
@@ -31,14 +31,17 @@ class Labelator(nn.Module):
         self.n_classes, self.quantize_interface = n_classes, quantize_interface
 
     def encode(self, c: Tensor) -> Encoded | Tensor:
-        """Labels (B,) -> tokens (B, 1), as from `SOSProvider`; ValueError for a label outside 0 to n_classes-1."""
+        """Labels (B,) -> tokens (B, 1), returned as by `SOSProvider`.
+
+        Raises ValueError for a label outside 0 to n_classes - 1.
+        """
         if c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
             raise ValueError(f"class label: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_classes - 1}")
         c = c.reshape(-1, 1).long()
         return (c, None, (None, None, c)) if self.quantize_interface else c
 
     def decode(self, c: Tensor) -> Tensor:
-        """Tokens (B, 1) -> labels (B,); the original lacks this, so its ``log_images`` fails."""
+        """Tokens (B, 1) -> labels (B,); the original lacks this method, so its ``log_images`` fails."""
         return c.reshape(-1)
 
 
@@ -53,7 +56,10 @@ class CoordStage(nn.Module):
         self.n_embed, self.down_factor = n_embed, down_factor
 
     def encode(self, c: Tensor) -> Encoded:
-        """c (B, 1, H, W) in [0, 1] -> the quantised map (B, 1, h, w) and int64 tokens of the same shape."""
+        """c (B, 1, H, W) in [0, 1] -> the quantised map (B, 1, h, w) and int64 tokens of the same shape.
+
+        Raises ValueError for other shapes and for values outside [0, 1].
+        """
         if c.ndim != 4 or c.shape[1] != 1:
             raise ValueError(f"coordinates: got shape {tuple(c.shape)}, expected (batch, 1, height, width)")
         if not (c.min() >= 0.0 and c.max() <= 1.0):
@@ -68,7 +74,7 @@ class CoordStage(nn.Module):
 
 
 class DummyCondStage(nn.Module):
-    """For conditions that the data set provides as tokens."""
+    """Passes on conditions that the data set already provides as tokens."""
 
     def __init__(self, conditional_key: str):
         super().__init__()

@@ -22,13 +22,13 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Standardise the channels of x (B, C, H, W)."""
+        """Set the map to the one that standardises each channel of x (B, C, H, W)."""
         self.loc.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.scale.copy_(1 / (x.std((0, 2, 3), keepdim=True) + 1e-6))
         self.initialized.fill_(1)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, C, H, W) or (B, C) -> the same shape, forwards with ``logdet`` also the log-determinant (B,).
+        """x (B, C, H, W) or (B, C) -> the same shape; forwards with ``logdet``, also the log-determinant (B,).
 
         Raises RuntimeError if the first call in training mode is a reverse one, unless ``allow_reverse_init``.
         """
@@ -65,7 +65,7 @@ class NLayerDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         for level in range(1, n_layers + 1):
             stride = 2 if level < n_layers else 1
-            # Batch norm adds a bias.
+            # Batch norm has a bias of its own, so its convolution needs none.
             conv = nn.Conv2d(widths[level - 1], widths[level], 4, stride=stride, padding=1, bias=use_actnorm)
             layers += [conv, norm(widths[level]), nn.LeakyReLU(0.2, True)]
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))

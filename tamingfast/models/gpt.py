@@ -74,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         return self._join(ops.causal_attention(*self._heads(x), n_unmasked=self.n_unmasked, dropout_p=dropout))
 
     def forward_cached(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
-        """As `forward` for positions from ``start`` on, whose keys and values are written to ``cache``."""
+        """As `forward`, for positions from ``start`` on; writes their keys and values to ``cache``."""
         q, k, v = self._heads(x)
         keys, values = cache
         stop = start + x.shape[1]
@@ -89,9 +89,9 @@ class CausalSelfAttention(nn.Module):
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
-        """As `forward` for the concatenated spans x (B, T, n_embd); cache (slots, B, ...).
+        """As `forward`, for the concatenated spans x (B, T, n_embd); ``cache`` holds (slots, B, n_head, length, D).
 
-        With ``last_only`` only the last token of each span is returned: (B, number of spans, n_embd).
+        With ``last_only``, only the output of each span's last token is computed: (B, number of spans, n_embd).
         """
         ends = _ends(spans)
         k, v = self._split(self.key(x)), self._split(self.value(x))
@@ -148,8 +148,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT2 with learned absolute positions, no weight tying and no bias in the head.
 
-    As in the original, state dicts contain the attention mask of each block; ``n_unmasked`` is read from the masks of
-    a state dict that is loaded.
+    As in the original, state dicts contain the attention mask of each block; loading one sets
+    ``n_unmasked`` from its masks.
     """
 
     config: TransformerConfig
@@ -192,7 +192,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def get_block_size(self) -> int:
-        """The greatest length of a sequence."""
+        """The greatest length of a sequence, in tokens."""
         return self.block_size
 
     def forward(
@@ -200,8 +200,9 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens int64 (B, T) -> ``(logits (B, T, vocab_size), cross entropy or None)``.
 
-        ``embeddings`` (B, E, n_embd) come before the tokens. The cross entropy, in nats, is that of ``targets`` int64
-        (B, T). Raises ValueError if the sequence is longer than ``block_size``.
+        ``embeddings`` (B, E, n_embd) are put before the tokens; the logits then are (B, E + T, vocab_size). The cross
+        entropy is in nats, against ``targets`` int64, one for each position. Raises ValueError if the sequence is
+        longer than ``block_size``.
         """
         x = self._embed(idx, embeddings)
         self._check_length(x.shape[1])
@@ -210,15 +211,15 @@ class GPT(nn.Module):
         return logits, _cross_entropy(logits, targets)
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:
-        """Empty keys and values for ``length`` positions (default ``block_size``): (B, n_head, length, D) each."""
+        """Uninitialised keys and values of each layer, (B, n_head, length, D); default ``length``: ``block_size``."""
         length = self.block_size if length is None else length
         return self._empty_cache((batch,), length)
 
     def forward_cached(self, idx: Tensor, cache: list[LayerCache], start: int) -> Tensor:
         """Logits (B, t, vocab_size) of tokens (B, t) at positions from ``start`` on, given the ``cache`` before them.
 
-        The unmasked prefix must come in one call, from position 0. ValueError for another start within it, and for
-        positions beyond the cache.
+        The unmasked prefix must come in one call, from position 0. Raises ValueError for any other start within the
+        prefix, and for positions beyond the cache.
         """
         stop, capacity = start + idx.shape[1], cache[0][0].shape[2]
         if stop > capacity:
@@ -247,8 +248,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The original's cached step: ``(logits (B, t, vocab_size), loss or None, present)``.
 
-        ``present`` are the new keys and values, (n_layer, 2, B, n_head, t, D); ``past`` is the list of all earlier
-        ones, ``past_length`` positions in total (ValueError otherwise). Unlike `forward_cached` this copies the whole
+        ``present`` holds the new keys and values, (n_layer, 2, B, n_head, t, D); ``past`` is the list of all earlier
+        ones, ``past_length`` positions in total (ValueError otherwise). Unlike `forward_cached`, this copies the whole
         past on each call.
         """
         x = self._embed(idx, embeddings)
@@ -264,7 +265,7 @@ class GPT(nn.Module):
         return logits, _cross_entropy(logits, targets), present
 
     def new_slots(self, slots: int, batch: int, length: int) -> list[LayerCache]:
-        """Empty caches for `forward_ragged`: keys and values (slots, B, n_head, length, D) of each layer."""
+        """Uninitialised caches for `forward_ragged`: keys and values (slots, B, n_head, length, D) of each layer."""
         return self._empty_cache((slots, batch), length)
 
     def _empty_cache(self, leading: tuple[int, ...], length: int) -> list[LayerCache]:
@@ -275,8 +276,8 @@ class GPT(nn.Module):
     def forward_ragged(self, idx: Tensor, cache: list[LayerCache], spans: Sequence[Span]) -> Tensor:
         """Logits (B, number of spans, vocab_size) of the last token of each span.
 
-        ``idx`` (B, T) are the concatenated tokens of all spans, no two of them of one slot. Each slot of ``cache``
-        works as the cache of `forward_cached`.
+        ``idx`` (B, T) holds the tokens of all spans, concatenated; no two spans may use the same slot. Each slot of
+        ``cache`` works like the cache of `forward_cached`.
         """
         positions = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
         x = self.tok_emb(idx) + self.pos_emb[0, positions]
@@ -333,7 +334,7 @@ def _unmasked_prefix(mask: Tensor, name: str) -> int:
     n = int(mask[0].sum())
     n = 0 if n == 1 else n  # one unmasked position is plain causal attention
     if not torch.equal(mask.float(), _mask_buffer(len(mask), n, mask.device)[0, 0]):
-        raise UserError(f"{name}: got another pattern, expected a causal mask, or one that is causal after a prefix")
+        raise UserError(f"{name}: got a mask of another pattern, expected a causal one, with or without a prefix")
     return n
 
 
@@ -341,17 +342,17 @@ def _unmasked_prefix(mask: Tensor, name: str) -> int:
 
 
 def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """Logits with all but the k largest of the last axis (and ties) set to -inf."""
+    """Set logits below the k-th largest of the last axis to -inf; those equal to it are kept."""
     return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """`tamingfast.ops.choice.top_k_top_p` under the original's name; 0 and 1.0 keep all tokens."""
+    """`tamingfast.ops.choice.top_k_top_p` under the original's name; ``top_k`` 0 and ``top_p`` 1.0 keep all tokens."""
     return top_k_top_p(logits, top_k=top_k or None, top_p=top_p if top_p < 1.0 else None)
 
 
 def pick(logits: Tensor, sample: bool) -> Tensor:
-    """One token for each row of logits (..., vocab): drawn by torch's generator, or the most likely; int64 (...)."""
+    """Logits (..., vocab) -> tokens int64 (...): drawn with torch's generator if ``sample``, else the most likely."""
     if not sample:
         return logits.topk(1, dim=-1).indices[..., 0]
     flat = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1)
@@ -362,7 +363,7 @@ def pick(logits: Tensor, sample: bool) -> Tensor:
 def sample(
     model: GPT, x: Tensor, steps: int, temperature: float = 1.0, sample: bool = False, top_k: int | None = None
 ) -> Tensor:
-    """Continue tokens x (B, k) by ``steps``, without a cache: int64 (B, k + steps).
+    """Continue tokens x (B, k) by ``steps`` tokens, without a cache: int64 (B, k + steps).
 
     Each step runs the model on the last ``block_size`` tokens.
     """

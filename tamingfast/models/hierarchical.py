@@ -16,7 +16,7 @@ from tamingfast.models.base import FirstStage, Progress
 from tamingfast.models.quantize import Quantised, Quantizer, VectorQuantizer, as_grid
 from tamingfast.models.vqgan import VQModel
 
-#: Tokens of both grids per token of the coarse grid: that one and four of the fine grid.
+#: Tokens of both grids for each token of the coarse one: that token and four of the fine grid.
 TOKENS_PER_TOP = 5
 
 
@@ -30,7 +30,10 @@ class TwoLevelQuantizer(Quantizer):
         self.re_embed = self.top.re_embed + self.bottom.re_embed
 
     def forward(self, z: Tensor, level: str) -> Quantised:
-        """z (B, D, h, w) of "top" or "bottom" -> ``(z_q like z, loss, (None, None, tokens int64 (B*h*w,)))``."""
+        """Latents z (B, D, h, w) of a ``level`` -> ``(z_q like z, loss, (None, None, tokens int64 (B*h*w,)))``.
+
+        ``level`` is "top" or "bottom".
+        """
         z_q, loss, (_, _, indices) = getattr(self, level)(z)
         return z_q, loss, (None, None, indices if level == "top" else indices + self.top.re_embed)
 
@@ -44,15 +47,15 @@ class HierarchicalVQModel(VQModel):
     """VQGAN with two codebooks of ``n_embed`` entries each: a top grid of half the bottom grid's resolution.
 
     ``ddconfig`` describes the bottom level, downsampled by 2^(len(ch_mult)-1); ``factor`` is that of the top level,
-    twice as much. The image is encoded to bottom features, and these to top features. The decoded top tokens are a
-    second input of the bottom level's quantiser and of the image decoder, so the bottom level encodes only what the top
-    level lacks. The levels and their conditioning are those of VQ-VAE-2, the blocks those of the VQGAN; VQ-VAE-2
-    upsamples the top codes a second time for the image decoder, which here gets the same decoded top tokens as the
-    bottom level.
+    which is twice as large. The image is encoded to bottom features, and these to top features. The decoded top tokens
+    are a second input of the bottom level's quantiser and of the image decoder, so the bottom level encodes only what
+    the top level lacks. The levels and their conditioning are those of VQ-VAE-2, the blocks those of the VQGAN.
+    VQ-VAE-2 upsamples the top codes a second time for the image decoder, which here gets the same decoded top tokens as
+    the bottom level.
 
     The tokens of an image form one sequence: the top grid (h, w) in raster order, then the bottom grid (2h, 2w),
-    arranged in rows of w, (5h, w) in total. So a prior samples the bottom tokens given all top tokens, but only in one
-    window.
+    arranged in rows of w, (5h, w) in total. So a prior samples the bottom tokens given all top tokens, but one window
+    must hold the whole sequence.
     """
 
     levels = 2
@@ -81,7 +84,7 @@ class HierarchicalVQModel(VQModel):
         self.encoder_top, self.decoder_top = Encoder(**top), Decoder(**top)
         self.quant_conv_top = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv_top = nn.Conv2d(embed_dim, z_channels, 1)
-        # Both also take the decoded top level.
+        # Wider than the base class's, because both also take the decoded top level.
         self.quant_conv = nn.Conv2d(2 * z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(z_channels + embed_dim, z_channels, 1)
         if ckpt_path is not None:
@@ -130,7 +133,7 @@ class HierarchicalVQModel(VQModel):
 
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens int64 (B, 5h, w), always whole."""
+        """Images (B, C, H, W) -> tokens int64 (B, 5h, w), never in bands; the other arguments are ignored."""
         return FirstStage.encode_grid(self, x)
 
     def decoder_input(self, quant: Tensor) -> Tensor:
@@ -142,7 +145,10 @@ class HierarchicalVQModel(VQModel):
         return self.decoder_top(self.post_quant_conv_top(top))
 
     def decode_code(self, code_b: Tensor) -> Tensor:
-        """Tokens (B, 5h, w) -> images. ValueError for other shapes, which do not show where a level ends."""
+        """Tokens (B, 5h, w) -> images (B, C, H, W).
+
+        Raises ValueError for any other shape: flat tokens do not show where a level ends.
+        """
         if code_b.ndim != 3 or code_b.shape[1] % TOKENS_PER_TOP:
             raise ValueError(
                 f"code_b: got shape {tuple(code_b.shape)}, expected (batch, {TOKENS_PER_TOP} * height, width)"

@@ -13,7 +13,7 @@ from tamingfast.models.lpips import LPIPS
 
 
 def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
-    """Load hook: the original's checkpoints contain the fixed weights of LPIPS, and often the whole loss."""
+    """Load hook: drop the fixed weights of LPIPS that the original's checkpoints contain; for `DummyLoss`, all."""
     perceptual = f"{prefix}perceptual_loss."
     dropped = prefix if isinstance(loss, DummyLoss) else perceptual
     for key in [key for key in state if key.startswith(dropped)]:
@@ -21,7 +21,7 @@ def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: 
 
 
 class DummyLoss(nn.Module):
-    """The loss of a model that is not trained; weights of another loss are dropped when they are loaded."""
+    """The loss of a model that is not trained; when a checkpoint is loaded, the weights of its loss are dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
     """L1 + LPIPS + codebook loss + adversarial loss with the adaptive weight (paper eq. 6 and 7).
 
     The adversarial terms count from step ``disc_start`` on. ``perceptual_weights`` is the source of the LPIPS backbone
-    (see `tamingfast.models.lpips.LPIPS`), which is built on first use and is no part of the state dict. Before
+    (see `tamingfast.models.lpips.LPIPS`), which is built on first use and is not part of the state dict. Before
     ``disc_start`` the original evaluates the discriminator and multiplies the result by zero; with
     ``rest_before_start`` it is not evaluated then, which saves time and gives the same gradients.
     """
@@ -97,7 +97,10 @@ class VQLPIPSWithDiscriminator(nn.Module):
         return self.__dict__["_lpips"].to(device)
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-        """The ratio of the gradient norms of both losses at the decoder's last layer, at most 10^4 (paper eq. 7)."""
+        """The adaptive weight () of the adversarial loss (paper eq. 7).
+
+        The ratio of both losses' gradient norms at the decoder's last layer, at most 10^4, times ``disc_weight``.
+        """
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
         ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
@@ -116,8 +119,9 @@ class VQLPIPSWithDiscriminator(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the autoencoder (``optimizer_idx`` 0) or the discriminator (1), and a log under ``split/``.
 
-        Images are (B, C, H, W) in [-1, 1]; ``cond`` is concatenated for a conditional discriminator. Raises ValueError
-        if there is a condition without ``disc_conditional``, or none with it.
+        Images are (B, C, H, W) in [-1, 1]; ``cond`` (B, c, H, W) is concatenated to them for a conditional
+        discriminator. Raises ValueError for a condition without ``disc_conditional``, and for ``disc_conditional``
+        without a condition.
         """
         if (cond is not None) != self.disc_conditional:
             got = "no condition" if cond is None else "a condition"

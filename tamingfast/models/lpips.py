@@ -173,10 +173,10 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        # Numpy's function that rebuilds arrays; its module was renamed in numpy 2.
+        # The function by which numpy rebuilds arrays; numpy 2 renamed its module.
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.zeros(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it runs '{module}.{name}'")
+        raise pickle.UnpicklingError(f"it refers to '{module}.{name}'")
 
 
 def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -197,7 +197,7 @@ def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
 
 
 def _package_heads() -> list[Tensor]:
-    # Located without an import of the package, which would import torchvision.
+    # Located without importing the package, which would import torchvision.
     found = importlib.util.find_spec("lpips")
     if found is None or not found.submodule_search_locations:
         raise UserError("perceptual_weights: got no linear heads, expected those of lpips; run pip install lpips")

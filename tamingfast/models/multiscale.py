@@ -1,4 +1,4 @@
-"""The prior over the scales of an image, coarse to fine (second source, section 3)."""
+"""The prior over the scales of an image, coarse to fine ("An Image is Worth 16x16 Tokens", section 3)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from tamingfast.models.pyramid import Pyramid
 class MultiscaleTransformer(Net2NetTransformer):
     """A `Net2NetTransformer` whose sequence is a `tamingfast.models.pyramid.Pyramid` of the first stage's tokens.
 
-    ``scales`` are the pooling factors, coarse to fine, ``grid`` is (height, width) of the finest scale in tokens; other
-    arguments are those of the base class, without an ordering (UserError). All scales share the codebook. The canvas
-    that is sampled is a grid of one row, (1, n), so the noise of each token is keyed by row 0 and its own column.
+    ``scales`` are the pooling factors, coarse to fine; ``grid`` is (height, width) of the finest scale in tokens; the
+    other arguments are those of the base class. All scales share the codebook. The sequence is sampled as a grid of one
+    row, (1, n), so the noise of each token is keyed by row 0 and the token's place in the sequence. Raises UserError
+    for an ordering.
     """
 
     def __init__(self, scales: Sequence[int], grid: Sequence[int], *args: Any, **kwargs: Any):
@@ -48,11 +49,11 @@ class MultiscaleTransformer(Net2NetTransformer):
         trained = (self.pyramid.height, self.pyramid.width)
         if (height, width) != trained:
             raise UserError(
-                f"size: got {height} x {width} tokens, expected none, as this multiscale prior draws whole images of "
-                f"{trained[0]} x {trained[1]}; leave the size out"
+                f"size: got {height} x {width} tokens, expected {trained[0]} x {trained[1]}, the only size that this "
+                "multiscale prior draws; leave the size out"
             )
         return 1, self.pyramid.tokens
 
     def image_tokens(self, canvas: Tensor) -> Tensor:
-        """The finest scale (B, h, w) of a canvas (B, 1, n) of tokens or of other values per token."""
+        """The finest scale (B, h, w) of a canvas (B, 1, n), which holds tokens or other values for each token."""
         return self.pyramid.split(canvas[:, 0])[-1]

@@ -1,4 +1,4 @@
-"""Orderings of the token grid: the permutations of the second source's section 3 and Figure 2.
+"""Orderings of the token grid: the permutations of "An Image is Worth 16x16 Tokens", section 3 and Figure 2.
 
 Each is a module with two buffers, as in the original: ``forward_shuffle_idx[k]`` is the row-major index of the k-th
 token of the sequence, ``backward_shuffle_idx`` is the inverse.
@@ -80,12 +80,12 @@ class ZCurve(_Permutation):
 
 
 class SpiralIn(_Permutation):
-    """From the bottom right corner up, left, down and right along the border, then ever further inwards."""
+    """From the bottom right corner up, left, down and right along the border, then further and further inwards."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:
-        # Turned by 180 degrees the walk starts at the top left. Removing the first row and turning the rest by 90
-        # degrees makes the next stretch the first row again.
+        # After this flip the walk begins along the first row. Removing that row and rotating the rest by 90 degrees
+        # makes the next stretch the first row again.
         rest = np.arange(H * W).reshape(H, W)[::-1, ::-1].T
         stretches = []
         while rest.size:
@@ -95,7 +95,7 @@ class SpiralIn(_Permutation):
 
 
 class SpiralOut(_Permutation):
-    """The reverse of `SpiralIn`: from the centre outwards, where a centred object would be."""
+    """The reverse of `SpiralIn`: outwards from the centre, where the main object often is."""
 
     @staticmethod
     def order(H: int, W: int) -> np.ndarray:

@@ -35,7 +35,7 @@ TOP_K = 100
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """The original's replacement for ``train`` of a frozen stage: changes nothing."""
+    """The original's replacement for a frozen stage's ``train`` method: does nothing."""
     return self
 
 
@@ -47,7 +47,7 @@ class Net2NetTransformer(Module):
     """Autoregressive model of a first stage's tokens given a condition's tokens.
 
     Configs are ``{target, params}`` mappings. ``cond_stage_config`` may be ``"__is_first_stage__"`` or
-    ``"__is_unconditional__"``, for which the condition is one ``sos_token``. All tokens share one vocabulary; the
+    ``"__is_unconditional__"``, which makes the condition one ``sos_token``. All tokens share one vocabulary; the
     ordering of ``permuter_config`` permutes image tokens only. In training each input token is kept with probability
     ``pkeep``, else replaced by one drawn uniformly from the vocabulary. ``downsample_cond_size`` is the side to which
     spatial conditions are resized before they are encoded.
@@ -158,7 +158,7 @@ class Net2NetTransformer(Module):
         top_k: int | None = None,
         callback: Callable[[int], object] = lambda k: None,
     ) -> Tensor:
-        """Continue image tokens x (B, k) given condition tokens c (B, c) by ``steps``: int64 (B, k + steps).
+        """Continue image tokens x (B, k), given condition tokens c (B, c), by ``steps`` tokens: int64 (B, k + steps).
 
         Takes the most likely token, or with ``sample`` draws one with torch's generator. ``callback(step)`` runs before
         each step. Tokens are in the order of the permuter. `tamingfast.sampling.sample_grid` is faster and seeded.
@@ -190,7 +190,7 @@ class Net2NetTransformer(Module):
 
     def _sample_from_noise(self, x: Tensor, c: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
         # A model trained with pkeep=0 has never seen a true image token, so it gets noise and samples in one pass.
-        # As in the original the noise is the condition, whose tokens look like image tokens.
+        # As in the original, the condition's tokens, which look like image tokens, serve as noise.
         noise = c[:, x.shape[1] : -1]
         logits, _ = self.transformer(torch.cat((c, x, noise), dim=1))
         return self._draw(logits, temperature, sample, top_k)[:, c.shape[1] - 1 :]
@@ -198,7 +198,7 @@ class Net2NetTransformer(Module):
     def sample_images(self, cond: Tensor, height: int, width: int, **options: Any) -> Tensor:
         """Images (B, 3, f*height, f*width) in [-1, 1] of a grid drawn with `tamingfast.sampling.sample_grid`.
 
-        ``options`` are those of `sample_grid`, after the size.
+        ``options`` are the arguments of `sample_grid` after the size. Height and width are in tokens.
         """
         canvas = sample_grid(self, cond, *self.canvas_size(height, width), **options)
         return self.decode_grid(self.image_tokens(canvas))
@@ -228,7 +228,7 @@ class Net2NetTransformer(Module):
         return decode_grid(self.first_stage_model, grid, memory, progress)
 
     def encode_condition(self, c: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Spatial conditions (B, C, H, W) -> row-major tokens int64 (B, h, w), without ``downsample_cond_size``."""
+        """Spatial conditions (B, C, H, W) -> row-major tokens int64 (B, h, w), not resized first."""
         return encode_grid(self.cond_stage_model, c, memory, progress)
 
     @torch.no_grad()
@@ -245,7 +245,7 @@ class Net2NetTransformer(Module):
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditions, as the condition stage takes them -> ``(quantised condition, tokens int64 (B, c))``."""
+        """Conditions in the form that the condition stage takes -> ``(quantised condition, tokens int64 (B, c))``."""
         if self.downsample_cond_size > -1:
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         quant, _, (_, _, indices) = self.cond_stage_model.encode(c)
@@ -269,7 +269,7 @@ class Net2NetTransformer(Module):
         callback: Callable[[int], object] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Inputs, reconstructions, conditions and three kinds of samples for up to four images of a batch."""
+        """Inputs, reconstructions, conditions and three kinds of samples for the first four images of a batch."""
         x, c = (value.to(self.device) for value in self.get_xc(batch, 4))
         quant_z, z = self.encode_to_z(x)
         quant_c, c_indices = self.encode_to_c(c)
@@ -296,7 +296,7 @@ class Net2NetTransformer(Module):
         return images
 
     def get_input(self, key: str, batch: Mapping[str, Tensor]) -> Tensor:
-        """``batch[key]``, images as (B, C, H, W), float64 as float32."""
+        """``batch[key]``, with images as (B, C, H, W) and float64 converted to float32."""
         x = image_from_batch(batch, key)
         return x.float() if x.dtype == torch.float64 else x
 

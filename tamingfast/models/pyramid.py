@@ -1,13 +1,13 @@
-"""Coarse-to-fine scales of a token grid: the second source's section 3, "Integrating Multiscale Priors".
+"""Coarse-to-fine scales of a token grid ("An Image is Worth 16x16 Tokens", section 3, "Integrating Multiscale Priors").
 
 "Given a discrete 16 x 16 representation of an image ... we first average pool with a kernel size and stride of 16, 8,
 4, 2, respectively, and then re-quantize with the codebook. We then model the image in an autoregressive fashion over
-each scale, where each scale representation is unrolled separately." So the codebook vectors of the tokens are pooled,
-all scales follow from the finest one, and a file of tokens suffices for training.
+each scale, where each scale representation is unrolled separately." So the codebook vectors of the tokens are pooled:
+all scales follow from the finest one, and a token file suffices for training.
 
 The scales are concatenated, coarse to fine, each in row-major order, so token k of the sequence always belongs to the
-same scale, row and column. One learned vector per k therefore embeds scale and position, and the source's transformer,
-"identical to the GPT2-medium architecture", has that very table.
+same scale, row and column. One learned vector per k therefore embeds scale and position, and the paper's transformer,
+"identical to the GPT2-medium architecture", has exactly such a table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from tamingfast import ops
 from tamingfast.errors import UserError
 
-#: The source's kernel sizes, and 1 for the image's own tokens.
+#: The paper's kernel sizes, and 1 for the image's own tokens.
 FACTORS = (16, 8, 4, 2, 1)
 
 
@@ -60,9 +60,9 @@ class Pyramid:
 
     @classmethod
     def of(cls, scales: str | Sequence[int], height: int, width: int) -> Pyramid:
-        """The pyramid of a setting: a list of factors, or "all" of `FACTORS` that divide both sides.
+        """The pyramid of a setting: a list of factors, or "all" for those of `FACTORS` that divide both sides.
 
-        Raises UserError for another setting, and as the class does.
+        Raises UserError for any other setting, and where the class does.
         """
         if scales == "all":
             return cls(tuple(f for f in FACTORS if height % f == 0 and width % f == 0), height, width)
@@ -112,7 +112,7 @@ class Pyramid:
     def build(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """Grids of tokens (B, height, width) -> the sequences (B, tokens) of all their scales, int64.
 
-        ``codebook`` (K, D) has the vectors of the tokens. Raises ValueError for grids of another size.
+        ``codebook`` (K, D) holds the vectors of the tokens. Raises ValueError for grids of any other size.
         """
         if tuple(tokens.shape[1:]) != (self.height, self.width):
             raise ValueError(f"tokens: got {tuple(tokens.shape)}, expected (B, {self.height}, {self.width})")

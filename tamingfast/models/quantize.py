@@ -18,7 +18,7 @@ Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
 
 
 class Quantizer(nn.Module):
-    """A codebook, of which optionally only the entries listed in a file are used.
+    """A codebook, optionally restricted to the entries that a file lists.
 
     Attributes:
         re_embed: number of token values.
@@ -42,13 +42,14 @@ class Quantizer(nn.Module):
             self.re_embed += 1
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Entries of flat ``indices`` (N,): (B, D, h, w) for ``shape`` = (B, h, w, D), (N, D) for None."""
+        """Entries of ``indices`` int64 (N,): (B, D, h, w) if ``shape`` is (B, h, w, D), (N, D) if it is None."""
         raise NotImplementedError
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Codebook indices -> positions in ``used``, of unlisted ones as ``unknown_index`` says.
+        """Codebook indices -> positions in ``used``.
 
-        That is "random", "extra" (one more token value, for all of them) or a fixed index.
+        ``unknown_index`` says what an unlisted index becomes: "random" (drawn with torch's generator), "extra" (one
+        more token value, shared by all of them) or a fixed index.
         """
         order = torch.argsort(self.used)
         used = self.used[order].to(inds)
@@ -99,7 +100,7 @@ class VectorQuantizer(Quantizer):
         """z (B, e_dim, h, w) -> ``(z_q like z, loss, (None, None, indices int64))``.
 
         The gradient of ``z_q`` passes straight through to ``z``. ``temp``, ``rescale_logits`` and ``return_logits``
-        are those of `GumbelQuantize`, for a common signature; ValueError unless they have their defaults.
+        are those of `GumbelQuantize`, for a common signature; anything but their defaults raises ValueError.
         """
         for name, value, default in (
             ("temp", 1.0 if temp is None else temp, 1.0), ("rescale_logits", rescale_logits, False),
@@ -143,7 +144,7 @@ def _perplexity(encodings: Tensor) -> Tensor:
 
 
 def as_grid(z_q: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-    """Rows (N, D) -> (B, D, h, w) for ``shape`` = (B, h, w, D), unchanged for None."""
+    """Rows (N, D) -> (B, D, h, w) if ``shape`` is (B, h, w, D); unchanged if it is None."""
     return z_q if shape is None else z_q.view(shape).permute(0, 3, 1, 2).contiguous()
 
 
@@ -164,7 +165,7 @@ class EmbeddingEMA(nn.Module):
 
     @torch.no_grad()
     def move(self, z: Tensor, indices: Tensor) -> None:
-        """Update the averages and the codebook by latents z (N, D), assigned to entries ``indices`` (N,)."""
+        """Update the averages and the codebook with latents z (N, D), assigned to entries ``indices`` (N,)."""
         counts = torch.bincount(indices, minlength=len(self.weight)).to(self.cluster_size.dtype)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, z.to(self.embed_avg.dtype))
         self.cluster_size.lerp_(counts, 1 - self.decay)
@@ -263,7 +264,7 @@ class GumbelQuantize(Quantizer):
         return (*result, logits) if return_logits else result
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """As `Quantizer.get_codebook_entry`, but the width of the codebook counts, not the D of ``shape``."""
+        """As `Quantizer.get_codebook_entry`, but the D of ``shape`` is ignored: the codebook's width counts."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         grid = None if shape is None else (*shape[:3], self.embedding_dim)

@@ -23,7 +23,7 @@ from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, Quant
 
 ADAM_BETAS = (0.5, 0.9)
 
-#: What the original's ``configure_optimizers`` returns: one, or a list and a list of schedulers.
+#: What the original's ``configure_optimizers`` returns: one optimizer, or lists of optimizers and schedulers.
 Optimizers: TypeAlias = torch.optim.Optimizer | tuple[list[torch.optim.Optimizer], list[object]]
 
 
@@ -97,16 +97,16 @@ class VQModel(FirstStage):
 
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows beyond ``memory`` bytes of feature maps."""
-        if not isinstance(self.encoder, layers.LayeredNetwork):  # somebody's own
+        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
+        if not isinstance(self.encoder, layers.LayeredNetwork):  # a caller's own network
             return super().encode_grid(x)
         quant, _, (_, _, indices) = self.quantize(self.quant_conv(bands.run(self.encoder, x, memory, progress)))
         return indices.view(len(x), *quant.shape[2:])
 
     @torch.no_grad()
     def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows beyond ``memory`` bytes of feature maps."""
-        if not isinstance(self.decoder, layers.LayeredNetwork):  # somebody's own
+        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
+        if not isinstance(self.decoder, layers.LayeredNetwork):  # a caller's own network
             return super().decode_grid(grid)
         return bands.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
 
@@ -147,7 +147,7 @@ class VQModel(FirstStage):
 
     @property
     def n_embed(self) -> int:
-        """Number of token values, those of the remap if there is one."""
+        """Number of token values: the codebook's entries, or those that ``remap`` keeps."""
         return self.quantize.re_embed
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +289,7 @@ class EMAVQ(VQModel):
 
 
 class LambdaWarmUpCosineScheduler:
-    """A schedule: linear from ``lr_start`` to ``lr_max``, then a cosine down to ``lr_min``."""
+    """A schedule: linear from ``lr_start`` to ``lr_max``, then a cosine down to ``lr_min`` at ``max_decay_steps``."""
 
     def __init__(
         self,
@@ -379,7 +379,7 @@ class GumbelVQ(VQModel):
         return super().outputs(batch)
 
     def loss_of(self, outputs: Outputs, optimizer_idx: int = 0, split: str = "train") -> Tensor:
-        """As in `VQModel`; reports the temperature of training steps too."""
+        """As in `VQModel`; in training, the temperature is reported too."""
         loss = super().loss_of(outputs, optimizer_idx, split)
         if split == "train":
             self.log("temperature", self.quantize.temperature)

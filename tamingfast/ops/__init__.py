@@ -1,4 +1,4 @@
-"""One function per op, each of which picks the implementation that runs it; see :mod:`tamingfast.ops.backends`.
+"""One function per op; each picks the implementation that runs. See :mod:`tamingfast.ops.backends`.
 
 Names are imported on first use, so that ``from tamingfast.ops import backends`` does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Causal attention: checks its arguments and runs it on Triton, torch's fused attention or the definition."""
+"""Causal attention: checks the arguments, then runs on Triton, torch's fused attention or the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def causal_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention whose first ``n_unmasked`` positions see one another in both directions.
+    """Causal attention in which the first ``n_unmasked`` positions also see one another.
 
     Definition and sources: :func:`tamingfast.ops.reference.causal_attention`. Differentiable. Under autocast the
     inputs are cast as torch's own attention casts them.
@@ -27,15 +27,15 @@ def causal_attention(
     Args:
         q, k, v: (B, H, T, D) of one floating dtype on one device, any strides.
         n_unmasked: 0 or more; a prefix longer than T ends at T.
-        dropout_p: probability of dropping an attention weight, on every call; pass 0 in evaluation.
-        scale: factor of the scores, 1/√D if None.
+        dropout_p: probability of dropping an attention weight, applied on every call; pass 0 in evaluation.
+        scale: factor applied to the scores; 1/√D if None.
 
     Returns:
         (B, H, T, D), of the dtype of q.
 
     Raises:
-        TypeError, ValueError: name the argument.
-        RuntimeError: the backend that was asked for cannot run it.
+        TypeError, ValueError: an invalid argument, which the message names.
+        RuntimeError: the requested backend cannot run it.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         check.floating(name, value)
@@ -66,9 +66,9 @@ def _triton_refusal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float | None
 ) -> str | None:
     if q.dtype == torch.float64:
-        return "its kernel is for up to 32 bits, got float64"
+        return "its kernel supports at most 32 bits, got float64"
     if not 0 < q.shape[-1] <= _WIDEST_TRITON_HEAD:
-        return f"its kernel is for heads up to {_WIDEST_TRITON_HEAD} wide, got heads {q.shape[-1]} wide"
+        return f"its kernel supports heads up to {_WIDEST_TRITON_HEAD} wide, got heads {q.shape[-1]} wide"
     return None
 
 

@@ -1,11 +1,11 @@
 """Backends: who computes an op, what can run here, and the one setting that overrides the automatic choice.
 
 A backend is ``triton`` (the GPU kernels), ``native`` (the extension ``tamingfast._C``), ``sdpa`` (torch's fused
-attention) or ``reference`` (the definition in plain torch); each has some of the ops. By default the device and the
-dtype of the arguments decide. A user decides with the environment variable ``TAMINGFAST_BACKEND``, read once at
-import, or ``with backends.use("reference"):``. The setting binds the ops that the backend has; all others choose as
-usual. ``TAMINGFAST_ISA`` sets the instruction set of the native kernels (``generic``, ``avx2``, ``avx512``,
-``avx512bf16``).
+attention) or ``reference`` (the definition in plain torch); each implements some of the ops. By default the choice
+follows from the device and dtype of the arguments. To override it, set the environment variable
+``TAMINGFAST_BACKEND``, which is read once at import, or use ``with backends.use("reference"):``. The override applies
+to the ops that the backend implements; all others are chosen as usual. ``TAMINGFAST_ISA`` sets the instruction set of
+the native kernels (``generic``, ``avx2``, ``avx512``, ``avx512bf16``).
 
 Importing this module does not import torch.
 """
@@ -37,7 +37,7 @@ __all__ = [
     "multiprocessors", "native", "pick_device", "requested", "status", "use",
 ]  # fmt: skip
 
-#: The backends by name, each with the question whether it can run here.
+#: The backends by name, each with a function that says whether it can run here.
 PROBES: dict[str, Callable[[], Availability]] = {
     "triton": _machine.triton,
     "native": _machine.extension,
@@ -49,7 +49,7 @@ _requested = os.environ.get("TAMINGFAST_BACKEND") or None
 
 
 def requested() -> str | None:
-    """The backend that the user asked for, None for the automatic choice. RuntimeError for an unknown name."""
+    """The requested backend, or None for the automatic choice. Raises RuntimeError for an unknown name."""
     if _requested is not None and _requested not in PROBES:
         raise SettingError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(PROBES)}")
     return _requested
@@ -57,13 +57,16 @@ def requested() -> str | None:
 
 @contextlib.contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Inside the block every op that ``backend`` has runs on it or raises RuntimeError; None: the automatic choice.
+    """Inside the block, every op that ``backend`` implements runs on it or raises RuntimeError.
 
-    The setting holds for the whole process, other threads included. ValueError for an unknown name.
+    None restores the automatic choice. The setting holds for the whole process, other threads included. Raises
+    ValueError for an unknown name.
     """
     global _requested
     if backend is not None and backend not in PROBES:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(PROBES)}, or None to choose freely")
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of {', '.join(PROBES)}, or None for the automatic one"
+        )
     before, _requested = _requested, backend
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the ops check about tensors before they run, and how they name what they got."""
+"""Checks of tensor arguments that the ops share, and how error messages describe a tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def floating(name: str, value: torch.Tensor) -> None:
-    """TypeError unless ``value`` is a tensor of one of `FLOATS`."""
+    """Raise TypeError unless ``value`` is a tensor of one of `FLOATS`."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in FLOATS:

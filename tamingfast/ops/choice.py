@@ -1,8 +1,8 @@
-"""The token choice: temperature, top-k, top-p, and Gumbel-max with counter-based noise; limits are checked here alone.
+"""The token choice: temperature, top-k, top-p, and Gumbel-max with counter-based noise. Only this module checks them.
 
 A token is `argmax(filtered(logits / temperature) + g)`, which is an exact draw from the softmax of the
 filtered logits (the Gumbel-max trick). The noise `g` is a pure function of (seed, image, row, column,
-vocabulary entry), so a draw depends neither on the batch size, nor on the order in which positions are
+vocabulary entry), so a draw depends neither on the batch size, nor on the order in which cells are
 visited, nor on the machine. `csrc/philox.h` has the same definition:
 
     key     = (low 32 bits of seed, high 32 bits of seed)
@@ -65,7 +65,7 @@ def check_seed(seed: int) -> None:
 
 
 def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise of every vocabulary entry at the given places, as this module's docstring defines it.
+    """Standard Gumbel noise of every vocabulary entry in the given cells, as this module's docstring defines it.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -90,7 +90,7 @@ def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: i
 def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
     """Raises UserError when a sampling option is outside its range.
 
-    A float32 must hold the temperature; a `top_k` of type float must have an integer's value.
+    The temperature must be a normal float32; a `top_k` given as a float must be a whole number.
     """
     if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
         raise UserError(f"temperature: got {temperature}, expected a positive float32; for 0 use greedy")
@@ -101,7 +101,7 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
 
 
 def check_chosen(nan: bool, nothing: bool) -> None:
-    """Raises ValueError where a row of logits held NaN (`nan`) or no finite entry (`nothing`)."""
+    """Raises ValueError if a row of logits held NaN (`nan`) or no finite entry (`nothing`)."""
     if nan or nothing:
         found = "NaN" if nan else "only -inf"
         raise ValueError(f"logits: got {found} in a row, expected numbers to choose a token from; check the weights")
@@ -114,7 +114,7 @@ class Choice:
     Attributes:
         temperature, top_k, top_p: as in `choose`; None keeps all entries.
         greedy: take the best entry; noise, temperature and filters have no effect.
-        seed: of `gumbel_noise`.
+        seed: of the noise; see `gumbel_noise`.
 
     Raises:
         UserError: an option outside its range.
@@ -129,7 +129,7 @@ class Choice:
     def __post_init__(self) -> None:
         check_filters(self.temperature, self.top_k, self.top_p)
         check_seed(self.seed)
-        # The extension takes Python's own numbers only.
+        # The extension accepts only Python's own number types, not NumPy's.
         object.__setattr__(self, "temperature", float(self.temperature))
         object.__setattr__(self, "top_k", None if self.top_k is None else int(self.top_k))
         object.__setattr__(self, "top_p", None if self.top_p is None else float(self.top_p))

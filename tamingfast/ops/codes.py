@@ -1,4 +1,4 @@
-"""Nearest codebook entries, alone and with what training needs: Triton, the extension or the definition."""
+"""Nearest codebook entries, alone or with what training needs, on Triton, the extension or the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the codebook entry nearest to each vector in squared Euclidean distance, ties to the lowest index.
 
     This is the quantizer of VQ-VAE (van den Oord et al. 2017, eq. 1). The answer is the argmin in float64 of the values
-    as given, however close codes are to each other and however far from the origin. Memory is O(N + K); no N x K
+    as given, no matter how close codes are to each other or how far from the origin. Memory is O(N + K); no N x K
     matrix is held.
 
     Args:
@@ -25,7 +25,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: name the argument that has a wrong dtype or shape, or holds NaN or infinity. On a GPU
             values are not checked, because the host would have to wait; such a row gets some valid index.
-        RuntimeError: the backend that was asked for cannot run it.
+        RuntimeError: the requested backend cannot run it.
     """
     if isinstance(z, torch.Tensor) and z.ndim != 2:
         raise ValueError(f"z: got shape {tuple(z.shape)}, expected (N, D) with D of at least 1")
@@ -36,7 +36,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 def quantize(z: torch.Tensor, codebook: torch.Tensor) -> reference.Quantized:
     """Vectors replaced by their nearest codes, with what training needs; one pass over z on Triton.
 
-    Definition: :func:`tamingfast.ops.reference.quantize`. Indices are exact, as those of :func:`nearest_code`.
+    Definition: :func:`tamingfast.ops.reference.quantize`. Indices are exact, as in :func:`nearest_code`.
 
     Args:
         z: (B, D, *) or (N, D).
@@ -105,7 +105,7 @@ def _native_nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tenso
 
 
 def _native_refusal(z: torch.Tensor, codebook: torch.Tensor) -> str | None:
-    return "its kernel is for up to 32 bits, got float64" if torch.float64 in (z.dtype, codebook.dtype) else None
+    return "its kernel supports at most 32 bits, got float64" if torch.float64 in (z.dtype, codebook.dtype) else None
 
 
 # The definition branches on values, which torch.compile cannot trace.

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: each is asked in turn whether it can take these arguments, and if not, why.
+"""Chooses the implementation that runs an op. Each one says whether it can take the given arguments and, if not, why.
 
-The automatic choice takes the first that can, and logs once why an earlier one could not. A backend that the user
-asked for (:mod:`tamingfast.ops.backends`) is the only one asked if it has the op; RuntimeError with the reason if it
-cannot run. Everything here can be traced by torch.compile without breaking the graph.
+The automatic choice takes the first that can, and logs once why an earlier one could not. If the user requested a
+backend (:mod:`tamingfast.ops.backends`) that implements the op, only that one is considered, and RuntimeError gives the
+reason if it cannot run. torch.compile traces all of this without a graph break.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("tamingfast")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: The automatic choice asks these backends only for tensors on that device.
+#: Backends that the automatic choice considers only for tensors on one type of device.
 _HOME = {"triton": "cuda", "native": "cpu"}
 
 
@@ -34,8 +34,8 @@ class Implementation(Generic[P, R]):
     Attributes:
         backend: a name of `backends.PROBES`.
         run: the op's function.
-        refusal: takes the same arguments and says why `run` cannot take them, None if it can; None if `run` takes all
-            arguments that the op does.
+        refusal: called with the arguments of `run`; returns why it cannot take them, or None if it can. Omitted if
+            `run` accepts everything that the op accepts.
     """
 
     backend: str
@@ -62,7 +62,7 @@ class Op(Generic[P, R]):
         return tuple(implementation.backend for implementation in self.implementations)
 
     def run(self, device: torch.device, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The op of checked arguments on ``device``. RuntimeError if the backend asked for cannot run it."""
+        """Run the op with checked arguments on ``device``. RuntimeError if the requested backend cannot run it."""
         asked = backends.requested()
         refusals: list[tuple[str, str]] = []
         for implementation in self._candidates(asked, device.type):
@@ -83,7 +83,7 @@ class Op(Generic[P, R]):
         return [each for each in self.implementations if _HOME.get(each.backend, device) == device]
 
 
-# torch.compile evaluates the two below while it traces, instead of tracing into what they look at.
+# torch.compile evaluates the two functions below while it traces, instead of tracing into them.
 @torch.compiler.assume_constant_result
 def _unavailable(backend: str, device: str) -> str | None:
     """Why the backend cannot run here, or on tensors of that device type; None if it can."""

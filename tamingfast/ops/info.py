@@ -9,7 +9,7 @@ from tamingfast.ops.backends import Availability
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
-    """The backends of each op, in the order in which the automatic choice asks them."""
+    """The backends of each op, in the order in which the automatic choice considers them."""
     ops = (attention.CAUSAL_ATTENTION, norm.GROUP_NORM_SILU, codes.NEAREST_CODE, codes.QUANTIZE)
     return {op.name: op.backends for op in ops}
 

@@ -1,6 +1,6 @@
-"""The machine: which devices, extension and Triton are there, why not, and facts to print beside measurements.
+"""What this machine offers: devices, the extension, Triton, why one is missing, and facts to print with measurements.
 
-Importing this module imports neither torch nor Triton; the functions import what they look at.
+Importing this module imports neither torch nor Triton; each function imports what it inspects.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tamingfast.errors import SettingError, UserError
 if TYPE_CHECKING:
     import torch
 
-OLDEST_CUDA = (8, 0)  # compute capability that the CUDA engine is compiled for
-_OLDEST_CAPABILITY = (8, 0)  # of the Triton kernels: bfloat16 on the matrix units
+OLDEST_CUDA = (8, 0)  # lowest compute capability that the CUDA engine is compiled for
+_OLDEST_CAPABILITY = (8, 0)  # for the Triton kernels: bfloat16 on the matrix units
 _OLDEST_TRITON = (3, 4)  # 3.3 fails to compile the attention, 3.2 to interpret the quantizer
 _SPLITS_WITHOUT_GPU = 8
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether something can run on this machine, and why, or why not."""
+    """Whether something can run on this machine; the reason describes what was found, or why it cannot."""
 
     available: bool
     reason: str
@@ -147,7 +147,7 @@ def cuda() -> Availability:
     count, reason = module.cuda.devices()
     device = gpu()
     if count == 0 and device.available:
-        reason = f"torch runs on the GPU, but what {info['cuda']} built does not ({reason})"
+        reason = f"torch runs on the GPU, but kernels built by {info['cuda']} do not ({reason})"
         advice = "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
         return Availability(False, f"{reason}: {advice}")
     if count == 0:
@@ -155,7 +155,7 @@ def cuda() -> Availability:
     return Availability(device.available, f"{device.reason}; built by {info['cuda']}")
 
 
-# The instruction sets that the kernels use or might; a processor lists a hundred more.
+# Instruction sets that the kernels use or could use; a processor lists a hundred others.
 _FEATURES = re.compile(
     r"\b(avx|avx2|fma|f16c|avx512(?:f|bw|dq|vl|_vnni|_bf16|_fp16)|avx_vnni|amx_\w+|asimd\w*|sve\w*|i8mm|bf16)\b"
 )

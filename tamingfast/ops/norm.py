@@ -1,4 +1,4 @@
-"""Group normalisation with SiLU: checks its arguments and runs it on Triton or by the definition."""
+"""Group normalisation with SiLU: checks its arguments and runs it on Triton or the reference."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def group_norm_silu(
         eps: added to the variance.
 
     Raises:
-        TypeError, ValueError: name the argument.
-        RuntimeError: the backend that was asked for cannot run it.
+        TypeError, ValueError: an invalid argument, which the message names.
+        RuntimeError: the requested backend cannot run it.
     """
     check.floating("x", x)
     if x.ndim != 4:
@@ -56,7 +56,7 @@ def _triton(
 def _triton_refusal(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> str | None:
-    return "its kernel is for up to 32 bits, got float64" if x.dtype == torch.float64 else None
+    return "its kernel supports at most 32 bits, got float64" if x.dtype == torch.float64 else None
 
 
 GROUP_NORM_SILU = Op(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 #: What `quantize` returns: (z_q, indices, to_codes, to_latents, counts).
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-_CHUNK_SCORES = 2**21  # of nearest_code: 16 MiB in float64
+_CHUNK_SCORES = 2**21  # per chunk of nearest_code: 16 MiB in float64
 
 
 def attention_mask(length: int, n_unmasked: int, device: torch.device | None = None) -> torch.Tensor:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from tamingfast.errors import UserError, nearest
 
-#: The experiments, each a module of this package with a function ``run(study)``, and their subjects.
+#: Experiment -> its subject. Each is a module of this package with a function ``run(study)``.
 EXPERIMENTS = {
-    "pixels": "sampling from pixels against sampling from latents (the first source, section 4.4)",
-    "orderings": "the order in which tokens are predicted (the second source, Fig. 2)",
-    "compression": "how far the first stage compresses (the first source, section 4.3)",
-    "multiscale": "images from coarse to fine, from some scales of a given image (the second source, Fig. 3 and 7)",
+    "pixels": "sampling from pixels against sampling from latents (Taming Transformers, section 4.4)",
+    "orderings": "the order in which tokens are predicted (An Image is Worth 16x16 Tokens, Fig. 2)",
+    "compression": "how far the first stage compresses (Taming Transformers, section 4.3)",
+    "multiscale": "images from coarse to fine, starting from scales of a given image (An Image is Worth 16x16 Tokens, "
+    "Fig. 3 and 7)",
 }
 DEFAULT = "pixels"
 ALL = "all"
@@ -38,7 +39,7 @@ def run(
         device: as for `tamingfast.ops.backends.pick_device`.
 
     Raises:
-        UserError: unknown experiments, presets or settings, and an ``out`` with runs that are not to be resumed.
+        UserError: unknown experiments, presets or settings; or ``out`` contains runs and ``resume`` is False.
     """
     # Imported here because `tamingfast --help` reads the table above and should not wait for torch.
     from tamingfast.reproduce import everything

@@ -1,4 +1,4 @@
-"""Training budgets in floating-point operations, which make the runs of an experiment comparable."""
+"""Training budgets in floating-point operations, so that the runs of an experiment are comparable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) ->
 
 
 def scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """A ``training:`` section with all counts of steps multiplied by ``share``, those of logs and checkpoints too.
+    """A ``training`` section with all numbers of steps multiplied by ``share``, those between logs or checkpoints too.
 
     The curves of two runs then have the same number of points.
     """

@@ -1,8 +1,9 @@
-"""How far to compress before the transformer: the first source, section 4.3, and its hierarchical codebook (4.4).
+"""How far to compress before the transformer: Taming Transformers, section 4.3 and, for two levels, section 4.4.
 
-First stages with f = 1 (a dictionary of colours), 2, 4, 8, 16 and one of two levels learn from the same crops. Then the
-same transformer learns, for the same number of floating-point operations, sequences of the same number of tokens of
-each: its window of w x w tokens sees crops of wf x wf pixels. All draw images of the same size, by sliding the window.
+First stages with f = 1 (a dictionary of colours), 2, 4, 8 and 16, and one of two levels, are trained on the same crops.
+Then the same transformer is trained on the tokens of each, with the same number of floating-point operations and on
+sequences of the same length: its window of w x w tokens sees crops of wf x wf pixels. All priors draw images of the
+same size, by sliding the window.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tamingfast.reproduce.study import Study, draw_images, geometry, images_at, 
 from tamingfast.reproduce.timing import Timer
 
 HIERARCHICAL = "tamingfast.models.hierarchical.HierarchicalVQModel"
-#: Two-level samples are of small crops, so more of them fit a sheet.
+#: Samples of two levels are as small as the crops, so more of them fit on a sheet.
 _SMALL_PER_LARGE = 4
 
 
@@ -82,14 +83,14 @@ def run(study: Study) -> Path:
 
 
 def variants_of(settings: Mapping[str, Any]) -> list[Variant]:
-    """The first stages that the settings name; UserError when one does not fit the images, and for less than two."""
+    """The first stages that the settings name; UserError if one does not fit the images, or for fewer than two."""
     stages, size = settings["stages"], settings["data"].get("size")
     if size is None:
         raise UserError("data.size: got null, expected the side of the images in pixels, such as data.size=256")
     window, top = stages["window"], stages["two_levels"]
     variants = [Variant(factor, 1, window * factor) for factor in sorted(stages["factors"])]
     if top is not None:
-        # As many tokens of two levels as the window has at most.
+        # The largest crop whose tokens, of both levels, are no more than those of the window.
         variants.append(Variant(top, 2, math.isqrt(window**2 // TOKENS_PER_TOP) * top))
     for variant in variants:
         _check(variant, settings, size)
@@ -113,7 +114,7 @@ def _check(variant: Variant, settings: Mapping[str, Any], size: int) -> None:
         raise UserError(f"stages.window: got {window}, expected at least {least} for tokens of two levels")
     if variant.crop > size:
         raise UserError(
-            f"stages.window: got {window}, which takes crops of {variant.crop} pixels for {variant.label}, expected "
+            f"stages.window: got {window}, which needs crops of {variant.crop} pixels for {variant.label}, expected "
             f"crops of at most data.size={size}; choose a smaller window or larger images"
         )
     for name, side in (("data.size", size), ("stages.crop", stages["crop"])):
@@ -171,7 +172,7 @@ def _first_stage(variant: Variant, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _measured(study: Study, variant: Variant, validation: EpochDataset) -> dict[str, Any]:
-    """A variant's row of the report. All but the training's steps and time is measured here."""
+    """A variant's row of the report. Everything is measured here but the steps and the time of the training."""
     prior = study.prior(variant.prior)
     stage, size, chosen = prior.first_stage_model, study.settings["data"]["size"], study.settings["evaluation"]
     source = chosen["perceptual"]  # "lpips" is the package of that name
@@ -214,12 +215,12 @@ def _strided(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _speed(
     variant: Variant, prior: Net2NetTransformer, grid: tuple[int, int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Seconds per image of the whole size by the paper's protocol, by our engine, and with the window in strides.
+    """Seconds per full-size image by the paper's protocol, by our engine, and by our engine with a strided window.
 
-    Where the window slides, a full forward pass costs the same for every token. The paper's protocol is then timed on a
-    grid with one row and column more than the window, and multiplied. Two levels take one window over all tokens, for
-    which the transformer gets enough positions, untrained: the time does not depend on the weights. There the paper's
-    protocol is integrated over ``timing.prefixes`` prefix lengths (see `Timer.paper_protocol`).
+    Where the window slides, a full forward pass costs the same for every token, so the paper's protocol is timed on a
+    grid with one row and column more than the window and scaled up. Two levels need one window over all tokens. An
+    untrained transformer with enough positions is timed instead, as the time does not depend on the weights, and the
+    paper's protocol is integrated over ``timing.prefixes`` prefix lengths (see `Timer.paper_protocol`).
     """
     batch, repeats = settings["timing"]["batch"], settings["timing"]["repeats"]
     options = _options(variant, prior, grid, settings)
@@ -272,5 +273,5 @@ def _draw_pictures(study: Study, variants: Sequence[Variant], validation: EpochD
         images.save_rows(study.out / name, parts, [variant.label] * len(parts), max(1, size // side))
         pictures[name] = f"Samples, {variant.label}, {side} x {side} pixels"
     images.save_rows(study.out / "reconstructions.png", list(sheet.values()), list(sheet))
-    text = f"Validation images, and what is left of them with {', '.join(variant.label for variant in variants)}"
+    text = f"Validation images, and their reconstructions with {', '.join(variant.label for variant in variants)}"
     return {"reconstructions.png": text} | pictures

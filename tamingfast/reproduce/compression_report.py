@@ -13,7 +13,7 @@ from tamingfast.reproduce.study import geometry
 if TYPE_CHECKING:  # optional package
     from matplotlib.axes import Axes
 
-#: One first stage's part of ``results["rows"]``.
+#: One entry of ``results["rows"]``: a first stage and the prior on it.
 Row = Mapping[str, Any]
 
 SPEEDS = {
@@ -26,7 +26,7 @@ SPEEDS = {
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md`` and its plots into ``out``; returns the report's path.
 
-    Everything in the report comes from ``results``, but for the sheets in ``results["pictures"]``, which
+    Everything in the report comes from ``results``, except the sheets that ``results["pictures"]`` names, which
     `tamingfast.reproduce.compression` draws.
     """
     name = distance_name(results["settings"]["evaluation"]["perceptual"])
@@ -41,12 +41,12 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
     return [
         f"# How far to compress: preset `{results['preset']}`",
         report.provenance(results),
-        f"All first stages but the colours (f = 1) saw the same {first['steps']} batches of "
+        f"All first stages but the colours (f = 1) were trained on the same {first['steps']} batches of "
         f"{report.counted(first['batch_size'], 'crop')} of {settings['stages']['crop']} pixels. Then the same "
-        f"transformer ({report.geometry(geometry(settings))}) learned sequences of at most {window}² tokens of each, "
-        f"with {results['budget_flops']:.3g} floating-point operations: its window sees a crop whose side is {window} "
-        f"f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
-        "## What is lost, and what the rest costs",
+        f"transformer ({report.geometry(geometry(settings))}) was trained on the tokens of each, on sequences of at "
+        f"most {window}² tokens and with {results['budget_flops']:.3g} floating-point operations: its window sees a "
+        f"crop whose side is {window} f pixels. Images of {size} x {size} pixels are drawn by sliding that window.",
+        "## Reconstruction and likelihood",
         quality_table(rows, distance_name(settings["evaluation"]["perceptual"])),
         _quality_notes(rows),
         "![reconstruction against pixels per token](reconstruction.png)",
@@ -84,10 +84,10 @@ def quality_table(rows: Sequence[Row], perceptual: str) -> str:
 def _quality_notes(rows: Sequence[Row]) -> str:
     kept, nll = rows[0]["reconstruction"], rows[0]["likelihood"]
     return (
-        f"PSNR, SSIM and the codes in use are of {report.counted(kept['images'], 'whole validation image')}, the NLL "
-        f"of up to {report.counted(nll['images'], 'validation crop')} of the size that the window sees. Tokens of "
-        "different first stages are different alphabets, so their NLL per token does not compare; bits per pixel and "
-        "channel is what storing the tokens would cost, without what the first stage has lost."
+        f"PSNR, SSIM and the codes in use are measured on {report.counted(kept['images'], 'whole validation image')}, "
+        f"the NLL on up to {report.counted(nll['images'], 'validation crop')} of the size that the window sees. First "
+        "stages have different alphabets, so the NLLs per token cannot be compared; bits per pixel and channel is the "
+        "cost of storing the tokens, which does not include what the first stage has lost."
     )
 
 
@@ -107,14 +107,14 @@ def speed_table(rows: Sequence[Row]) -> str:
 def _speed_notes(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     lines = [
         f"- Batches of {settings['timing']['batch']}; times include the decoding of tokens to images.",
-        "- The paper's protocol is timed on a part of the tokens and multiplied where the window moves; the engine's "
-        f"times are of whole images. Strides are of {settings['sampling']['stride']} tokens, and give other tokens "
-        "than the paper's window, which is centred on each token.",
+        "- Where the window moves, the paper's protocol is timed on a part of the tokens and scaled up; the engine is "
+        f"timed on whole images. Strides are of {settings['sampling']['stride']} tokens; they give other tokens than "
+        "the paper's window, which is centred on each token.",
     ]
     lines += [
-        f"- Two levels ({row['label']}) have no window to slide, so their time is of one pass over all "
-        f"{row['tokens']:,} tokens with as many positions, untrained; their prior was trained on {row['crop']}-pixel "
-        f"crops of {row['tokens_trained']} tokens."
+        f"- Two levels ({row['label']}) have no window to slide, so the time is that of an untrained transformer with "
+        f"one window over all {row['tokens']:,} tokens; their prior was trained on {row['crop']}-pixel crops of "
+        f"{row['tokens_trained']} tokens."
         for row in rows
         if row["levels"] > 1
     ]
@@ -122,12 +122,12 @@ def _speed_notes(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
 
 
 def _across(row: Row) -> float:
-    """Side of the pixels per token: f, or for two levels the f of one level with as many tokens."""
+    """Pixels per token along one side: f or, for two levels, the f of a single level with as many tokens."""
     return row["pixels_per_token"] ** 0.5
 
 
 def plot_reconstruction(rows: Sequence[Row], perceptual: str, path: Path) -> None:
-    """A panel for each measure of the reconstructions that was taken, over the pixels per token."""
+    """A panel for each measure of the reconstructions, over the pixels per token; measures not taken are left out."""
     names = [("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("lpips", perceptual)]
     names = [pair for pair in names if any(row["reconstruction"].get(pair[0]) is not None for row in rows)]
     figure, axes = report.figure(len(names), width=4.5)
@@ -138,10 +138,10 @@ def plot_reconstruction(rows: Sequence[Row], perceptual: str, path: Path) -> Non
 
 
 def plot_speed(rows: Sequence[Row], path: Path) -> None:
-    """Seconds per image over the pixels per token, both logarithmic, a curve for each way of sampling."""
+    """Seconds per image over the pixels per token, both on a logarithmic scale; a curve for each way of sampling."""
     figure, (axis,) = report.figure(1, width=7)
     axis.set_yscale("log")
-    # Where the window does not slide, two ways take the same time: the smaller mark leaves the one below it visible.
+    # Where the window does not slide, two ways take the same time; a smaller mark leaves the one below it visible.
     stars = []
     for (key, label), size in zip(SPEEDS.items(), (9, 8, 4), strict=True):
         stars += _curve(axis, rows, [row["speed"][key]["seconds_per_image"] for row in rows], label, size)

@@ -17,11 +17,11 @@ from tamingfast.reproduce.settings import presets
 def run(
     preset: str, out: str | os.PathLike, overrides: Sequence[str] = (), resume: bool = False, device: str | None = None
 ) -> Path:
-    """Run all of `tamingfast.reproduce.EXPERIMENTS` into directories of their names; returns the path of an index.
+    """Run all of `tamingfast.reproduce.EXPERIMENTS`, each in a directory of its name; returns the path of an index.
 
     The index ``out/report.md`` links to their reports and is updated after each. Overrides are
-    ``EXPERIMENT.key=value``. ``resume`` skips experiments that have a report. Raises as `tamingfast.reproduce.run`,
-    and before anything runs when an experiment lacks the preset.
+    ``EXPERIMENT.key=value``. ``resume`` skips experiments that have a report. Raises UserError
+    as `tamingfast.reproduce.run` does, and before anything runs if an experiment lacks the preset.
     """
     out, names = Path(out), list(reproduce.EXPERIMENTS)
     for name in names:

@@ -1,7 +1,7 @@
 """Images from coarse to fine: An Image is Worth 16x16 Tokens, section 3, Fig. 3 and 7.
 
-One first stage and one prior over all scales of its tokens. Held-out images are sampled again from their first s
-scales, for every s. The distances of the samples to the image and to each other show what each scale determines.
+Trains one first stage, and one prior over all scales of its tokens. Then samples held-out images again from their first
+s scales, for every s. The distances of the samples to the image and to each other show what each scale determines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(study: Study) -> Path:
     if settings["scales"] is None:
         raise UserError("scales: got null, expected all or a list such as [4,2,1]")
     datasets = study.datasets()
-    # Before the training, as weights or images may be missing.
+    # Made before the training, because weights or images may be missing.
     distance = LPIPS(measured["perceptual_weights"]).to(study.device)
     held_out = _held_out(datasets[1], measured["images"]).to(study.device)
     study.train_first_stage(VQGAN, datasets)
@@ -56,7 +56,7 @@ def run(study: Study) -> Path:
 
 
 def _held_out(dataset: EpochDataset, count: int) -> Tensor:
-    """Images (count, 3, H, W), evenly spread over a data set; UserError when it has fewer."""
+    """Images (count, 3, H, W), evenly spread over a data set; UserError if it has fewer."""
     if len(dataset) < count:
         raise UserError(f"measure.images: got {count}, expected at most {len(dataset)}, the number of held-out images")
     return images_at(dataset, spread(len(dataset), count))

@@ -12,8 +12,8 @@ from tamingfast import report
 from tamingfast.reproduce.study import geometry
 
 PICTURES = {
-    "given.png": "Held-out images, and a sample of each that begins with its first 1, 2, ... scales; with all scales "
-    "given, in the last row, the first stage's reconstruction is all there is",
+    "given.png": "Held-out images, and a sample of each that starts from its first 1, 2, ... scales; in the last row "
+    "all scales are given, which leaves the first stage's reconstruction",
     "scales.png": "The same images, and what each of their scales decodes to when its tokens are repeated",
     "samples.png": "Samples from scratch",
 }
@@ -22,7 +22,7 @@ PICTURES = {
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md`` and ``distance.png`` into ``out``; returns the report's path.
 
-    Everything in the report comes from ``results``, but for `PICTURES`, which `tamingfast.reproduce.multiscale` draws.
+    Everything in the report comes from ``results``, except `PICTURES`, which `tamingfast.reproduce.multiscale` draws.
     """
     plot(results, out / "distance.png")
     return report.write(out, results, _sections(results))
@@ -40,12 +40,12 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         "## Samples from given scales\n\n"
         f"{report.counted(measured['images'], 'held-out image')} ({results['held_out']}), "
         f"{report.counted(measured['samples'], 'sample')} each for every number of given scales; ± is "
-        "the standard error over images. With all scales given nothing is sampled, and what is left is "
-        "the first stage's error.",
+        "the standard error over images. With all scales given nothing is sampled, and only the first "
+        "stage's error remains.",
         table(results),
         "![distance over the number of given scales](distance.png)",
         "## Likelihood of each scale\n\nOn validation images, each token given all before it. The sum bounds the "
-        "negative log-likelihood of the image's own tokens from above, as these settle all coarser scales.",
+        "negative log-likelihood of the image's own tokens from above, as these determine all coarser scales.",
         nll_table(results["nll"]),
         "## Pictures",
         *(f"{text}:\n\n![{name.removesuffix('.png')}]({name})" for name, text in PICTURES.items()),
@@ -59,7 +59,13 @@ def given_names(scales: Sequence[str]) -> list[str]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Distances for each number of given scales as a Markdown table."""
-    heads = ["given scales", "tokens given", f"{results['distance']} to the input", "between samples", "pixels off"]
+    heads = [
+        "given scales",
+        "tokens given",
+        f"{results['distance']} to the input",
+        "between samples",
+        "pixel difference",
+    ]
     tokens = np.cumsum([0, *(row["tokens"] for row in results["nll"])])
     cells = [
         [
@@ -93,6 +99,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     if results["settings"]["measure"]["samples"] > 1:
         axis.plot(at, [row["between"] for row in given], marker="s", label="between samples of one input")
     axis.set_xticks(at, given_names(results["scales"]))
-    axis.set(xlabel="scales given", ylabel=results["distance"], title="What each scale settles", ylim=(0, None))
+    axis.set(xlabel="scales given", ylabel=results["distance"], title="What each scale determines", ylim=(0, None))
     axis.legend()
     report.save_figure(figure, path)

@@ -1,7 +1,7 @@
 """The order in which a transformer predicts the tokens of an image: An Image is Worth 16x16 Tokens, section 3, Fig. 2.
 
-One first stage, whose tokens are encoded once, and one transformer for each ordering and seed. All transformers of a
-seed start with the same weights and see the same batches, so that only the ordering differs.
+Trains one first stage, encodes the images once, and trains one transformer for each ordering and seed. All transformers
+of a seed start with the same weights and see the same batches, so that only the ordering differs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SAMPLES = "samples.png"
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md`` and ``nll.png`` into ``out``; returns the report's path.
 
-    Everything in the report comes from ``results``, but for the samples, which `tamingfast.reproduce.orderings` draws.
+    Everything in the report comes from ``results``, except the samples, which `tamingfast.reproduce.orderings` draws.
     """
     plot(results["orderings"], out / "nll.png")
     return report.write(out, {**results, "summary": summary(results["orderings"])}, _sections(results))
@@ -40,9 +40,9 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         f"The same transformer ({report.geometry(geometry(settings))}) for each ordering of {rows} x {columns} tokens "
         f"out of {results['vocabulary']}: {training['steps']} steps of "
         f"{report.counted(training['batch_size'], 'image')}. "
-        f"Seeds: {', '.join(map(str, seeds))}; each decides the first weights and the batches of all orderings alike. "
-        "NLL is on validation images, at the end of the budget; ± is the standard deviation over seeds, of "
-        "the differences in the column of differences.",
+        f"Seeds: {', '.join(map(str, seeds))}; each determines the initial weights and the batches of all orderings "
+        "alike. NLL is that of validation images, at the end of the budget; ± is the standard deviation over seeds, in "
+        "the column 'above row major' that of the differences.",
         table(results["orderings"]),
         "![validation NLL over steps; bands reach from the best to the worst seed](nll.png)",
         f"Samples of seed {seeds[0]}, one row each for {names}:\n\n![samples]({SAMPLES})",
@@ -53,7 +53,8 @@ def summary(orderings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each ordering, sorted by its final nats per token, with mean and spread over seeds.
 
     ``spread`` is the sample standard deviation, None with one seed. ``behind`` and ``behind_spread`` describe the
-    differences to row major seed by seed. As the two runs of a seed share their weights and batches, these vary less.
+    differences to row major, seed by seed. As the runs of a seed share their first weights and batches, these vary
+    less.
     """
     final = {row["name"]: np.array([curve[-1] for curve in row["nll"].values()]) for row in orderings}
 

@@ -1,7 +1,7 @@
-"""Sampling images from pixels against sampling them from latents: the paper's section 4.4.
+"""Sampling from pixels against sampling from latents: Taming Transformers, section 4.4.
 
-One first stage (f = 2), then the same transformer once on its tokens and once on colour-clustered pixels, both with the
-same number of floating-point operations.
+Trains one first stage (f = 2), then the same transformer twice with the same number of floating-point operations: on
+the first stage's tokens, and on colour-clustered pixels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COMPLETIONS = 3
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """What a prior learns: images of ``tokens`` tokens out of a ``vocabulary``, at ``flops`` per image."""
+    """The sequences of a prior: ``tokens`` per image from a ``vocabulary``, and the ``flops`` to train on one image."""
 
     tokens: int
     vocabulary: int
@@ -76,7 +76,7 @@ def run(study: Study) -> Path:
 
 
 def _train(study: Study, datasets: tuple[EpochDataset, EpochDataset], size: int) -> dict[str, TokenSequence]:
-    """Train what is missing; returns what each prior learns."""
+    """Train what is missing; returns the sequences that each prior is trained on."""
     data, training = study.settings["data"], study.settings["prior"]["training"]
     study.train_first_stage(VQGAN, datasets)
     study.fit_colors(COLORS, datasets[0], data)
@@ -180,9 +180,9 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Distances of ``images`` samples of each prior from as many validation images, in a network's ``features``.
 
-    For comparison also those of training images, and of each first stage's reconstructions of the validation images,
-    which a prior on it can hardly beat. Where the network or its weights are not available, only ``missing``, the
-    reason.
+    For comparison, the distances of training images and of each first stage's reconstructions of the validation images
+    are included; a prior can hardly beat the reconstructions of its own first stage. If the network or its weights are
+    not available, the result is ``missing``, the reason, and no distances.
     """
     began = time.perf_counter()
     try:
@@ -221,9 +221,11 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Seconds per image of both priors under three protocols, decoding included.
 
-    (a) The paper's: a full forward pass per token. With ``prefixes`` 0 whole runs are timed; otherwise steps at that
-    many evenly spaced prefix lengths, interpolated and summed over all steps, and for latents a whole run as a check.
-    (b) With a key/value cache. (c) The best of (b) and of all ``fastest_batches`` and ``fastest_dtypes``.
+    (a) The paper's: a full forward pass per token. With ``prefixes`` 0 whole runs are timed; otherwise the steps at
+    that many evenly spaced prefix lengths are timed, interpolated and summed over all steps, and for latents a whole
+    run is timed as a check.
+    (b) With a key/value cache. (c) The best of (b) and of the engine with each of ``fastest_batches`` and
+    ``fastest_dtypes``.
     """
     began = time.perf_counter()
     timers = {

@@ -25,8 +25,8 @@ _PROTOCOLS = {
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write ``report.json``, ``report.md``, ``training.png`` and ``speed.png`` into ``out``; returns the report's path.
 
-    Everything in the report comes from ``results``, but for the curves, read from the runs in ``out``, and the sheets
-    in ``results["pictures"]``, which `tamingfast.reproduce.pixels` draws.
+    Everything in the report comes from ``results``, except the curves, read from the runs in ``out``, and the sheets
+    that ``results["pictures"]`` names, which `tamingfast.reproduce.pixels` draws.
     """
     plot_training(results["runs"], out)
     plot_speed(results["speed"], out / "speed.png")
@@ -85,9 +85,9 @@ def _speed_notes(speed: Mapping[str, Any]) -> str:
         if abs(off) > TOLERATED:
             # The speed-up above is derived from (a), so the warning replaces it.
             first = (
-                f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} from what a "
-                "whole run took. The machine was busy, or the steps are too short to be timed alone; repeat the run on "
-                "an idle machine.**"
+                f"- **Do not use the figures of (a): for latents the integral is more than {TOLERATED:.0%} off the "
+                "time of a whole run. The machine was busy, or the steps are too short to be timed alone; repeat the "
+                "run on an idle machine.**"
             )
     return "\n".join([first, *lines])
 
@@ -104,8 +104,8 @@ def _quality(quality: Mapping[str, Any]) -> str:
         f"- The {what} of samples from latents is {abs(1 - latents / pixels):.1%} "
         f"{'lower (better)' if latents < pixels else 'higher (worse)'} than from pixels. The paper found the FID of "
         f"latents {PAPER_QUALITY:.2%} lower, on CIFAR10.",
-        "- Frechet distances grow as sets get smaller, so these compare with one another only; the kernel distance is "
-        "unbiased, and may be below 0.",
+        "- Frechet distances grow as sets get smaller, so these can only be compared with one another; the kernel "
+        "distance is unbiased and may be below 0.",
     ]
     if name != "fid":
         lines.append("- These are not FIDs, whose features are those of the Inception network.")
@@ -126,7 +126,7 @@ def _training_table(results: Mapping[str, Any]) -> str:
         f"budget of {prior['budget_flops']:.3g} floating-point operations.",
         report.table(heads, rows),
         "The negative log-likelihoods (nll, in nats per token) are over different alphabets and sequence lengths, so "
-        "they do not compare the two priors with each other.",
+        "they say nothing about which prior is better.",
         "![training curves](training.png)",
     ]
     return "\n\n".join(parts)

@@ -22,7 +22,7 @@ def presets(experiment: str) -> list[str]:
 def load_preset(experiment: str, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of a preset with ``key=value`` overrides applied.
 
-    Raises UserError for unknown presets, for overrides of another form and for those of unknown sections.
+    Raises UserError for unknown presets, and for overrides that have another form or an unknown section.
     """
     known = presets(experiment)
     if name not in known:

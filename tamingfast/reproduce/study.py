@@ -54,7 +54,7 @@ class Study:
         resume: bool,
         device: str | None,
     ) -> Study:
-        """The study that the arguments of `tamingfast.reproduce.run` describe; raises UserError as that does."""
+        """The study described by the arguments of `tamingfast.reproduce.run`; raises UserError as that does."""
         settings = load_preset(experiment, preset, overrides)
         return cls(preset, settings, Path(out), resume, str(backends.pick_device(device)))
 
@@ -77,7 +77,7 @@ class Study:
         vqgan_training.train(config, self.out / run, self.resumes(run), self.device, datasets)
 
     def fit_colors(self, run: str, dataset: EpochDataset, data: Mapping[str, Any]) -> None:
-        """Fit the dictionary of the ``colors`` section; ``data`` is kept in its config."""
+        """Fit the dictionary of the ``colors`` section; ``data`` is recorded in its config."""
         if not self.resumes(run):
             colors = self.settings["colors"]
             fit_color_clusters(dataset, colors["count"], colors["seed"], self.out / run, data)
@@ -102,12 +102,12 @@ class Study:
         return run_directory.progress(self.out / run)["step"]
 
     def seconds(self, runs: Iterable[str]) -> float:
-        """Training time of runs, over all calls of an interrupted one; 0 for colours, which have no steps."""
+        """Training time of runs in seconds, over all calls of an interrupted run; 0 for colours, without steps."""
         begun = (self.out / run for run in runs)
         return sum(run_directory.progress(out)["seconds"] for out in begun if run_directory.exists(out))
 
     def facts(self, dataset: EpochDataset) -> dict[str, Any]:
-        """What every report begins with."""
+        """The results that every report begins with."""
         return {
             "preset": self.preset,
             "data": dataset.description,

@@ -1,4 +1,4 @@
-"""Timing of sampling, as the experiments report it."""
+"""Timing of sampling, for the reports of the experiments."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Timer:
         return self._median(lambda: self.prior.decode_grid(grid), self.repeats)
 
     def naive_steps(self, batch: int, lengths: Sequence[int]) -> list[float]:
-        """Seconds of one full forward pass and token choice after each number of image tokens.
+        """Seconds of one full forward pass and token choice after each number of image tokens in ``lengths``.
 
-        A few consecutive steps less a call that samples nothing, divided by their number; medians of several
-        measurements.
+        This is the time of `STEPS_PER_NODE` consecutive steps, less that of a call that samples nothing, divided by the
+        number of steps; both times are medians of several measurements.
         """
         mask = torch.zeros(self.tokens, dtype=torch.bool)
         idle = self._median(lambda: self._sample(batch, mask=mask, engine="naive"), self.repeats)
@@ -90,7 +90,7 @@ class Timer:
         }
 
     def row(self, batch: int, repeats: int | None = None, **how: Any) -> float:
-        """Seconds to sample the middle row of ``batch`` images below a given upper half, the median of several."""
+        """Seconds to sample the middle row of ``batch`` images below a given upper half, a median of ``repeats``."""
         mask = torch.zeros(self.grid, dtype=torch.bool)
         mask[self.grid[0] // 2] = True
         return self._median(lambda: self._sample(batch, mask=mask, **how), repeats or self.repeats)

@@ -1,4 +1,4 @@
-"""Sampling of token grids: which position next, in which window, with which noise, by which engine."""
+"""Sampling of token grids: the order of cells, their windows, the noise and the engine."""
 
 from __future__ import annotations
 

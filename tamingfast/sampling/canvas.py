@@ -1,7 +1,7 @@
 """Canvases: grids of tokens of any size, some given and some still to be sampled, that can be edited and resumed.
 
-A token depends only on the seed, its place and the tokens that precede it in its window. So a canvas that is saved half
-way and finished later equals one that was never interrupted.
+A token depends only on the seed, its place and the tokens that precede it in its window. So a canvas that is saved
+halfway and finished later equals one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Canvas:
     """Tokens, which of them are still to be sampled, and everything that decides what they will be.
 
     Attributes:
-        tokens: int64 (B, height, width); anything where `pending`.
+        tokens: int64 (B, height, width); arbitrary where `pending`.
         pending: bool (B, height, width), True where a token is still to be sampled.
         cond: int64 (B, c), the same before every window; (B, height, width), cropped with it; or
-            (B, height, width, c), for each window the entry at its upper left corner.
+            (B, height, width, c), which gives each window the entry at its upper left corner.
         settings: the keyword arguments of `sample_grid` named in `SETTINGS`, which decide the tokens; those left out
             have their defaults.
         model: `identity` of the model that samples it; empty before that is known.
@@ -111,7 +111,7 @@ class Canvas:
         same = self.cond.shape[1:] == begun.cond.shape[1:]
         if not same or not torch.equal(self.cond[:1], begun.cond[:1].to(self.cond.device)):
             raise UserError(
-                "condition: got another one than the saved canvas was begun with, expected the same; give that to go on"
+                "condition: got a different one from the saved canvas's, expected the same; give the same to go on"
             )
 
     def resample(self, mask: Tensor) -> Canvas:
@@ -126,9 +126,9 @@ class Canvas:
     def outpaint(
         self, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0, cond: Tensor | None = None
     ) -> Canvas:
-        """A larger canvas: this one with that many rows and columns of tokens to be sampled on each side.
+        """This canvas, enlarged on each side by the given number of rows or columns of tokens to be sampled.
 
-        A condition that is a grid must be given again, for the larger canvas. The model reads a window from its upper
+        A condition that is a grid must be given anew, for the larger canvas. The model reads a window from its upper
         left corner. So tokens to the right and below continue the image, while tokens above are drawn before the model
         has seen it.
         """
@@ -166,9 +166,9 @@ class Canvas:
 
         Args:
             model: the prior; it must be the one that began the canvas.
-            batch: images sampled at a time; does not change them.
+            batch: images sampled at a time; does not change the tokens.
             path: where the canvas is saved every ``every`` seconds, and when it is finished or interrupted.
-            preview: called with the canvas as it is, equally often.
+            preview: called with the current canvas, equally often.
             progress: called as progress(done, total) with numbers of tokens over all images.
             options: further arguments of `sample_grid` that do not change the tokens: engine, memory.
 

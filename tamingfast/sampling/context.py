@@ -1,4 +1,4 @@
-"""Condition tokens in front of a window's image tokens: the same for all, a crop of a grid, or its own."""
+"""Condition tokens in front of a window's image tokens: one for all, a crop of a grid, or one per window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Context:
 
     Args:
         cond: int64 (B, c), the same before every window; (B, height, width), cropped with it in raster order, whatever
-            the order of the image tokens; or (B, height, width, c), for each window the entry at its corner.
+            the order of the image tokens; or (B, height, width, c), which gives each window the entry at its corner.
 
     Attributes:
         length: condition tokens before each window.

@@ -16,15 +16,15 @@ class Decoder(Protocol):
     """Gives the logits of one token after the other of a window."""
 
     def enter(self, sequence: Tensor) -> None:
-        """Move to the window of tokens ``sequence``: int64 (B, c + n), the condition first.
+        """Move to a window, whose tokens are ``sequence``: int64 (B, c + n), the condition first.
 
-        The caller writes the tokens that it chooses into it.
+        The caller writes the tokens that it chooses into ``sequence``.
         """
 
     def logits(self, length: int) -> Tensor:
-        """Logits (B, V) of token ``length`` of the sequence, given all before it.
+        """Logits (B, V) of token ``length`` of the sequence, given all tokens before it.
 
-        Those are known by then; ``length`` rises within a window.
+        Those are known by then; ``length`` increases within a window.
         """
 
 
@@ -89,7 +89,7 @@ class NativeDecoder:
         engine: with an empty slot for each image of the batch.
         images: the images' numbers, for the noise.
         shared: leading tokens that are the same in every window.
-        choices: entries of the vocabulary that may be chosen, the first ones.
+        choices: only the first ``choices`` entries of the vocabulary may be chosen.
         choice: how a token is chosen.
     """
 

@@ -1,4 +1,4 @@
-"""The price of a schedule: the likelihood of real images when the model sees them through its windows."""
+"""The likelihood of real images under a schedule, that is, when the model sees them through its windows."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def negative_log_likelihood(
 def tokens_per_token(
     height: int, width: int, prefix: int, window: int = 16, schedule: str = "paper", stride: int = 8
 ) -> float:
-    """Tokens that pass through the transformer per sampled token, with as many cache slots as are useful."""
+    """Tokens that pass through the transformer per sampled token, with an unlimited number of cache slots."""
     waves = make_waves(make_schedule(height, width, window, schedule, stride))
     return waves.tokens_fed(prefix) / (height * width)

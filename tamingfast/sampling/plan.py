@@ -1,4 +1,4 @@
-"""What sampling needs to know of a model, and how a grid of its tokens is laid out in windows."""
+"""What sampling needs to know about a model, and how a grid of its tokens is laid out in windows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SequenceModel:
     Attributes:
         gpt: the transformer itself.
         order: int64 (n,), raster cell of each token of a window's sequence; None for raster order.
-        vocab: entries of the vocabulary that an image token may take, the first ones.
+        vocab: an image token is one of the first ``vocab`` entries of the vocabulary.
         row_length: tokens of a model that draws all its tokens as a single row (a multiscale prior); else None.
     """
 
@@ -40,7 +40,7 @@ def describe(model: Sampled) -> SequenceModel:
     """What sampling uses of ``model``, a GPT or a prior around one.
 
     A prior has ``transformer`` and may have ``permuter.forward_shuffle_idx``, ``first_stage_model.quantize.re_embed``
-    (codes that are left after a remap) and ``pyramid.tokens``.
+    (the number of codes left after a remap) and ``pyramid.tokens``.
     """
     gpt = cast(Transformer, getattr(model, "transformer", model))  # a module without one is the GPT itself
     order = getattr(getattr(model, "permuter", None), "forward_shuffle_idx", None)
@@ -62,7 +62,7 @@ class GridPlan:
         gpt: the transformer.
         schedule: the window of every cell.
         context: the condition of every window, on the transformer's device.
-        vocab: entries of the vocabulary that an image token may take.
+        vocab: as in `SequenceModel`.
         batch: number of grids.
     """
 
@@ -84,7 +84,7 @@ class GridPlan:
 
     @property
     def length(self) -> int:
-        """Positions of a window's sequence that are fed: all but its last token."""
+        """The number of positions of a window's sequence that are fed: all but its last token."""
         return self.context.length + self.schedule.window_tokens - 1
 
 
@@ -114,7 +114,7 @@ def plan_grid(
     plan = GridPlan(gpt, layout, Context(cond, layout), known.vocab, len(cond))
     if plan.length > gpt.config.block_size:
         raise UserError(
-            f"window: got {layout.window_height} x {layout.window_width} tokens behind {plan.context.length} "
+            f"window: got {layout.window_height} x {layout.window_width} tokens after {plan.context.length} "
             f"conditioning tokens, a sequence of {plan.length}, expected at most the transformer's block size of "
             f"{gpt.config.block_size}; use a smaller window"
         )

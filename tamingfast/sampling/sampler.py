@@ -1,4 +1,4 @@
-"""Samples a grid of tokens of any size: takes an engine through a schedule."""
+"""Samples a grid of tokens of any size with an engine, in the order of a schedule."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def sample_grid(
 ) -> Tensor:
     """Samples the image tokens of a batch of grids inside sliding windows.
 
-    The result is that of sampling one cell after the other in raster order. Where several windows cover the grid and
-    attention is causal over image tokens, cells whose context is known are nevertheless computed together.
+    The result is that of sampling one cell after the other in the order of the schedule. Where several windows cover
+    the grid and attention is causal over image tokens, cells whose context is known are nevertheless computed together.
 
     A window's sequence is its condition followed by its image tokens without the last; the logits of image token i
-    stand at index c - 1 + i. Source: Esser et al. 2021, section 3.3 and figure 3.
+    are at index c - 1 + i. Source: Esser et al. 2021, section 3.3 and figure 3.
 
     Args:
         transformer: a `GPT`, or a `Net2NetTransformer`: then its permuter gives the token order (one window only; the
             noise stays keyed by the true row and column), and entries beyond the first stage's codebook are never
             chosen. A `MultiscaleTransformer` draws its `canvas_size`, always in one window.
         cond: integer (B, c), c >= 1, the same prefix in every window; (B, height, width), cropped with it; or
-            (B, height, width, c), for each window the prefix at its upper left corner.
+            (B, height, width, c), which gives each window the prefix at its upper left corner.
         height, width: of the grid, in tokens.
         window: side of the attention window in tokens; it is cut to the grid where the grid is smaller.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
@@ -74,7 +74,7 @@ def sample_grid(
         temperature, top_k, top_p: see `tamingfast.ops.choice.choose`.
         greedy: take the best token everywhere, without noise, temperature and filters.
         seed: 0 to 2**64 - 1. A token's noise depends on the seed and on the image's number, row and column only.
-        first_image: number of the batch's first image, so that a large run may be cut into any batches.
+        first_image: number of the batch's first image, so that a large run may be cut into batches of any size.
         start: integer (B, k), the first k tokens of the sequence, where one window covers the grid; or
             (B, height, width) together with ``mask``.
         mask: bool (height, width) or (B, height, width); True samples, False keeps the token of ``start``.
@@ -107,7 +107,7 @@ def sample_grid(
     report = _Report(canvas, wanted, layout, callback, observer)
     chosen, dtype = choose_engine(engine, plan.gpt, dtype)
     drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report)
-    # Cells that wait for nobody go together, where the cache of each window is exact.
+    # Cells that do not depend on one another are computed together, where the cache of each window is exact.
     if chosen != "naive" and plan.causal and not layout.single_window:
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":
@@ -136,7 +136,7 @@ class _Drawing:
         self.shared = plan.context.length if plan.context.fixed else 0
 
     def by_waves(self, engine: str, dtype: str, memory: int) -> None:
-        """All cells whose context is known in one ragged call."""
+        """Each wave, that is, all cells whose context is known, in one ragged call."""
         plan, batch = self.plan, self.plan.batch
         waves = plan_waves(plan.gpt, self.layout, batch, plan.context.length, memory)
         slots = int(waves.slots.max(initial=-1)) + 1
@@ -147,7 +147,7 @@ class _Drawing:
             )  # fmt: skip
 
     def by_runs(self, dtype: str) -> None:
-        """Whole runs of tokens in one call of the native engine each; reports a row of tokens at a time."""
+        """Each run in one call of the native engine; reports a row of tokens at a time."""
         plan, layout = self.plan, self.layout
         every = layout.width if layout.height > 1 else REPORTED
         with borrowed_engine(plan.gpt, dtype, plan.batch, plan.length) as lent:
@@ -229,7 +229,7 @@ def _wave_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterato
 
 def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Decoder:
     if engine == "naive":
-        # Image tokens that attend in both directions would see what is not sampled yet in a whole window.
+        # In a whole window, image tokens that attend in both directions would see tokens that are not sampled yet.
         return NaiveDecoder(gpt, whole_window=plan.causal and not plan.schedule.single_window)
     if not plan.causal:
         log_once(
@@ -314,7 +314,7 @@ class _Report:
 
 @contextmanager
 def _evaluating(gpt: Transformer, dtype: str) -> Iterator[Transformer]:
-    """The transformer in eval mode and of the given type; the caller's own is afterwards as it was."""
+    """The transformer in eval mode, with weights of the given type; the caller's own is restored afterwards."""
     if getattr(torch, dtype) != next(gpt.parameters()).dtype:
         gpt = copy.deepcopy(gpt).to(getattr(torch, dtype))
     training = [module for module in gpt.modules() if module.training]

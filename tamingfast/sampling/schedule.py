@@ -8,9 +8,9 @@ Rules, for a cell at coordinate p on an axis of n tokens with a window of w toke
     paper    start = p - local, with local = p at the near edge, w - (n - p) at the far edge and w // 2
              between, which is clip(p - w // 2, 0, n - w): the sliding window of Esser et al. 2021, section
              3.3, as their sampling code has it.
-    scene    start = clip(p - (w - 1) // 2, 0, n - w): one token less behind; p - 7 when w = 16.
+    scene    start = clip(p - (w - 1) // 2, 0, n - w): one token fewer before p; p - 7 when w = 16.
     strided  start = the paper's rule rounded down to a multiple of `stride`, so that up to `stride` tokens of
-             a row share a window. For strides above w - w // 2 the rule keeps only w - stride tokens behind p,
+             a row share a window. For strides above w - w // 2 the rule keeps only w - stride tokens before p,
              so that p stays inside.
     block    windows at multiples of `stride` (the last at n - w) in raster order; each decodes everything
              still unknown inside it.
@@ -205,7 +205,7 @@ class Waves:
         corners: int64, raster index in the grid of its window's upper left corner.
         steps: int64, its step in the window's sequence.
         slots: int64, the cache slot.
-        fed: int64, number of this window's image tokens that the slot already holds, or -1.
+        fed: int64, number of this window's image tokens that the slot already holds, or -1 as above.
     """
 
     bounds: NDArray[np.int64]
@@ -255,7 +255,7 @@ def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
 
     Args:
         slots: number of windows that the cache holds at once, at least 1; waves of more cells are cut. When the cache
-            is full, the window whose next use is furthest away is evicted (Belady's rule). None: as many as are useful.
+            is full, the window whose next use is furthest away is evicted (Belady's rule). None: no limit.
 
     Raises:
         ValueError: slots < 1.

@@ -1,7 +1,7 @@
 """Executes a schedule wave by wave: all cells whose context is known in one ragged call.
 
-Per wave and image only those tokens pass through the transformer on which the wanted logits depend and which the
-window's cache slot does not hold yet; see `tamingfast.sampling.schedule.Waves`.
+For each wave and image, the only tokens that pass through the transformer are those that the wanted logits depend on
+and that the window's cache slot does not hold yet; see `tamingfast.sampling.schedule.Waves`.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def sample_waves(
     n_unmasked: int = 0,
     after_wave: Callable[[Tensor], None] = lambda cells: None,
 ) -> None:
-    """Samples into `canvas`.
+    """Samples every entry of ``waves`` into ``canvas``.
 
     Args:
-        engine: has the slots that ``waves`` names.
+        engine: must have the slots that ``waves`` names.
         context: the condition of each window.
         canvas: int64 (B, height * width), written where ``wanted``, bool of the same shape, is True.
         pick: tokens (B, n) from logits (B, n, V) and noise of the same shape, or None.

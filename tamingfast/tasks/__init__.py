@@ -1,8 +1,9 @@
-"""What a trained model is used for, as functions that take paths, pictures or arrays and return results.
+"""Workflows on trained models, as functions that take paths, pictures or arrays and return results.
 
 `sample`, `edit`, `outpaint`, `complete`, `reconstruct`, `encode`, `likelihood` and `inspect` are the workflows; the
-other names are their parts, for programs that need them apart. Nothing is printed, and no file is written that the
-caller does not name. Names are imported on first use, as the command line reads `DrawingOptions` for its ``--help``.
+other names are building blocks for programs that need finer control. The functions print nothing and write only the
+files that the caller names. Names are imported on first use, so that the command line can read `DrawingOptions` for
+its ``--help`` without importing torch.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.sizes import trained_size as trained_size
     from tamingfast.tasks.sizes import window_of as window_of
 
-#: module -> names; no module is called as a function is, since importing it would hide the function.
+#: module -> names. No module may have the name of a function: importing the module would hide the function.
 _HOMES = {
     "canvases": ("begun_with", "check_unused"),
     "completion": ("Completion", "complete"),

@@ -1,4 +1,4 @@
-"""Canvases that are drawn, kept in a file meanwhile, and resumed: no kept or unfinished one is ever lost."""
+"""Drawing on canvases that are saved to a file and can be resumed; an unfinished one is never overwritten."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
 
-SUFFIX = ".canvas"  # of files that hold a `tamingfast.sampling.canvas.Canvas`
+SUFFIX = ".canvas"  # of a saved `tamingfast.sampling.canvas.Canvas`
 
-#: Called with the images so far (B, 3, H, W), gray where nothing is drawn yet; or the PNG to write them to.
+#: A function to call with the images so far, float32 (B, 3, H, W), gray where nothing is drawn yet; or the path of a
+#: PNG to write them to.
 Preview: TypeAlias = Callable[[Tensor], object] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Painter:
-    """How a canvas is drawn and where it is kept: what `sample`, `edit` and `outpaint` share.
+    """How a canvas is drawn and where it is saved, for `sample`, `edit` and `outpaint`.
 
     Attributes:
-        options: of the drawing; None is the paper's, or on resuming those that the canvas was begun with.
-        canvas: the file that keeps the tokens while they are drawn and afterwards; None keeps none.
+        options: how tokens are drawn; None means the paper's options or, on resuming, those that the canvas was begun
+            with.
+        canvas: the file in which the tokens are saved during drawing and afterwards; None saves nothing.
         resume: continue the canvas in that file.
         preview: see `Preview`.
-        bars: counters of progress.
+        bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: a preview that cannot be a PNG, or ``resume`` without ``canvas``.
+        UserError: the preview is a path without the suffix .png, or ``resume`` is given without ``canvas``.
     """
 
     options: DrawingOptions | None
@@ -53,16 +55,17 @@ class Painter:
             raise UserError("canvas: got none, expected the file of the drawing to resume")
 
     def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
-        """``begun``, finished; on resuming the kept canvas, which must have been begun like it where it is given.
+        """Finish the canvas ``begun`` or, on resuming, the saved one, and return it.
 
-        ``count`` is the number of images that the caller asked for. Raises UserError where another canvas would be
-        lost, and on resuming where the caller asks for something else than the canvas was begun with.
+        On resuming, ``begun`` may be None; otherwise it is only compared with the saved canvas. ``count`` is the number
+        of images that the caller asked for. Raises UserError if another unfinished canvas would be overwritten, or if
+        what is asked for on resuming differs from what the saved canvas was begun with.
         """
         options = self.options or PAPER
         if self.resume:
             canvas = self._resumed(model, begun, count)
         else:
-            assert begun is not None  # only a resumed canvas may be unknown beforehand
+            assert begun is not None  # may be None only on resuming
             canvas = painted(model, begun, **options.deciding())
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
@@ -79,13 +82,13 @@ class Painter:
         conditions: tuple[Tensor, ...],
         keep: Callable[[Tensor], Tensor] | None = None,
     ) -> Drawing:
-        """The images of a finished canvas; ``keep`` is applied to them (B, 3, H, W)."""
+        """Decode a finished canvas; ``keep``, if given, is applied to the images (B, 3, H, W)."""
         with self.bars("multiply-adds of decoding", None) as counter:
             batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
         return Drawing(batch if keep is None else keep(batch), canvas, conditions)
 
     def _resumed(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
-        assert self.canvas is not None  # checked when this was made
+        assert self.canvas is not None  # checked in __post_init__
         canvas = Canvas.load(self.canvas)
         if begun is not None:
             canvas.check_begun_as(begun)
@@ -114,32 +117,32 @@ class Painter:
 
 
 def begun_with(canvas: Canvas | str | os.PathLike[str]) -> DrawingOptions:
-    """The options that a canvas, or the one in a file, was begun with; others have their defaults.
+    """The options that a canvas, itself or in a file, was begun with; others have their defaults.
 
-    Raises UserError for a file that is missing or holds no canvas.
+    Raises UserError if the file is missing or is not a canvas.
     """
     found = canvas if isinstance(canvas, Canvas) else Canvas.load(canvas)
     known = {field.name for field in fields(DrawingOptions)}
     settings: dict[str, Any] = {name: value for name, value in found.settings.items() if name in known}
-    return replace(PAPER, **{"top_k": None} | settings)  # a canvas without top_k is drawn without
+    return replace(PAPER, **{"top_k": None} | settings)  # a canvas that records no top_k is drawn without it
 
 
 def check_nothing_lost(path: str | os.PathLike[str]) -> None:
-    """UserError where a new canvas would replace a file that holds an unfinished one, or something else."""
+    """Raise UserError if a new canvas would replace an unfinished one, or a file that is not a canvas."""
     if Path(path).exists() and not Canvas.load(path).done:
         check_unused(path)
 
 
 def check_unused(path: str | os.PathLike[str]) -> None:
-    """UserError where a file exists already."""
+    """Raise UserError if the file exists."""
     if Path(path).exists():
         raise UserError(
-            f"{path}: got a file that holds a drawing already, expected a new name for a canvas; resume that drawing, "
-            "remove it, or name another file with canvas"
+            f"{path}: got a file that already contains a drawing, expected a new path for the canvas; resume that "
+            "drawing, delete the file, or give another path with canvas"
         )
 
 
 def _other(name: str, got: object, expected: object, path: str | os.PathLike[str]) -> UserError:
     return UserError(
-        f"{name}: got {got}, expected {expected}, with which the drawing in {path} was begun; leave it out to go on"
+        f"{name}: got {got}, expected {expected}, as when the drawing in {path} was begun; leave it out to continue"
     )

@@ -24,12 +24,12 @@ from tamingfast.tasks.pictures import Picture, Pictures, batch_of
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """Images and what was made of their upper halves, all float32 in [-1, 1] on the CPU.
+    """Images and their completions, all float32 in [-1, 1] on the CPU.
 
     Attributes:
-        images: (B, 3, H, W), as given.
+        images: (B, 3, H, W), the input, scaled and cut to the size.
         completed: (times, B, 3, H, W).
-        conditions: pictures (B, 3, H, W) of their conditions; None for priors without a spatial one.
+        conditions: (B, 3, H, W), pictures of the spatial conditions; None for priors without one.
     """
 
     images: Tensor
@@ -49,21 +49,22 @@ def complete(
     options: DrawingOptions = PAPER,
     bars: Bars = silent,
 ) -> Completion:
-    """Keep the upper half of images and draw the lower half anew, ``times`` times.
+    """Keep the upper half of each image and redraw the lower half, ``times`` times.
 
     Args:
         model: a prior, or the path of its run or checkpoint.
         images: pictures, or directories of them.
         times: completions of each image.
-        size: (height, width) in pixels that they are scaled to cover and cut to; by default the size that the
-            model was trained on, or a tensor's own.
+        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: a tensor's own
+            size; for other pictures, the size that the model was trained on.
         label: as in `sample`.
-        conditions, conditions_of: one for each image, as in `sample`; by default computed from it, where it can be.
-        options: of the drawing.
+        conditions, conditions_of: one per image; see ``condition`` and ``condition_of`` of `sample`. Default: computed
+            from the image, if that kind of condition can be.
+        options: how tokens are drawn.
         bars: as in `sample`.
 
     Raises:
-        UserError: an argument out of range or of no use to this model.
+        UserError: an argument out of range, or one that does not apply to this model.
     """
     at_least_one(times, "times")
     prior = check_windowed(opened(model))
@@ -75,7 +76,7 @@ def complete(
     drawn = []
     for again in range(times):
         with bars("tokens", None) as counter:
-            first = again * len(x)  # each completion has noise of its own
+            first = again * len(x)  # numbers the images on, so that each completion has its own noise
             part = completed(prior, x.to(prior.device), cond, first_image=first, progress=counter.moved, **how)
         drawn.append(part.cpu())
     shown = torch.cat([condition_picture(prior, condition) for condition in found]) if found else None

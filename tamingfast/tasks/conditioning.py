@@ -1,4 +1,4 @@
-"""Conditions of a prior: from classes, files and photos to tokens, and back to pictures."""
+"""Conditions of a prior: turning classes, files and photos into tokens, and tokens back into pictures."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_sp
 from tamingfast.tasks.pictures import Picture, as_image, cover, named
 from tamingfast.tasks.sizes import grid_size, window_of
 
-#: What lies over an image: float32 (H, W, C), or the objects in it.
+#: A spatial condition: a map over the image, float32 (H, W, C), or the objects in it.
 Condition: TypeAlias = np.ndarray | Scene
-#: A file of a condition; a PIL image or an array of integers (H, W), (H, W, 3), read as a file of them would be; or a
-#: `Condition` as it is.
+#: The file of a condition; a PIL image or an integer array (H, W) or (H, W, 3), treated like a file with these pixels;
+#: or a `Condition`, used as it is.
 ConditionSource: TypeAlias = str | os.PathLike[str] | Image.Image | Condition
 
 
 @dataclass(frozen=True)
 class Given:
-    """The condition that a caller gave, for one image: itself, or the photo to compute it from; or none."""
+    """What the caller gave for one image: its condition, a photo to compute the condition from, or neither."""
 
     condition: ConditionSource | None = None
     condition_of: Picture | None = None
@@ -43,13 +43,13 @@ class Given:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in error messages."""
         if self.condition is None:
             return named(self.condition_of, "condition_of")
         return named(self.condition, "condition")
 
     def read(self, model: Net2NetTransformer, size: tuple[int, int] | None = None) -> Condition | None:
-        """The condition, of ``size`` or of its own; see `read_condition`. None where none was given."""
+        """The condition, scaled to ``size`` (height, width) if given, as by `read_condition`; None if there is none."""
         if self.condition is not None:
             return read_condition(model, self.condition, size)
         if self.condition_of is not None:
@@ -60,7 +60,7 @@ class Given:
 def given_each(
     count: int, conditions: Sequence[ConditionSource] | None, conditions_of: Sequence[Picture] | None
 ) -> list[Given]:
-    """What was given for each of ``count`` images, in their order; UserError for another number."""
+    """One `Given` per image, in order; raises UserError unless none or all ``count`` images have a condition."""
     if conditions is not None and conditions_of is not None:
         raise UserError("conditions: got conditions and conditions_of, expected one of them; leave one out")
     found = [Given(condition=condition) for condition in conditions or ()]
@@ -74,10 +74,10 @@ def given_each(
 
 
 def conditions(model: Net2NetTransformer, count: int, label: int | None = None) -> Tensor:
-    """Condition tokens (count, 1) of an unconditional or class-conditional prior.
+    """Condition tokens int64 (count, 1) for an unconditional or class-conditional prior.
 
-    Without ``label`` the images go through the classes in turn. Raises UserError for labels that the model does not
-    know and for priors with a spatial condition.
+    Without ``label`` the images cycle through the classes. Raises UserError for an unknown label, and for priors with a
+    spatial condition.
     """
     if model.be_unconditional:
         if label is not None:
@@ -96,9 +96,10 @@ def conditions(model: Net2NetTransformer, count: int, label: int | None = None) 
 
 
 def kind_of(model: Net2NetTransformer) -> kinds.Kind:
-    """The kind of condition that a prior was trained with, from its data settings or, without them, its key.
+    """The kind of condition that a prior was trained with, from its data settings or else from its condition key.
 
-    Raises UserError for priors without a spatial condition, and for kinds of condition that we cannot make.
+    Raises UserError for priors without a spatial condition, and for kinds that are not in
+    `tamingfast.data.conditions.KINDS`.
     """
     key = model.cond_stage_key
     if not is_spatial(model):
@@ -109,7 +110,7 @@ def kind_of(model: Net2NetTransformer) -> kinds.Kind:
         return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
     if key not in kinds.KINDS:
         raise UserError(
-            f"condition: got a model conditioned on '{key}', whose config does not say how that is made, expected one "
+            f"condition: got a model conditioned on '{key}', whose config does not say how to make that, expected one "
             f"of {', '.join(kinds.KINDS)}; give the condition's tokens to tamingfast.sampling.sample_grid"
         )
     stage = model.cond_stage_model
@@ -120,10 +121,10 @@ def kind_of(model: Net2NetTransformer) -> kinds.Kind:
 def read_condition(
     model: Net2NetTransformer, source: ConditionSource, size: tuple[int, int] | None = None
 ) -> Condition:
-    """A condition float32 (H, W, C), or a scene of objects, whose ``shape`` is (H, W).
+    """Read a condition as float32 (H, W, C), or as a scene of objects with ``shape`` (H, W).
 
-    Scaled to cover ``size`` (height, width) and cut at the centre; without a size its own is kept, cut to multiples of
-    f. Raises UserError as `tamingfast.data.conditions.Kind.read`.
+    It is scaled to cover ``size`` (height, width) and cut at the centre; without ``size`` it is only cut, to multiples
+    of f. Raises UserError as `tamingfast.data.conditions.Kind.read` does.
     """
     kind = kind_of(model)
     if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.dtype != np.float32):
@@ -167,12 +168,15 @@ def _read(
 
 
 def computed_condition(model: Net2NetTransformer, photo: Picture, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The condition float32 (H, W, C) of a photo, for kinds that can be computed; sizes as in `read_condition`."""
+    """Compute the condition float32 (H, W, C) of a photo; ``size`` as in `read_condition`.
+
+    Raises UserError for kinds that cannot be computed from a photo.
+    """
     kind = kind_of(model)
     if not isinstance(kind, kinds.Computed):
         raise UserError(
-            f"condition_of: got a photo, expected none, as '{kind.key}' cannot be computed from a photo; give a file "
-            "of it with condition"
+            f"condition_of: got a photo, expected none, as '{kind.key}' cannot be computed from a photo; give its "
+            "file with condition"
         )
     image = as_image(photo)
     if size is not None:
@@ -183,10 +187,10 @@ def computed_condition(model: Net2NetTransformer, photo: Picture, size: tuple[in
 
 
 def own_condition(model: Net2NetTransformer, size: tuple[int, int], photo: Picture | None = None) -> np.ndarray | None:
-    """The condition (H, W, C) that follows without being given; None for priors without a spatial one.
+    """The condition float32 (H, W, C) to use if none is given; None for priors without a spatial condition.
 
-    Coordinates follow from the ``size`` (height, width); other kinds are computed from the ``photo``, cut to that size.
-    Raises UserError for conditions that only a file can give.
+    Coordinates follow from ``size`` (height, width); other kinds are computed from ``photo``, cut to that size. Raises
+    UserError for conditions that can only be given.
     """
     if not is_spatial(model):
         return None
@@ -196,16 +200,16 @@ def own_condition(model: Net2NetTransformer, size: tuple[int, int], photo: Pictu
     if computable and photo is not None:
         return computed_condition(model, photo, size)
     raise UserError(
-        f"condition: got none, expected {size[0]}x{size[1]} pixels, as the model is conditioned on "
+        f"condition: got none, expected one of {size[0]}x{size[1]} pixels, as the model is conditioned on "
         f"'{model.cond_stage_key}'; give its file with condition"
-        f"{', or with condition_of the photo to compute it from' if computable else ''}"
+        f"{', or a photo to compute it from with condition_of' if computable else ''}"
     )
 
 
 def tokens_under(
     model: Net2NetTransformer, count: int, condition: Condition | None, label: int | None = None
 ) -> Tensor:
-    """Condition tokens of ``count`` images under a spatial condition, or without one under a class or nothing."""
+    """Condition tokens for ``count`` images of one spatial condition or, if that is None, of a class or nothing."""
     if condition is None:
         return conditions(model, count, label)
     if label is not None:
@@ -217,7 +221,7 @@ def tokens_under(
 
 
 def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: int | None) -> Tensor:
-    """Condition tokens of ``count`` images, under a spatial condition each or, without any, under ``label``."""
+    """Condition tokens for ``count`` images, one spatial condition each or, without any, all of ``label``."""
     if not found:
         return tokens_under(model, count, None, label)
     return torch.cat([tokens_under(model, 1, condition, label) for condition in found])
@@ -226,7 +230,7 @@ def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count:
 def conditions_of_each(
     model: Net2NetTransformer, given: Sequence[Given], pictures: Sequence[Picture], size: tuple[int, int]
 ) -> list[Condition]:
-    """The spatial condition of each picture, given or its own; empty for priors without one."""
+    """The spatial condition of each picture, given or else from `own_condition`; empty for priors without one."""
     found = []
     for one, picture in zip(given, pictures, strict=True):
         condition = one.read(model, size)
@@ -239,7 +243,8 @@ def conditions_of_each(
 def condition_tokens(model: Net2NetTransformer, condition: Condition, count: int) -> Tensor:
     """Tokens int64 (count, rows, columns) of a condition (H, W, C), the same for each of ``count`` images.
 
-    Of a scene (count, rows, columns, c): at each cell the prefix of the window whose upper left corner it is.
+    For a scene the shape is (count, rows, columns, c): a cell has the prefix of the window whose upper left corner it
+    is.
     """
     rows, columns = grid_size(model, *condition.shape[:2])
     if isinstance(condition, Scene):
@@ -252,7 +257,7 @@ def condition_tokens(model: Net2NetTransformer, condition: Condition, count: int
     tokens = (model.encode_to_c(c)[1] if whole else model.encode_condition(c)).flatten(1)
     if tokens.shape[1] != rows * columns:
         raise UserError(
-            f"condition: got {tokens.shape[1]} tokens, expected the image's {rows * columns}, as windows cut both "
+            f"condition: got {tokens.shape[1]} tokens, expected the image's {rows * columns}, as windows crop both "
             "alike; give the condition's tokens to tamingfast.sampling.sample_grid"
         )
     return tokens.view(1, rows, columns).expand(count, -1, -1).contiguous()
@@ -276,7 +281,7 @@ def decoded_condition(model: Net2NetTransformer, tokens: Tensor) -> Tensor:
 
 
 def condition_pictures(model: Net2NetTransformer, condition: Condition | None, cond: Tensor) -> tuple[Tensor, ...]:
-    """Pictures (1, 3, H, W) of the condition, or of the first one's tokens ``cond`` where these alone are known.
+    """A picture (1, 3, H, W) of the condition; if that is None, of the first image's condition tokens in ``cond``.
 
     Empty for priors without a spatial condition.
     """

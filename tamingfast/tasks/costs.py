@@ -1,4 +1,4 @@
-"""What each schedule costs in likelihood of real images: `likelihood`."""
+"""What each schedule costs, measured by the likelihood of real images: `likelihood`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from tamingfast.tasks.pictures import Picture, Pictures, batch_of
 
 @dataclass(frozen=True)
 class ScheduleCost:
-    """One schedule.
+    """What one schedule costs.
 
     Attributes:
-        name: the rule, with its stride where it has one.
-        nats: mean over tokens and images of `tamingfast.sampling.likelihood.negative_log_likelihood`.
-        tokens_per_token: tokens that pass through the transformer for each one sampled.
+        name: the rule, followed by its stride if it has one.
+        nats: nats per token, the mean of `tamingfast.sampling.likelihood.negative_log_likelihood` over tokens and
+            images.
+        tokens_per_token: tokens that the transformer computes for each token sampled.
     """
 
     name: str
@@ -46,16 +47,19 @@ def likelihood(
     batch: int = LIKELIHOOD_BATCH,
     bars: Bars = silent,
 ) -> list[ScheduleCost]:
-    """How likely real images are under each schedule, and how much work each is.
+    """The likelihood of real images under each schedule, and the work that each schedule takes.
 
     Args:
         model: a prior, or the path of its run or checkpoint.
         images, size, label, conditions, conditions_of, bars: as in `complete`.
-        strides: those of "strided" and "block" to try, in tokens.
-        batch: images at a time, which does not change the figures.
+        strides: the strides to try with "strided" and "block", in tokens.
+        batch: images at a time; it does not change the results.
+
+    Returns:
+        "paper", "scene", then "strided" and "block" with each stride.
 
     Raises:
-        UserError: an argument out of range or of no use to this model.
+        UserError: an argument out of range, or one that does not apply to this model.
     """
     at_least_one(batch, "batch")
     prior = check_windowed(opened(model))
@@ -76,7 +80,7 @@ def schedule_costs(
     batch: int,
     progress: Callable[[int, int], object],
 ) -> list[ScheduleCost]:
-    """The same of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns)."""
+    """`likelihood` of images (B, 3, H, W) in [-1, 1] given condition tokens (B, c) or (B, rows, columns)."""
     canvas = painted(model, photo_canvas(model, x, cond))
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]

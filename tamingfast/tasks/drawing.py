@@ -1,4 +1,4 @@
-"""Token grids drawn by a prior, from nothing or around a given image, and decoded to images."""
+"""Drawing token grids with a prior, from scratch or around a given image, and decoding them to images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tamingfast.tasks.models import check_windowed, first_stage_of
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.sizes import grid_size, window_under
 
-#: What is drawn with where nothing else is asked for.
+#: The default options, which are the paper's.
 PAPER = DrawingOptions()
 TOP_K = PAPER.top_k
 
@@ -30,8 +30,9 @@ class Drawing:
 
     Attributes:
         images: float32 (B, 3, H, W) in [-1, 1] on the CPU.
-        canvas: their tokens, all drawn, and what decided them; it can be edited and outpainted again.
-        conditions: pictures (1, 3, H, W) of what they were drawn from: a condition, or a photo's coarse scales.
+        canvas: their tokens, complete, with the settings and condition that decided them; `edit` and `outpaint` accept
+            it in place of a photo.
+        conditions: pictures (1, 3, H, W) of the spatial condition, or of the photo whose coarse scales were given.
     """
 
     images: Tensor
@@ -48,10 +49,11 @@ def draw(
     progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """Token grids int64 (b, rows, columns) of len(cond) images in batches, whose size does not change them.
+    """Yield token grids int64 (b, rows, columns), one per condition in ``cond``, in batches of at most ``batch``.
 
-    ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and a ``start`` (B, ...) is
-    split with the batches. ``progress(done, total)`` counts sampled tokens over all images.
+    The batch size does not change the tokens. ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to
+    the paper's 100, and ``start`` (B, ...) is split like ``cond``. ``progress(done, total)`` counts sampled tokens over
+    all images.
     """
     options = {"window": window_under(model, rows, columns, cond), "top_k": TOP_K} | options
     options["top_k"] = _within_vocabulary(model, options["top_k"])
@@ -72,7 +74,7 @@ def draw(
 
 
 def painted(model: Net2NetTransformer, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
-    """The canvas with ``settings`` for `sample_grid` and the window that fits the model's block size."""
+    """The canvas with these ``settings`` of `sample_grid` and a window that fits the model's block size."""
     _, rows, columns = canvas.tokens.shape
     window = window_under(model, rows, columns, canvas.cond)
     return replace(canvas, settings={"window": window, "top_k": _within_vocabulary(model, top_k)} | settings)
@@ -86,7 +88,7 @@ def _within_vocabulary(model: Net2NetTransformer, top_k: int | None) -> int | No
 def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
     """Tokens int64 (B, rows, columns) of images (B, 3, H, W) in [-1, 1].
 
-    Raises UserError unless both sides are multiples of f, and for models that `check_windowed` refuses.
+    Raises UserError if a side is not a multiple of f, and for models that `check_windowed` refuses.
     """
     grid_size(check_windowed(model), *x.shape[2:])
     return first_stage_of(model).encode_grid(x, progress=progress)
@@ -102,7 +104,7 @@ def photo_canvas(model: Net2NetTransformer, x: Tensor, cond: Tensor, progress: b
 
 
 def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) -> Canvas:
-    """A canvas of a multiscale prior that begins with the ``scales`` coarsest scales of images (B, 3, H, W).
+    """A canvas of a multiscale prior with the ``scales`` coarsest scales of images (B, 3, H, W) already known.
 
     A single image is repeated for all conditions (B, c). Raises UserError for more scales than the model has.
     """
@@ -115,9 +117,9 @@ def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) ->
 def decoded(
     model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: bands.Progress | None = None
 ) -> Tensor:
-    """Images float32 (B, 3, H, W) of a canvas on the CPU; what is still pending is gray.
+    """Decode a canvas to images float32 (B, 3, H, W) on the CPU; pending areas are gray.
 
-    ``progress`` as in `tamingfast.engines.bands.run`; it starts anew with each batch.
+    ``progress`` as in `tamingfast.engines.bands.run`; it restarts with each batch.
     """
     images = []
     grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
@@ -131,7 +133,7 @@ def decoded(
 
 @torch.no_grad()
 def completed(model: Net2NetTransformer, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
-    """Images (B, 3, H, W) whose lower half is drawn anew given the tokens of the upper half: the same shape.
+    """Redraw the lower half of images (B, 3, H, W) given the tokens of the upper half; returns the same shape.
 
     ``cond`` are condition tokens (B, c) or (B, rows, columns); ``options`` go to `draw`.
     """
@@ -144,7 +146,7 @@ def completed(model: Net2NetTransformer, x: Tensor, cond: Tensor, **options: Any
 
 
 def at_least_one(value: int, name: str) -> int:
-    """The value of the argument ``name``; UserError unless it is positive."""
+    """``value``; raises UserError about the argument ``name`` if it is below 1."""
     if value < 1:
         raise UserError(f"{name}: got {value}, expected at least 1")
     return value

@@ -1,4 +1,4 @@
-"""Photos partly drawn anew or continued: `edit` and `outpaint`."""
+"""Redrawing a part of a photo, or drawing what lies around it: `edit` and `outpaint`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import Picture, named, read_mask, read_photo
 from tamingfast.tasks.sizes import grid_size
 
-#: A photo, or a canvas to go on with: itself, or a file that keeps one (its name ends in `SUFFIX`).
+#: A photo, a canvas to continue, or the path of a saved canvas, which ends in `SUFFIX`.
 PhotoOrCanvas: TypeAlias = Picture | Canvas
 
 
@@ -49,21 +49,23 @@ def edit(
     preview: Preview | None = None,
     bars: Bars = silent,
 ) -> Drawing:
-    """Draw the masked region of a photo anew.
+    """Redraw the masked region of a photo.
 
     Args:
         model: a prior, or the path of its run or checkpoint.
-        photo: the photo, or a canvas drawn before, whose condition is kept unless another is given.
-        mask: a picture of the photo's size, white where it is drawn anew, or bool (H, W). Tokens are drawn anew where
-            the mask touches any of their pixels.
-        count: how many versions; 1 by default, or those of a canvas.
-        label, condition, condition_of: as in `sample`; a condition has the photo's size. By default it is computed from
-            the photo, where it can be.
-        own_pixels: show the photo's own pixels where it is kept, else what the first stage makes of them.
+        photo: the photo, or a canvas from an earlier drawing, whose condition is kept unless another is given.
+        mask: a picture of the photo's size, white where the photo is redrawn, or bool (H, W). A token is redrawn if the
+            mask touches any of its pixels.
+        count: number of versions; default: 1, or the number of images of a canvas.
+        label, condition, condition_of: as in `sample`; a condition must have the photo's size. Default: computed from
+            the photo, if that kind of condition can be.
+        own_pixels: show the photo's own pixels in the part that is kept, instead of their reconstruction by the first
+            stage.
         options, canvas, resume, preview, bars: as in `sample`.
 
     Raises:
-        UserError: an argument out of range or of no use to this model, an empty mask, or a canvas that would be lost.
+        UserError: an argument out of range, or one that does not apply to this model; an empty mask; or an unfinished
+            canvas that would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
     prior = check_windowed(opened(model))
@@ -101,13 +103,14 @@ def outpaint(
 
     Args:
         model: a prior, or the path of its run or checkpoint.
-        photo: the photo, or a canvas drawn before.
+        photo: the photo, or a canvas from an earlier drawing.
         left, right, top, bottom: pixels to add, multiples of f.
-        condition, condition_of: of the larger image's size.
+        condition, condition_of: as in `edit`, but of the size of the larger image.
         count, label, own_pixels, options, canvas, resume, preview, bars: as in `edit`.
 
     Raises:
-        UserError: an argument out of range or of no use to this model, or a canvas that would be lost.
+        UserError: an argument out of range, or one that does not apply to this model; or an unfinished canvas that
+            would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
     prior = check_windowed(opened(model))
@@ -127,7 +130,7 @@ def outpaint(
 
 @dataclass(frozen=True)
 class Added:
-    """Tokens that are added around a photo."""
+    """Tokens to add on each side of a photo."""
 
     left: int = 0
     right: int = 0
@@ -137,12 +140,12 @@ class Added:
 
 @dataclass(frozen=True, eq=False)
 class _Opening:
-    """What is worked on.
+    """What a drawing starts from.
 
     Attributes:
-        canvas: of the photo, or the one that was given, with what is added pending.
-        photo: (1, 3, H, W); None for a canvas that was given.
-        condition: None without a spatial one, and where a canvas keeps its own.
+        canvas: the tokens of the photo, or the given canvas; added cells are pending.
+        photo: (1, 3, H, W); None if a canvas was given.
+        condition: the spatial condition; None for priors without one, and if the given canvas keeps its own.
     """
 
     canvas: Canvas
@@ -162,7 +165,7 @@ def _opened(
     kept = _kept_canvas(source)
     if kept is not None:
         return _opened_canvas(model, _repeated(kept, count, named(source, "photo")), given, label, added)
-    assert not isinstance(source, Canvas)  # it would have been kept
+    assert not isinstance(source, Canvas)  # _kept_canvas returns a canvas as it is
     count = at_least_one(1 if count is None else count, "count")
     photo = read_photo(source)
     rows, columns = grid_size(model, *photo.shape[2:])
@@ -191,7 +194,7 @@ def _opened_canvas(
 
 
 def _kept_canvas(source: PhotoOrCanvas) -> Canvas | None:
-    """The canvas that was given instead of a photo, if it was."""
+    """The canvas that was given instead of a photo, or None."""
     if isinstance(source, Canvas):
         return source
     if isinstance(source, str | os.PathLike) and Path(source).suffix == SUFFIX:
@@ -200,24 +203,26 @@ def _kept_canvas(source: PhotoOrCanvas) -> Canvas | None:
 
 
 def _repeated(canvas: Canvas, count: int | None, name: str) -> Canvas:
-    """A canvas of one image ``count`` times, without the settings that it was drawn with."""
+    """The canvas with a single image repeated ``count`` times, without the settings that it was drawn with."""
     own = len(canvas.tokens)
     wanted = own if count is None else at_least_one(count, "count")
     if own > 1 and wanted > 1 and wanted != own:
-        raise UserError(f"{name}: got a canvas of {own} images, expected 1 to make {wanted} versions; leave count out")
+        raise UserError(
+            f"{name}: got a canvas of {own} images, expected one image for {wanted} versions; leave count out"
+        )
     parts = (canvas.tokens, canvas.pending, canvas.cond)
     tokens, pending, cond = (part.expand(max(wanted, own), *part.shape[1:]) for part in parts)
     return Canvas(tokens, pending, cond, model=canvas.model)
 
 
 def _grown(model: Net2NetTransformer, rows: int, columns: int, added: Added) -> tuple[int, int]:
-    """(height, width) in pixels of rows x columns tokens and those that are added."""
+    """(height, width) in pixels of a grid of rows x columns tokens after adding tokens around it."""
     factor = first_stage_of(model).factor
     return (rows + added.top + added.bottom) * factor, (columns + added.left + added.right) * factor
 
 
 def _of_size(given: Given, model: Net2NetTransformer, size: tuple[int, int]) -> Condition | None:
-    """The condition that was given, if any; UserError unless it is of ``size`` (height, width)."""
+    """The given condition, or None; UserError if its size is not ``size`` (height, width)."""
     condition = given.read(model)
     if condition is not None and tuple(condition.shape[:2]) != size:
         got, wanted = ("x".join(map(str, pixels)) for pixels in (condition.shape[:2], size))

@@ -38,26 +38,27 @@ def encode(
     batch: int = ENCODING_BATCH,
     bars: Bars = silent,
 ) -> int:
-    """Write the tokens of every image of a data set to a token file that the prior's training reads.
+    """Encode every image of a data set and write the tokens to a file that priors can be trained on.
 
-    Images are taken as the data set's epoch 0 gives them. Where it has spatial conditions their tokens are written too.
+    Random crops are those of epoch 0. If the data set has spatial conditions, their tokens are written too.
 
     Args:
         model: a first stage or a prior, or the path of its run or checkpoint.
-        data: a data set; or the settings that make one, as in a config's ``data`` section; None takes those that
-            ``cond_stage``, else the model, was trained on.
+        data: a data set, or the settings of one as in a config's ``data`` section. None takes the settings that
+            ``cond_stage`` was trained with or, without it, those of the model.
         out: the file to write, ``.safetensors``.
-        split: "train" or "validation", of settings.
-        cond_stage: the first stage of the conditions; by default the one of a prior, or coordinates.
-        batch: images at a time, which does not change them.
+        split: "train" or "validation"; applies if ``data`` are settings.
+        cond_stage: the first stage that encodes the conditions. Default: the condition stage of a prior; coordinates
+            need none.
+        batch: images at a time; it does not change the tokens.
         bars: opens counters of progress; see `tamingfast.progress`.
 
     Returns:
         The number of images.
 
     Raises:
-        UserError: conditions without a first stage, a first stage whose conditions the data lack, or images whose sides
-            are no multiples of f.
+        UserError: conditions without a first stage to encode them, data without the conditions that ``cond_stage``
+            encodes, or images whose sides are not multiples of f.
     """
     at_least_one(batch, "batch")
     network = opened(model)
@@ -71,28 +72,28 @@ def encode(
 
 
 def check_encodable(data: Mapping[str, Any]) -> None:
-    """UserError for a ``data`` section with conditions that token files cannot hold; no data are read."""
+    """Raise UserError if token files cannot hold the conditions of a ``data`` section; no data are read."""
     kind = kinds.KINDS.get(str(data.get("kind")))
     if isinstance(kind, type) and issubclass(kind, kinds.Objects):
         raise UserError(
-            f"data.kind: got '{data['kind']}', whose order changes from epoch to epoch, expected conditions that token "
-            "files hold; train on data.name=conditions instead, or give name=folder to write the images alone"
+            f"data.kind: got '{data['kind']}', whose order changes from epoch to epoch, expected conditions that a "
+            "token file can hold; train on data.name=conditions instead, or give name=folder to write the images alone"
         )
 
 
 @dataclass(frozen=True)
 class _Conditions:
-    """The spatial conditions of a data set: their key in its batches, and the stage that makes tokens of them."""
+    """The spatial conditions of a data set: their key in its batches, and the stage that encodes them."""
 
     key: str
     stage: FirstStage | CoordStage
 
     @property
     def vocab_size(self) -> int:
-        return self.stage.n_embed + (1 if isinstance(self.stage, CoordStage) else 0)  # which rounds to n_embed itself
+        return self.stage.n_embed + (1 if isinstance(self.stage, CoordStage) else 0)  # whose tokens are 0 to n_embed
 
     def description(self, dataset: EpochDataset) -> ConditionRecord:
-        """What a token file says about its conditions: see `tamingfast.data.tokens.write_tokens`."""
+        """What a token file records about its conditions; see `tamingfast.data.tokens.write_tokens`."""
         kind = dataset.kind
         return {
             "key": self.key,
@@ -103,7 +104,7 @@ class _Conditions:
 
 
 def _made(data: Mapping[str, Any], split: str) -> EpochDataset:
-    """The data set that settings describe."""
+    """The data set described by settings."""
     if split not in SPLITS:
         raise UserError(f"split: got '{split}', expected {' or '.join(SPLITS)}")
     check_encodable(data)
@@ -135,7 +136,7 @@ def _write(
     def grids() -> Iterator[np.ndarray]:
         for items in loader(dataset, batch, drop_last=False):
             x = _images(items["image"], stage)
-            grid_size(model, *x.shape[2:])  # raises for images of which a part would be lost
+            grid_size(model, *x.shape[2:])  # raises for sizes that would be cut
             tokens = stage.encode_grid(x)
             if classes is not None:
                 labels.extend(items["class_label"].tolist())
@@ -163,14 +164,14 @@ def _images(batch: Tensor, stage: FirstStage) -> Tensor:
 
 
 def _counted(stage: ConditionStage) -> FirstStage | CoordStage:
-    """A stage whose number of codes a token file can state."""
+    """``stage``; UserError if it has no number of codes, which a token file must state."""
     if not isinstance(stage, FirstStage | CoordStage):
         raise UserError(f"cond_stage: got a {type(stage).__name__}, expected a first stage or coordinates")
     return stage
 
 
 def _conditions_of(model: nn.Module, dataset: EpochDataset, stage: FirstStage | None) -> _Conditions | None:
-    """The data set's spatial conditions; None without any. ``stage`` is the one that was given for them."""
+    """The data set's spatial conditions, None if it has none; ``stage`` is the caller's for them, if any."""
     kind = dataset.kind
     key = None if kind is None else kind.key
     if kind is not None:
@@ -191,7 +192,7 @@ def _conditions_of(model: nn.Module, dataset: EpochDataset, stage: FirstStage | 
         )
     if found.key not in dataset[0]:
         raise UserError(
-            f"data: got no '{found.key}', expected it, as the first stage of the conditions encodes it; give "
+            f"data: got no '{found.key}', expected it, as the conditions' first stage encodes it; give "
             "name=conditions kind=... path=DIRECTORY"
         )
     return found

@@ -1,4 +1,4 @@
-"""What a file of weights or tokens holds: `inspect`."""
+"""The contents of a checkpoint or token file: `inspect`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tamingfast.models.prior import UNCONDITIONAL
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a run directory, checkpoint or token file holds, and what its config says; no model is built.
+    """Describe the contents and the config of a run directory, checkpoint or token file, without building a model.
 
-    ``first_stage`` is the fingerprint of the first stage's weights; in a token file, of those that made the tokens.
-    Raises UserError for a file that is missing, damaged or neither.
+    ``first_stage`` is the fingerprint of the first stage's weights; for a token file, of the first stage that made the
+    tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
     """
     path = weights_path(Path(path))
     content, metadata = read_checkpoint(path), metadata_of(path)
@@ -29,7 +29,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     if metadata.get("format") == FORMAT:
         return facts | _of_tokens(path)
     state = state_dict_of(content, path)
-    # Lightning's checkpoints, our state.pt and our weights.safetensors name the training's progress in three ways.
+    # Lightning's checkpoints, our state.pt and our weights.safetensors record the training's progress in three ways.
     progress = metadata | content.get("progress", {}) | content
     return facts | {
         "global_step": _number(progress.get("global_step", progress.get("step"))),

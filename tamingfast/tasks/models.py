@@ -1,4 +1,4 @@
-"""Models of tasks: opened from a path, and checked for what they can be used for."""
+"""Opening models from paths, and checking what they can be used for."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Model: TypeAlias = str | os.PathLike[str] | nn.Module
 
 
 def opened(model: Model) -> nn.Module:
-    """A loaded model as it is, or the one at a path, on the GPU if there is one.
+    """The model at a path, on the GPU if there is one; a loaded model is returned as it is.
 
-    `tamingfast.load_model` takes the device. Raises UserError as that does.
+    To choose the device, load the model with `tamingfast.load_model`. Raises UserError as that does.
     """
     return model if isinstance(model, nn.Module) else load_model(model, device=pick_device(None))
 
@@ -33,7 +33,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def first_stage_of(model: nn.Module) -> FirstStage:
-    """The first stage of a prior, or the model itself; UserError when there is none."""
+    """The first stage of a prior, or the model itself if it is one; UserError otherwise."""
     stage = getattr(model, "first_stage_model", model)
     if not isinstance(stage, FirstStage):
         raise UserError(f"model: got a {type(model).__name__}, expected a first stage or a prior")
@@ -41,7 +41,7 @@ def first_stage_of(model: nn.Module) -> FirstStage:
 
 
 def check_prior(model: nn.Module) -> Net2NetTransformer:
-    """The model itself; UserError when it is no prior."""
+    """``model``; UserError if it is not a prior."""
     if not isinstance(model, Net2NetTransformer):
         raise UserError(
             f"model: got a {type(model).__name__}, which cannot draw images, expected a prior; give a run of "
@@ -51,16 +51,17 @@ def check_prior(model: nn.Module) -> Net2NetTransformer:
 
 
 def check_windowed(model: nn.Module) -> Net2NetTransformer:
-    """The model itself; UserError unless it is a prior whose tokens form one grid over the image."""
+    """``model``; UserError unless it is a prior whose tokens form one grid over the image."""
     prior = check_prior(model)
     if is_multiscale(prior):
         raise UserError(
-            "model: got a multiscale prior, whose tokens form no grid over the image, expected one to mask, extend or "
-            "scan; use `tamingfast sample`, with --from PHOTO --scales N to begin with a photo's coarse scales"
+            "model: got a multiscale prior, whose tokens form no grid over the image, expected a prior on one grid, "
+            "which can be masked and extended; use `tamingfast sample`, with --from PHOTO --scales N to start from a "
+            "photo's coarse scales"
         )
     if first_stage_of(prior).levels > 1:
         raise UserError(
-            "model: got a prior on tokens of two levels, expected one grid of tokens, of which a part can be kept; use "
+            "model: got a prior on tokens of two levels, expected a prior on one grid, part of which can be kept; use "
             "`tamingfast sample` or `tamingfast reconstruct`"
         )
     return prior

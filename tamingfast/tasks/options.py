@@ -1,6 +1,6 @@
-"""The options of a drawing and their defaults, which the command line takes from here.
+"""Options of the workflows and their defaults, shared with the command line.
 
-Nothing heavy is imported at the top: `tamingfast --help` reads the defaults.
+Nothing heavy is imported at the top, because `tamingfast --help` reads the defaults.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 from tamingfast.errors import UserError
 
-#: Images that `sample` draws.
+#: Number of images that `sample` draws.
 COUNT = 16
 #: Completions of each image that `complete` draws.
 TIMES = 3
-#: Strides that `likelihood` tries, in tokens, and its images at a time.
+#: Strides that `likelihood` tries, in tokens, and the number of images that it processes at a time.
 STRIDES, LIKELIHOOD_BATCH = (8,), 4
-#: Images at a time of `encode`.
+#: Number of images that `encode` processes at a time.
 ENCODING_BATCH = 64
 #: The two sets that data settings describe.
 SPLITS = ("train", "validation")
@@ -30,15 +30,15 @@ class DrawingOptions:
 
     Attributes:
         temperature: divides the logits.
-        top_k: only the k most likely tokens; None keeps all.
-        top_p: only the nucleus of this probability; None keeps all.
-        greedy: always the most likely token.
+        top_k: sample from the k most likely tokens only; None keeps all.
+        top_p: sample from the nucleus of this probability only; None keeps all.
+        greedy: always take the most likely token.
         seed: of the noise, 0 to 2**64 - 1.
-        batch: images at a time, which does not change them.
+        batch: images at a time; it does not change the images.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
         stride: tokens between windows, for "strided" and "block".
-        engine: who samples: "auto", "native", "torch" or "naive".
-        dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps them as they are.
+        engine: the implementation that samples: "auto", "native", "torch" or "naive".
+        dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps the model's own.
 
     Raises:
         UserError: a value out of range. Schedule, stride, engine and dtype are checked when drawing begins.

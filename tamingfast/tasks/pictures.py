@@ -1,4 +1,4 @@
-"""Pictures that tasks are given, from files or from memory, as tensors."""
+"""Input pictures, from files or from memory, as tensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tamingfast.tasks.sizes import image_size
 #: An image file, a PIL image, an array uint8 (H, W) or (H, W, 3), or a tensor float (3, H, W) or (1, 3, H, W) in
 #: [-1, 1].
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-#: Several pictures, directories standing for the image files in them, or a tensor (B, 3, H, W) in [-1, 1].
+#: One or several pictures, where a directory stands for the image files in it; or a tensor (B, 3, H, W) in [-1, 1].
 Pictures: TypeAlias = Sequence[Picture] | Picture
 
 
 def read_photo(source: Picture) -> Tensor:
     """A picture in its own size: float32 (1, 3, H, W) in [-1, 1].
 
-    Raises UserError when a file is missing or cannot be read, and for arrays of another shape or type.
+    Raises UserError if a file is missing or cannot be read, or an array or tensor has another shape or type.
     """
     if isinstance(source, Tensor):
         return _checked(source)
@@ -37,7 +37,7 @@ def read_photo(source: Picture) -> Tensor:
 def read_mask(source: Picture, height: int, width: int) -> Tensor:
     """A mask of height x width pixels as bool (H, W), True where a picture is lighter than mid-gray.
 
-    Arrays and tensors (H, W) of bool are masks as they are. Raises UserError for another size.
+    Bool arrays and tensors (H, W) are used as they are. Raises UserError for any other size.
     """
     if isinstance(source, np.ndarray | Tensor) and source.dtype in (np.bool_, torch.bool):
         mask = torch.as_tensor(source)
@@ -52,7 +52,7 @@ def read_mask(source: Picture, height: int, width: int) -> Tensor:
 
 
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files, each directory replaced by the images in it; UserError for a directory without images."""
+    """The paths, with each directory replaced by the images in it; UserError for a directory without images."""
     files: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
@@ -65,7 +65,7 @@ def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def listed(pictures: Pictures) -> list[Picture]:
-    """One or several pictures as a list, with the files of directories."""
+    """One or several pictures as a list, with each directory replaced by its image files."""
     if isinstance(pictures, Tensor) and pictures.ndim == 4:
         return list(pictures.split(1))
     several = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
@@ -78,7 +78,7 @@ def listed(pictures: Pictures) -> list[Picture]:
 def load_images(pictures: Sequence[Picture], height: int, width: int) -> Tensor:
     """Pictures scaled to cover height x width pixels and cut at the centre: float32 (B, 3, height, width) in [-1, 1].
 
-    Raises UserError as `read_photo`.
+    Raises UserError as `read_photo` does.
     """
     return torch.cat([_fitted(picture, height, width) for picture in pictures])
 
@@ -86,10 +86,10 @@ def load_images(pictures: Sequence[Picture], height: int, width: int) -> Tensor:
 def batch_of(
     model: nn.Module, pictures: Pictures, size: tuple[int, int] | None
 ) -> tuple[list[Picture], Tensor, tuple[int, int]]:
-    """Pictures for a model: as a list, as `load_images` gives them, and their (height, width).
+    """The pictures as a list, the batch that `load_images` makes of them, and its (height, width).
 
-    Without a ``size`` a tensor (B, 3, H, W) keeps its own, and all else gets the size that the model was trained on.
-    Raises UserError as `read_photo`, and for sizes that are no multiples of f.
+    Without ``size`` a tensor (B, 3, H, W) keeps its own size, and other pictures get the size that the model was
+    trained on. Raises UserError as `read_photo` does, and for sizes that are not multiples of f.
     """
     if size is None and isinstance(pictures, Tensor) and pictures.ndim == 4:
         size = (pictures.shape[2], pictures.shape[3])
@@ -98,7 +98,7 @@ def batch_of(
 
 
 def as_image(source: Picture) -> Image.Image:
-    """A picture as a PIL image in RGB, files upright. Raises UserError as `read_photo`."""
+    """A picture as a PIL image in RGB; files are turned upright. Raises UserError as `read_photo` does."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, Tensor):
@@ -116,7 +116,7 @@ def as_image(source: Picture) -> Image.Image:
 
 
 def save_pictures(path: str | os.PathLike[str], batch: Tensor) -> None:
-    """Write images (B, 3, H, W) in [-1, 1] as a PNG: a single one as it is, several on one sheet."""
+    """Write images (B, 3, H, W) in [-1, 1] to one PNG: a single image as it is, several as a sheet."""
     if len(batch) == 1:
         images.save_png(path, images.to_uint8(batch[0]))
     else:
@@ -129,7 +129,7 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def named(source: object, otherwise: str) -> str:
-    """What a message calls a picture or a condition: a file by its path, all else by ``otherwise``."""
+    """The name of a picture or condition in messages: the path of a file, else ``otherwise``."""
     return str(source) if isinstance(source, str | os.PathLike) else otherwise
 
 
@@ -144,7 +144,7 @@ def _checked(x: Tensor) -> Tensor:
 
 def _fitted(picture: Picture, height: int, width: int) -> Tensor:
     if isinstance(picture, Tensor) and picture.shape[-2:] == (height, width):
-        return _checked(picture)  # without a detour through 8 bits
+        return _checked(picture)  # not rounded to 8 bits
     return _pixels([cover(as_image(picture), height, width)])
 
 

@@ -1,4 +1,4 @@
-"""Images through the first stage and back: `reconstruct`."""
+"""Encoding images with the first stage and decoding them again: `reconstruct`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tamingfast.tasks.pictures import Pictures, batch_of
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Images and what the first stage makes of them, float32 (B, 3, H, W) in [-1, 1] on the CPU.
+    """Images and their reconstructions by the first stage, float32 (B, 3, H, W) in [-1, 1] on the CPU.
 
     Attributes:
-        images: as given.
-        reconstructed: decoded from their tokens.
+        images: the input, scaled and cut to the size.
+        reconstructed: decoded from the tokens of ``images``.
         l1: mean absolute difference.
-        psnr: in dB on 8-bit pixels, the mean over images; infinite when one comes back exactly.
-        codes: how many different codes occur.
+        psnr: in dB on 8-bit pixels, the mean over images; infinite if an image is reproduced exactly.
+        codes: number of different codes among the tokens.
     """
 
     images: Tensor
@@ -34,21 +34,21 @@ class Reconstruction:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The three figures by their names."""
+        """``l1``, ``psnr`` and ``codes`` by name."""
         return {"l1": self.l1, "psnr": self.psnr, "codes": self.codes}
 
 
 def reconstruct(model: Model, images: Pictures, *, size: tuple[int, int] | None = None) -> Reconstruction:
-    """Images through the first stage and back.
+    """Encode images with the first stage and decode them again.
 
     Args:
         model: a first stage or a prior, or the path of its run or checkpoint.
         images: pictures, or directories of them.
-        size: (height, width) in pixels that they are scaled to cover and cut to; by default the size that the
-            model was trained on, or a tensor's own.
+        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: a tensor's own
+            size; for other pictures, the size that the model was trained on.
 
     Raises:
-        UserError: the model has no first stage of images, or a picture cannot be read.
+        UserError: the model has no first stage, or a picture cannot be read.
     """
     network = opened(model)
     _, x, _ = batch_of(network, images, size)
@@ -60,9 +60,9 @@ def reconstruct(model: Model, images: Pictures, *, size: tuple[int, int] | None 
 
 
 def reconstructed(model: nn.Module, x: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] through the first stage and back, on its device: the same shape.
+    """Encode and decode images (B, C, H, W) in [-1, 1] on the first stage's device; returns the same shape.
 
-    Large ones are processed in bands of rows; see `tamingfast.engines.bands`.
+    Large images are processed in bands of rows; see `tamingfast.engines.bands`.
     """
     return _through(model, x)[1]
 

@@ -47,20 +47,22 @@ def sample(
 
     Args:
         model: a prior, or the path of its run or checkpoint.
-        count: how many images; 16 by default, or on resuming those of the canvas.
-        size: (height, width) in pixels; by default that of the condition, else the size of the training images.
-        label: the class of all images, for class-conditional priors; by default the images take all classes in turn.
-        condition: what lies over the images, for priors with a spatial condition: a file, an array, or a PIL image.
+        count: number of images; default: 16 or, on resuming, that of the canvas.
+        size: (height, width) in pixels; default: the size of the condition or, without one, of the training images.
+        label: the class of all images, for class-conditional priors; by default the images cycle through the classes.
+        condition: the spatial condition of all images, for priors that have one: a file, an array, or a PIL image.
         condition_of: a photo to compute the condition from, for kinds that can be computed.
-        photo, scales: begin with the ``scales`` coarsest scales of this photo, for multiscale priors.
-        options: of the drawing; the paper's by default, or on resuming those of the canvas.
-        canvas: a file that keeps the tokens while they are drawn and afterwards; by default none.
-        resume: continue the drawing that was interrupted, from ``canvas``. What else is given must be as it was begun.
+        photo, scales: start from the ``scales`` coarsest scales of this photo, for multiscale priors.
+        options: how tokens are drawn; default: the paper's options or, on resuming, those of the canvas.
+        canvas: a file in which the tokens are saved during drawing and afterwards; by default they are not saved.
+        resume: continue the interrupted drawing in ``canvas``. Other arguments, if given, must be those it was begun
+            with.
         preview: called with the images so far (B, 3, H, W) every few seconds, or the PNG to write them to.
-        bars: opens counters of progress; see `tamingfast.progress`.
+        bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: an argument out of range or of no use to this model, or a canvas that would be lost.
+        UserError: an argument out of range, or one that does not apply to this model; or an unfinished canvas that
+            would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
     prior = check_prior(opened(model))
@@ -85,7 +87,7 @@ def _blank(
     start: Tensor | None,
     scales: int | None,
 ) -> Canvas:
-    """The canvas to be drawn, but for coarse scales that are given."""
+    """The canvas to draw; nothing is known but the coarse scales of ``start``, if given."""
     cond = tokens_under(model, count, condition, label)
     if start is not None and scales is not None and isinstance(model, MultiscaleTransformer):
         return begun(model, start.to(model.device), scales, cond)
@@ -99,7 +101,7 @@ def _blank(
 def _scales_of(
     model: Net2NetTransformer, photo: Picture | None, scales: int | None, size: tuple[int, int] | None
 ) -> Tensor | None:
-    """The photo (1, 3, H, W) that a multiscale prior begins with; None without one."""
+    """The photo (1, 3, H, W) that a multiscale prior starts from, or None."""
     if photo is None and scales is None:
         return None
     if not isinstance(model, MultiscaleTransformer):
@@ -111,16 +113,16 @@ def _scales_of(
     if photo is None or scales is None:
         raise UserError(
             f"photo: got {'scales' if photo is None else 'a photo'} alone, expected photo and scales together; scales "
-            f"is how many of {', '.join(names)}, coarsest first, are the photo's"
+            f"is the number taken from the photo, coarsest first, of {', '.join(names)}"
         )
-    model.pyramid.first(scales)  # raises for more scales than there are
+    model.pyramid.first(scales)  # raises if there are fewer scales
     size = image_size(model, size)
-    model.canvas_size(*grid_size(model, *size))  # raises for another size than the trained one
+    model.canvas_size(*grid_size(model, *size))  # raises unless it is the training size
     return load_images([photo], *size)
 
 
 def _condition(model: Net2NetTransformer, given: Given, size: tuple[int, int] | None, resume: bool) -> Condition | None:
-    """The spatial condition that was given or follows from the size; None where there is none, or the canvas has it."""
+    """The spatial condition, given or following from the size; None without one, or if a resumed canvas has its own."""
     if size is not None:
         grid_size(model, *size)
     found = given.read(model, size)

@@ -13,12 +13,12 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.tasks.models import config_of, first_stage_of
 
-#: Side of the largest window, in tokens, unless the whole grid fits into the block: the paper's.
+#: Side in tokens of the largest window, the paper's; a grid that fits into the block gets one window of its own size.
 WINDOW = 16
 
 
 def trained_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) in pixels of the images that the model was trained on; None where its config does not say."""
+    """(height, width) in pixels of the images that the model was trained on; None if its config does not say."""
     factor = first_stage_of(model).factor
     if isinstance(model, MultiscaleTransformer):
         return model.pyramid.height * factor, model.pyramid.width * factor
@@ -32,7 +32,7 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
 def image_size(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """``size``, (height, width) in pixels, or by default the size that the model was trained on.
 
-    Raises UserError when neither is known, and unless both sides are multiples of f.
+    Raises UserError if neither is known, or if a side is not a multiple of f.
     """
     size = size or trained_size(model)
     if size is None:
@@ -56,15 +56,15 @@ def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
 def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_tokens: int = 1) -> int:
     """Side of the largest square window that fits into the block: at most `WINDOW`, unless the grid itself fits.
 
-    Raises UserError for a prior on tokens of two levels and another number of tokens than it was trained on, as no
-    window slides over two grids at once.
+    A prior on tokens of two levels draws only the number of tokens that it was trained on, because no window can slide
+    over two grids at once; raises UserError for any other number.
     """
     room = model.transformer.config.block_size - condition_tokens + 1
     trained = room - 1  # the block has a position for the last token, too, which is never an input
     if first_stage_of(model).levels > 1 and rows * columns != trained:
         raise UserError(
-            f"size: got {rows * columns} tokens, expected {trained}, as a prior on tokens of two levels draws the size "
-            "that it was trained on; leave the size out, or train a prior on this size"
+            f"size: got {rows * columns} tokens, expected {trained}, as a prior on tokens of two levels draws only the "
+            "size that it was trained on; leave the size out, or train a prior on this size"
         )
     if rows * columns <= room:
         return max(rows, columns)
@@ -72,7 +72,7 @@ def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_toke
 
 
 def window_under(model: Net2NetTransformer, rows: int, columns: int, cond: Tensor) -> int:
-    """`window_of` under condition tokens (B, c), (B, rows, columns, c), or a grid (B, rows, columns) cut with it."""
+    """`window_of` for condition tokens (B, c), (B, rows, columns, c), or (B, rows, columns), a grid cropped alike."""
     if cond.ndim != 3:
         return window_of(model, rows, columns, cond.shape[-1])
     room = (model.transformer.config.block_size + 1) // 2

@@ -1,4 +1,4 @@
-"""Training of both stages, `vqgan.train` and `prior.train`, and the configs that they take."""
+"""Training of both stages (`vqgan.train` and `prior.train`), and the configs that they take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The beginning of a run: everything that can be refused is refused before anything is written."""
+"""The beginning of a run: all checks come before anything is written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def begin(
     """Write ``config.yaml`` into a new run directory, or check that the run to resume began with the same config.
 
     Raises UserError when ``out`` already holds a run and ``resume`` is not given, when there is nothing to resume, when
-    a setting differs that would change the run, when ``dataset`` is too small for a step, and when the model of
-    ``stage`` cannot take its images.
+    a setting that influences the weights differs from the run's, when ``dataset`` is too small for one step, and when
+    the model of ``stage`` cannot process its images.
     """
     epoch_steps(dataset, settings, among.size)  # raises for too few images
     config["training"] = asdict(settings)
@@ -56,7 +56,7 @@ def begin(
 
 
 def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:
-    """UserError when the parts of the model were built but do not fit each other or the images."""
+    """Raise UserError when the model can be built but fails on the first training image."""
     batch = next(iter(loader(dataset, 1)))
     stage.model.eval()
     devices = [among.device] if among.device.type == "cuda" else []
@@ -69,8 +69,8 @@ def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:
         if lacks_memory(error):
             raise
         raise UserError(
-            f"model: got an error on the first training image ({first_line(error)}), expected a model that takes it; "
-            "correct model.params or the data settings"
+            f"model: got an error on the first training image ({first_line(error)}), expected a model that can process "
+            "it; correct model.params or the data settings"
         ) from error
     finally:
         stage.model.train()

@@ -1,4 +1,4 @@
-"""The pixel baseline's first stage: a dictionary of colours (after iGPT), as a run directory like any other."""
+"""The pixel baseline's first stage: a dictionary of colours (after iGPT), written as a run directory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.training.seeds import seed_for
 
 TARGET = "tamingfast.models.color_clusters.ColorClusters"
-POINTS = 1 << 18  # pixels that k-means sees: 512 for each colour of the paper's 512
-#: Fewest pixels that are taken from an image.
+POINTS = 1 << 18  # pixels that k-means sees: 512 per colour for the paper's 512 colours
+#: The least number of pixels taken from an image.
 _PIXELS_PER_IMAGE = 64
 
 
@@ -35,8 +35,8 @@ def fit_color_clusters(
 ) -> Path:
     """Learn ``ncluster`` RGB colours from a data set's images by k-means and write them as a first stage to ``out``.
 
-    The pixels, `POINTS` at most, are drawn evenly over the images. ``data`` is the ``data:`` section that a prior on
-    this first stage trains on by default. Raises UserError when the images have fewer pixels than there are colours.
+    The pixels, `POINTS` at most, are drawn evenly over the images. ``data`` becomes the ``data:`` section that a prior
+    on this first stage trains on by default. Raises UserError when the images have fewer pixels than there are colours.
     """
     points = _pixels(dataset, seed)
     if len(points) < ncluster:

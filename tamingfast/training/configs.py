@@ -1,4 +1,4 @@
-"""Training configs: presets and YAML files, the original's included, with overrides, and the config to resume with."""
+"""Training configs: presets, YAML files (the original's too), overrides, and the config of a resumed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parents[1] / "configs"
 
-#: Keys of the sections that no class describes: the top level, and what the original's layout adds.
+#: Keys of sections that are not the parameters of a class, and names from the original's layout.
 _SECTIONS = ("model", "data", "training", "prior")
 _MODEL_KEYS = ("base_learning_rate", "target", "params")
 _PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
@@ -66,14 +66,14 @@ def resumed_config(
 ) -> DictConfig:
     """The config to continue the run in ``out`` with: the one it began with, changed by the ``overrides``.
 
-    A named config (see `load_config`) is loaded instead, so that a setting in it that the run cannot change is found,
-    but its settings of `FREE_TO_CHANGE` give way to the run's, which is logged. Raises UserError when there is no run,
-    and as `load_config`.
+    If ``name`` is given, that config is loaded instead (see `load_config`), so that a setting in it that the run cannot
+    change is noticed; for the settings in `FREE_TO_CHANGE` the run's own values are kept, with a warning. Raises
+    UserError when there is no run, and where `load_config` does.
     """
     own = load_config(run_directory.config_file(out), overrides)
     if name is None:
         if "prior" in own:
-            raise UserError("prior: got settings for a run that has begun, expected them for a new one; leave them out")
+            raise UserError("prior: got settings for a run that has begun, expected none; leave them out")
         return own
     config = load_config(name, overrides)
     before, named = (asdict(training_settings(each)) for each in (own, config))
@@ -101,7 +101,7 @@ def _locate(name_or_path: str | os.PathLike) -> Path:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """UserError for the first key that nothing reads. Keys below ``data`` are checked by `tamingfast.data.build`."""
+    """Raise UserError for the first key that nothing reads; `tamingfast.data.build` checks those below ``data``."""
     check_keys(config, _SECTIONS, "")
     model = config.get("model") or {}
     check_keys(model, _MODEL_KEYS, "model")
@@ -113,17 +113,17 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:
-    """UserError when the config's model belongs to the other stage's training."""
+    """Raise UserError when the config is one for the other stage."""
     target = (config.get("model") or {}).get("target")
     is_prior = "prior" in config or (target and "transformer_config" in (parameters_of(get_obj_from_str(target)) or ()))
     if is_prior and not prior:
-        raise UserError("config: got that of a prior, expected that of a first stage; use `tamingfast train prior`")
+        raise UserError("config: got one for a prior, expected one for a first stage; use `tamingfast train prior`")
     if prior and target and not is_prior:
-        raise UserError("config: got that of a first stage, expected that of a prior; use `tamingfast train vqgan`")
+        raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
 
 
 def _translated(loaded: DictConfig) -> DictConfig:
-    """A file of the original in our layout; any other without a change, so that overrides reach interpolations."""
+    """A config of the original in our layout; any other unchanged, so that overrides reach its interpolations."""
     lightning = loaded.pop("lightning", None)
     if not str((loaded.get("data") or {}).get("target", "")).endswith(_DATA_MODULE):
         return loaded

@@ -1,4 +1,4 @@
-"""The data sets of a run: those of the config's ``data:`` section, or those that the caller gives."""
+"""The data sets of a run, from the config's ``data:`` section or from the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tamingfast.checkpoints.config import plain
 from tamingfast.data import build
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 
-#: (training, validation), ours or any map-style data sets of torch's.
+#: (training, validation): our data sets, or any map-style data sets of torch.
 Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]
 
 

@@ -2,7 +2,7 @@
 
 Each computes the gradients of its share of every batch; the gradients are averaged before the optimizer moves. This is
 done here instead of by DistributedDataParallel, whose hooks expect one backward pass per step through one set of
-parameters: a GAN step has two, and differentiates the last layer twice more for the adaptive weight.
+parameters: a GAN step has two, and differentiates twice more by the last layer for the adaptive weight.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
     try:
         yield World(rank, size, device)
         if joins:
-            # Nobody may close connections while another process still works: gloo's threads would abort that process.
+            # A process that closed its connections while another still works would make gloo's threads abort the other.
             torch.distributed.barrier()
     finally:
         if joins:

@@ -17,16 +17,19 @@ from tamingfast.training.settings import Training
 
 
 def images_per_step(settings: Training, processes: int) -> int:
-    """Images that one optimizer step of all processes sees."""
+    """Number of images in one optimizer step, over all processes."""
     return settings.batch_size * settings.accumulate * processes
 
 
 def epoch_steps(dataset: EpochDataset, settings: Training, processes: int) -> int:
-    """Steps in an epoch. The images that do not fill a step are left out; each epoch leaves out different ones."""
+    """Steps in an epoch. Images that do not fill a step are left out, different ones in each epoch.
+
+    Raises UserError for fewer images than one step needs.
+    """
     needed = images_per_step(settings, processes)
     if len(dataset) < needed:
         raise UserError(
-            f"data: got {len(dataset)} training images, expected at least {needed}, those of one step; lower "
+            f"data: got {len(dataset)} training images, expected at least {needed} for one step; lower "
             "training.batch_size or training.accumulate"
         )
     return len(dataset) // needed

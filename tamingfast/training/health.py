@@ -13,11 +13,11 @@ from torch import Tensor
 from tamingfast.errors import UserError
 from tamingfast.training.stage import Batch
 
-#: A codebook of which a smaller share is used has collapsed.
+#: Share of codes in use below which the codebook has collapsed.
 COLLAPSED_USAGE = 0.01
-#: Logits of real images above this and of fake ones below its negative: the discriminator tells them all apart.
+#: If the mean logit of real images is above this and that of fake ones below its negative, the discriminator has won.
 SEPARATED_MARGIN = 1.0
-#: Consecutive validations after which either is worth a hint.
+#: Number of consecutive validations after which either is worth a hint.
 PERSISTS_FOR = 3
 
 
@@ -92,7 +92,7 @@ class Monitor:
             )
         if self._separated >= PERSISTS_FOR:
             found.append(
-                f"the discriminator told every image from its reconstruction in {PERSISTS_FOR} consecutive validations "
+                f"the discriminator clearly told images from reconstructions in {PERSISTS_FOR} consecutive validations "
                 "and so teaches the autoencoder little; a later disc_start or a smaller disc_ndf may help"
             )
         fresh = [hint for hint in found if hint not in self._given]
@@ -101,7 +101,7 @@ class Monitor:
 
 
 def non_finite_image(batches: Iterable[Batch]) -> str | None:
-    """The ``file_path_`` (or the number in its batch) of the first image with NaN or infinite values; None without."""
+    """The ``file_path_`` (or the number in its batch) of the first image with NaN or infinite values, or None."""
     for batch in batches:
         images = batch.get("image")
         if not isinstance(images, Tensor) or not images.is_floating_point():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, kept until the step in progress is done."""
+"""Ctrl-C and SIGTERM, held back until the current step is done."""
 
 from __future__ import annotations
 

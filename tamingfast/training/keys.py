@@ -11,7 +11,7 @@ from tamingfast.errors import UserError, nearest
 
 
 def check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """UserError unless ``section``, the part of a config at the dotted key ``where``, has ``known`` keys only."""
+    """Raise UserError if ``section``, the part of a config under the key ``where``, has keys that are not ``known``."""
     known = list(known)
     check_mapping(section, where, known[0])
     for key in section:
@@ -22,13 +22,13 @@ def check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> 
 
 
 def check_mapping(section: object, where: str, key: str) -> None:
-    """UserError unless ``section`` has keys, such as ``key``."""
+    """Raise UserError unless ``section`` is a mapping; the message gives ``key`` as an example."""
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: got {section!r}, expected keys below it; write for example {where}.{key}=...")
 
 
 def check_params(config: Mapping[str, Any], where: str) -> None:
-    """Compare ``params`` with the signature of ``target``, and do so for each {target, params} inside."""
+    """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside."""
     params = config.get("params") or {}
     names = parameters_of(get_obj_from_str(config["target"]))
     if names is not None:
@@ -36,7 +36,7 @@ def check_params(config: Mapping[str, Any], where: str) -> None:
     for key, value in params.items():
         inside = f"{where}.params.{key}"
         if key == "cond_stage_config" and params.get("unconditional"):
-            continue  # never built, and a placeholder in the original's own config
+            continue  # never built: the original's own config has a placeholder here
         if isinstance(value, Mapping) and "target" in value:
             check_keys(value, ("target", "params"), inside)
             check_params(value, inside)

@@ -30,7 +30,7 @@ from tamingfast.training.settings import Training
 from tamingfast.training.stage import Stage
 from tamingfast.training.step import rate_factor, step
 
-#: Images of a batch that a picture of the run shows.
+#: Images in each row of the pictures that a run writes.
 IMAGES_SHOWN = 8
 
 
@@ -42,7 +42,7 @@ def run(
     among: World,
     resume: bool,
 ) -> Path:
-    """Train until the budget is spent, from the state in ``out`` when ``resume``; returns ``out``.
+    """Train until the steps or seconds are used up, from the state in ``out`` if ``resume``; returns ``out``.
 
     Raises `Stopped` after writing a checkpoint when the process is asked to stop, UserError when training diverges.
     """
@@ -127,7 +127,7 @@ class _Run:
             group["lr"] = rate * factor
 
     def move(self, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The optimizers' step on ``batches``; UserError with the likely cause when a value is not finite."""
+        """One step of the optimizers; raises UserError with the likely cause when a value is not finite."""
         try:
             return step(
                 self.stage.optimizers,
@@ -164,14 +164,14 @@ class _Run:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients, in the training's precision."""
+        """Evaluation mode without gradients, in the precision of the training."""
         self.stage.model.eval()
         device, low = self.among.device.type, self.settings.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
             yield
 
     def validate(self, epoch: int) -> None:
-        """On the first process; the others wait for it in the next step."""
+        """Validate, on the first process only; the others wait for it in the next step."""
         if self.among.rank or self.validation is None or not len(self.validation):
             return
         torch.manual_seed(seed_for(self.settings.seed, "validate"))
@@ -182,7 +182,7 @@ class _Run:
             self.bar.write(f"warning: {hint}", file=sys.stderr)
 
     def draw(self) -> None:
-        """Write a picture of the first validation images, of training images when there is no validation set."""
+        """Write a picture of some validation images, always the same; of training images without a validation set."""
         if self.among.rank:
             return
         shown = self.validation if self.validation is not None and len(self.validation) else self.training

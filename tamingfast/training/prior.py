@@ -1,4 +1,4 @@
-"""The second stage's training: paper section 3.2, on the tokens of a frozen first stage."""
+"""Training of the second stage (paper section 3.2) on the tokens of a frozen first stage."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def train(
     """Train a prior on the tokens of ``first_stage`` (a run directory or checkpoint) into ``out``; returns ``out``.
 
     ``cond_stage`` is the first stage of a condition that has its own (`tamingfast.data.conditions.IMAGE_KEYS`). The
-    model's config is completed by `prior_config`; without a ``data:`` section that of ``cond_stage``, else of
-    ``first_stage``, is used. With ``first_stage`` None the config must be complete, as the original's are, with the
+    model's config is completed by `prior_config`; without a ``data:`` section, that of ``cond_stage`` is used, else
+    that of ``first_stage``. With ``first_stage`` None, the config must be complete, as the original's are, with the
     first stage's ``ckpt_path``. ``datasets`` (training, validation) replaces the ``data:`` section; items with
-    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. Raises as
-    `tamingfast.training.vqgan.train`.
+    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. Raises what
+    `tamingfast.training.vqgan.train` raises.
     """
     config, out = dict(plain(config)), Path(out)
     settings = training_settings(config)
@@ -118,7 +118,7 @@ def _first_stage(path: str | os.PathLike | None) -> _Trained | None:
 
 
 def _data_section(config: Mapping[str, Any], frozen: _Trained | None, condition: _Trained | None) -> dict[str, Any]:
-    """The config's ``data:`` section, else the condition's or the first stage's, completed by the first stage."""
+    """The ``data:`` section of the config, the condition or the first stage; completed by the first stage."""
     sections = (config.get("data"), *(stage.config.get("data") for stage in (condition, frozen) if stage is not None))
     section: Mapping[str, Any] = next((each for each in sections if each), {})
     if frozen is None:
@@ -166,7 +166,7 @@ class PriorStage:
         return value, {"loss": value}
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean cross entropy in nats per token, and its exponential; of a multiscale prior also for each scale."""
+        """Mean cross entropy in nats per token, and its exponential; for a multiscale prior also per scale."""
         total, images = torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             nats = self.nats(batch).double()
@@ -181,7 +181,7 @@ class PriorStage:
         return values
 
     def images(self, batch: Batch) -> list[Tensor]:
-        """Conditions that are images, the batch's tokens decoded, and samples under its conditions."""
+        """The batch's conditions if they can be shown, its tokens decoded, and samples under its conditions."""
         z, c = tokens_of(self.model, batch)
         height, width = self.grid
         shown = self.model.decode_grid(self.model.to_grid(z, height, width))
@@ -196,7 +196,7 @@ class PriorStage:
         return [*self.conditioning(batch), shown, samples]
 
     def conditioning(self, batch: Batch) -> list[Tensor]:
-        """The batch's conditions as images (B, 3, H, W) in [-1, 1], in a list that is empty for other conditions."""
+        """The batch's conditions as a list of one (B, 3, H, W) in [-1, 1], empty if they cannot be shown."""
         key = self.model.cond_stage_key
         if key in TOKEN_KEYS.values() and self.objects is not None:
             shape = batch[self.model.first_stage_key].shape[1:3]

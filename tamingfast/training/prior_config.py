@@ -1,4 +1,4 @@
-"""The config of a prior, completed by what its first stages and its data settle."""
+"""The config of a prior, completed from its first stages and its data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN_STAGE = "taming.models.dummy_cond_stage.DummyCondStage"
 DUMMY_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
 PERMUTERS = "taming.modules.transformer.permuter"
 
-#: ``prior.ordering`` -> class of the permuter (second source, section 3); None keeps the tokens in raster order.
+#: ``prior.ordering`` -> class of the permuter; None keeps the tokens in raster order.
 ORDERINGS = {
     "row_major": None,
     "spiral_out": "SpiralOut",
@@ -40,7 +40,7 @@ ORDERINGS = {
 CONDITIONS = ("none", "class", "coord", *IMAGE_KEYS, *TOKEN_KEYS)
 #: Data sets whose images can have any size.
 _ANY_SIZE = ("photos", "folder", "conditions")
-#: Parameters of a first stage that say how it was trained or loaded, which a prior's config leaves out.
+#: Parameters of how a first stage was trained or loaded, left out of a prior's config.
 _NOT_EMBEDDED = ("ckpt_path", "ignore_keys", "monitor")
 
 
@@ -60,19 +60,19 @@ def prior_config(
     cond_stage_config: Mapping[str, Any] | None = None,
     rule: Rule | None = None,
 ) -> dict[str, Any]:
-    """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage settles.
+    """The config of a prior on a first stage: ``overrides`` (a preset), completed by what the first stage determines.
 
-    ``grid`` is tokens per side, (height, width); ``classes`` the number of labels in the data. ``prior.condition`` is
-    "none" (one start token), "class", "coord" (where in the whole picture a crop lies), one of `IMAGE_KEYS`, for
-    which ``cond_stage_config``, the config of its own first stage, gives one token for each of the image, or one of
-    `TOKEN_KEYS`, which the data's ``rule`` turns into tokens.
-    ``prior.ordering`` is a key of `ORDERINGS`; ``prior.scales``, the factors of a `Pyramid` or "all", makes the prior a
-    `MultiscaleTransformer`. The vocabulary holds the codes and the condition's tokens, the block size both sequences;
-    values in ``model.params`` are kept. First stages are embedded without their losses and without a path, because
-    their weights become part of the prior's.
+    ``grid`` is the image's size in tokens, (rows, columns); ``classes`` the number of labels in the data.
+    ``prior.condition`` is "none" (one start token), "class", "coord" (where in the whole picture a crop lies), one of
+    `IMAGE_KEYS` or one of `TOKEN_KEYS`. The first stage of a condition in `IMAGE_KEYS` has the config
+    ``cond_stage_config`` and gives one token for each token of the image; ``rule`` turns the objects of `TOKEN_KEYS`
+    into tokens. ``prior.ordering`` is a key of `ORDERINGS`; ``prior.scales``, the factors of a `Pyramid` or
+    "all", makes the prior a `MultiscaleTransformer`. The vocabulary is large enough for the codes and for the
+    condition's tokens, the block size for both sequences together; values in ``model.params`` are kept. First stages
+    are embedded without their losses and without a path, because their weights become part of the prior's.
 
     Raises UserError for unknown conditions and orderings, for scales that the grid does not have, for missing classes,
-    and for a condition's stage that is missing, of another condition or of other downsampling.
+    and for a ``cond_stage_config`` that is missing, belongs to another condition or downsamples by another factor.
     """
     config = {key: value for key, value in plain(overrides).items() if key != "prior"}
     options = {"condition": "none", "ordering": "row_major", "classes": None, "scales": None}
@@ -108,10 +108,10 @@ def prior_config(
 
 
 def completed_data(data: Mapping[str, Any], side: int | None = None, codes: int | None = None) -> dict[str, Any]:
-    """The ``data`` section with what it leaves to the first stage: the size of the images, and objects' vocabulary.
+    """The ``data`` section, completed by the first stage: the size of the images, and the vocabulary of objects.
 
-    ``side`` is that of the squares the first stage was trained on, in pixels, ``codes`` its number of codes. Class
-    names that stand in a file are copied, so that the run does not need the file.
+    ``side`` is that of the squares the first stage was trained on, in pixels; ``codes`` is its number of codes. Class
+    names are copied from their file, so that the run does not need it.
     """
     data = dict(plain(data))
     if side is not None and data.get("name") in _ANY_SIZE and data.get("size") is None:
@@ -127,7 +127,7 @@ def completed_data(data: Mapping[str, Any], side: int | None = None, codes: int 
 def _condition(
     options: Mapping[str, Any], classes: int | None, first_stage: _Geometry, stage: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The part of a prior's ``params`` that ``prior.condition`` settles."""
+    """The part of a prior's ``params`` that ``prior.condition`` determines."""
     name = _choice(options["condition"], CONDITIONS, "prior.condition")
     if stage is not None and name not in IMAGE_KEYS:
         raise UserError(
@@ -146,7 +146,7 @@ def _condition(
         described = {"target": LABELATOR, "params": {"n_classes": known}}
         return {"cond_stage_config": described, "cond_stage_key": "class_label"}
     if name == "coord":
-        # Coordinates go up to n_embed itself, so that they use all codes of the first stage and no more.
+        # The largest coordinate token is n_embed itself, so the tokens are exactly the codes of the first stage.
         params = {"n_embed": first_stage.codes - 1, "down_factor": first_stage.factor}
         return {"cond_stage_config": {"target": COORD_STAGE, "params": params}, "cond_stage_key": "coord"}
     if name in TOKEN_KEYS:
@@ -156,7 +156,7 @@ def _condition(
 
 
 def _condition_stage(name: str, first_stage: _Geometry, stage: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The embedded config of an image condition's own first stage; UserError when it does not fit."""
+    """The embedded config of the first stage of an image condition; UserError when it does not fit."""
     if stage is None:
         raise UserError(
             f"--cond-stage: got none, expected a first stage for prior.condition={name}; train one with `tamingfast "
@@ -166,10 +166,10 @@ def _condition_stage(name: str, first_stage: _Geometry, stage: Mapping[str, Any]
     trained_on = described["params"].get("image_key", "image")
     if trained_on != name:
         raise UserError(
-            f"--cond-stage: got a first stage of '{trained_on}', expected one of '{name}', the prior.condition"
+            f"--cond-stage: got a first stage of '{trained_on}', expected one of '{name}', as in prior.condition"
         )
     if own.levels > 1:
-        raise UserError("--cond-stage: got a first stage of two levels of tokens, expected one of one level")
+        raise UserError("--cond-stage: got a first stage of two levels of tokens, expected a single level")
     if own.factor != first_stage.factor:
         raise UserError(
             f"--cond-stage: got tokens of {own.factor} pixels a side, expected {first_stage.factor} as in the image's "
@@ -179,7 +179,7 @@ def _condition_stage(name: str, first_stage: _Geometry, stage: Mapping[str, Any]
 
 
 def _check_levels(options: Mapping[str, Any], stage: _Geometry, spatial: bool) -> None:
-    """UserError for settings that need a first stage of one level where it has two."""
+    """Raise UserError for settings that a first stage of two levels does not support."""
     if stage.levels > 1 and spatial:
         raise UserError(
             f"prior.condition: got {options['condition']} on a first stage of two levels of tokens, expected none or "
@@ -200,7 +200,7 @@ def _ordering(options: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, An
 
 
 def _pyramid(options: Mapping[str, Any], single: bool, grid: tuple[int, int]) -> Pyramid:
-    """The scales that ``prior.scales`` asks for; UserError where they do not go with the other settings."""
+    """The scales that ``prior.scales`` asks for; UserError if the other settings do not allow any."""
     if options["ordering"] != "row_major":
         raise UserError(
             f"prior.ordering: got {options['ordering']} with prior.scales, expected row_major, the order within each "
@@ -223,9 +223,9 @@ def _transformer(given: Mapping[str, Any], vocab_size: int, block_size: int) -> 
 
 
 def _vocabulary(cond_stage: Mapping[str, Any]) -> int:
-    """Number of token values of a condition stage; 0 where its params do not say."""
+    """Number of token values of a condition stage; 0 if its params do not say."""
     params = cond_stage.get("params") or {}
-    # A coordinate stage rounds up to n_embed itself.
+    # The largest token of a coordinate stage is n_embed itself.
     extra = 1 if str(cond_stage.get("target")).endswith("CoordStage") else 0
     return params.get("n_classes") or params.get("n_embed", 0) + extra
 
@@ -246,7 +246,7 @@ def _embedded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _geometry(first_stage_config: Mapping[str, Any]) -> _Geometry:
-    """From the config alone: the network is built without memory for its weights."""
+    """A first stage's geometry from its config alone: the network is built without memory for its weights."""
     with torch.device("meta"):
         stage: FirstStage = instantiate_from_config(_embedded(first_stage_config))
     return _Geometry(stage.n_embed, stage.factor, stage.levels)

@@ -1,4 +1,4 @@
-"""The ``training:`` section of a config: what a run does apart from its model and its data."""
+"""The ``training:`` section of a config: the settings of a run other than its model and its data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tamingfast.training.keys import check_keys
 PRECISIONS = ("float32", "bfloat16")
 #: Integers that may be 0; the others are at least 1.
 _MAY_BE_ZERO = ("seed", "workers", "warmup_steps")
-_Number = int | float  # OmegaConf, told not to convert, takes 1 for an int alone and 1.0 for a float alone
+_Number = int | float  # both, as OmegaConf without conversion refuses 1 for a float
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Training:
                 raise _refused(field.name, value)
 
 
-#: What a resumed run may change: none of these changes a single step.
+#: Settings that a resumed run may change, because none of them influences the weights after a step.
 FREE_TO_CHANGE = frozenset({
     "steps", "seconds", "workers",
     "log_every", "validate_every", "validation_batches", "image_every", "checkpoint_every",

@@ -1,4 +1,4 @@
-"""What the training loop trains."""
+"""The interface between the training loop and the models that it trains."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Stage(Protocol):
         """Names of the values that the progress bar shows."""
 
     def loss(self, batch: Batch, index: int) -> Loss | None:
-        """What optimizer ``index`` minimizes; None when it rests in this step."""
+        """What optimizer ``index`` minimizes; None if that optimizer does not move in this step."""
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Values over the validation batches; called in eval mode without gradients."""
+        """Values over the validation batches; called in evaluation mode without gradients."""
 
     def images(self, batch: Batch) -> list[Tensor]:
-        """Rows of images (B, C, H, W) in [-1, 1] worth looking at; called like `validate`."""
+        """Rows of images (B, C, H, W) in [-1, 1] that show how well the model works; called like `validate`."""
 
 
 class Optimized(Protocol):

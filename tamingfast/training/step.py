@@ -1,4 +1,4 @@
-"""One optimizer step of a stage, and the learning rate that it takes."""
+"""One optimizer step of a stage, and its learning rate."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def step(
 ) -> dict[str, Tensor]:
     """Move every optimizer once, in the order of the original under Lightning.
 
-    For each of the ``batches``, whose gradients are averaged, and each optimizer in turn: a forward pass with the
-    current weights, its loss, a backward pass into its own parameters only (those of the other optimizers do not
-    require gradients meanwhile), and after the last batch its step. So the discriminator learns from reconstructions of
-    the autoencoder that has just moved. ``reduce(parameters)`` averages gradients over processes and
+    For each batch, and for each optimizer in turn: a forward pass with the current weights, the optimizer's loss, and a
+    backward pass into its own parameters only (those of the other optimizers do not require gradients meanwhile); after
+    the last batch, its step. So the discriminator learns from reconstructions made after the autoencoder's step.
+    Gradients are averaged over the ``batches``. ``reduce(parameters)`` averages gradients over processes and
     ``check(loss, gradient norm, values)`` runs before each optimizer moves. Returns the values of ``loss``, averaged
     over the batches.
     """

@@ -1,4 +1,4 @@
-"""What a data set's items are to the models: grids of a first stage's tokens, and conditions that a prior can use."""
+"""The items of a data set as tokens for the models, and checks that their tokens and conditions fit the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tamingfast.training.stage import Batch
 def grid_of(dataset: Dataset[dict[str, Any]], stage: FirstStage, key: str = "image") -> tuple[int, int]:
     """Tokens (rows, columns) of a data set's images ``key`` under a first stage, or of its token grids.
 
-    Raises UserError for sides that are no multiples of the stage's factor.
+    Raises UserError for images with sides that are not multiples of the stage's factor.
     """
     grid = as_epoch_dataset(dataset).grid
     if grid is not None:
@@ -45,7 +45,7 @@ def tokens_of(model: Net2NetTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
             f"data: got {', '.join(batch)}, expected '{model.cond_stage_key}' too, on which the prior is conditioned; "
             "use data of the kind that it was trained on"
         )
-    # In float32 even under autocast: sampling and decoding must mean the same tokens.
+    # In float32 even under autocast, so that training sees the same tokens as sampling and decoding.
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         if "indices" not in batch:
             x, c = model.get_xc(batch)
@@ -57,7 +57,7 @@ def tokens_of(model: Net2NetTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_tokens(dataset: EpochDataset, first_stage: FirstStage) -> None:
-    """UserError when the tokens of a data set were made by another first stage."""
+    """Raise UserError when the tokens of a data set were made by another first stage."""
     if dataset.vocab_size is not None and dataset.vocab_size != first_stage.n_embed:
         raise UserError(
             f"data.path: got tokens out of {dataset.vocab_size} codes, expected {first_stage.n_embed} as in the "
@@ -71,7 +71,7 @@ def check_tokens(dataset: EpochDataset, first_stage: FirstStage) -> None:
 
 
 def check_condition(key: str, cond_stage: FirstStage | None, dataset: EpochDataset) -> None:
-    """UserError when the data lack the condition ``key``, or hold tokens of it made by another ``cond_stage``."""
+    """Raise UserError when the data lack the condition ``key``, or another ``cond_stage`` made its tokens."""
     if key not in (*SPATIAL_KEYS, *TOKEN_KEYS.values()) or key in dataset[0]:
         return
     record = dataset.condition or {}

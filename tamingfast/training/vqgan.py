@@ -1,4 +1,4 @@
-"""The first stage's training: paper section 3.1, in the steps of the original under Lightning."""
+"""Training of the first stage (paper section 3.1), with the same steps as the original under Lightning."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import grid_of
 
-#: The losses have no adaptive weight in eval mode, so these say nothing about the model.
+#: In evaluation mode the losses have no adaptive weight, so these say nothing about the model.
 _MEANINGLESS_IN_VALIDATION = ("d_weight", "disc_factor", "aeloss", "total_loss")
-#: Latents per code from which a codebook is drawn.
+#: Number of latents, per code, from which the codebook is drawn.
 _LATENTS_PER_CODE = 4
 
 
@@ -45,8 +45,8 @@ def train(
     ``config`` is a mapping as from `tamingfast.training.load_config`; ``datasets`` (training, validation) replaces its
     ``data:`` section. ``resume`` continues from the state in ``out``, bit for bit on a CPU.
 
-    Raises UserError for a config or data that cannot be trained on, when training diverges, and as `loop.Stopped` when
-    the process is asked to stop.
+    Raises UserError for a config or data that cannot be trained on and when training diverges, and its subclass
+    `loop.Stopped` when the process is asked to stop.
     """
     config, out = dict(plain(config)), Path(out)
     settings, described = training_settings(config), config.get("model") or {}
@@ -58,7 +58,7 @@ def train(
         model: VQModel = instantiate_from_config(
             {key: described[key] for key in ("target", "params") if key in described}
         )
-        grid_of(training, model, model.image_key)  # raises for images of sides that the model would cut
+        grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         begin(config, out, resume, settings, training, among, stage)
         if settings.codebook_from_data:
@@ -72,9 +72,9 @@ def train(
 def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, Any]]]], seed: int) -> None:
     """Set each codebook to latents of the untrained encoder, drawn from the first training batches.
 
-    The original starts it within 1/n_embed of zero, from where short runs reach few codes. Takes batches until there
-    are four latents for each code. The second of two codebooks starts from latents that follow from the first. Raises
-    UserError for a quantiser whose codebook is not a table.
+    The original starts it within 1/n_embed of zero, from where short runs come to use few codes. Takes batches until
+    there are four latents for each code. If there are two codebooks, the latents of the second depend on the first and
+    are drawn after it is set. Raises UserError for a quantiser without a `VectorQuantizer`.
     """
     quantizers = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
     if not quantizers:
@@ -91,7 +91,7 @@ def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, A
 
 
 class _Replayed:
-    """The images (B, C, H, W) of batches, from the first batch on in each iteration."""
+    """The images (B, C, H, W) of ``batches``; each iteration starts again at the first batch."""
 
     def __init__(self, model: VQModel, batches: Iterator[tuple[int, list[dict[str, Any]]]]):
         self.model, self.batches = model, batches
@@ -127,8 +127,8 @@ class VQGANStage:
     """Any first stage of ours with one optimizer (segmentation) or two (autoencoder, discriminator).
 
     With ``shared_forward`` the discriminator learns from the reconstructions that the autoencoder was just trained on,
-    instead of new ones, and rests until ``disc_start``: one pass through encoder and decoder less. That departs from
-    the original, where the discriminator sees reconstructions of the autoencoder after its step.
+    instead of new ones, and does not run before ``disc_start``, which saves one pass through encoder and decoder. That
+    departs from the original, where the discriminator sees reconstructions of the autoencoder after its step.
     """
 
     shown: tuple[str, ...] = ("aeloss", "discloss", "rec_loss", "codebook_usage", "codebook_perplexity")
@@ -158,7 +158,7 @@ class VQGANStage:
         return self.model.loss_of(outputs, index), logged(self.model, "train")
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means of what the model reports for validation, and how it uses the codebook."""
+        """Means of the values that the model reports for validation, and `codebook_use`."""
         sums: dict[str, float] = {}
         counts = torch.zeros(self.model.n_embed, dtype=torch.int64)
         images = 0
@@ -181,7 +181,7 @@ class VQGANStage:
 
 
 def logged(model: VQModel, split: str) -> dict[str, Tensor]:
-    """What the model has reported under ``split/`` (or under no split), without that prefix, as tensors ()."""
+    """What the model has reported under ``split/`` or without a prefix: tensors () by name, the prefix removed."""
     names = {name.removeprefix(f"{split}/"): value for name, value in model.logged.items()}
     return {name: torch.as_tensor(value).detach().float().mean() for name, value in names.items()}
 

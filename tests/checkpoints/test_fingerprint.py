@@ -1,4 +1,4 @@
-"""Digests that files on disk contain: they may never change."""
+"""Fingerprints, which files on disk contain and which must therefore never change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of both projects: opened, converted, or refused with one sentence."""
+"""Checkpoints, the original's and ours, are opened, converted, or refused with a one-sentence error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models that all tests of the command line share."""
+"""Small models shared by the tests of the command line."""
 
 from __future__ import annotations
 

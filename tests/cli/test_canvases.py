@@ -1,4 +1,4 @@
-"""`tamingfast edit`, `outpaint` and all that keeps and resumes a canvas."""
+"""`tamingfast edit` and `outpaint`, and saving and resuming canvases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestCanvas:
         canvas, photo = kept.read_bytes(), square.read_bytes()
         edited = ["edit", prior, square, "--mask", mask, "--out"]
         assert run(*edited, out) == cli.USAGE_ERROR  # its own canvas would stand in that place
-        assert "a file that holds a drawing already" in capsys.readouterr().err
+        assert "a file that already contains a drawing" in capsys.readouterr().err
         assert run(*edited, tmp_path / "n.png", "--canvas", square) == cli.USAGE_ERROR
         assert "square.png" in capsys.readouterr().err
         assert (kept.read_bytes(), square.read_bytes()) == (canvas, photo)

@@ -134,7 +134,7 @@ def test_nothing_readable_is_an_error(tmp_path):
     with pytest.raises(UserError, match="got pixels that cannot be read, as in all 1 image files"):
         ImageFiles([str(tmp_path / "a.jpg")])[0]
     (tmp_path / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="got 1 image files of which none opens"):
+    with pytest.raises(UserError, match="got 1 image files, none of which opens"):
         build({"name": "folder", "path": tmp_path})
 
 
@@ -176,11 +176,11 @@ def test_floating_point_pixels_are_refused(tmp_path, caplog):
         save(tmp_path / f"{number}.png")
     path = tmp_path / "float.tif"
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
-    with pytest.raises(UserError, match=r"float\.tif.*pixels: got floating point"):
+    with pytest.raises(UserError, match=r"float\.tif.*pixels: got floating-point"):
         tasks.read_photo(path)
     train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
     assert len(train) + len(validation) == 2
-    assert "float.tif (pixels: got floating point" in "".join(logged(caplog))
+    assert "float.tif (pixels: got floating-point" in "".join(logged(caplog))
 
 
 def test_decoders_that_start_programs_are_not_used(tmp_path):

@@ -25,7 +25,7 @@ def test_lists_of_paths_serve_the_originals_data_configs(tmp_path, monkeypatch):
     assert torch.equal(CustomTest(size=16, test_images_list_file="list.txt")[0]["image"], reference)
     (tmp_path / "none.txt").write_text("x.png\ny.png\n")
     with pytest.raises(
-        UserError, match=r"none\.txt: got 2 paths of which none opens as an image, the first being x\.png"
+        UserError, match=r"none\.txt: got 2 paths, none of which opens as an image, the first being x\.png"
     ):
         ImageList("none.txt")
     (tmp_path / "empty.txt").write_text("\n")

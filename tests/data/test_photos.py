@@ -1,4 +1,4 @@
-"""The embedded photographs, and what every dataset shares: keyed randomness, loaders, settings."""
+"""The packaged photographs, and what all datasets share: keyed randomness, loaders, settings."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
             "data.sise: got a key that .* does not have, expected .*; did you mean 'size'",
         ),
         ({"name": "folder"}, "data.path: got none"),
-        ({"name": "tokens", "path": "x", "crop": 4}, "data.crop: got 4 for data.name=tokens, expected images alone"),
+        ({"name": "tokens", "path": "x", "crop": 4}, "data.crop: got 4 for data.name=tokens, expected images without"),
         ({"train": {"target": "taming.data.imagenet.ImageNetTrain"}}, "ImageNetTrain.*give data.name=folder"),
         ({"name": "photos", "size": 301}, "at most 300"),
         ({"name": "photos", "size": 0}, "size: got 0"),

@@ -1,4 +1,4 @@
-"""Encoding and decoding in bands of rows against doing it whole, and what it needs of memory and disk."""
+"""Encoding and decoding in bands of rows against the whole image, and the memory and disk space that they need."""
 
 from __future__ import annotations
 

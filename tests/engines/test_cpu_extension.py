@@ -1,4 +1,4 @@
-"""The CPU engine at the border to C++: its cache, memory, raw arguments, other compilers."""
+"""The CPU engine's interface to C++: its cache, memory, raw arguments, other compilers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU engine's logits: of any geometry, of the reference, the same bits however they are computed."""
+"""The CPU engine's logits: equal to the reference for any geometry, and the same bits however they are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA engine's kernels: all are there, fit their registers and do not spill."""
+"""The machine code of the CUDA engine's kernels: all are present, stay within their registers and do not spill."""
 
 from __future__ import annotations
 

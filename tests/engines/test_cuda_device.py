@@ -197,7 +197,7 @@ def test_an_engine_that_cannot_run_says_why(monkeypatch):
             CudaEngine(random_gpt())
     monkeypatch.setattr(backends, "cuda", lambda: backends.Availability(True, "pretended"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert CudaEngine.refusal(random_gpt()) == "its kernels need compute capability 8.0, and 7.5 is here"
+    assert CudaEngine.refusal(random_gpt()) == "its kernels need compute capability 8.0, and this device has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert CudaEngine.refusal(random_gpt()) is None
     assert "heads up to 256 wide, and these are 300 wide" in CudaEngine.refusal(random_gpt(heads=1, width=300))

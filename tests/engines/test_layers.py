@@ -1,4 +1,4 @@
-"""The descriptions that encoders and decoders give of themselves."""
+"""The lists of layers by which encoders and decoders describe themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines that are kept with a GPT, which one runs it, and `sample_grid` on them."""
+"""Engines kept with a GPT: which one runs it, when it is packed again, and `sample_grid` on it."""
 
 from __future__ import annotations
 

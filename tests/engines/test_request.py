@@ -1,4 +1,4 @@
-"""What engines are asked for: every mistake is named, in the same words by both engines, and changes nothing."""
+"""Requests to engines: both engines report each mistake in the same words, and a refused request changes nothing."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ DECODINGS = {
     ),
     "step below": (dict(steps=[0, 1]), "steps: got 0, expected 1 to 8"),
     "step above": (dict(steps=[3, 9]), "steps: got 9, expected 1 to 8"),
-    "falling": (dict(steps=[4, 3]), "steps: got 3 after 4, expected rising steps"),
-    "step twice": (dict(steps=[3, 3]), "steps: got 3 after 3, expected rising steps"),
+    "falling": (dict(steps=[4, 3]), "steps: got 3 after 4, expected increasing steps"),
+    "step twice": (dict(steps=[3, 3]), "steps: got 3 after 3, expected increasing steps"),
     "a step of another type": (dict(steps=[3, 4.5]), "steps: got 4.5, expected an integer"),
     "past the cache": (
         dict(steps=[3, 42], sequences=zeros(1, 50)),

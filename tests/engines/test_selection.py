@@ -1,4 +1,4 @@
-"""Which engine samples, and why not another."""
+"""Which engine is chosen to sample, and the reasons why others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of models on real images: against the libraries' own, by hand, and in the order that they must have."""
+"""Measures of models on real images: equal to other libraries' and hand-made values, and in the expected order."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):
     for wrong, said in (
         (["--samples", "0"], "samples: got 0, expected at least 1"),
         (["--features", "efficientnet-lite0"], "it is not here"),
-        (["--perceptual-weights", "random"], "whose distance is no LPIPS"),
+        (["--perceptual-weights", "random"], "whose distance is not LPIPS"),
         (["--features", "efficientnet-lite0", "--inception-weights", "x"], "leave one out"),
         (["--data", str(tmp_path), "name=photos"], "got a directory and 'name=photos'"),
     ):

@@ -1,4 +1,4 @@
-"""Compile what a launcher would launch, for a GPU that need not be present, and read the binary's resources."""
+"""Compiles the kernels of a launcher for a GPU that need not be present, and reads the resources they use."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Binary:
         return f"{self.name} [{self.config}]: {self.registers} registers, {self.local} B local, {self.shared} B shared"
 
     def uses(self, instruction: str) -> bool:
-        """Whether the machine code has the instruction."""
+        """Whether the machine code contains the instruction."""
         return instruction in _dump(self.cubin, "--dump-sass")
 
 
 def compile_launches(call: Callable[[], object], capability: int, module: ModuleType) -> list[Binary]:
-    """Run ``call``, where every launch of ``module`` compiles all its configurations instead."""
+    """Run ``call``; each launch through ``module`` compiles all the kernel's configurations instead of launching it."""
     binaries: list[Binary] = []
 
     def record(kernel, grid, configs, key, arguments) -> None:

@@ -1,4 +1,4 @@
-"""The command line as tests call it, and pictures that it wrote."""
+"""Runs the command line, and reads the pictures that it writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tamingfast import cli
 
 
 def run(*words: object) -> int:
-    """The exit status of ``tamingfast`` with these words."""
+    """The exit status of ``tamingfast`` with these arguments."""
     return cli.main([str(word) for word in words])
 
 

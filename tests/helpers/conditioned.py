@@ -1,4 +1,4 @@
-"""Photographs with conditions of every kind, small recipes to train on them, and where their files lie."""
+"""Photographs with conditions of every kind, small recipes to train on them, and the paths of their files."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ KINDS = {
     "class": (None, [], "class_label"),
 }
 FROM_FILE = {"segmentation": ".png", "depth": ".png", "keypoints": ".json", "boxes": ".json", "centers": ".json"}
-#: Tokens of a condition that are not as many as the image's: three objects and the crop.
+#: Number of condition tokens, where it differs from the image's; for objects: three of them and the crop.
 TOKENS = {"class": 1, "boxes": 11, "centers": 8}
 
 
 def write_data(root: Path) -> Path:
-    """For each kind with files a folder of ten photographs and their conditions; "coord" has the photographs alone.
+    """Write a folder of ten photographs and their conditions for each kind that is read from files.
 
-    "class" has each in a folder of its own.
+    "coord" has the photographs alone, "class" has each of them in a folder of its own.
     """
     random = np.random.default_rng(0)
     for number, pixels in enumerate(tiny.photographs(10, WIDTH)):
@@ -95,14 +95,14 @@ def photo_of(data, kind):
 
 
 def condition_of(data, kind):
-    """Options that name the condition of `photo_of`, for kinds that need any."""
+    """Options that name the condition of `photo_of`, for kinds that need them."""
     if kind in FROM_FILE:
         return ["--condition", folder_of(data, kind) / f"conditions/3{FROM_FILE[kind]}"]
     return ["--class", 3] if kind == "class" else []
 
 
 def enlarged(source, target):
-    """A condition's file, or a photo, with 8 more columns at its left and 16 at its right."""
+    """Write a condition's file or a photo to ``target``, with 8 more columns at the left and 16 at the right."""
     if target.suffix == ".json":
         content = json.loads(source.read_text())
         content["people"] = [[[x + 8, y] for x, y in person] for person in content.get("people", [])]

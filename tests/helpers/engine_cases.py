@@ -1,4 +1,4 @@
-"""Engines of small transformers on every device, and what the tests of both engines ask of them."""
+"""Engines of small transformers on every device, and the calls that the tests of both engines share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tamingfast.engines import CudaEngine, DecodeRequest, Engine, GPTEngine
 from tamingfast.models.gpt import GPT
 from tamingfast.ops.choice import Choice
 
-#: Numbers of sequences: one and few, for which kernels stream the weights on a GPU; many, which torch multiplies.
+#: Batch sizes: for one or few sequences, our GPU kernels stream the weights; for many, torch multiplies matrices.
 BATCHES = [1, 3, 10]
 #: Largest error of the CUDA engine's logits by its type, relative to their norm.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.004}
@@ -31,7 +31,7 @@ class HostEngine(CudaEngine):
 
 
 class Place:
-    """Where a CUDA engine runs: "cuda", or "cpu" by the host's build of its kernels."""
+    """Where a CUDA engine runs: "cuda", or "cpu" with the kernels built for the host."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -50,14 +50,14 @@ def cpu_engine(gpt: GPT, dtype: str = "float32", threads: int | None = None, slo
 
 
 def request(sequences: Tensor, steps: Iterable[int], **options) -> DecodeRequest:
-    """A request for the first slots; options of the choice stand beside the others."""
+    """A request for the first slots; ``options`` are the fields of `DecodeRequest` and of `Choice` together."""
     choice = Choice(**{name: options.pop(name) for name in _CHOICE if name in options})
     slots = options.pop("slots", range(len(sequences)))
     return DecodeRequest(slots=slots, sequences=sequences, steps=steps, choice=choice, **options)
 
 
 def decoded(engine: Engine, sequences: Tensor, steps: Iterable[int], **options) -> Tensor:
-    """The sequences after a decoding in the first slots, on the CPU; those given stay as they are."""
+    """A copy of ``sequences`` after decoding in the first slots, on the CPU."""
     sequences = sequences.to(getattr(engine, "device", "cpu"), copy=True)
     engine.decode(request(sequences, steps, **options))
     return sequences.cpu()

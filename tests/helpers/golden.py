@@ -1,4 +1,4 @@
-"""Fixtures made with the public reference implementation (see tests/data/README.md)."""
+"""Data recorded with the public reference implementation (see tests/data/README.md)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def path(name: str) -> Path:
 
 
 def checkpoint(name: str) -> Path:
-    """Path of a checkpoint in the original's format; its config lies beside it."""
+    """Path of a checkpoint in the original's format; its config is next to it."""
     return path(f"{name}.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""Small transformers, and what several test files feed them."""
+"""Small transformers, and the inputs that several test files feed them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from tamingfast.models.gpt import GPT
 
 VOCAB = 24
-#: Conditions of a grid of 7 x 9: the same before every window, a grid, or what each window has of its own.
+#: Shapes of conditions for a 7 x 9 grid: the same for every window, a grid, or separate tokens for each window.
 SHAPES = {"prefix": (2, 3), "grid": (2, 7, 9), "windows": (2, 7, 9, 3)}
 
 
@@ -29,7 +29,7 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def prior(gpt: GPT, order: torch.Tensor | None = None, codes: int | None = None) -> nn.Module:
-    """What `sample_grid` needs of a Net2NetTransformer."""
+    """A module with the parts of a `Net2NetTransformer` that `sample_grid` needs."""
     model = nn.Module()
     model.transformer = gpt
     model.permuter = nn.Identity()
@@ -44,7 +44,7 @@ def random_gpt(
     vocab: int = 24, block: int = 40, layers: int = 2, heads: int = 2, width: int = 16, n_unmasked: int = 0,
     std: float = 0.5,
 ) -> GPT:  # fmt: skip
-    """Weights large enough for the logits to depend on the whole context."""
+    """A small transformer whose weights are large enough for its logits to depend on the whole context."""
     gpt = GPT(vocab, block, n_layer=layers, n_head=heads, n_embd=width, n_unmasked=n_unmasked)
     generator = torch.Generator().manual_seed(0)
     for parameter in gpt.parameters():

@@ -1,10 +1,10 @@
-"""What the tests of nearest codes on every backend share: values, true distances, and the judgement of indices."""
+"""Shared by the tests of `nearest_code` on every backend: values, exact distances, and the check of indices."""
 
 from __future__ import annotations
 
 import torch
 
-_LARGEST = 2**22  # float64 values of the differences held at once: 32 MiB
+_LARGEST = 2**22  # differences held at once in float64: 32 MiB
 
 
 def normal(
@@ -22,7 +22,7 @@ def distances(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
-    """Each index is the first whose float64 distance is the least, up to float64 rounding."""
+    """Assert that each index is the first with the least distance, up to float64 rounding."""
     assert index.dtype == torch.int64
     assert index.shape == z.shape[:1]
     if not len(z):

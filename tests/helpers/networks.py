@@ -1,4 +1,4 @@
-"""Tiny models of every kind, for tests that need their structure and not their weights."""
+"""Tiny models of every kind, for tests that need their structure but no particular weights."""
 
 from __future__ import annotations
 

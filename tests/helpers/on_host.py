@@ -29,7 +29,7 @@ FLAGS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas
 # The address sanitizer does not know the stacks of fibers, so it checks the heap and globals only.
 SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
 
-#: On the CPU, with both orders of a block's threads to reveal missing barriers, and on a GPU.
+#: On the CPU, with a block's threads in either order to reveal missing barriers, and on a GPU.
 PLACES = ["host", "host, threads reversed", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +80,7 @@ def module() -> ModuleType:
 
 
 class Kernels:
-    """The functions of a module of kernels. Tensors are passed as addresses and None as the null pointer."""
+    """Calls the functions of a kernel module: tensors become addresses, None becomes the null pointer."""
 
     def __init__(self, module, device: str) -> None:
         self.module, self.device = module, device
@@ -104,7 +104,7 @@ class Kernels:
 
 @contextlib.contextmanager
 def kernels_at(place: str) -> Iterator[Kernels]:
-    """The kernels at one of `PLACES`, which is where new tensors are made meanwhile."""
+    """The kernels at one of `PLACES`; inside the block, new tensors are made there too."""
     if place == "cuda":
         torch.set_default_device("cuda")
         try:

@@ -1,4 +1,4 @@
-"""Small image files, whole and broken, and what was logged about them."""
+"""Small image files, intact and broken, and the messages logged about them."""
 
 from __future__ import annotations
 

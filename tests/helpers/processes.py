@@ -1,4 +1,4 @@
-"""Python in a process of its own, for what is decided once in each."""
+"""Python in a process of its own, to test what is decided once per process."""
 
 from __future__ import annotations
 

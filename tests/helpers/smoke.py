@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: Settings of each experiment; whoever resumes one has to give them again.
+#: Settings of each experiment; they must be given again to resume it.
 SMALLER = {
     "pixels": ("timing.repeats=1", "timing.prefixes=3", "vqgan.training.steps=8"),
     "orderings": ("data.length=48",),

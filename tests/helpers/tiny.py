@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:  # the package itself is imported by the functions that need it, as processes of tests start with this
+if TYPE_CHECKING:  # functions import the package themselves: test processes start with this file
     from tamingfast.training.vqgan import VQGANStage
 
 SIZE = 8
@@ -111,7 +111,7 @@ def build(described: dict[str, Any]) -> nn.Module:
 
 
 def vqgan_stage(loss: dict[str, Any] | None = None, shared: bool = False, **params: Any) -> VQGANStage:
-    """A stage without dropout in training mode; ``loss`` are parameters of its loss, ``params`` of its model."""
+    """A stage in training mode, without dropout; ``loss`` are parameters of its loss, ``params`` of its model."""
     from tamingfast.training.vqgan import VQGANStage
 
     made = config(VQGAN, params)
@@ -166,7 +166,7 @@ def runs(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    # stage, directory, first stage or "-", steps: a slow run in a process of its own, which tests stop from outside.
+    # Arguments: stage, directory, first stage or "-", steps. A slow run in its own process, for tests that stop it.
     stage, out, first_stage, steps = sys.argv[1:]
     try:
         train(

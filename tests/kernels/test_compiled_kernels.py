@@ -1,4 +1,4 @@
-"""Launches of the kernels, compiled for GPUs that need not be present: they fit, and registers do not spill."""
+"""Kernels compiled for GPUs that need not be present: each launch fits, and registers do not spill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/ can be taken out of the package: it imports torch, Triton, the standard library and itself."""
+"""kernels/ works outside the package: it imports only torch, Triton, the standard library and itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models run on the kernels, and torch.compile makes one graph of both."""
+"""Models run on the kernels, and torch.compile captures both in one graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nearest code on Triton, checked by float64 distances, and the training form against its definition."""
+"""The nearest-code search on Triton, by float64 distances, and the quantizer for training against its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a configuration: measured once for each key, stored on disk, never while a graph is captured."""
+"""Tuning: a configuration is measured once per key and stored on disk, never while a graph is captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colours by k-means, and the first stage that they make."""
+"""Colours learned by k-means, and the first stage made of them."""
 
 from __future__ import annotations
 

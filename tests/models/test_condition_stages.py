@@ -1,4 +1,4 @@
-"""Condition stages without weights."""
+"""Condition stages without weights: their tokens, and the values that they refuse."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class _Payload:
 def test_lpips_refuses_code_and_wrong_files(tmp_path, capsys):
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(pickle.dumps({"VGG16_0": _Payload()}))
-    with pytest.raises(UserError, match="it runs 'builtins.print'"):
+    with pytest.raises(UserError, match="it refers to 'builtins.print'"):
         LPIPS(path)
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="got no file, expected VGG16 weights"):

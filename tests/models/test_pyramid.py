@@ -1,4 +1,4 @@
-"""The scales of a token grid: their tokens, their order in a sequence, and which are allowed."""
+"""The scales of a token grid: their tokens, their order in the sequence, and which scales are allowed."""
 
 from __future__ import annotations
 

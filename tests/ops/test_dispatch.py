@@ -1,4 +1,4 @@
-"""Which implementation runs, what is said where one cannot, and that torch.compile keeps one graph."""
+"""Which implementation runs, the message if one cannot, and that torch.compile keeps a single graph."""
 
 from __future__ import annotations
 

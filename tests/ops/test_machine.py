@@ -1,4 +1,4 @@
-"""What the machine has, and the sentences that say why something is missing."""
+"""The description of the machine, and the sentences that say why something is missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_driver_too_old_for_the_extension_alone_is_named(monkeypatch):
     state = machine.cuda.__wrapped__()
     assert not state.available
     assert state.reason == (
-        "torch runs on the GPU, but what nvcc 13.0 for sm_90 built does not (CUDA driver version is insufficient): "
+        "torch runs on the GPU, but kernels built by nvcc 13.0 for sm_90 do not (CUDA driver version is insufficient): "
         "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
     )
 

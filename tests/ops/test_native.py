@@ -1,4 +1,4 @@
-"""The extension itself: its functions, threads, instruction sets and memory; and what happens without it."""
+"""The extension: its functions, threads, instruction sets and memory, and behaviour without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building blocks of all reports, and claims that a report must not make."""
+"""Building blocks shared by reports, and claims that a report must not make."""
 
 from __future__ import annotations
 

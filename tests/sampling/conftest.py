@@ -1,4 +1,4 @@
-"""A small transformer for all tests of sampling."""
+"""A small transformer shared by the tests of sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Canvases: editing, and resumption that ends where an unbroken run ends."""
+"""Canvases: editing, and resumed runs that give the same result as uninterrupted ones."""
 
 from __future__ import annotations
 

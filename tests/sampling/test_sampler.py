@@ -1,4 +1,4 @@
-"""`sample_grid`: the reference implementation's tokens, and the same tokens by every engine, rule and batch."""
+"""`sample_grid`: the tokens of the reference implementation, and the same tokens for every engine and batch size."""
 
 from __future__ import annotations
 

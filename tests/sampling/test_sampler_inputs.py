@@ -1,4 +1,4 @@
-"""`sample_grid`: given tokens, priors with orderings, types of weights, callbacks."""
+"""`sample_grid`: given tokens, priors with orderings, dtypes of weights, callbacks."""
 
 from __future__ import annotations
 

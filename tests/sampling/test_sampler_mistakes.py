@@ -1,4 +1,4 @@
-"""`sample_grid`: mistakes are named."""
+"""`sample_grid`: error messages name the wrong argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASK = torch.ones(4, 4, dtype=torch.bool)
 MISTAKES = {
     "block size": (
         dict(cond=tokens(1, 26)),
-        "window: got 4 x 4 tokens behind 26 conditioning tokens, a sequence of 41, expected at most .* 40",
+        "window: got 4 x 4 tokens after 26 conditioning tokens, a sequence of 41, expected at most .* 40",
     ),
     "schedule": (dict(schedule="spiral"), "schedule: got 'spiral'"),
     "stride": (dict(schedule="strided", window=4), "stride: got 8"),

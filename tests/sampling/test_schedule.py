@@ -1,4 +1,4 @@
-"""Window rules: the original's formulas, and what every rule promises for every grid."""
+"""Schedules: the original's formulas, and properties that every schedule has on every grid."""
 
 from __future__ import annotations
 

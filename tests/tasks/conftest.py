@@ -1,4 +1,4 @@
-"""Models that the tests of tasks share, each trained once."""
+"""Models shared by the tests of tasks, each trained once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images drawn, edited, outpainted and completed under every kind of condition."""
+"""Sampling, editing, outpainting and completing with every kind of condition."""
 
 from __future__ import annotations
 

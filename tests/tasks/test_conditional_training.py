@@ -1,4 +1,4 @@
-"""Conditional priors from the recipes to the trained run, on crops of real photographs."""
+"""Training of conditional priors from the recipes, on crops of real photographs."""
 
 from __future__ import annotations
 

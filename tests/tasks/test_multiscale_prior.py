@@ -1,4 +1,4 @@
-"""The prior over scales: trained, saved and sampled by the ways of every prior."""
+"""The multiscale prior is trained, saved and sampled like any other prior."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_an_interrupted_canvas_goes_on(model, tmp_path):
 
 def test_other_sizes_and_windows_are_refused(model):
     cond = tasks.conditions(model, 1)
-    with pytest.raises(UserError, match="draws whole images of 4 x 4"):
+    with pytest.raises(UserError, match="expected 4 x 4, the only size"):
         model.sample_images(cond, 4, 8)
     with pytest.raises(UserError, match="got a grid of 4 x 4, expected 1 x 21"):
         sample_grid(model, cond, 4, 4)
@@ -276,7 +276,10 @@ def test_sample_from_scratch_and_from_a_photo(trained, photo, tmp_path):
     [
         (["sample", "--from", "PHOTO", "--scales", 4], "got 4"),
         (["sample", "--from", "PHOTO", "--scales", -1], "got -1"),
-        (["sample", "--from", "PHOTO"], "expected photo and scales together; scales is how many of 1x1, 2x2, 4x4"),
+        (
+            ["sample", "--from", "PHOTO"],
+            "expected photo and scales together; scales is the number taken from the photo",
+        ),
         (["sample", "--scales", 1], "got scales alone"),
         (["sample", "--from", "nowhere.png", "--scales", 1], "nowhere.png: got no such file"),
         (["sample", "--size", "16x16"], "4 x 4"),

@@ -1,4 +1,4 @@
-"""The workflows as Python calls them: paths, arrays, PIL images and tensors in, results out, no command line."""
+"""The workflows called from Python, with paths, arrays, PIL images and tensors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_interrupted_drawing_is_resumed(prior, tmp_path):
         )
     content = kept.read_bytes()
     assert not Canvas.load(kept).done and tasks.begun_with(kept).seed == 2
-    with pytest.raises(UserError, match="a file that holds a drawing already"):
+    with pytest.raises(UserError, match="a file that already contains a drawing"):
         tasks.sample(prior, 1, canvas=kept)
     for given, said in (
         ({"options": DrawingOptions(seed=9)}, "seed: got 9, expected 2"),

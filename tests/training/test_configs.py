@@ -55,7 +55,7 @@ def test_unknown_keys_name_the_nearest(override, said):
         ({"shared_forward": 1}, "training.shared_forward: got 1, expected true or false$"),
         ({"grad_clip": -1.0}, "training.grad_clip: got -1.0, expected a number above 0, or null$"),
         ({"seconds": "long"}, "training.seconds: got 'long', expected a number above 0, or null$"),
-        ({"batch_size": 100}, "data: got 13 training images, expected at least 100, those of one step"),
+        ({"batch_size": 100}, "data: got 13 training images, expected at least 100 for one step"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, changed, said):
@@ -71,9 +71,9 @@ def test_whole_numbers_are_numbers():
 
 
 def test_a_config_of_the_other_stage_is_refused(tmp_path):
-    with pytest.raises(UserError, match="config: got that of a prior, .* use `tamingfast train prior`"):
+    with pytest.raises(UserError, match="config: got one for a prior, .* use `tamingfast train prior`"):
         vqgan.train(load_config("tiny"), tmp_path / "run", device="cpu")
-    with pytest.raises(UserError, match="config: got that of a first stage"):
+    with pytest.raises(UserError, match="config: got one for a first stage"):
         prior.train(load_config("photos32_vqgan"), tmp_path / "first", tmp_path / "run", device="cpu")
 
 

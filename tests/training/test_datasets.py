@@ -1,4 +1,4 @@
-"""The data sets of a run, those that a caller brings included."""
+"""The data sets of a run, including those that a caller passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of the second stage: the original's steps, what a run holds, and what it trains on."""
+"""Training of the second stage: the original's steps, the contents of a run, and the data that it can train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config of a prior: what its first stage, its condition and its data settle."""
+"""The config of a prior: what its first stage, its condition and its data determine."""
 
 from __future__ import annotations
 

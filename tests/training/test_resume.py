@@ -1,4 +1,4 @@
-"""A run that is interrupted, in whatever way, and continued is the run that was never interrupted."""
+"""A run that is interrupted in any way and then resumed equals a run that was never interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step: whose gradients it takes, how it averages and clips them, and its learning rate."""
+"""One optimizer step: which gradients it uses, how it averages and clips them, and its learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that nothing can be trained or measured with: one sentence that names the cause, and nothing written."""
+"""Settings that cannot work: the error is one sentence that names the cause, and nothing is written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What an image can be conditioned on: reading it from a file, or computing it from the image.
+"""The kinds of condition, read from files or computed from images.
 
 The paper conditions on segmentation, depth, edges, keypoints, low resolution and coordinates (section 4.2); the
-original repository adds objects. Each kind is one class: `maps` and `keypoints` cover the image, `objects` are tokens.
+original repository adds objects. Each kind is one class: those in `maps` and `keypoints` cover the image,
+those in `objects` are tokens.
 """
 
 from tamingfast.data.conditions.keypoints import Keypoints

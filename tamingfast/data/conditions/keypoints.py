@@ -24,7 +24,7 @@ def _limbs(joined: str) -> list[Limb]:
     return [(int(a), int(b)) for a, b in pairs]
 
 
-#: Number of points of a person -> the pairs that a limb joins: 17 are COCO's points, 18 and 25 OpenPose's.
+#: Number of points per person -> the pairs of points that a limb joins: 17 points are COCO's, 18 and 25 OpenPose's.
 SKELETONS = {
     17: _limbs("15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6"),
     18: _limbs("1-2 1-5 2-3 3-4 5-6 6-7 1-8 8-9 9-10 1-11 11-12 12-13 1-0 0-14 14-16 0-15 15-17"),
@@ -93,7 +93,7 @@ def _person(path: str | os.PathLike, number: int, entry: Any) -> np.ndarray:
 
 
 def _check_inside(path: str | os.PathLike, people: Sequence[np.ndarray], size: Size) -> None:
-    """UserError when no visible point lies on the image; people may reach outside it, but not be outside altogether."""
+    """Raise UserError when all visible points are outside the image; people may be outside in part."""
     visible = [points[points[:, 2] > 0, :2] for points in people]
     if any(map(len, visible)) and not any(((seen >= 0) & (seen <= size)).all(1).any() for seen in visible):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What every kind of condition has to answer, and how it gets at its images and files."""
+"""The interface of every kind of condition, and base classes for maps over the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Content = TypeVar("Content")
 class Kind(Generic[Content]):
     """A kind of condition. Subclasses are frozen dataclasses whose fields are its settings.
 
-    A field without a default must be set; its metadata then has a "description", which messages quote.
+    A field without a default must be set; its metadata then contains a "description" for messages.
 
     Attributes:
         key: the condition's key in a batch.
@@ -40,19 +40,19 @@ class Kind(Generic[Content]):
     own_first_stage: ClassVar[bool] = True
 
     def check(self, size: int) -> None:
-        """UserError when the settings do not suit images with sides of ``size`` pixels."""
+        """Raise UserError when the settings do not suit images with sides of ``size`` pixels."""
 
     def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
         """The condition of the part of ``picture`` that ``view`` shows, as an entry of a batch.
 
-        ``source`` is the file of the whole picture's condition, None if it has none.
+        ``source`` is the file with the whole picture's condition; None for kinds without files.
         """
         raise NotImplementedError
 
     def read(self, path: str | os.PathLike, size: Size | None = None) -> Content:
         """The condition in a file, scaled to ``size``, by default at the file's own size.
 
-        Raises UserError naming the file when it is unreadable, out of range or of another shape than ``size``.
+        Raises UserError naming the file when it is unreadable, out of range or of another aspect ratio than ``size``.
         """
         raise NotImplementedError
 
@@ -67,12 +67,12 @@ class Map(Kind[np.ndarray]):
     def read(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
         """The condition in a file, float32 (H, W, C), scaled to ``size``, by default at the file's own size.
 
-        Raises UserError naming the file when it is unreadable, out of range or of another shape than ``size``.
+        Raises UserError naming the file when it is unreadable, out of range or of another aspect ratio than ``size``.
         """
         return self.encode(self.raw(path, size))
 
     def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
-        """The input of `encode`, (H, W) or (H, W, C), from a file."""
+        """The content of a file, (H, W) or (H, W, C), as the input of `encode`."""
         raise UserError(f"{path}: got a file for {self.key}, expected none, because it is never read from a file")
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class Computed(Map):
 
 
 def given(source: str | None) -> str:
-    """The file of a condition; ValueError without one."""
+    """``source``, which must not be None (ValueError)."""
     if source is None:
         raise ValueError("source: got None, expected the file with the picture's condition")
     return source

@@ -58,7 +58,7 @@ class Segmentation(_LabelMap, FromFile):
 
 @dataclass(frozen=True)
 class Superpixels(_LabelMap, Computed):
-    """Label maps without an annotator: SLIC superpixels, each labelled by its mean brightness in ``labels`` steps.
+    """Label maps that need no annotation: SLIC superpixels, labelled by mean brightness in ``labels`` steps.
 
     ``segments`` is the approximate number of superpixels (Achanta et al., "SLIC superpixels", 2012).
     """
@@ -117,7 +117,7 @@ class Depth(FromFile):
 class Edges(Computed):
     """Canny edges: (H, W, 1), 1 on an edge and -1 elsewhere. ``sigma`` is the blur's standard deviation, in pixels.
 
-    A file is a drawing with light lines on a dark background.
+    A condition file is a drawing with light lines on a dark background.
     """
 
     sigma: float = 1.0
@@ -144,7 +144,7 @@ class Edges(Computed):
 class LowResolution(Computed):
     """The image reduced by ``factor`` per side, by averaging, and enlarged again: (H, W, 3) in [-1, 1].
 
-    A file is a small image, which is enlarged by ``factor``.
+    A condition file is a small image, which is enlarged by ``factor``.
     """
 
     factor: int = 8
@@ -175,7 +175,7 @@ class LowResolution(Computed):
 class Coordinates(Map):
     """A crop's place in the whole picture: (H, W, 1) in [0, 1), each pixel's raster index over the number of pixels.
 
-    As in the original repository. Mirrored pictures are mirrored before their pixels are numbered.
+    As in the original repository; a mirrored picture is mirrored before its pixels are numbered.
     """
 
     key: ClassVar[str] = "coord"

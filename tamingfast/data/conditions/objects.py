@@ -1,4 +1,4 @@
-"""Objects with their classes and places: conditions that are tokens already and need no first stage."""
+"""Objects with their classes and positions: conditions that are tokens already and need no first stage."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Objects(Kind[scenes.Scene]):
     def check(self, size: int) -> None:
         positive("tokens", self.tokens)
         positive("objects", self.objects)
-        _ = self.rule  # which checks itself
+        _ = self.rule  # checks the other settings when it is made
 
     def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
         """The tokens of what ``view`` shows, int64 (n,), in a new order each epoch, as in the original."""
@@ -75,7 +75,7 @@ class Objects(Kind[scenes.Scene]):
         return found if size is None else found.fitted(size[1], size[0])
 
     def windows(self, scene: scenes.Scene, rows: int, columns: int, side: int) -> np.ndarray:
-        """int64 (rows, columns, n): at each cell, the tokens for the window of ``side`` cells whose corner it is.
+        """int64 (rows, columns, n): at each cell, the tokens for the window of ``side`` cells that starts there.
 
         The scene's canvas has rows x columns cells; entries where no window starts are 0. As in the original's sampling
         script, each window's tokens describe its own crop.
@@ -110,7 +110,7 @@ class Objects(Kind[scenes.Scene]):
                 things += decoded
                 crops.append(crop)
         region = scenes.around(crops) if crops else scenes.WHOLE
-        # A crop of less than a cell has no size to scale by. Windows repeat objects, which need drawing once.
+        # A crop below one position has no size to scale by. Objects in several windows are drawn once.
         return self._drawn(dict.fromkeys(things), shape, region if min(region[2:]) > 0 else scenes.WHOLE)
 
     def _drawn(self, things: Iterable[scenes.Thing], shape: tuple[int, int], region: scenes.Box) -> np.ndarray:

@@ -60,7 +60,7 @@ def rgb(path: str | os.PathLike) -> Image.Image:
 def entries(path: str | os.PathLike, name: str, form: str) -> tuple[list[Any], tuple[float, float], Mapping[str, Any]]:
     """(the list ``name``, its picture's (width, height) in pixels, the whole object) of a JSON file.
 
-    ``form`` shows a valid file in messages.
+    ``form`` is an example of a valid file, for messages.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -81,12 +81,12 @@ def entries(path: str | os.PathLike, name: str, form: str) -> tuple[list[Any], t
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; ``true`` is none."""
+    """Whether a JSON value is a finite number; ``true`` and ``false`` are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def target_size(path: str | os.PathLike, values: np.ndarray, size: Size | None) -> Size:
-    """``size``, by default that of ``values`` (H, W), after `check_shape`."""
+    """``size`` after `check_shape`, or the size of ``values`` (H, W) if it is None."""
     own = (values.shape[1], values.shape[0])
     if size is None:
         return own
@@ -95,7 +95,7 @@ def target_size(path: str | os.PathLike, values: np.ndarray, size: Size | None) 
 
 
 def check_shape(path: str | os.PathLike, own: Size, size: Size) -> None:
-    """UserError unless uniform scaling turns ``own`` into ``size``, up to a pixel."""
+    """Raise UserError unless uniform scaling turns ``own`` into ``size``, up to a pixel."""
     scale = min(size) / min(own)
     if any(abs(side * scale - wanted) > 1 + scale for side, wanted in zip(own, size, strict=True)):
         raise UserError(

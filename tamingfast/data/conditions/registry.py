@@ -28,11 +28,11 @@ KINDS: dict[str, type[Kind]] = {
 #: Names of the settings of all kinds.
 SETTINGS = tuple(sorted({field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}))
 
-#: Keys of conditions whose tokens a first stage of their own makes; a key is also the value of ``prior.condition``.
+#: Keys of conditions with a first stage of their own; a key is also the value of ``prior.condition``.
 IMAGE_KEYS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.own_first_stage))
 #: Keys of all conditions with one token for each of the image's tokens.
 SPATIAL_KEYS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.spatial))
-#: Value of ``prior.condition`` (and of ``data.kind``) -> key, of conditions that are tokens already.
+#: For conditions that are tokens already: the value of ``prior.condition`` and ``data.kind`` -> key in a batch.
 TOKEN_KEYS = {name: kind.key for name, kind in KINDS.items() if not kind.spatial}
 
 
@@ -54,6 +54,6 @@ def make(name: str, options: Mapping[str, Any]) -> Kind:
 
 
 def settings_of(kind: Kind) -> dict[str, Any]:
-    """The data settings that make ``kind`` again: its name under "kind", and its options."""
+    """The ``data:`` settings that describe ``kind``: its name under "kind", and its options."""
     (name,) = (name for name, made in KINDS.items() if made is type(kind))
     return {"kind": name} | dataclasses.asdict(kind)

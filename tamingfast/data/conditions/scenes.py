@@ -24,7 +24,7 @@ from tamingfast.errors import UserError, nearest
 Box = tuple[float, float, float, float]  # left, top, width, height, as fractions of a picture's width and height
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-#: What an object can have besides its class: attribute i is bit i of the number that multiplies the classes.
+#: What an object can have besides its class. Attribute i is bit i of m in its class token, label + m * len(classes).
 ATTRIBUTES = ("group", "occluded", "depiction", "inside")
 #: How many pixels a box may reach over the border, as COCO's do; the part outside is cut off.
 TOLERANCE = 1.0
@@ -65,8 +65,8 @@ class Rule:
         tokens: size of the vocabulary. Positions are numbered below the square of its integer root; its last entry
             means "no object".
         objects: the maximum number of objects; the largest are kept.
-        corners: an object has two corners of its box, otherwise its centre.
-        crop_tokens: boxes are relative to the whole picture, and two more tokens give the corners of the crop;
+        corners: whether an object is encoded by two corners of its box; otherwise by its centre.
+        crop_tokens: whether boxes are relative to the whole picture, with two more tokens for the corners of the crop;
             otherwise boxes are relative to the crop and cut at its border.
         attributes: the `ATTRIBUTES` that are encoded, as part of the class token.
     """
@@ -223,7 +223,7 @@ def read(path: str | os.PathLike, rule: Rule) -> Scene:
     """The scene in a JSON file ``{"width": W, "height": H, "objects": [{"class": NAME, "box": [x, y, w, h]}, ...]}``.
 
     Boxes are in pixels of the picture, whose size the file gives. An object may set its `ATTRIBUTES` to ``true``, and
-    may have a "center" [x, y] instead of a box if the ``rule`` uses only centres; other keys are notes. Raises
+    may have a "center" [x, y] instead of a box if the ``rule`` uses only centres; other keys are ignored. Raises
     UserError naming the file for any other content, for classes that the rule does not know and for boxes that reach
     outside.
     """
@@ -244,7 +244,7 @@ def _thing(which: str, path: str | os.PathLike, entry: Any, size: tuple[float, f
         )
     box = entry.get("box")
     if box is None and not rule.corners and isinstance(entry.get("center"), list):
-        # A box of one pixel around the centre, so that it has a position but no size to speak of.
+        # A box of one pixel around the centre: a position with almost no size.
         box = [*(side - 0.5 for side in entry["center"] if is_number(side)), 1, 1]
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and box[2] > 0 and box[3] > 0):
         raise UserError(f"{path}: got {which} with the box {box}, expected [x, y, width, height] in pixels")
@@ -262,7 +262,7 @@ def _thing(which: str, path: str | os.PathLike, entry: Any, size: tuple[float, f
 def _attributes(which: str, path: str | os.PathLike, entry: Mapping[str, Any]) -> tuple[str, ...]:
     for key in entry.keys() - {"class", "box", "center", *ATTRIBUTES}:
         hint = nearest(str(key), ATTRIBUTES)
-        if hint:  # other keys are notes of whoever made the file
+        if hint:  # otherwise the key is unrelated to attributes and ignored
             raise UserError(
                 f"{path}: got {which} with the attribute {key!r}, expected some of {', '.join(ATTRIBUTES)}{hint}"
             )

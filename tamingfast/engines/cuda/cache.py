@@ -15,20 +15,20 @@ from tamingfast.engines.networks import LayerCache
 from tamingfast.engines.request import Room, check_reserve
 from tamingfast.ops.machine import multiprocessors
 
-_POSITIONS_PER_BLOCK = 64  # least positions of a block of attention; kLeast in csrc/cuda/attention.cu
-_BLOCKS_AT_ONCE = 4  # blocks of attention per multiprocessor; kResident there is the most
+_POSITIONS_PER_BLOCK = 64  # fewest positions per block of attention; kLeast in csrc/cuda/attention.cu
+_BLOCKS_AT_ONCE = 4  # blocks of attention per multiprocessor; at most kResident in that file
 
 
 @dataclass(frozen=True)
 class Split:
-    """Memory of an attention whose positions are split over several blocks; a launch leaves it as it found it."""
+    """Scratch memory for attention whose positions are split over several blocks."""
 
     splits: int
     partial: Tensor | None = None  # float32 (rows, heads, splits, stride + 2): the blocks' results
-    arrived: Tensor | None = None  # int32 (rows, heads): how many blocks have finished
+    arrived: Tensor | None = None  # int32 (rows, heads): how many blocks have finished; 0 between launches
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them."""
+        """Its tensors."""
         yield from (tensor for tensor in (self.partial, self.arrived) if tensor is not None)
 
 
@@ -36,9 +36,9 @@ class Cache:
     """Slots of keys and values, and the number of valid positions of each.
 
     Attributes:
-        layers: of each layer the keys and the values, (slots, heads, capacity, stride) of the engine's type. A position
+        layers: the keys and the values of each layer, (slots, heads, capacity, stride) of the engine's type. A position
             is padded with zeros from the head's width to `Geometry.stride`.
-        room: for the checks of arguments.
+        room: checks arguments against the size of the cache.
     """
 
     def __init__(self, geometry: Geometry, device: Device) -> None:
@@ -59,7 +59,7 @@ class Cache:
         return self.room.capacity
 
     def reserve(self, slots: int, length: int) -> None:
-        """Replaces the cache by an empty one; MemoryError, with the bytes needed, keeps the old one."""
+        """Replaces the cache with an empty one; a MemoryError, with the bytes needed, keeps the old one."""
         geometry, number = self.geometry, self.device.number
         check_reserve(slots, length, geometry.block_size)
         shape = (geometry.layers, 2, slots, geometry.heads, length, geometry.stride)
@@ -89,7 +89,7 @@ class Cache:
         self._lengths[target] = length
 
     def hold(self, slot: int, length: int) -> None:
-        """From now on that many positions of the slot are valid."""
+        """Marks the first ``length`` positions of the slot as valid, and no others."""
         self._lengths[slot] = length
 
     # --- attention ------------------------------------------------------------------------------------
@@ -137,8 +137,8 @@ class Cache:
     def _splits(self, rows: int, longest: int) -> int:
         """Blocks that share the positions of a row and head.
 
-        For few rows one per `_POSITIONS_PER_BLOCK`, so that results depend neither on the number of rows nor on the
-        device; else as many as fill the device.
+        Up to `FEW` rows get one block per `_POSITIONS_PER_BLOCK` positions, so that results depend neither on the
+        number of rows nor on the device; more rows get enough blocks to fill the device.
         """
         most = math.ceil(longest / _POSITIONS_PER_BLOCK)
         if rows <= FEW:

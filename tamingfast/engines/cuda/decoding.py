@@ -1,4 +1,4 @@
-"""One call of `decode`: the order in which tokens are fed, stepped over and shown to the caller."""
+"""One call of `decode`: the order in which tokens are fed, chosen and shown to the caller."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tamingfast.engines.cuda.step import Step
 from tamingfast.engines.request import DecodeRequest
 
 _MOST_STEPS_AHEAD = 64  # steps that are queued before the host looks for errors and for Ctrl-C
-_SECONDS_AHEAD = 0.05  # that these may take
-_SHORT_GAP = 4  # known tokens between two steps that are cheaper to step over than to feed in a pass
+_SECONDS_AHEAD = 0.05  # time that these steps may take
+_SHORT_GAP = 4  # up to this many known tokens between two choices, single steps are cheaper than a pass
 
 
 class Decoding:
-    """The decoding of a request in its batch's step of fixed shape."""
+    """Decodes a request with the fixed-shape step for its batch size."""
 
     def __init__(self, request: DecodeRequest, step: Step, passes: Passes, cache: Cache, device: Device) -> None:
         self.request, self.step, self.passes, self.cache, self.device = request, step, passes, cache, device
@@ -28,7 +28,7 @@ class Decoding:
     def run(self, progress: Callable[[int], None] | None, every: int) -> None:
         """Decodes into the request's sequences; arguments and errors as in `CudaEngine.decode`."""
         request = self.request
-        self._hold(request.fed)  # what follows is written over, even if this is interrupted
+        self._hold(request.fed)  # later positions are overwritten, even if this is interrupted
         with self.device.memory_for("activations", self.size):
             self.step.begin(request)
         shown, ahead, since = 0, 1, time.perf_counter()  # steps that the caller has; steps until the next look
@@ -44,10 +44,10 @@ class Decoding:
                     progress(done)
                     since = time.perf_counter()
         finally:
-            self.device.wait()  # what is queued reads and writes the slots
+            self.device.wait()  # queued work reads and writes the slots
 
     def _steps(self) -> Iterator[int]:
-        """Queues one step after the other; yields how many there were."""
+        """Queues one step after the other; yields the number queued so far."""
         fed = self.request.fed
         for done, length in enumerate(self.request.steps, 1):
             with self.device.memory_for("activations", self.size):
@@ -93,5 +93,5 @@ class Decoding:
 
 
 def steps_ahead(seconds: float) -> int:
-    """How many steps, of that many seconds each, are queued before the host looks again."""
+    """How many steps of ``seconds`` each are queued before the host looks again."""
     return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(seconds, 1e-9))))

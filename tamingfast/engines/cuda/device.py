@@ -1,4 +1,4 @@
-"""The device of an engine: turns of threads and streams, kernel launches, memory."""
+"""An engine's device: one thread at a time, order across streams, kernel launches, memory errors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-#: Most rows of the "linear" kernel (kMostLinearRows in csrc/cuda/kernels.h); reading the weights is what they cost.
+#: Most rows of the "linear" kernel (kMostLinearRows in csrc/cuda/kernels.h), whose cost is reading the weights.
 FEW = 8
 #: Elements that a kernel reads at a time.
 VECTOR = 8
 
 
 class Device:
-    """Kernels of one type of number on one torch device, for one thread at a time.
+    """Kernels for one dtype on one torch device, for one thread at a time.
 
     Work is queued on the caller's current stream, after all earlier work of this object, on whichever stream that was.
     The CPU takes the place of a GPU where the kernels are built for it, as tests do.
 
     Args:
         place: where the tensors are.
-        dtype: of weights, activations and cache.
+        dtype: type of weights, activations and cache.
         kernels: the module with the kernels' functions.
     """
 
@@ -34,15 +34,15 @@ class Device:
         self.number: torch.dtype = getattr(torch, dtype)
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that holds the lock
-        self._streams: set[torch.cuda.Stream] = set()  # that have used the engine's tensors
-        self._done: torch.cuda.Event | None = None  # after all that was queued; None on the CPU
+        self._streams: set[torch.cuda.Stream] = set()  # those that have used the engine's tensors
+        self._done: torch.cuda.Event | None = None  # follows all queued work; None on the CPU
         if place.type == "cuda":
             self._done = self._stream().record_event()
             self._streams.add(self._stream())
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Makes other threads wait; RuntimeError where this thread is in here already, as in a callback."""
+        """Makes other threads wait; RuntimeError if this thread is inside already, as in a callback."""
         if self._owner == threading.get_ident():
             raise RuntimeError("the engine is working: a callback cannot use it")
         with self._lock:
@@ -54,7 +54,7 @@ class Device:
 
     @contextlib.contextmanager
     def queueing(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Orders what is queued inside behind all that was queued before; ``tensors`` are those of the engine."""
+        """Orders work queued inside after all earlier work of the engine; ``tensors`` are those of the engine."""
         with torch.no_grad(), torch.autocast(self.place.type, enabled=False):
             if self._done is None:
                 yield
@@ -72,7 +72,7 @@ class Device:
                     self._done.record(stream)
 
     def wait(self) -> None:
-        """Until what the current stream was given is done."""
+        """Waits until all work queued on the current stream is done."""
         if self._done is not None:
             self._stream().synchronize()
 
@@ -91,10 +91,10 @@ class Device:
 
     @contextlib.contextmanager
     def memory_for(self, what: str, size: int) -> Iterator[None]:
-        """Raises MemoryError, with the bytes that ``what`` needs, where torch finds no memory inside."""
+        """Raises MemoryError, with the bytes that ``what`` needs, if torch runs out of memory inside."""
         try:
             yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's is a plain one
+        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass; the CPU's is a plain RuntimeError
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             message = f"{what}: {size} bytes are needed"
@@ -118,7 +118,7 @@ def capture_stream(place: torch.device) -> torch.cuda.Stream:
     """The calling thread's stream for graph capture, always the same: torch keeps a workspace per stream for good."""
     streams = _capture_streams.by_device
     if place not in streams:
-        streams[place] = torch.cuda.Stream(place, priority=-1)  # from a pool of torch's that few others use
+        streams[place] = torch.cuda.Stream(place, priority=-1)  # from torch's high-priority pool, which few others use
     return streams[place]
 
 

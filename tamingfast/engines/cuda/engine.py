@@ -37,12 +37,12 @@ class CudaEngine:
         kernels: the module with the kernels' functions; default: the extension's.
 
     Attributes:
-        device: where the engine works.
+        device: of the weights, the cache and the results.
 
     Raises:
         ValueError: an unknown dtype.
         RuntimeError: the engine cannot run this GPT, see `refusal`; or a kernel could not be launched, with its name.
-        MemoryError: the weights do not fit; the message gives the bytes.
+        MemoryError: the weights do not fit; the message states the bytes needed.
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
@@ -56,10 +56,10 @@ class CudaEngine:
         capability = torch.cuda.get_device_capability(gpt.pos_emb.device)
         if capability < backends.OLDEST_CUDA:
             oldest = dotted(backends.OLDEST_CUDA)
-            return f"its kernels need compute capability {oldest}, and {dotted(capability)} is here"
+            return f"its kernels need compute capability {oldest}, and this device has {dotted(capability)}"
         head = gpt.config.n_embd // gpt.config.n_head
         if head > WIDEST_HEAD:
-            return f"its kernels are for heads up to {WIDEST_HEAD} wide, and these are {head} wide"
+            return f"its kernels support heads up to {WIDEST_HEAD} wide, and these are {head} wide"
         return None
 
     def __init__(self, gpt: Transformer, dtype: str = "float32", kernels: ModuleType | None = None) -> None:
@@ -83,13 +83,14 @@ class CudaEngine:
         self._parts: _Parts | None = _Parts(weights, cache, Passes(self._geometry, weights, cache, self._device))
 
     def reserve(self, slots: int, length: int) -> None:
-        """Replaces the cache by one of ``slots`` empty sequences of at most ``length`` positions.
+        """Replaces the cache with one of ``slots`` empty slots of ``length`` positions.
 
-        Raises ValueError for sizes out of range; MemoryError, with the bytes needed, keeps the old cache.
+        Raises ValueError for sizes out of range. Raises MemoryError, with the bytes needed, and keeps the old cache if
+        the new one does not fit.
         """
         with self._turn() as parts:
             parts.cache.reserve(slots, length)
-            parts.steps.clear()  # they work in the old one
+            parts.steps.clear()  # they refer to the old cache
 
     def length(self, slot: int) -> int:
         """The number of valid positions of the slot."""
@@ -118,19 +119,19 @@ class CudaEngine:
             return parts.passes.feed(tokens.to(self.device), spans, logits)
 
     def feed(self, tokens: Tensor, spans: Sequence[Span], logits: str = "last") -> Tensor:
-        """As `step`, for the tokens of all spans in turn: int64 (T,).
+        """As `step`; ``tokens`` is int64 (T,), those of all spans one after the other.
 
-        They must lie in the vocabulary: the host does not look at them, as it would have to wait for the device.
+        They must lie in the vocabulary. This is not checked, because the host would have to wait for the device.
         """
         with self._turn() as parts:
             parts.cache.room.check_step(tokens, spans, logits)
             return parts.passes.feed(tokens.to(self.device), list(spans), logits)
 
     def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
-        """Decodes the tokens that are asked for and writes them into ``request.sequences``, on the engine's device.
+        """Decodes the requested tokens and writes them into ``request.sequences``, on the engine's device.
 
         Arguments and errors are those of `tamingfast.engines.cpu.GPTEngine.decode`. The host waits only before it calls
-        ``progress``, every 50 ms or 64 steps, and at the end. Every slot is fed at every step, also where the token is
+        ``progress``, every 50 ms or 64 steps, and at the end. Every slot is fed at every step, even where the token is
         not wanted.
         """
         check_range("every", every, 1)
@@ -155,7 +156,7 @@ class CudaEngine:
             self._parts = None
 
     def _step_of(self, parts: _Parts, batch: int) -> Step:
-        """The step of that many sequences, made at their first decoding."""
+        """The step for ``batch`` sequences, made when it is first needed."""
         if batch not in parts.steps:
             size = Step.bytes(self._geometry, parts.cache, self._device, batch)
             with self._device.memory_for("activations", size):
@@ -164,7 +165,7 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[_Parts]:
-        """Other threads wait; ValueError where the engine is closed."""
+        """Makes other threads wait; raises ValueError if the engine is closed."""
         with self._device.alone():
             if self._parts is None:
                 raise ValueError("the engine is closed")
@@ -172,14 +173,14 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[_Parts]:
-        """As `_alone`, to queue work."""
+        """As `_alone`; work queued inside follows all earlier work of the engine."""
         with self._alone() as parts, self._device.queueing(parts.tensors()):
             yield parts
 
 
 @dataclass
 class _Parts:
-    """What an engine holds until it is closed; no part knows the engine, so that it dies with its last reference."""
+    """What an engine holds until it is closed. No part refers to the engine, so it is freed with its last reference."""
 
     weights: Weights
     cache: Cache
@@ -187,7 +188,7 @@ class _Parts:
     steps: dict[int, Step] = field(default_factory=dict)  # by the number of sequences
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that last from call to call."""
+        """All tensors that outlive a call."""
         yield self.cache.tensor
         yield from self.weights.tensors()
         for step in self.steps.values():

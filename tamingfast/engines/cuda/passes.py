@@ -1,4 +1,4 @@
-"""Passes over tokens that are known: whatever is fed in pieces, outside the step of fixed shape."""
+"""Passes over known tokens: everything that is fed several tokens at a time, outside the step of fixed shape."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Passes:
         self.geometry, self.weights, self.cache, self.device = geometry, weights, cache, device
 
     def feed(self, tokens: Tensor, spans: list[Span], logits: str) -> Tensor:
-        """Feeds the spans' tokens in turn, int64 (T,) on the device; float32 logits of the rows that are asked for.
+        """Feeds the spans' tokens in turn, int64 (T,) on the device; returns float32 logits of the requested rows.
 
-        Raises MemoryError with the bytes of the activations.
+        Raises MemoryError, with the bytes of the activations, if they do not fit.
         """
         if not spans:
             return torch.empty(0, self.geometry.vocab_size, device=self.device.place)
@@ -48,7 +48,7 @@ class Passes:
         geometry, weights, cache = self.geometry, self.weights, self.cache
         position_bytes = 2 * geometry.heads * geometry.stride * self.device.number.itemsize
         rows = Rows(spans, geometry.n_unmasked, position_bytes, self.device.place)
-        for span in spans:  # what is written over is no longer valid, even if this is interrupted
+        for span in spans:  # overwritten positions are no longer valid, even if this is interrupted
             cache.hold(span.slot, min(cache.length(span.slot), span.start))
         splits = [None if group.alike else cache.split(group.stop - group.first, rows.longest) for group in rows.groups]
         x = weights.tok_emb[tokens] + weights.pos_emb[rows.position.long()]
@@ -86,13 +86,13 @@ class Passes:
         return out
 
     def _in_tiles(self, qkv: Tensor, group: Group, slot: Tensor, held: LayerCache) -> Tensor:
-        """Attention (R, W) of the rows of a group of like spans."""
+        """Attention (R, W) of the rows of a group of equal spans."""
         heads, width = self.geometry.heads, self.geometry.head
         q, k, v = qkv.view(group.alike, -1, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         if group.start:
             seen = (slot[:: group.count].long(), slice(None), slice(group.start + group.count), slice(width))
             k, v = held[0][seen], held[1][seen]
-            q = F.pad(q, (0, 0, group.start, 0))  # the op wants as many queries as keys
-        n_unmasked = 0 if group.start else self.geometry.n_unmasked  # behind the prefix attention is causal
+            q = F.pad(q, (0, 0, group.start, 0))  # the op needs as many queries as keys
+        n_unmasked = 0 if group.start else self.geometry.n_unmasked  # after the prefix, attention is causal
         attended = ops.causal_attention(q, k, v, n_unmasked=n_unmasked)[:, :, group.start :]
         return attended.transpose(1, 2).reshape(len(qkv), -1)

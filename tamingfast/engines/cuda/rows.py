@@ -1,4 +1,4 @@
-"""The rows of a pass: where the tokens of its spans stand, and which rows attend together."""
+"""The rows of a pass, one per token: their slots and positions, and which rows attend together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tamingfast.engines.request import Span
 
-# Least bytes of keys and values, each row reading its own, for which attention in tiles pays: a GPU reads them in about
-# the tenth of a millisecond in which the host queues the launches of the tiles.
+# Bytes of keys and values, if each row reads its own, from which attention in tiles pays: a GPU reads them in about 0.1
+# ms, and the host needs as long to queue the launches of the tiles.
 _WORTH_TILES = 1 << 28
-# Most wasted query rows per real one when a span behind a cached prefix is tiled.
+# Most padding rows per real query row when a span after a cached prefix is tiled.
 _MOST_WASTED = 8
 
 
@@ -22,8 +22,8 @@ _MOST_WASTED = 8
 class Group:
     """Rows first .. stop - 1 of a pass, whose attention is computed together.
 
-    Either `alike` spans, each of `count` tokens from `start` on, in tiles of queries that share what they read of the
-    keys; or, where `alike` is 0, any rows, each by itself.
+    Either `alike` spans of `count` tokens each from position `start` on, in tiles of queries that share the keys they
+    read; or, if `alike` is 0, any rows, each by itself.
     """
 
     first: int
@@ -34,7 +34,7 @@ class Group:
 
 
 class Rows:
-    """Where the rows of a pass stand, and how their attention is grouped.
+    """The slot and position of each row of a pass, and how the rows' attention is grouped.
 
     Args:
         spans: of distinct slots.
@@ -44,7 +44,7 @@ class Rows:
 
     Attributes:
         groups: of all rows, in order.
-        slot, position, last: int32 (rows,): of each row its slot, its position and the last position that it sees.
+        slot, position, last: int32 (rows,): each row's slot, its position and the last position that it sees.
         longest: most positions that a row sees.
         ends: int64 (spans,), the last row of each span.
     """

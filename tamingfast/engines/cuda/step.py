@@ -18,19 +18,19 @@ _NOWHERE = -1
 
 
 class Step:
-    """The step of a batch in memory that stays where it is, so that a CUDA graph of it can be replayed.
+    """The step for one batch size, in memory at fixed addresses, so that a CUDA graph of it can be replayed.
 
     Attributes:
         sequence: int64 (batch, capacity + 1), the tokens given and decoded.
-        position: of the token whose embedding is in ``x``, in all sequences; -1 before `place`.
+        position: that of the token whose embedding is in ``x``, the same in all sequences; -1 before `place`.
         logits: float32 (batch, vocab_size), of the last step.
-        split: of its attention.
+        split: scratch memory of its attention.
     """
 
     def __init__(self, geometry: Geometry, weights: Weights, cache: Cache, device: Device, batch: int) -> None:
         self.geometry, self.weights, self.cache, self.device = geometry, weights, cache, device
         self.batch, self.length = batch, cache.capacity + 1
-        self.streaming = batch <= FEW and geometry.width % VECTOR == 0  # by kernels that read vectors
+        self.streaming = batch <= FEW and geometry.width % VECTOR == 0  # those kernels read whole vectors
         width, number, place = geometry.width, device.number, device.place
         with lasting_tensors():
             empty = functools.partial(torch.empty, device=place)
@@ -58,12 +58,12 @@ class Step:
         return geometry.activation_bytes(batch, device.number) + batch * 9 * (cache.capacity + 1)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that last from call to call."""
+        """All tensors that outlive a call."""
         yield from (value for value in vars(self).values() if isinstance(value, Tensor))
         yield from self.split.tensors()
 
     def begin(self, request: DecodeRequest) -> None:
-        """Takes over what a call of `decode` asks for."""
+        """Copies the sequences, steps and options of a `decode` call to the device."""
         place = self.device.place
         self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32))
         known = min(request.sequences.shape[1], self.length)
@@ -79,13 +79,13 @@ class Step:
         self.position = _NOWHERE
 
     def place(self, position: int) -> None:
-        """Goes to the token at that position of all sequences."""
+        """Moves to ``position`` in all sequences."""
         self.at.fill_(position)
         self.x.copy_(self.weights.tok_emb[self.sequence[:, position]] + self.weights.pos_emb[position])
         self.position = position
 
     def advance(self) -> None:
-        """Feeds the token where it stands, chooses the next one and goes to it."""
+        """Feeds the token at the current position, chooses the next one and moves to it."""
         if self.device.place.type != "cuda":
             self._queue()
         elif self._graph is not None:
@@ -95,12 +95,12 @@ class Step:
         self.position += 1
 
     def choose(self, logits: Tensor) -> None:
-        """Chooses the token after the one where it stands from logits (B, V), and goes to it."""
+        """Chooses the token after the current position from logits (B, V), and moves to it."""
         self._choose(logits)
         self.position += 1
 
     def collect(self, sequences: Tensor, length: int) -> None:
-        """Waits, and writes the first ``length`` tokens into ``sequences``; ValueError where none could be chosen."""
+        """Waits, and writes the first ``length`` tokens into ``sequences``; ValueError if one could not be chosen."""
         errors = int(self.errors)
         check_chosen(nan=bool(errors & 1), nothing=bool(errors))
         sequences[:, :length] = self.sequence[:, :length]
@@ -108,10 +108,10 @@ class Step:
     # --- the graph ------------------------------------------------------------------------------------
 
     def _first_times(self) -> None:
-        """The first step is only queued, since libraries set themselves up in it; the second is captured and replayed.
+        """The first step is only queued, because libraries initialise in it; the second is captured and replayed.
 
-        Both on one stream: torch keeps the workspace of its matrix products per stream, so what the capture uses exists
-        by then and does not become part of the graph's own memory.
+        Both run on one stream: torch keeps the workspace of its matrix products per stream, so the workspace exists
+        before the capture and does not become part of the graph's own memory.
         """
         place = self.device.place
         current, stream = torch.cuda.current_stream(place), capture_stream(place)

@@ -77,7 +77,7 @@ class Weights:
 
     def __init__(self, gpt: Transformer, number: torch.dtype) -> None:
         named = dict(gpt.named_parameters())
-        epsilon = gpt.ln_f.eps  # all norms of a GPT have the same
+        epsilon = gpt.ln_f.eps  # the same in all norms of a GPT
 
         def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
             return value.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -109,7 +109,7 @@ class Weights:
         return self.head.nbytes + sum(linear.weight.nbytes for linear in linears)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them."""
+        """All of its tensors."""
         yield from (self.tok_emb, self.pos_emb, self.head, self.wide_head, self.ln_f.gain, self.ln_f.shift)
         for layer in self.layers:
             for part in vars(layer).values():
