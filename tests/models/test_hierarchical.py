@@ -93,7 +93,7 @@ class TestModel:
         (loss + reconstruction.square().mean()).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.quantize.parameters())
         tamingfast.checkpoints.save_weights(tmp_path / "m.safetensors", model.state_dict())
-        with pytest.raises(tamingfast.UserError, match="give its config"):
+        with pytest.raises(tamingfast.UserError, match="without a config, expected one with its config"):
             tamingfast.load_model(tmp_path / "m.safetensors")
 
     def test_codebooks_start_from_the_latents_of_their_level(self):

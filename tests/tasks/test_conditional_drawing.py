@@ -122,7 +122,7 @@ class TestEveryCondition:
         if kind != "coord":
             other = [named[0], 4 if kind == "class" else named[1].with_stem("4")]
         assert run(*words, *other, "--resume") == cli.USAGE_ERROR
-        message = "5 x 5" if kind == "coord" else "condition: got another one"
+        message = "5 x 5" if kind == "coord" else "condition: got a different one"
         assert message in capsys.readouterr().err
 
 
