@@ -22,7 +22,6 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2_E = 1.4426950408889634
 _WARM_UP_MS, _MEASURE_MS = 5, 20  # per configuration
-_MULTIPROCESSORS_INTERPRETED = 4
 
 #: The grid of a launch, from the meta-parameters of its configuration.
 Grid: TypeAlias = Callable[[dict[str, int]], tuple[int, ...]]
@@ -105,14 +104,6 @@ def _milliseconds(kernel: triton.JITFunction, grid: Grid, config: triton.Config,
         )
     except OutOfResources:
         return float("inf")
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; a small number for the interpreter, so that its tests split work too."""
-    if device.type != "cuda":
-        return _MULTIPROCESSORS_INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import launch, multiprocessors
+from .common import launch
+from .device import multiprocessors
 
 _WHOLE_GROUP = 8192  # elements that one program holds in registers
 _TILE = 4096

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import DecodeRequest, Items, Room, Span, check_range, check_reserve, spans_of
+from tamingfast.errors import SettingError
 from tamingfast.ops import backends
 
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
@@ -49,7 +50,9 @@ class GPTEngine:
         module, _ = backends.native()
         reason = self.refusal(gpt)
         if module is None or reason is not None:
-            raise RuntimeError(f"the CPU engine cannot run this transformer: {reason}")
+            raise SettingError(
+                f"engine: got a transformer that the CPU engine cannot run ({reason}), expected one that it can"
+            )
         self.threads = threads
         self.dtype = dtype
         self.vocab_size, self._block_size = gpt.config.vocab_size, gpt.config.block_size

@@ -16,7 +16,7 @@ from tamingfast.errors import UserError
 from tamingfast.evaluation.batches import Progress, batches
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.training.prior import perplexity
+from tamingfast.training.prior_stage import perplexity
 from tamingfast.training.tokens import grid_of, tokens_of
 
 #: 8-bit colours per call of the nearest-code search.

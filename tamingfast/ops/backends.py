@@ -26,7 +26,6 @@ from tamingfast.ops.machine import (
     gpu,
     interpreted,
     isa,
-    multiprocessors,
     native,
     pick_device,
 )
@@ -34,7 +33,7 @@ from tamingfast.ops.machine import facts as machine
 
 __all__ = [
     "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "gpu", "interpreted", "isa", "machine",
-    "multiprocessors", "native", "pick_device", "requested", "status", "use",
+    "native", "pick_device", "requested", "status", "use",
 ]  # fmt: skip
 
 #: The backends by name, each with a function that says whether it can run here.

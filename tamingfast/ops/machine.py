@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 OLDEST_CUDA = (8, 0)  # lowest compute capability that the CUDA engine is compiled for
 _OLDEST_CAPABILITY = (8, 0)  # for the Triton kernels: bfloat16 on the matrix units
 _OLDEST_TRITON = (3, 4)  # 3.3 fails to compile the attention, 3.2 to interpret the quantizer
-_SPLITS_WITHOUT_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -191,16 +190,6 @@ def available_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; for other devices a small number, so that tests there split work too."""
-    import torch
-
-    if device.type != "cuda":
-        return _SPLITS_WITHOUT_GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def pick_device(name: str | None = None) -> torch.device:

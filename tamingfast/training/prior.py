@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tamingfast.checkpoints import load_model
 from tamingfast.checkpoints.config import instantiate_from_config, plain, trained_side
 from tamingfast.checkpoints.weights import load_into
-from tamingfast.data.conditions import SPATIAL_KEYS, TOKEN_KEYS, Objects, label_colors
+from tamingfast.data.conditions import Objects
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
-from tamingfast.models.multiscale import MultiscaleTransformer
-from tamingfast.models.prior import TOP_K, Net2NetTransformer
+from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training import distributed, loop
 from tamingfast.training.begin import begin
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.prior_config import completed_data, prior_config
+from tamingfast.training.prior_stage import PriorStage
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
-from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
-from tamingfast.training.tokens import check_condition, check_tokens, grid_of, tokens_of
+from tamingfast.training.tokens import check_condition, check_tokens, grid_of
 
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
-#: Nats per token above which exp overflows a double.
-_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -124,91 +118,3 @@ def _data_section(config: Mapping[str, Any], frozen: _Trained | None, condition:
     if frozen is None:
         return completed_data(section)
     return completed_data(section, trained_side(frozen.config), frozen.model.n_embed)
-
-
-def perplexity(nats: float) -> float:
-    """exp of the cross entropy per token, capped where it would overflow a double."""
-    return math.exp(min(nats, _MOST_NATS))
-
-
-class PriorStage:
-    """A `Net2NetTransformer` with its AdamW.
-
-    ``grid`` is tokens (rows, columns) of an image; ``objects`` draws the conditions of a prior on objects.
-    """
-
-    shown: tuple[str, ...] = ("loss", "nll", "perplexity")
-
-    def __init__(
-        self,
-        model: Net2NetTransformer,
-        learning_rate: float,
-        grid: tuple[int, int],
-        seed: int = 0,
-        objects: Objects | None = None,
-    ):
-        self.model, self.grid, self.seed, self.objects = model, grid, seed, objects
-        model.learning_rate = learning_rate
-        self.optimizers = optimizers_of(model)
-
-    def nats(self, batch: Batch) -> Tensor:
-        """Cross entropy of each image token of the batch, in nats: (B, n) in the model's sequence."""
-        z, c = tokens_of(self.model, batch)
-        logits = self.model.token_logits(z, c)
-        return F.cross_entropy(logits.transpose(1, 2).float(), z, reduction="none")
-
-    def nll(self, batch: Batch) -> Tensor:
-        """Mean cross entropy of the batch's image tokens, nats per token ()."""
-        return self.nats(batch).mean()
-
-    def loss(self, batch: Batch, index: int) -> Loss:
-        value = self.nll(batch)
-        return value, {"loss": value}
-
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean cross entropy in nats per token, and its exponential; for a multiscale prior also per scale."""
-        total, images = torch.zeros((), dtype=torch.float64), 0
-        for batch in batches:
-            nats = self.nats(batch).double()
-            total, images = total.to(nats.device) + nats.sum(0), images + len(nats)
-        mean = total / images  # (n,)
-        nll = float(mean.mean())
-        values = {"nll": nll, "perplexity": perplexity(nll)}
-        if isinstance(self.model, MultiscaleTransformer):
-            pyramid = self.model.pyramid
-            scales = zip(pyramid.names, pyramid.split(mean), strict=True)
-            values |= {f"nll_{name}": float(scale.mean()) for name, scale in scales}
-        return values
-
-    def images(self, batch: Batch) -> list[Tensor]:
-        """The batch's conditions if they can be shown, its tokens decoded, and samples under its conditions."""
-        z, c = tokens_of(self.model, batch)
-        height, width = self.grid
-        shown = self.model.decode_grid(self.model.to_grid(z, height, width))
-        samples = self.model.sample_images(
-            c,
-            height,
-            width,
-            window=max(height, width),
-            top_k=TOP_K,
-            seed=self.seed,
-        )
-        return [*self.conditioning(batch), shown, samples]
-
-    def conditioning(self, batch: Batch) -> list[Tensor]:
-        """The batch's conditions as a list of one (B, 3, H, W) in [-1, 1], empty if they cannot be shown."""
-        key = self.model.cond_stage_key
-        if key in TOKEN_KEYS.values() and self.objects is not None:
-            shape = batch[self.model.first_stage_key].shape[1:3]
-            drawn = np.stack([self.objects.picture_of_tokens(tokens, shape) for tokens in batch[key].cpu().numpy()])
-            return [torch.from_numpy(drawn).permute(0, 3, 1, 2)]
-        if key not in SPATIAL_KEYS:
-            return []
-        if key in batch:
-            c = self.model.get_input(key, batch)
-        else:
-            c = self.model.decode_condition(batch[f"{key}_indices"].view(-1, *self.grid)).clamp(-1, 1)
-        if key == "segmentation":
-            colors = torch.from_numpy(label_colors(c.shape[1])).to(c.device)
-            return [colors[c.argmax(1)].permute(0, 3, 1, 2)]
-        return [(2 * c - 1 if key == "coord" else c).expand(-1, 3, -1, -1)]

@@ -28,7 +28,8 @@ from tamingfast import UserError, cli, load_model, tasks
 from tamingfast.checkpoints import run_directory
 from tamingfast.data import build, loader, shuffled
 from tamingfast.data.conditions import Boxes
-from tamingfast.training import loop, prior
+from tamingfast.training import loop
+from tamingfast.training.prior_stage import PriorStage
 
 
 class TestEveryCondition:
@@ -113,9 +114,7 @@ def metrics(out):
 def stage_and_batch(out):
     model = load_model(out)
     dataset = build(model.config["data"])[0]
-    return prior.PriorStage(model.train(), 3e-3, (4, 4)), next(
-        iter(loader(dataset, 4, order=shuffled(len(dataset), 0, 0)))
-    )
+    return PriorStage(model.train(), 3e-3, (4, 4)), next(iter(loader(dataset, 4, order=shuffled(len(dataset), 0, 0))))
 
 
 @pytest.mark.parametrize(

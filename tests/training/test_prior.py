@@ -21,13 +21,15 @@ from tamingfast.checkpoints.config import plain
 from tamingfast.data.tokens import write_tokens
 from tamingfast.training import prior
 from tamingfast.training.colors import fit_color_clusters
+from tamingfast.training.prior_stage import PriorStage
 from tamingfast.training.step import step
+from tamingfast.training.tokens import tokens_of
 
 
 def test_six_steps_equal_the_reference():
     recorded = golden.arrays("transformer_training")
     model = load_model(golden.checkpoint("transformer_training")).train()
-    stage = prior.PriorStage(model, float(recorded["lr"]), (16, 16))
+    stage = PriorStage(model, float(recorded["lr"]), (16, 16))
     batch = {"image": torch.from_numpy(recorded["x"]).permute(0, 2, 3, 1)}
     losses = [float(step(stage.optimizers, stage.loss, [batch])["loss"]) for _ in recorded["loss"]]
     assert losses == pytest.approx(recorded["loss"].tolist(), abs=1e-4)
@@ -50,7 +52,7 @@ def test_run_is_a_prior_with_the_first_stage_inside(first_stage, tmp_path):
 
 def test_only_linear_weights_decay_and_the_first_stage_is_frozen(first_stage, tmp_path):
     out = tiny.train("prior", tmp_path / "run", first_stage, steps=1)
-    stage = prior.PriorStage(load_model(out), 1e-3, (4, 4))
+    stage = PriorStage(load_model(out), 1e-3, (4, 4))
     decayed, free = stage.optimizers[0].param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0) and decayed["betas"] == (0.9, 0.95)
     assert {id(p) for p in decayed["params"]} == {
@@ -147,9 +149,9 @@ def test_bfloat16_keeps_the_tokens_and_trains(first_stage, tmp_path):
     model = load_model(out)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     batch = {"image": torch.rand(2, 8, 8, 3) * 2 - 1, "class_label": torch.tensor([0, 1])}
-    expected = prior.tokens_of(model, batch)[0]
+    expected = tokens_of(model, batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(prior.tokens_of(model, batch)[0], expected)
+        assert torch.equal(tokens_of(model, batch)[0], expected)
 
 
 def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):

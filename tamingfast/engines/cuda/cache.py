@@ -13,7 +13,7 @@ from tamingfast.engines.cuda.device import FEW, Device, lasting_tensors
 from tamingfast.engines.cuda.weights import Geometry
 from tamingfast.engines.networks import LayerCache
 from tamingfast.engines.request import Room, check_reserve
-from tamingfast.ops.machine import multiprocessors
+from tamingfast.kernels.device import multiprocessors
 
 _POSITIONS_PER_BLOCK = 64  # fewest positions per block of attention; kLeast in csrc/cuda/attention.cu
 _BLOCKS_AT_ONCE = 4  # blocks of attention per multiprocessor; at most kResident in that file

@@ -19,6 +19,7 @@ from tamingfast.engines.cuda.step import Step
 from tamingfast.engines.cuda.weights import Geometry, Weights
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import DecodeRequest, Items, Span, check_range, spans_of
+from tamingfast.errors import SettingError
 from tamingfast.ops import backends
 from tamingfast.ops.machine import dotted
 
@@ -69,7 +70,9 @@ class CudaEngine:
             module, _ = backends.native()
             reason = self.refusal(gpt)
             if module is None or reason is not None:
-                raise RuntimeError(f"the CUDA engine cannot run this transformer: {reason}")
+                raise SettingError(
+                    f"engine: got a transformer that the CUDA engine cannot run ({reason}), expected one that it can"
+                )
             kernels = module.cuda
         self.dtype = dtype
         self.vocab_size = gpt.config.vocab_size
