@@ -20,11 +20,11 @@ class Context:
         fixed: whether they are the same before every window.
     """
 
-    def __init__(self, cond: Tensor, plan: Schedule):
+    def __init__(self, cond: Tensor, schedule: Schedule):
         self.fixed, self._cropped = cond.ndim == 2, cond.ndim == 3
-        self.length = plan.window_tokens if self._cropped else cond.shape[-1]
+        self.length = schedule.window_tokens if self._cropped else cond.shape[-1]
         self._tokens = cond if self.fixed else cond.flatten(1, 2)
-        self._crop = torch.from_numpy(plan.offsets.copy()).sort().values.to(cond.device)
+        self._crop = torch.from_numpy(schedule.offsets.copy()).sort().values.to(cond.device)
 
     def before(self, corner: int | Tensor, start: int = 0) -> Tensor:
         """Tokens (B, length - start) before the window whose upper left corner is raster index ``corner``.

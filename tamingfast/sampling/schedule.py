@@ -223,35 +223,35 @@ class Waves:
         return int(np.where(self.fed < 0, prefix + self.steps, self.steps - self.fed).sum())
 
 
-def wave_numbers(plan: Schedule) -> NDArray[np.int64]:
+def wave_numbers(schedule: Schedule) -> NDArray[np.int64]:
     """The wave in which each cell may be sampled, int64 (height, width); -1 where the token is known.
 
     It is one more than the latest wave among the tokens that precede the cell in its window's sequence.
     """
-    numbers = np.full((plan.height, plan.width), -1)
-    if plan.single_window:
-        positions = plan.positions()
+    numbers = np.full((schedule.height, schedule.width), -1)
+    if schedule.single_window:
+        positions = schedule.positions()
         numbers.reshape(-1)[positions] = np.arange(len(positions))
         return numbers
-    beyond = plan.height * plan.width + plan.width  # above any difference of waves and ranks
-    for row, top in enumerate(plan.row_starts):
-        columns = np.flatnonzero(plan.wanted[row])
+    beyond = schedule.height * schedule.width + schedule.width  # above any difference of waves and ranks
+    for row, top in enumerate(schedule.row_starts):
+        columns = np.flatnonzero(schedule.wanted[row])
         if not len(columns):
             continue
         above = numbers[top:row].max(0, initial=-1)
-        earliest = sliding_window_view(above, plan.window_width).max(-1)[plan.column_starts[columns]] + 1
+        earliest = sliding_window_view(above, schedule.window_width).max(-1)[schedule.column_starts[columns]] + 1
         # In a row each cell follows its wanted left neighbour, unless that lies outside its window: then a new chain
         # begins. number = max over the chain so far of (earliest - rank), plus the cell's own rank.
         chain = np.zeros(len(columns), np.int64)
-        chain[1:] = np.cumsum(columns[:-1] < plan.column_starts[columns[1:]])
+        chain[1:] = np.cumsum(columns[:-1] < schedule.column_starts[columns[1:]])
         rank = np.arange(len(columns))
         shift = chain * beyond - rank
         numbers[row, columns] = np.maximum.accumulate(earliest + shift) - shift
     return numbers
 
 
-def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
-    """Groups the wanted cells of ``plan`` into waves and assigns cache slots to their windows.
+def make_waves(schedule: Schedule, slots: int | None = None) -> Waves:
+    """Groups the wanted cells of ``schedule`` into waves and assigns cache slots to their windows.
 
     Args:
         slots: number of windows that the cache holds at once, at least 1; waves of more cells are cut. When the cache
@@ -262,7 +262,7 @@ def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
     """
     if slots is not None and slots < 1:
         raise ValueError(f"slots: got {slots}, expected at least 1")
-    numbers = wave_numbers(plan).reshape(-1)
+    numbers = wave_numbers(schedule).reshape(-1)
     cells = np.flatnonzero(numbers >= 0)
     cells = cells[np.argsort(numbers[cells], kind="stable")]
     sizes = np.bincount(numbers[cells])
@@ -270,7 +270,7 @@ def make_waves(plan: Schedule, slots: int | None = None) -> Waves:
     if slots is not None and sizes.max(initial=0) > slots:
         cuts = [np.arange(first, last, slots) for first, last in pairwise(bounds)]
         bounds = np.concatenate([*cuts, bounds[-1:]])
-    corners, steps = plan.corners[cells], plan.steps[cells]
+    corners, steps = schedule.corners[cells], schedule.steps[cells]
     slot, fed = _assign_slots(bounds.tolist(), corners.tolist(), steps.tolist(), slots or len(cells))
     return Waves(bounds, cells, corners, steps, slot, fed)
 

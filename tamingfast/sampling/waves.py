@@ -75,18 +75,18 @@ def check_room(batch: int, height: int, width: int) -> None:
         )
 
 
-def plan_waves(gpt: Transformer, plan: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
-    """The waves of ``plan`` with as many cache slots as fit into ``memory`` bytes, at least one.
+def plan_waves(gpt: Transformer, schedule: Schedule, batch: int, prefix: int, memory: int = MEMORY) -> Waves:
+    """The waves of ``schedule`` with as many cache slots as fit into ``memory`` bytes, at least one.
 
     Raises UserError as `check_room` does.
     """
-    check_room(batch, plan.height, plan.width)
-    return make_waves(plan, max(1, memory // slot_bytes(gpt, batch, prefix + plan.window_tokens - 1)))
+    check_room(batch, schedule.height, schedule.width)
+    return make_waves(schedule, max(1, memory // slot_bytes(gpt, batch, prefix + schedule.window_tokens - 1)))
 
 
 def sample_waves(
     engine: WaveEngine,
-    plan: Schedule,
+    schedule: Schedule,
     waves: Waves,
     context: Context,
     canvas: Tensor,
@@ -107,7 +107,7 @@ def sample_waves(
         n_unmasked: leading tokens that attend to one another, so they are fed together.
         after_wave: called with the raster indices of the cells that were just sampled.
     """
-    feeder = _Feeder(engine, plan, context, canvas, n_unmasked)
+    feeder = _Feeder(engine, schedule, context, canvas, n_unmasked)
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
     for first, last in pairwise(waves.bounds.tolist()):
         cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
@@ -121,9 +121,11 @@ def sample_waves(
 class _Feeder:
     """Feeds the windows of a wave what their slots lack, in calls of at most `TOKENS_PER_CALL` tokens."""
 
-    def __init__(self, engine: WaveEngine, plan: Schedule, context: Context, canvas: Tensor, n_unmasked: int) -> None:
+    def __init__(
+        self, engine: WaveEngine, schedule: Schedule, context: Context, canvas: Tensor, n_unmasked: int
+    ) -> None:
         self.engine, self.context, self.canvas, self.n_unmasked = engine, context, canvas, n_unmasked
-        self.raster = torch.from_numpy(plan.offsets.copy()).to(canvas.device)
+        self.raster = torch.from_numpy(schedule.offsets.copy()).to(canvas.device)
         self.filled: set[int] = set()  # slots that hold the condition, where it is the same in every window
 
     def logits(self, entries: Sequence[tuple[int, int, int, int]]) -> Tensor:

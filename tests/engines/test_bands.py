@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tamingfast import UserError, VQModel
-from tamingfast.engines import bands, layers
+from tamingfast.engines import bands, feature_maps, layers
 from tamingfast.models.autoencoder import Decoder, Encoder
 
 GEOMETRY = dict(
@@ -50,14 +50,14 @@ def peak(model: nn.Module, x: torch.Tensor) -> int:
 @pytest.mark.parametrize("kind", [Decoder, Encoder])
 def test_bands_are_the_whole_image(monkeypatch, place, options, kind):
     model, x, made = network(kind, **options), inputs(kind, 2), []
-    new = bands._Store.new
+    new = feature_maps.FeatureMaps.new
 
     def in_files(store, shape, last=False):
-        made.append(new(store, shape, last) if last else bands._Scratch(store, shape, 4 * math.prod(shape)))
+        made.append(new(store, shape, last) if last else feature_maps.ScratchMap(store, shape, 4 * math.prod(shape)))
         return made[-1]
 
     if place == "in files":
-        monkeypatch.setattr(bands._Store, "new", in_files)
+        monkeypatch.setattr(feature_maps.FeatureMaps, "new", in_files)
     seen = []
     out = bands.run(model, x, int(peak(model, x) * 0.8), lambda *progress: seen.append(progress))
     assert seen == sorted(seen) and len(seen) > 20 and seen[-1][0] == pytest.approx(seen[-1][1], rel=1e-6)
@@ -69,9 +69,9 @@ def test_bands_are_the_whole_image(monkeypatch, place, options, kind):
 def test_maps_beyond_memory_go_to_files(monkeypatch, tmp_path):
     model, z = network(give_pre_end=True, attn_resolutions=()), inputs(Decoder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    sizes, init = [], bands._Scratch.__init__
+    sizes, init = [], feature_maps.ScratchMap.__init__
     monkeypatch.setattr(
-        bands._Scratch, "__init__", lambda self, *given: (sizes.append(given[2]), init(self, *given))[1]
+        feature_maps.ScratchMap, "__init__", lambda self, *given: (sizes.append(given[2]), init(self, *given))[1]
     )
     for share, expected in ((0.9, 0), (0.6, 1)):
         torch.testing.assert_close(bands.run(model, z, int(peak(model, z) * share)), model(z), rtol=1e-4, atol=1e-5)
@@ -134,12 +134,12 @@ def test_a_full_disk(monkeypatch, tmp_path):
     model, z = network(), inputs(Decoder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with monkeypatch.context() as patch:  # it fills while it is written to
-        patch.setattr(bands.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
+        patch.setattr(feature_maps.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
         with pytest.raises(UserError, match=rf"^{tmp_path}: got too little free disk space, expected \d+ MiB"):
             bands.run(model, z, int(peak(model, z) * 0.35))
-    usage = bands.shutil.disk_usage(tmp_path)
+    usage = feature_maps.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        bands.shutil, "disk_usage", lambda path: usage._replace(free=1000) if path == str(tmp_path) else usage
+        feature_maps.shutil, "disk_usage", lambda path: usage._replace(free=1000) if path == str(tmp_path) else usage
     )
     with pytest.raises(UserError, match=rf"^{tmp_path}: got too little free disk space, expected \d+ MiB"):
         bands.run(model, z, int(peak(model, z) * 0.35))
