@@ -22,7 +22,7 @@ from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.lpips import LPIPS
 from tamingfast.training import prior, vqgan
 from tamingfast.training.colors import fit_color_clusters
-from tamingfast.training.prior import tokens_of
+from tamingfast.training.tokens import tokens_of
 
 
 class Photographs(torch.utils.data.Dataset):
