@@ -85,7 +85,7 @@ class Painter:
         """Decode a finished canvas; ``keep``, if given, is applied to the images (B, 3, H, W)."""
         with self.bars("multiply-adds of decoding", None) as counter:
             batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
-        return Drawing(batch if keep is None else keep(batch), canvas, conditions)
+        return Drawing((batch if keep is None else keep(batch)).clamp(-1, 1), canvas, conditions)
 
     def _resumed(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
         assert self.canvas is not None  # checked in __post_init__
@@ -138,7 +138,7 @@ def check_unused(path: str | os.PathLike[str]) -> None:
     if Path(path).exists():
         raise UserError(
             f"{path}: got a file that already contains a drawing, expected a new path for the canvas; resume that "
-            "drawing, delete the file, or give another path with canvas"
+            "drawing, delete the file, or give another path"
         )
 
 

@@ -78,6 +78,6 @@ def complete(
         with bars("tokens", None) as counter:
             first = again * len(x)  # numbers the images on, so that each completion has its own noise
             part = completed(prior, x.to(prior.device), cond, first_image=first, progress=counter.moved, **how)
-        drawn.append(part.cpu())
+        drawn.append(part.clamp(-1, 1).cpu())
     shown = torch.cat([condition_picture(prior, condition) for condition in found]) if found else None
     return Completion(x, torch.stack(drawn), shown)

@@ -60,7 +60,7 @@ def edit(
         label, condition, condition_of: as in `sample`; a condition must have the photo's size. Default: computed from
             the photo, if that kind of condition can be.
         own_pixels: show the photo's own pixels in the part that is kept, instead of their reconstruction by the first
-            stage.
+            stage. A seam one token wide around what is resampled fades from one to the other.
         options, canvas, resume, preview, bars: as in `sample`.
 
     Raises:
@@ -117,8 +117,8 @@ def outpaint(
     factor = first_stage_of(prior).factor
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     for side, pixels in sides.items():
-        if pixels < 0 or pixels % factor:
-            raise UserError(f"{side}: got {pixels} pixels, expected 0 or a multiple of {factor}")
+        if not isinstance(pixels, int) or pixels < 0 or pixels % factor:
+            raise UserError(f"{side}: got {pixels!r} pixels, expected 0 or a multiple of {factor}")
     if not any(sides.values()):
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
     added = Added(*(pixels // factor for pixels in sides.values()))
@@ -168,7 +168,8 @@ def _opened(
     assert not isinstance(source, Canvas)  # _kept_canvas returns a canvas as it is
     count = at_least_one(1 if count is None else count, "count")
     photo = read_photo(source)
-    rows, columns = grid_size(model, *photo.shape[2:])
+    height, width = photo.shape[2:]
+    rows, columns = grid_size(model, height, width, named(source, "photo"))
     size = _grown(model, rows, columns, added)
     condition = _of_size(given, model, size)
     if condition is None:

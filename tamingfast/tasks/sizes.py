@@ -32,24 +32,27 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
 def image_size(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """``size``, (height, width) in pixels, or by default the size that the model was trained on.
 
-    Raises UserError if neither is known, or if a side is not a multiple of f.
+    Raises UserError for anything else than two integers, if neither is known, or if a side is not a multiple of f.
     """
-    size = size or trained_size(model)
+    size = trained_size(model) if size is None else size
     if size is None:
         raise UserError("size: got none, expected height and width, as the model's config does not state a size")
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise UserError(f"size: got {size!r}, expected (height, width) in pixels, such as (256, 512)")
     grid_size(model, *size)
     return size
 
 
-def grid_size(model: nn.Module, height: int, width: int) -> tuple[int, int]:
-    """Tokens (rows, columns) of an image of height x width pixels; UserError unless both are multiples of f."""
+def grid_size(model: nn.Module, height: int, width: int, name: str = "size") -> tuple[int, int]:
+    """Tokens (rows, columns) of an image of height x width pixels.
+
+    Raises UserError, which begins with ``name``, unless both are multiples of f.
+    """
     stage = first_stage_of(model)
     factor = stage.factor
     if height < 1 or width < 1 or height % factor or width % factor:
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
-        raise UserError(
-            f"size: got {height}x{width} pixels, expected multiples of {factor}; give {near[0]}x{near[1]}, for example"
-        )
+        raise UserError(f"{name}: got {height}x{width} pixels, expected multiples of {factor}; try {near[0]}x{near[1]}")
     return stage.grid(height, width)
 
 

@@ -176,5 +176,20 @@ def test_options_out_of_range(options, said):
         DrawingOptions(**options)
 
 
+@pytest.mark.parametrize("size", [32, "32x64", (3, 8, 8), (8.0, 8), (8,)])
+def test_a_size_is_two_integers(prior, size):
+    with pytest.raises(UserError, match=r"size: got .*, expected \(height, width\) in pixels"):
+        tasks.sample(prior, 1, size=size)
+
+
+def test_sides_are_integers(prior, pixels):
+    with pytest.raises(UserError, match="right: got '8' pixels, expected 0 or a multiple of 2"):
+        tasks.outpaint(prior, pixels, right="8")
+
+
+def test_drawn_images_stay_in_range(prior):
+    assert float(tasks.sample(prior, 4).images.abs().max()) <= 1
+
+
 def test_every_public_name_is_there():
     assert all(getattr(tasks, name) is not None for name in tasks.__all__)
