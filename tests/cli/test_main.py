@@ -49,6 +49,7 @@ def update(self, n=1):
         os.kill(os.getpid(), signal.SIGINT)
 
 progress.Lines.update = update
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have told its children to ignore
 sys.exit(cli.main(sys.argv[1:]))
 """
 
