@@ -97,9 +97,8 @@ def sample_grid(
         ValueError: tensors of wrong shape or type, tokens outside the vocabulary, or logits with NaN.
     """
     if backend is not None:
-        warnings.warn(
-            "sample_grid: backend= is the old name of engine=", DeprecationWarning, stacklevel=3
-        )  # above no_grad's
+        # The caller is two frames up: no_grad wraps this function.
+        warnings.warn("sample_grid: backend= is the old name of engine=", DeprecationWarning, stacklevel=3)
         engine = backend
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed)
     plan = plan_grid(transformer, cond, height, width, window, schedule, stride)

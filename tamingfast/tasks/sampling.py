@@ -124,7 +124,7 @@ def _scales_of(
 def _condition(model: Net2NetTransformer, given: Given, size: tuple[int, int] | None, resume: bool) -> Condition | None:
     """The spatial condition, given or following from the size; None without one, or if a resumed canvas has its own."""
     if size is not None:
-        size = image_size(model, size)
+        image_size(model, size)  # raises for a size that the model cannot draw
     found = given.read(model, size)
     if found is not None or (resume and size is None):
         return found
