@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 _OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: ")
@@ -26,6 +28,22 @@ class SettingError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or the name of its class when the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What the storage refused, in the system's words ("No space left on device"), None for any other error.
+
+    Understands OSError and the errors of safetensors and of torch's writer, which hide the system's.
+    """
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.strerror or os.strerror(cause.errno)
+        if cause is not None and (hidden := re.search(r"\(os error (\d+)\)", str(cause))):
+            return os.strerror(int(hidden[1]))
+    torch_writer = r"PytorchStreamWriter|inline_container|iostream error"
+    if isinstance(error, RuntimeError) and re.search(torch_writer, str(error)):
+        return "the file cannot be written to its end, as on a full disk"
+    return None
 
 
 def lacks_memory(error: BaseException) -> bool:
