@@ -53,7 +53,7 @@ def _checksum(stream: IO[bytes]) -> tuple[int | None, str]:
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     found = _DIGITS.search(stream.read(length)) if length <= _LARGEST_HEADER else None
-    return (None, "") if found is None else (8 + found.start(1), found[1].decode())
+    return (None, "") if found is None else (8 + found.start(1), found[1].decode(errors="replace"))
 
 
 def _digest(stream: IO[bytes], place: int) -> str:
