@@ -18,7 +18,7 @@ _NAME, _BLANK = "sha256", "0" * 64
 #: Metadata to write into a file that `seal` completes.
 UNSEALED = {_NAME: _BLANK}
 # Quotes inside a value are escaped, so this matches only the metadata's own key.
-_DIGITS = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_DIGITS = re.compile(rb'"sha256":"([^"]{64})"')
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
