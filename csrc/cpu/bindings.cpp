@@ -31,7 +31,6 @@ namespace {
 
 const std::map<std::string, Dtype> kDtypes{
     {"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16}, {"int8", Dtype::int8}};
-const std::map<std::string, Logits> kLogits{{"none", Logits::none}, {"last", Logits::last}, {"all", Logits::all}};
 
 // --- the nearest code ------------------------------------------------------------------------------------------------
 
@@ -160,22 +159,23 @@ void interruptible(GPTEngine& engine, Work&& work) {
   if (stopped) throw py::error_already_set();
 }
 
-using Item = std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>;
+using Item = std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>, std::int64_t>;
 
-void bound_step(GPTEngine& engine, const std::vector<Item>& items, const std::string& logits, std::uintptr_t out,
-                std::int64_t rows) {
-  const Logits wanted = named("logits", logits, kLogits);
+void bound_step(GPTEngine& engine, const std::vector<Item>& items, std::uintptr_t out, std::int64_t rows) {
   std::vector<Span> spans;
   std::vector<std::int64_t> tokens;
-  for (const auto& [slot, start, own] : items) {
-    spans.push_back({slot, start, static_cast<std::int64_t>(own.size())});
+  std::int64_t needed = 0;
+  for (const auto& [slot, start, own, asked] : items) {
+    const std::int64_t count = static_cast<std::int64_t>(own.size());
+    require_range("asked", asked, 0, count);
+    spans.push_back({slot, start, count, asked});
     tokens.insert(tokens.end(), own.begin(), own.end());
+    needed += asked;
   }
+  require(rows == needed, "rows", rows, std::to_string(needed) + " rows of logits");
   interruptible(engine, [&](Engine& native) {
-    const std::int64_t needed = native.logits_rows(spans, wanted);
-    require(rows == needed, "rows", rows, std::to_string(needed) + " rows of logits");
     float* to = array_at<float>("out", out, needed, native.geometry().vocab_size);
-    native.step(spans, tokens.data(), wanted, to, interrupted);
+    native.step(spans, tokens.data(), to, interrupted);
   });
 }
 
@@ -197,7 +197,7 @@ void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std
                   const std::vector<std::uint8_t>& wanted, const std::vector<std::uint32_t>& rows,
                   const std::vector<std::uint32_t>& columns, const std::vector<std::uint32_t>& images,
                   std::int64_t choices, bool greedy, double temperature, std::int64_t top_k, double top_p,
-                  std::uint64_t seed, const Engine::Progress& progress, std::int64_t every) {
+                  std::uint64_t seed, std::int64_t lookahead, const Engine::Progress& progress, std::int64_t every) {
   DecodeParams p;
   p.batch = static_cast<std::int64_t>(slots.size());
   p.count = static_cast<std::int64_t>(steps.size());
@@ -218,6 +218,7 @@ void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std
   p.images = images.data();
   p.choices = choices;
   p.choice = {greedy, read_temperature(temperature), top_k, top_p, seed};
+  p.lookahead = lookahead;
   // Captured by reference: copying a Python function would need the GIL.
   const auto report = [&](std::int64_t done) {
     if (progress && done % every == 0) progress(done);
@@ -230,9 +231,11 @@ py::dict bound_info(GPTEngine& engine) {
     std::size_t weight_bytes, cache_bytes;
     std::int64_t slots, capacity;
     int threads;
+    Counts decoded;
   };
   const Facts facts = engine.use([](Engine& native) {
-    return Facts{native.weight_bytes(), native.cache_bytes(), native.slots(), native.capacity(), native.threads()};
+    return Facts{native.weight_bytes(), native.cache_bytes(), native.slots(),
+                 native.capacity(),     native.threads(),     native.counts()};
   });
   py::dict info;
   info["weight_bytes"] = facts.weight_bytes;
@@ -240,7 +243,19 @@ py::dict bound_info(GPTEngine& engine) {
   info["slots"] = facts.slots;
   info["capacity"] = facts.capacity;
   info["threads"] = facts.threads;
+  info["passes"] = facts.decoded.passes;
+  info["rows"] = facts.decoded.rows;
+  info["tokens"] = facts.decoded.tokens;
   return info;
+}
+
+std::map<std::int64_t, double> bound_pass_seconds(GPTEngine& engine, const std::vector<std::int64_t>& rows) {
+  for (const std::int64_t count : rows) require_range("rows", count, 1, 1 << 20);
+  std::map<std::int64_t, double> seconds;
+  interruptible(engine, [&](Engine& native) {
+    for (const std::int64_t count : rows) seconds[count] = native.pass_cost(interrupted).at(count);
+  });
+  return seconds;
 }
 
 void bind_engine(py::module_& module) {
@@ -275,20 +290,23 @@ void bind_engine(py::module_& module) {
           },
           py::arg("source"), py::arg("target"), py::arg("length"),
           "Copies the first `length` positions of slot `source` to slot `target`.")
-      .def("step", &bound_step, py::arg("items"), py::arg("logits"), py::arg("out"), py::arg("rows"),
-           "Feeds a list of (slot, start, tokens). Logits ('none', 'last' or 'all') are written to `out`, float32 "
-           "(rows, vocab_size).")
+      .def("step", &bound_step, py::arg("items"), py::arg("out"), py::arg("rows"),
+           "Feeds a list of (slot, start, tokens, asked). The logits of the last `asked` tokens of each are written to "
+           "`out`, float32 (rows, vocab_size).")
       .def("decode", &bound_decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
            py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
            py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-           py::arg("seed"), py::arg("progress") = py::none(), py::arg("every") = 1,
+           py::arg("seed"), py::arg("lookahead") = 1, py::arg("progress") = py::none(), py::arg("every") = 1,
            "Decodes positions `steps` of the sequences, int64 (batch, length), in place; see DecodeParams in "
            "csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries.")
       .def(
           "set_threads", [](GPTEngine& e, int threads) { e.use([&](Engine& native) { native.set_threads(threads); }); },
           py::arg("threads"), "Sets the number of threads for later calls.")
       .def("info", &bound_info,
-           "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions per slot), threads.")
+           "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions per slot), threads; and "
+           "what `decode` did so far: passes, rows (of logits), tokens (chosen).")
+      .def("pass_seconds", &bound_pass_seconds, py::arg("rows"),
+           "Seconds of a pass, by which `decode` chooses how far to look ahead, for each number of rows.")
       .def("close", &GPTEngine::close, "Frees the memory; every later call raises ValueError.");
 }
 

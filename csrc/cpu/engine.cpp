@@ -11,7 +11,7 @@
 #include <string>
 
 #include "../guard.h"
-#include "choose.h"
+#include "decode.h"
 #include "memory.h"
 #include "team.h"
 
@@ -149,19 +149,22 @@ struct Engine::State {
   std::int64_t scratch_rows = 0, logits_room = 0;
   Memory x, activation, qkv, joined, inner, logits;
   std::vector<Memory> attention_scratch;
-  std::vector<ChoiceScratch> choice_scratch;
 
   Barrier barrier;
   std::atomic<bool> stop{false};
   Clock::time_point polled;
 
+  Counts counts{};
+  PassCost cost;
+  int cost_threads = 0;  // with which it was measured
+
   State(const Geometry& g, Dtype dtype_, const Kernels& k) : geometry(g), dtype(dtype_), kernels(k) {}
 
   void load(const GPTWeights& weights);
   void check_spans(const std::vector<Span>& spans, const std::int64_t* tokens) const;
-  void check_decode(const DecodeParams& d) const;
   void make_scratch(std::int64_t rows, std::int64_t logits_rows);
-  void feed(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
+  void feed(const std::vector<Span>& spans, const std::int64_t* tokens, float* out, const Poll& poll);
+  double time_pass(std::int64_t rows, const Poll& poll);
 
   struct Pass;
   void run(Pass& pass);
@@ -172,7 +175,6 @@ struct Engine::State {
               Memory& out, std::int64_t ldo, int thread, int of);
   void attend(const Pass& pass, std::int64_t layer, int thread, int of);
   void head_logits(Pass& pass, int thread, int of);
-  void choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who, const float* logits);
 
   char* cache_of(std::int64_t layer, std::int64_t slot, std::int64_t head) const {
     return cache.as<char>() + ((layer * slots + slot) * geometry.n_head + head) * head_bytes;
@@ -250,7 +252,6 @@ void Engine::State::make_scratch(std::int64_t rows, std::int64_t logits_rows) {
     logits = Memory(logits_rows * stride(vocab) * sizeof(float));
     logits_room = logits_rows;
   }
-  while (static_cast<int>(choice_scratch.size()) < threads) choice_scratch.emplace_back(geometry.vocab_size);
   const std::size_t needed = kQueries * (head_dim + 2 + round_up(capacity, kBlock)) * sizeof(float);
   if (static_cast<int>(attention_scratch.size()) < threads || attention_scratch[0].size() < needed) {
     attention_scratch.clear();
@@ -363,13 +364,13 @@ void Engine::State::check_spans(const std::vector<Span>& spans, const std::int64
     require(span.start == 0 || span.start >= geometry.n_unmasked, "start", span.start,
             "0 or from " + std::to_string(geometry.n_unmasked) +
                 " on; feed the unmasked prefix in one piece, because its tokens attend to one another");
+    require_range("asked", span.asked, 0, span.count);
     for (std::int64_t i = 0; i < span.count; ++i) require_range("token", *tokens++, 0, geometry.vocab_size - 1);
   }
 }
 
 // Splits the spans into passes. The unmasked prefix stays in one pass, because its first token attends to its last.
-void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tokens, Logits wanted, float* out,
-                         const Poll& poll) {
+void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tokens, float* out, const Poll& poll) {
   for (const Span& span : spans) lengths[span.slot] = span.start;
   std::int64_t done_rows = 0;
   std::size_t at = 0;
@@ -383,12 +384,11 @@ void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tok
       const std::int64_t start = span.start + taken, room = kPassRows - pass.rows();
       const std::int64_t whole = start == 0 ? geometry.n_unmasked : 0;
       const std::int64_t count = std::min(span.count - taken, std::max(room, whole));
-      pass.spans.push_back({span.slot, start, count});
+      pass.spans.push_back({span.slot, start, count, 0});
       pass.first_rows.push_back(pass.rows());
       taken += count;
       for (std::int64_t i = 0; i < count; ++i) {
-        const bool last = taken == span.count && i == count - 1;
-        if (wanted == Logits::all || (wanted == Logits::last && last)) pass.asked.push_back(pass.rows());
+        if (start + i >= span.start + span.count - span.asked) pass.asked.push_back(pass.rows());
         pass.tokens.push_back(*tokens++);
         pass.positions.push_back(start + i);
       }
@@ -398,6 +398,18 @@ void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tok
     done_rows += static_cast<std::int64_t>(pass.asked.size());
     run(pass);
   }
+}
+
+// Seconds of a pass over that many tokens without attention, which would need the cache.
+double Engine::State::time_pass(std::int64_t rows, const Poll& poll) {
+  Pass pass;
+  pass.poll = &poll;
+  pass.tokens.assign(rows, 0);
+  pass.positions.assign(rows, 0);
+  for (std::int64_t i = 0; i < rows; ++i) pass.asked.push_back(i);
+  const Clock::time_point begun = Clock::now();
+  run(pass);
+  return std::chrono::duration<double>(Clock::now() - begun).count();
 }
 
 Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
@@ -470,86 +482,32 @@ void Engine::copy(std::int64_t source, std::int64_t target, std::int64_t length)
   s.lengths[target] = length;
 }
 
-std::int64_t Engine::logits_rows(const std::vector<Span>& spans, Logits logits) const {
-  std::int64_t rows = 0;
-  for (const Span& span : spans) rows += logits == Logits::all ? span.count : logits == Logits::last ? 1 : 0;
-  return rows;
-}
-
-void Engine::step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out,
-                  const Poll& poll) {
+void Engine::step(const std::vector<Span>& spans, const std::int64_t* tokens, float* out, const Poll& poll) {
   state_->check_spans(spans, tokens);
-  state_->feed(spans, tokens, logits, out, poll);
+  state_->feed(spans, tokens, out, poll);
 }
 
-// Chooses step i of the sequences `who` from their rows of logits.
-void Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who,
-                                const float* logits) {
-  const std::int64_t count = static_cast<std::int64_t>(who.size());
-  std::atomic<bool> nan{false}, nothing{false};
-  parallel(static_cast<int>(std::min<std::int64_t>(usable_threads(), count)), [&](int thread, int of) {
-    const Range mine = share(count, thread, of);
-    for (std::int64_t r = mine.first; r < mine.last; ++r) {
-      const std::int64_t b = who[r];
-      const Place place{d.images[b], d.rows[i], d.columns[i]};
-      const std::int64_t token =
-          choose(logits + r * geometry.vocab_size, d.choices, d.choice, place, choice_scratch[thread]);
-      if (token == kChoiceNan) nan = true;
-      if (token == kChoiceNothing) nothing = true;
-      if (token >= 0) d.sequences[b * d.length + d.steps[i]] = token;
-    }
-  });
-  if (nan || nothing)
-    throw std::domain_error(std::string("logits: got ") + (nan ? "NaN" : "only -inf") +
-                            " in a row, expected numbers to choose a token from; check the weights");
+void Engine::decode(const DecodeParams& params, const Poll& poll, const Progress& progress) {
+  state_->polled = Clock::now();
+  Decoding(*this, params, poll).run(progress);
 }
 
-void Engine::State::check_decode(const DecodeParams& d) const {
-  require_range("choices", d.choices, 1, geometry.vocab_size);
-  require(d.fed >= 0, "fed", d.fed, "at least 0");
-  std::vector<bool> seen(slots, false);
-  for (std::int64_t b = 0; b < d.batch; ++b) {
-    require_range("slot", d.slots[b], 0, slots - 1);
-    require(!seen[d.slots[b]], "slot", d.slots[b], "every slot at most once");
-    seen[d.slots[b]] = true;
-    require(d.fed <= lengths[d.slots[b]], "fed", d.fed, "at most the length of every slot");
-  }
-  for (std::int64_t i = 0; i < d.count; ++i) {
-    require_range("steps", d.steps[i], i == 0 ? 1 : d.steps[i - 1] + 1, d.length - 1);
-    require(d.steps[i] <= capacity, "steps", d.steps[i],
-            "at most " + std::to_string(capacity) + ", one more than the cache holds");
-  }
+const Counts& Engine::counts() const { return state_->counts; }
+
+void Engine::count_pass(std::int64_t rows, std::int64_t tokens) {
+  Counts& counts = state_->counts;
+  ++counts.passes;
+  counts.rows += rows;
+  counts.tokens += tokens;
 }
 
-void Engine::decode(const DecodeParams& d, const Poll& poll, const Progress& progress) {
+const PassCost& Engine::pass_cost(const Poll& poll) {
   State& s = *state_;
-  s.check_decode(d);
-  std::vector<std::int64_t> fed(d.batch, d.fed), tokens, who;
-  std::vector<Span> spans;
-  std::vector<float> logits;
-  s.polled = Clock::now();
-  for (std::int64_t i = 0; i < d.count; ++i) {
-    const std::int64_t length = d.steps[i];
-    spans.clear(), tokens.clear(), who.clear();
-    for (std::int64_t b = 0; b < d.batch; ++b) {
-      if (!d.wanted[b * d.count + i]) continue;
-      // The last token is fed again if the slot holds it already, because its logits are needed.
-      std::int64_t start = std::min(fed[b], length - 1);
-      if (start < s.geometry.n_unmasked) start = 0;
-      const std::int64_t* sequence = d.sequences + b * d.length;
-      spans.push_back({d.slots[b], start, length - start});
-      tokens.insert(tokens.end(), sequence + start, sequence + length);
-      who.push_back(b);
-      fed[b] = length;
-    }
-    if (!spans.empty()) {
-      s.check_spans(spans, tokens.data());
-      logits.resize(spans.size() * s.geometry.vocab_size);
-      s.feed(spans, tokens.data(), Logits::last, logits.data(), poll);
-      s.choose_rows(d, i, who, logits.data());
-    }
-    if (progress) progress(i + 1);
+  if (s.cost_threads != s.threads) {
+    s.cost = PassCost::measure([&](std::int64_t rows) { return s.time_pass(rows, poll); });
+    s.cost_threads = s.threads;
   }
+  return s.cost;
 }
 
 }  // namespace tamingfast

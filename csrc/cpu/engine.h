@@ -11,6 +11,7 @@
 #include "../token_choice.h"
 #include "isa.h"
 #include "kernels.h"
+#include "lookahead.h"
 
 namespace tamingfast {
 
@@ -42,15 +43,14 @@ struct GPTWeights {
   Linear head;
 };
 
-// Consecutive tokens of one slot, at positions start to start + count - 1.
+// Consecutive tokens of one slot, at positions start to start + count - 1. A step returns the logits of the last
+// `asked`.
 struct Span {
   std::int64_t slot;
   std::int64_t start;
   std::int64_t count;
+  std::int64_t asked;
 };
-
-// Which rows of logits a step returns: of no token, of the last token of each span, or of all tokens.
-enum class Logits { none, last, all };
 
 // Sequences to decode side by side. The token at position steps[i] of each wanted sequence is chosen from the logits of
 // the position before it and written into `sequences`; every earlier token must be known or be a step itself.
@@ -68,6 +68,14 @@ struct DecodeParams {
   const std::uint32_t* images;   // (batch,), image numbers for the noise
   std::int64_t choices;          // only the first `choices` vocabulary entries may be chosen
   Choice choice;
+  // Positions fed per sequence and pass, from the last known token on: 1 decodes one token after the other, more guess
+  // tokens, 0 takes what is fastest. The tokens are the same.
+  std::int64_t lookahead;
+};
+
+// What `decode` did since the engine was made.
+struct Counts {
+  std::int64_t passes, rows, tokens;  // `rows` whose logits were computed, `tokens` that were chosen
 };
 
 struct Interrupted : std::runtime_error {
@@ -102,14 +110,18 @@ class Engine {
   void copy(std::int64_t source, std::int64_t target, std::int64_t length);
 
   // Feeds the spans, whose tokens follow one another in `tokens`, in one pass over the weights per 512 tokens. A span
-  // that starts before its slot's end truncates the slot. `out` is float32 (logits_rows, vocab_size).
+  // that starts before its slot's end truncates the slot. `out` is float32 (all spans' `asked`, vocab_size).
   // Throws std::invalid_argument, which names the argument.
-  void step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
-  std::int64_t logits_rows(const std::vector<Span>& spans, Logits logits) const;
+  void step(const std::vector<Span>& spans, const std::int64_t* tokens, float* out, const Poll& poll);
 
-  // Calls progress(i + 1) after each step i. Throws std::invalid_argument, which names the argument, and
-  // std::domain_error if a row of logits holds NaN, or nothing above -infinity.
+  // Calls progress(i + 1) once step i is done in all sequences. Throws std::invalid_argument, which names the argument,
+  // and std::domain_error if a row of logits, from which a token is to be chosen, holds NaN or nothing above -infinity.
   void decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
+  const Counts& counts() const;
+  void count_pass(std::int64_t rows, std::int64_t tokens);
+
+  // Measured when it is first asked for, and again after the number of threads has changed.
+  const PassCost& pass_cost(const Poll& poll);
 
  private:
   struct State;

@@ -473,13 +473,18 @@ template <int Queries, int Blocks>
 inline Floats load_stored(const float* p) { return load(p); }
 inline Floats load_stored(const uint16_t* p) { return load_bfloat16(p); }
 
-// Sums weights times values over the positions. Even and odd positions accumulate separately, which gives two
-// independent chains of additions.
+// Sums weights times values over the positions that each query sees. Even and odd positions accumulate separately,
+// which gives two independent chains of additions. A position that a query does not see is left out, not weighted with
+// zero: its value may be NaN.
 template <int Queries, int Pieces, class Stored>
-[[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, int64_t length, const Stored* values,
-                                                int64_t width, const char* ahead, float (*out)[kPanel * 2]) {
+[[gnu::always_inline]] inline void weigh_values(const float* weights, int64_t lds, const int64_t* visible,
+                                                const Stored* values, int64_t width, const char* ahead,
+                                                float (*out)[kPanel * 2]) {
+  int64_t common = visible[0];
+  for (int r = 1; r < Queries; ++r) common = visible[r] < common ? visible[r] : common;
+  common -= common % 2;
   Floats sum[2][Queries][Pieces] = {};
-  for (int64_t j = 0; j < length; j += 2, ahead += 2 * Pieces * sizeof(Floats) * sizeof(Stored) / sizeof(float)) {
+  for (int64_t j = 0; j < common; j += 2, ahead += 2 * Pieces * sizeof(Floats) * sizeof(Stored) / sizeof(float)) {
     for (uint64_t line = 0; line < 2 * Pieces * sizeof(Floats) * sizeof(Stored) / sizeof(float); line += 64)
       __builtin_prefetch(ahead + line, 0, 2);
     for (int half = 0; half < 2; ++half)
@@ -489,8 +494,19 @@ template <int Queries, int Pieces, class Stored>
           sum[half][r][v] = fused(spread(weights[r * lds + j + half]), value, sum[half][r][v]);
       }
   }
-  for (int r = 0; r < Queries; ++r)
-    for (int v = 0; v < Pieces; ++v) store(out[r] + v * kLanes, sum[0][r][v] + sum[1][r][v]);
+  float rest[2][Queries][Pieces * kLanes];  // in memory, so that `sum` stays in registers
+  for (int half = 0; half < 2; ++half)
+    for (int r = 0; r < Queries; ++r)
+      for (int v = 0; v < Pieces; ++v) store(rest[half][r] + v * kLanes, sum[half][r][v]);
+  for (int r = 0; r < Queries; ++r) {
+    for (int64_t j = common; j < visible[r]; ++j)
+      for (int v = 0; v < Pieces; ++v) {
+        float* to = rest[j % 2][r] + v * kLanes;
+        store(to, fused(spread(weights[r * lds + j]), load_stored(values + j * width + v * kLanes), load(to)));
+      }
+    for (int v = 0; v < Pieces; ++v)
+      store(out[r] + v * kLanes, load(rest[0][r] + v * kLanes) + load(rest[1][r] + v * kLanes));
+  }
 }
 
 // Replaces the first n scores by exp(scale (score - largest)) and the rest, up to `end`, by 0. Returns 1 / the sum.
@@ -564,11 +580,11 @@ void attend_rows(Dtype dtype, const AttentionParams& a, int64_t row, int64_t sto
     const Stored* value = values + first;
     const char* ahead = static_cast<const char*>(a.next) + first * lds * sizeof(Stored);
     if (blocks >= 3)
-      weigh_values<Queries, 3 * kBlockPieces>(scores, lds, most, value, width, ahead, out);
+      weigh_values<Queries, 3 * kBlockPieces>(scores, lds, visible, value, width, ahead, out);
     else if (blocks == 2)
-      weigh_values<Queries, 2 * kBlockPieces>(scores, lds, most, value, width, ahead, out);
+      weigh_values<Queries, 2 * kBlockPieces>(scores, lds, visible, value, width, ahead, out);
     else
-      weigh_values<Queries, kBlockPieces>(scores, lds, most, value, width, ahead, out);
+      weigh_values<Queries, kBlockPieces>(scores, lds, visible, value, width, ahead, out);
     const int64_t end = width - first < 3 * kBlock ? width - first : 3 * kBlock;
     for (int r = 0; r < Queries; ++r)
       for (int64_t i = 0; i < end; i += kLanes) store(out[r] + i, load(out[r] + i) * over[r]);

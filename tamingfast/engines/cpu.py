@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from tamingfast.engines.networks import Transformer
-from tamingfast.engines.request import DecodeRequest, Items, Room, Span, check_range, check_reserve, spans_of
+from tamingfast.engines.request import (
+    Asked,
+    DecodeRequest,
+    Items,
+    Room,
+    Span,
+    asked_of,
+    check_range,
+    check_reserve,
+    spans_of,
+)
 from tamingfast.errors import SettingError
 from tamingfast.ops import backends
 
@@ -104,30 +114,31 @@ class GPTEngine:
         self._room.check_length(source, length)
         self._native.copy(source, target, length)
 
-    def step(self, items: Items, logits: str = "last") -> Tensor:
+    def step(self, items: Items, logits: Asked = "last") -> Tensor:
         """Feeds tokens to slots; the weights are read once for all of them.
 
         Args:
             items: (slot, start, tokens) each, for distinct slots; the tokens go to positions ``start`` onwards.
                 ``start`` is at most the slot's length, and its later positions are dropped. The positions of an
                 unmasked prefix (``n_unmasked``) attend to each other, so they must come in one piece, from 0 on.
-            logits: "last" gives float32 (items, vocab_size), "all" (all tokens, vocab_size), "none" (0, vocab_size).
+            logits: "last" gives float32 (items, vocab_size), "all" (all tokens, vocab_size), "none" (0, vocab_size); a
+                number for each item those of its last tokens.
 
         Raises:
             ValueError: a slot, start, position or token out of range, which the message names.
         """
         return self.feed(*spans_of(items), logits)
 
-    def feed(self, tokens: Tensor, spans: Sequence[Span], logits: str = "last") -> Tensor:
+    def feed(self, tokens: Tensor, spans: Sequence[Span], logits: Asked = "last") -> Tensor:
         """As `step`; ``tokens`` is int64 (T,), those of all spans one after the other."""
         self._room.check_step(tokens, spans, logits)
         self._room.check_tokens(tokens)
-        rows = {"none": 0, "last": len(spans), "all": len(tokens)}[logits]
-        out = torch.empty(rows, self.vocab_size)
+        asked = asked_of(spans, logits)
+        out = torch.empty(sum(asked), self.vocab_size)
         parts = tokens.split([span.count for span in spans])
-        items = [(span.slot, span.start, part.tolist()) for span, part in zip(spans, parts, strict=True)]
+        items = [(span.slot, span.start, part.tolist(), n) for span, part, n in zip(spans, parts, asked, strict=True)]
         self._native.set_threads(self._thread_count())
-        self._native.step(items, logits, out.data_ptr(), rows)
+        self._native.step(items, out.data_ptr(), len(out))
         return out
 
     def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
@@ -156,12 +167,26 @@ class GPTEngine:
             request.columns,
             request.images,
             **request.options(self.vocab_size),
+            lookahead=0 if request.lookahead is None else request.lookahead,
             progress=progress,
             every=every,
         )
 
+    def pass_seconds(self, rows: Sequence[int]) -> list[float]:
+        """Seconds of a pass over each number of tokens, without attention.
+
+        Measured when it is first needed and interpolated; `decode` chooses by it how far to look ahead.
+        """
+        self._native.set_threads(self._thread_count())
+        found = self._native.pass_seconds(list(rows))
+        return [found[count] for count in rows]
+
     def info(self) -> dict[str, int]:
-        """weight_bytes (read for every token), cache_bytes, slots, capacity (positions of a slot), threads."""
+        """Sizes, threads, and what `decode` did so far.
+
+        weight_bytes (read for every pass), cache_bytes, slots, capacity (positions of a slot), threads; passes, rows
+        (of logits computed), tokens (chosen).
+        """
         return self._native.info()
 
     def close(self) -> None:

@@ -9,16 +9,22 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from tamingfast.errors import UserError
 from tamingfast.ops.choice import WORD, Choice
 
 #: Which rows of logits a step returns: none, those of each span's last token, those of all tokens.
 LOGITS = ("none", "last", "all")
+#: The same, by name or as a number of last tokens for each span.
+Asked = str | Sequence[int]
 #: Tokens to feed: (slot, start, tokens) for each slot.
 Items = Iterable[tuple[int, int, Iterable[int]]]
+#: The greatest number of positions per sequence and pass.
+MOST_LOOKAHEAD = 1024
 _MOST_SLOTS = 1 << 24
 
 
@@ -77,10 +83,9 @@ class Room:
             for token in torch.stack(tokens.aminmax()).tolist():
                 check_range("token", token, 0, self.vocab_size - 1)
 
-    def check_step(self, tokens: Tensor, spans: Sequence[Span], logits: str) -> None:
-        """Spans must fit their slots, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` one of `LOGITS`."""
-        if logits not in LOGITS:
-            raise ValueError(f"logits: got {logits!r}, expected one of {', '.join(LOGITS)}")
+    def check_step(self, tokens: Tensor, spans: Sequence[Span], logits: Asked) -> None:
+        """Spans must fit their slots, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` as in `asked_of`."""
+        asked_of(spans, logits)
         count = sum(span.count for span in spans)
         if tokens.dtype != torch.int64 or tokens.shape != (count,):
             raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 ({count},)")
@@ -107,6 +112,22 @@ class Room:
                 )
 
 
+def asked_of(spans: Sequence[Span], logits: Asked) -> list[int]:
+    """The number of last tokens of each span whose logits are wanted.
+
+    Raises ValueError unless ``logits`` is one of `LOGITS`, or gives each span a number from 0 to its count.
+    """
+    if isinstance(logits, str):
+        if logits not in LOGITS:
+            raise ValueError(f"logits: got {logits!r}, expected one of {', '.join(LOGITS)}")
+        return [{"none": 0, "last": 1, "all": span.count}[logits] for span in spans]
+    if len(logits) != len(spans):
+        raise ValueError(f"logits: got {len(logits)} numbers of tokens, expected one for each of {len(spans)} spans")
+    for span, asked in zip(spans, logits, strict=True):
+        check_range("logits", asked, 0, span.count)
+    return list(logits)
+
+
 def check_reserve(slots: int, length: int, block_size: int) -> None:
     """Raises ValueError unless a cache may have that many slots of ``length`` positions."""
     check_range("slots", slots, 1, _MOST_SLOTS)
@@ -124,6 +145,16 @@ def spans_of(items: Items) -> tuple[Tensor, list[Span]]:
     return torch.tensor(flat, dtype=torch.int64), spans
 
 
+def check_lookahead(lookahead: int | None) -> None:
+    """Raises UserError unless ``lookahead`` is None or a number of positions from 1 to `MOST_LOOKAHEAD`."""
+    if lookahead is not None and not (
+        isinstance(lookahead, Integral) and not isinstance(lookahead, bool) and 1 <= lookahead <= MOST_LOOKAHEAD
+    ):
+        raise UserError(
+            f"lookahead: got {lookahead!r}, expected an integer from 1 to {MOST_LOOKAHEAD}, or None for the fastest"
+        )
+
+
 class DecodeRequest:
     """Tokens of several sequences to decode side by side.
 
@@ -138,6 +169,9 @@ class DecodeRequest:
         fed: leading positions that all slots hold already, from an earlier call with the same tokens.
         choices: only the first `choices` entries of the vocabulary may be chosen. Default: all.
         choice: how a token is chosen from its logits.
+        lookahead: positions fed per sequence and pass, from the last known token on. 1 decodes one token after the
+            other; with more, guessed tokens are fed as well, and checked by what is chosen. None takes what is fastest.
+            The tokens are the same.
 
     Raises:
         ValueError: an argument of the wrong shape, type or range; the message names it.
@@ -156,6 +190,7 @@ class DecodeRequest:
         fed: int = 0,
         choices: int | None = None,
         choice: Choice | None = None,
+        lookahead: int | None = None,
     ) -> None:
         self.sequences = sequences
         self.slots = _integers("slots", slots)
@@ -168,6 +203,8 @@ class DecodeRequest:
         self.fed = _integer("fed", fed)
         self.choices = None if choices is None else _integer("choices", choices)
         self.choice = Choice() if choice is None else choice
+        check_lookahead(lookahead)
+        self.lookahead = None if lookahead is None else int(lookahead)
         self._check_shapes(batch, count)
         self._check_values()
 

@@ -43,12 +43,12 @@ GPTWeights random_weights(const Geometry& g) {
   return weights;
 }
 
-std::vector<std::int64_t> decode(Engine& engine, std::int64_t batch, std::int64_t length) {
+std::vector<std::int64_t> decode(Engine& engine, std::int64_t batch, std::int64_t length, std::int64_t lookahead) {
   engine.reserve(batch, length);
   std::vector<std::int64_t> slots, sequences(batch * length, 0), steps;
   std::vector<std::uint32_t> places(length), images(batch);
   for (std::int64_t b = 0; b < batch; ++b) slots.push_back(b), images[b] = static_cast<std::uint32_t>(b);
-  for (std::int64_t i = 1; i < length; ++i) steps.push_back(i), places[i] = static_cast<std::uint32_t>(i);
+  for (std::int64_t i = 1; i < length; ++i) steps.push_back(i), places[i] = static_cast<std::uint32_t>(i % 8);
   const std::vector<std::uint8_t> wanted(batch * steps.size(), 1);
   DecodeParams params{};
   params.batch = batch;
@@ -62,6 +62,7 @@ std::vector<std::int64_t> decode(Engine& engine, std::int64_t batch, std::int64_
   params.images = images.data();
   params.choices = engine.geometry().vocab_size;
   params.choice = {false, 0.9f, 10, 0.9, 7};
+  params.lookahead = lookahead;
   engine.decode(params, [] { return false; }, [](std::int64_t) {});
   return sequences;
 }
@@ -71,16 +72,18 @@ void check(const Geometry& g) {
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::int8})
     for (const std::string& isa : supported_isas()) {
       Engine one(weights, g, dtype, 1, parse_isa(isa)), three(weights, g, dtype, 3, parse_isa(isa));
-      const auto alone = decode(one, 1, g.block_size), together = decode(three, 3, g.block_size);
+      const auto alone = decode(one, 1, g.block_size, 1), together = decode(three, 3, g.block_size, 1);
+      for (const std::int64_t lookahead : {0, 2, 7, 100})
+        expect(decode(three, 3, g.block_size, lookahead) == together, "the same tokens with lookahead");
       expect(std::equal(alone.begin(), alone.end(), together.begin()), "the same tokens alone and in a batch");
       std::vector<float> logits(g.block_size * g.vocab_size);
-      one.step({{0, 0, g.block_size}}, alone.data(), Logits::all, logits.data(), [] { return false; });
+      one.step({{0, 0, g.block_size, g.block_size}}, alone.data(), logits.data(), [] { return false; });
       for (const float value : logits) expect(std::isfinite(value), "finite logits");
       three.copy(0, 2, g.block_size / 2);
       three.truncate(0, 0);
       bool refused = false;
       try {
-        three.step({{9, 0, 1}}, alone.data(), Logits::none, nullptr, [] { return false; });
+        three.step({{9, 0, 1, 0}}, alone.data(), nullptr, [] { return false; });
       } catch (const std::invalid_argument&) {
         refused = true;
       }

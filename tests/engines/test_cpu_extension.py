@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tamingfast.engines import GPTEngine
-from tamingfast.engines.request import LOGITS
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
 
@@ -142,8 +141,7 @@ def test_no_arguments_crash(data):
     out, sequences = torch.zeros(4, 24), torch.zeros(2, 10, dtype=torch.int64)
     calls = {
         "step": lambda: raw.step(
-            draw(st.lists(st.tuples(anything, anything, tokens), max_size=3)),
-            draw(st.sampled_from(LOGITS) | anything),
+            draw(st.lists(st.tuples(anything, anything, tokens, st.integers(0, 4) | anything), max_size=3)),
             draw(st.sampled_from([out.data_ptr(), 0, 1, -1])), draw(st.integers(0, 4) | anything),
         ),
         "decode": lambda: raw.decode(
@@ -152,7 +150,7 @@ def test_no_arguments_crash(data):
             draw(st.lists(anything, max_size=3)), draw(st.lists(st.integers(0, 1), max_size=6)),
             draw(st.lists(anything, max_size=3)), draw(st.lists(anything, max_size=3)),
             draw(st.lists(anything, max_size=2)), draw(anything), draw(st.booleans()), draw(st.floats()),
-            draw(anything), draw(st.floats()), draw(anything),
+            draw(anything), draw(st.floats()), draw(anything), draw(st.integers(0, 9) | anything),
         ),
         "reserve": lambda: raw.reserve(draw(anything), draw(anything)),
         "truncate": lambda: raw.truncate(draw(anything), draw(anything)),

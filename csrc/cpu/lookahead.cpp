@@ -1,0 +1,75 @@
+#include "lookahead.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+namespace tamingfast {
+namespace {
+
+constexpr int kRounds = 3;             // passes of each size that are timed; the first warms up
+constexpr double kExpected = 0.6;      // how often a guess is right, before any was checked
+constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
+constexpr double kFastest = 1.0 / 4;
+constexpr double kForgotten = 1.0 / 256;  // how fast a sequence without guesses returns to what is expected
+
+}  // namespace
+
+PassCost PassCost::measure(const std::function<double(std::int64_t rows)>& time_pass) {
+  PassCost cost;
+  cost.seconds_.fill(std::numeric_limits<double>::infinity());
+  for (int round = 0; round < kRounds; ++round)
+    for (std::size_t i = 0; i < kSizes.size(); ++i) cost.seconds_[i] = std::min(cost.seconds_[i], time_pass(kSizes[i]));
+  for (std::size_t i = 1; i < kSizes.size(); ++i) cost.seconds_[i] = std::max(cost.seconds_[i], cost.seconds_[i - 1]);
+  return cost;
+}
+
+double PassCost::at(std::int64_t rows) const {
+  std::size_t i = 1;
+  while (i + 1 < kSizes.size() && kSizes[i] < rows) ++i;
+  const double slope = (seconds_[i] - seconds_[i - 1]) / static_cast<double>(kSizes[i] - kSizes[i - 1]);
+  return seconds_[i - 1] + slope * static_cast<double>(rows - kSizes[i - 1]);
+}
+
+Survival::Survival() {
+  share_[0] = 1.0;
+  for (std::int64_t d = 1; d < kWidest; ++d) share_[d] = share_[d - 1] * kExpected;
+}
+
+void Survival::observe(std::int64_t right, std::int64_t guesses) {
+  if (guesses == 0) {
+    double expected = 1.0;
+    for (std::int64_t d = 1; d < kWidest; ++d) share_[d] += kForgotten * ((expected *= kExpected) - share_[d]);
+    return;
+  }
+  const double weight = std::max(kSlowest, 1.0 / (1.0 / kFastest + static_cast<double>(passes_++)));
+  const std::int64_t checked = std::min(guesses, kWidest - 1);
+  for (std::int64_t d = 1; d < kWidest; ++d) {
+    // Where all guesses were right, deeper ones would have been as often as before.
+    const double seen = d <= right ? 1.0 : right < guesses ? 0.0 : share_[d] / share_[checked];
+    share_[d] += weight * (seen - share_[d]);
+  }
+}
+
+std::vector<std::int64_t> share_rows(const PassCost& cost, double extra, std::int64_t known,
+                                     const std::vector<Contender>& contenders) {
+  std::vector<std::int64_t> rows(contenders.size(), 1), best = rows;
+  double tokens = static_cast<double>(contenders.size()), most = tokens / cost.at(known);
+  for (std::int64_t added = 1; added < kWidest; ++added) {
+    std::size_t next = contenders.size();
+    double gain = 0.0;
+    for (std::size_t i = 0; i < contenders.size(); ++i) {
+      const Contender& one = contenders[i];
+      if (rows[i] < std::min(one.most, kWidest) && one.survival->at(rows[i]) > gain)
+        gain = one.survival->at(rows[i]), next = i;
+    }
+    if (next == contenders.size()) break;
+    ++rows[next];
+    tokens += gain;
+    const double rate = tokens / (cost.at(known + added) + extra * static_cast<double>(added));
+    if (rate > most) most = rate, best = rows;
+  }
+  return best;
+}
+
+}  // namespace tamingfast
