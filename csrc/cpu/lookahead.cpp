@@ -11,6 +11,7 @@ constexpr int kRounds = 3;             // passes of each size that are timed; th
 constexpr double kExpected = 0.6;      // how often a guess is right, before any was checked
 constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
 constexpr double kFastest = 1.0 / 4;
+constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
 constexpr double kForgotten = 1.0 / 256;  // how fast a sequence without guesses returns to what is expected
 
 }  // namespace
@@ -43,11 +44,11 @@ void Survival::observe(std::int64_t right, std::int64_t guesses) {
     return;
   }
   const double weight = std::max(kSlowest, 1.0 / (1.0 / kFastest + static_cast<double>(passes_++)));
-  const std::int64_t checked = std::min(guesses, kWidest - 1);
+  const double checked = share_[std::min(guesses, kWidest - 1)];
   for (std::int64_t d = 1; d < kWidest; ++d) {
     // Where all guesses were right, deeper ones would have been as often as before.
-    const double seen = d <= right ? 1.0 : right < guesses ? 0.0 : share_[d] / share_[checked];
-    share_[d] += weight * (seen - share_[d]);
+    const double seen = d <= right ? 1.0 : right < guesses ? 0.0 : share_[d] / checked;
+    share_[d] = std::max(share_[d] + weight * (seen - share_[d]), kLeast);
   }
 }
 

@@ -78,6 +78,14 @@ DRAWING = options(
     ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
     ("--dtype", {"help": "of the weights: float32, bfloat16, float16 or int8; default: as stored"}),
+    (
+        "--lookahead",
+        {
+            "type": int,
+            "help": "tokens guessed and checked at a time; it does not change the images; 1 guesses none; "
+            "default: what is fastest",
+        },
+    ),
 )
 
 

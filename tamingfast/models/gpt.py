@@ -88,31 +88,29 @@ class CausalSelfAttention(nn.Module):
             mask = torch.arange(stop, device=x.device) <= rows[:, None]
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
-    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
+    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int]) -> Tensor:
         """As `forward`, for the concatenated spans x (B, T, n_embd); ``cache`` holds (slots, B, n_head, length, D).
 
-        With ``last_only``, only the output of each span's last token is computed: (B, number of spans, n_embd).
+        Only the outputs of the last ``asked`` tokens of each span are computed: (B, their sum, n_embd).
         """
-        ends = _ends(spans)
         k, v = self._split(self.key(x)), self._split(self.value(x))
-        q = self._split(self.query(x[:, [end - 1 for end in ends]] if last_only else x))
+        q = self._split(self.query(_last_of(x, spans, asked)))
         outputs = []
-        for i, (span, end) in enumerate(zip(spans, ends, strict=True)):
+        for span, end, count, last in zip(spans, _ends(spans), asked, itertools.accumulate(asked), strict=True):
             begin = end - span.count
             keys, values = cache[0][span.slot], cache[1][span.slot]
             keys[:, :, span.start : span.stop] = k[:, :, begin:end]
             values[:, :, span.start : span.stop] = v[:, :, begin:end]
-            seen = keys[:, :, : span.stop], values[:, :, : span.stop]
-            if last_only or span.count == 1:
-                asking = q[:, :, i : i + 1] if last_only else q[:, :, begin:end]
+            asking, seen = q[:, :, last - count : last], (keys[:, :, : span.stop], values[:, :, : span.stop])
+            if count == 1:
                 outputs.append(F.scaled_dot_product_attention(asking, *seen))
-            elif span.start == 0:
-                own_q, own_k, own_v = (part[:, :, begin:end] for part in (q, k, v))
-                outputs.append(ops.causal_attention(own_q, own_k, own_v, n_unmasked=self.n_unmasked))
-            else:
-                rows = torch.arange(span.start, span.stop, device=x.device)
+            elif span.start == 0 and count == span.count:
+                own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
+                outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=self.n_unmasked))
+            elif count > 0:
+                rows = torch.arange(span.stop - count, span.stop, device=x.device).clamp(min=self.n_unmasked - 1)
                 mask = torch.arange(span.stop, device=x.device) <= rows[:, None]
-                outputs.append(F.scaled_dot_product_attention(q[:, :, begin:end], *seen, attn_mask=mask))
+                outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
         return self._join(torch.cat(outputs, dim=2))
 
 
@@ -139,9 +137,8 @@ class Block(nn.Module):
         x = x + self.attn.forward_cached(self.ln1(x), cache, start)
         return x + self.mlp(self.ln2(x))
 
-    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
-        kept = x[:, [end - 1 for end in _ends(spans)]] if last_only else x
-        x = kept + self.attn.forward_ragged(self.ln1(x), cache, spans, last_only)
+    def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int]) -> Tensor:
+        x = _last_of(x, spans, asked) + self.attn.forward_ragged(self.ln1(x), cache, spans, asked)
         return x + self.mlp(self.ln2(x))
 
 
@@ -273,17 +270,21 @@ class GPT(nn.Module):
         shape = (*leading, self.config.n_head, length, self.config.n_embd // self.config.n_head)
         return [(self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)) for _ in self.blocks]
 
-    def forward_ragged(self, idx: Tensor, cache: list[LayerCache], spans: Sequence[Span]) -> Tensor:
-        """Logits (B, number of spans, vocab_size) of the last token of each span.
+    def forward_ragged(
+        self, idx: Tensor, cache: list[LayerCache], spans: Sequence[Span], asked: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits (B, sum of ``asked``, vocab_size) of the last ``asked`` tokens of each span; default: of the last one.
 
         ``idx`` (B, T) holds the tokens of all spans, concatenated; no two spans may use the same slot. Each slot of
         ``cache`` works like the cache of `forward_cached`.
         """
+        whole = [span.count for span in spans]
+        asked = [1] * len(spans) if asked is None else asked
         positions = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
         x = self.tok_emb(idx) + self.pos_emb[0, positions]
         last = len(self.blocks) - 1
         for i, (block, layer) in enumerate(zip(self._blocks, cache, strict=True)):
-            x = block.forward_ragged(x, layer, spans, last_only=i == last)
+            x = block.forward_ragged(x, layer, spans, asked if i == last else whole)
         return self.head(self.ln_f(x))
 
     @property
@@ -310,6 +311,14 @@ def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:
 
 def _ends(spans: Sequence[Span]) -> list[int]:
     return list(itertools.accumulate(span.count for span in spans))
+
+
+def _last_of(x: Tensor, spans: Sequence[Span], counts: Sequence[int]) -> Tensor:
+    """The last tokens of each span, that many, of the concatenated spans x (B, T, C)."""
+    if all(span.count == count for span, count in zip(spans, counts, strict=True)):
+        return x
+    ends = zip(_ends(spans), counts, strict=True)
+    return x[:, [row for end, count in ends for row in range(end - count, end)]]
 
 
 def _add_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, metadata: object) -> None:

@@ -172,6 +172,26 @@ def _filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return logits
 
 
+def best(
+    logits: Tensor,
+    noise: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `choose`, but rows without a token raise nothing: (tokens, their scores).
+
+    The score is NaN if the row has any NaN, and -inf if it has no finite entry.
+    """
+    check_filters(temperature, top_k, top_p)
+    scores = logits.float()
+    if noise is not None:
+        scores = _filtered(scores / temperature, top_k, top_p) + noise
+    tokens = scores.argmax(-1)
+    return tokens, scores.gather(-1, tokens[..., None])[..., 0]  # argmax prefers NaN
+
+
 def choose(
     logits: Tensor,
     noise: Tensor | None = None,
@@ -194,12 +214,7 @@ def choose(
         UserError: an option outside its range; see `check_filters`.
         ValueError: a row of logits has NaN, or no finite entry.
     """
-    check_filters(temperature, top_k, top_p)
-    scores = logits.float()
-    if noise is not None:
-        scores = _filtered(scores / temperature, top_k, top_p) + noise
-    tokens = scores.argmax(-1)
-    best = scores.gather(-1, tokens[..., None])  # NaN if the row has any: argmax prefers it
-    if not bool((best > -torch.inf).all()):
-        check_chosen(nan=bool(best.isnan().any()), nothing=True)
+    tokens, scores = best(logits, noise, temperature=temperature, top_k=top_k, top_p=top_p)
+    if not bool((scores > -torch.inf).all()):
+        check_chosen(nan=bool(scores.isnan().any()), nothing=True)
     return tokens

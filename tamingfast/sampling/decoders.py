@@ -91,11 +91,14 @@ class NativeDecoder:
         shared: leading tokens that are the same in every window.
         choices: only the first ``choices`` entries of the vocabulary may be chosen.
         choice: how a token is chosen.
+        lookahead: as in `DecodeRequest`.
     """
 
-    def __init__(self, engine: Engine, images: range, shared: int, choices: int, choice: Choice) -> None:
+    def __init__(
+        self, engine: Engine, images: range, shared: int, choices: int, choice: Choice, lookahead: int | None
+    ) -> None:
         self.engine, self.images, self.shared = engine, images, shared
-        self.choices, self.choice = choices, choice
+        self.choices, self.choice, self.lookahead = choices, choice, lookahead
 
     def decode(
         self,
@@ -115,6 +118,6 @@ class NativeDecoder:
         request = DecodeRequest(
             slots=slots, sequences=sequence, steps=steps, wanted=wanted, rows=rows, columns=columns,
             images=self.images, fed=min([self.shared, *map(self.engine.length, slots)]), choices=self.choices,
-            choice=self.choice,
+            choice=self.choice, lookahead=self.lookahead,
         )  # fmt: skip
         self.engine.decode(request, progress=progress, every=every)

@@ -7,17 +7,21 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tamingfast.engines import borrowed_engine
+from tamingfast.engines import GPTEngine, borrowed_engine
 from tamingfast.engines.networks import Transformer
+from tamingfast.engines.request import check_lookahead
 from tamingfast.engines.selection import choose_engine, log_once
 from tamingfast.errors import UserError
-from tamingfast.ops.choice import Choice, choose, gumbel_noise
+from tamingfast.ops.choice import Choice, best, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
+from tamingfast.sampling.guessed_waves import GuessedWaves, SpanEngine, TorchSpans, time_pass
+from tamingfast.sampling.lookahead import SIZES, WORTH_MEASURING, PassCost
 from tamingfast.sampling.plan import GridPlan, Sampled, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
 from tamingfast.sampling.waves import MEMORY, NativeWaves, TorchWaves, WaveEngine, plan_waves, sample_waves
@@ -49,6 +53,7 @@ def sample_grid(
     engine: str = "auto",
     dtype: str | None = None,
     memory: int = MEMORY,
+    lookahead: int | None = None,
     callback: Callable[[int, int], None] | None = None,
     observer: Callable[[Tensor, Tensor], None] | None = None,
     backend: str | None = None,
@@ -84,6 +89,9 @@ def sample_grid(
             in the CPU engine), or None for the model's own. Any other type than the model's own works on a copy; so
             does "native", which keeps its copy and its cache with the model until the weights change.
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
+        lookahead: how many tokens of a window, or waves where the window moves, a pass chooses at most. 1 chooses what
+            is known to be next; with more, tokens are guessed and checked, so that the same tokens take fewer passes.
+            None takes what is fastest; "naive" guesses none.
         callback: called as callback(done, total), in cells, after every ``width`` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
             were added; ``pending`` marks those still to come. It must not change them.
@@ -100,6 +108,7 @@ def sample_grid(
         # The caller is two frames up: no_grad wraps this function.
         warnings.warn("sample_grid: backend= is the old name of engine=", DeprecationWarning, stacklevel=3)
         engine = backend
+    check_lookahead(lookahead)
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed)
     plan = plan_grid(transformer, cond, height, width, window, schedule, stride)
     images = _images(first_image, plan.batch)
@@ -107,9 +116,13 @@ def sample_grid(
     layout = plan.schedule.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, layout, callback, observer)
     chosen, dtype = choose_engine(engine, plan.gpt, dtype)
-    drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report)
-    # Cells that do not depend on one another are computed together, where the cache of each window is exact.
-    if chosen != "naive" and plan.causal and not layout.single_window:
+    if lookahead is None and report.total < WORTH_MEASURING:
+        lookahead = 1
+    drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report, lookahead)
+    # Cells that do not depend on one another are computed together, where the cache of each window is exact; and so are
+    # cells whose tokens are guessed.
+    ahead = chosen == "torch" and lookahead != 1
+    if chosen != "naive" and plan.causal and (ahead or not layout.single_window):
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":
         drawing.by_runs(dtype)
@@ -130,9 +143,10 @@ class _Drawing:
         images: range,
         choice: Choice,
         report: _Report,
+        lookahead: int | None,
     ) -> None:
         self.plan, self.layout, self.canvas, self.wanted = plan, layout, canvas, wanted
-        self.images, self.choice, self.report = images, choice, report
+        self.images, self.choice, self.report, self.lookahead = images, choice, report, lookahead
         #: Leading tokens that are the same in every window.
         self.shared = plan.context.length if plan.context.fixed else 0
 
@@ -141,18 +155,23 @@ class _Drawing:
         plan, batch = self.plan, self.plan.batch
         waves = plan_waves(plan.gpt, self.layout, batch, plan.context.length, memory)
         slots = int(waves.slots.max(initial=-1)) + 1
-        with _wave_engine(engine, plan, dtype, slots) as runner:
-            sample_waves(
-                runner, self.layout, waves, plan.context, self.canvas, self.wanted, self.pick, self.noise(waves.cells),
-                plan.gpt.config.n_unmasked, self.report.added,
-            )  # fmt: skip
+        noise, n_unmasked = self.noise(waves.cells), plan.gpt.config.n_unmasked
+        grid = (self.layout, waves, plan.context, self.canvas, self.wanted)
+        if self.lookahead == 1:
+            with _wave_engine(engine, plan, dtype, slots) as runner:
+                sample_waves(runner, *grid, self.pick, noise, n_unmasked, self.report.added)
+        else:
+            with _span_engine(engine, plan, dtype, slots) as (spans, cost):
+                GuessedWaves(
+                    spans, *grid, self.best, noise, plan.vocab, n_unmasked, self.report.added, self.lookahead, cost
+                ).run()
 
     def by_runs(self, dtype: str) -> None:
         """Each run in one call of the native engine; reports a row of tokens at a time."""
         plan, layout = self.plan, self.layout
         every = layout.width if layout.height > 1 else REPORTED
         with borrowed_engine(plan.gpt, dtype, plan.batch, plan.length) as lent:
-            decoder = NativeDecoder(lent, self.images, self.shared, plan.vocab, self.choice)
+            decoder = NativeDecoder(lent, self.images, self.shared, plan.vocab, self.choice, self.lookahead)
             for run in layout.runs:
                 self._decode_run(decoder, run.row, run.column, run.steps, layout.cells(run), every)
 
@@ -204,6 +223,11 @@ class _Drawing:
             top_p=choice.top_p,
         )  # fmt: skip
 
+    def best(self, logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `pick`, with the tokens' scores; see `tamingfast.ops.choice.best`."""
+        choice = self.choice
+        return best(logits, noise, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p)
+
     def noise(self, cells: np.ndarray) -> Iterator[Tensor | None]:
         """Noise (B, codes) of each cell, a raster index, in turn; None for each where sampling is greedy."""
         if self.choice.greedy:
@@ -226,6 +250,17 @@ def _wave_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterato
     else:
         with _evaluating(plan.gpt, dtype) as gpt:
             yield TorchWaves(gpt, slots, plan.batch, plan.length)
+
+
+@contextmanager
+def _span_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterator[tuple[SpanEngine, PassCost | None]]:
+    """An engine with that many slots for each image, and what its passes cost, if that is known."""
+    if engine == "native":
+        with borrowed_engine(plan.gpt, dtype, slots * plan.batch, plan.length) as lent:
+            yield lent, PassCost(lent.pass_seconds(SIZES)) if isinstance(lent, GPTEngine) else None
+    else:
+        with _evaluating(plan.gpt, dtype) as gpt:
+            yield TorchSpans(gpt, slots * plan.batch, plan.length), PassCost.measured(partial(time_pass, gpt))
 
 
 def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Decoder:

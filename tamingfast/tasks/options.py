@@ -39,9 +39,11 @@ class DrawingOptions:
         stride: tokens between windows, for "strided" and "block".
         engine: the implementation that samples: "auto", "native", "torch" or "naive".
         dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps the model's own.
+        lookahead: tokens that are fed together while drawing, most of them guessed and then checked; 1 guesses none,
+            None takes what is fastest. It does not change the images.
 
     Raises:
-        UserError: a value out of range. Schedule, stride, engine and dtype are checked when drawing begins.
+        UserError: a value out of range. Schedule, stride, engine, dtype and lookahead are checked when drawing begins.
     """
 
     temperature: float = 1.0
@@ -54,6 +56,7 @@ class DrawingOptions:
     stride: int = 8
     engine: str = "auto"
     dtype: str | None = None
+    lookahead: int | None = None
 
     def __post_init__(self) -> None:
         from tamingfast.ops.choice import Choice  # imports torch, which `tamingfast --help` does without
@@ -71,4 +74,4 @@ class DrawingOptions:
 
     def running(self) -> dict[str, Any]:
         """The options of `sample_grid` that do not decide the tokens."""
-        return {"engine": self.engine}
+        return {"engine": self.engine, "lookahead": self.lookahead}

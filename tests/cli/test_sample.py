@@ -35,6 +35,12 @@ class TestSample:
         )
         assert Image.open(out).size == (40, 32)
 
+    def test_lookahead_does_not_change_a_pixel(self, runs, tmp_path):
+        for width in (1, 6):
+            words = ["-n", 2, "--out", tmp_path / f"{width}.png", "--lookahead", width]
+            assert run("sample", runs / "prior", *words) == 0
+        assert (tmp_path / "1.png").read_bytes() == (tmp_path / "6.png").read_bytes()
+
     def test_pixels(self, runs, tmp_path):
         assert run("sample", runs / "prior_pixels", "-n", 1, "--size", "8x8", "--out", tmp_path / "p.png") == 0
 
@@ -48,6 +54,7 @@ class TestSample:
             (["--temperature", "0"], "temperature"),
             (["--schedule", "zigzag"], "zigzag"),
             (["--dtype", "int8", "--engine", "torch"], "int8"),
+            (["--lookahead", "0"], "lookahead: got 0, expected an integer from 1 to 1024"),
             (["--device", "warp"], "warp"),
             (["--top-k", "-1"], "0 to keep all"),
             (["--out", "."], "directory"),

@@ -108,7 +108,9 @@ def test_how_rows_are_grouped(monkeypatch):
     monkeypatch.setattr("tamingfast.engines.cuda.rows._WORTH_TILES", 100 * 100)
     rows = Rows(spans, 0, 100, torch.device("cpu"))
     assert rows.groups == [Group(0, 20, 2, 0, 10), Group(20, 40, 1, 5, 20), Group(40, 51), Group(51, 81, 1, 0, 30)]
-    assert rows.ends.tolist() == [9, 19, 39, 40, 50, 80] and rows.longest == 100
+    assert rows.last_of(spans, [1] * 6).tolist() == [9, 19, 39, 40, 50, 80]
+    assert rows.last_of(spans, [0, 2, 1, 0, 3, 0]).tolist() == [18, 19, 39, 48, 49, 50]
+    assert rows.longest == 100
     assert Rows(spans, 0, 10, torch.device("cpu")).groups == [Group(0, 81)]
     assert Rows(spans[:1], 10, 200, torch.device("cpu")).groups == [Group(0, 10, 1, 0, 10)], "10 rows see 10 positions"
 

@@ -18,7 +18,7 @@ from tamingfast.engines.cuda.passes import Passes
 from tamingfast.engines.cuda.step import Step
 from tamingfast.engines.cuda.weights import Geometry, Weights
 from tamingfast.engines.networks import Transformer
-from tamingfast.engines.request import DecodeRequest, Items, Span, check_range, spans_of
+from tamingfast.engines.request import Asked, DecodeRequest, Items, Span, check_range, spans_of
 from tamingfast.errors import SettingError
 from tamingfast.ops import backends
 from tamingfast.ops.machine import dotted
@@ -110,7 +110,7 @@ class CudaEngine:
         with self._turn() as parts:
             parts.cache.copy(source, target, length)
 
-    def step(self, items: Items, logits: str = "last") -> Tensor:
+    def step(self, items: Items, logits: Asked = "last") -> Tensor:
         """Feeds tokens to slots; arguments, result and errors are those of `tamingfast.engines.cpu.GPTEngine.step`.
 
         The result is on the engine's device.
@@ -121,7 +121,7 @@ class CudaEngine:
             parts.cache.room.check_tokens(tokens)
             return parts.passes.feed(tokens.to(self.device), spans, logits)
 
-    def feed(self, tokens: Tensor, spans: Sequence[Span], logits: str = "last") -> Tensor:
+    def feed(self, tokens: Tensor, spans: Sequence[Span], logits: Asked = "last") -> Tensor:
         """As `step`; ``tokens`` is int64 (T,), those of all spans one after the other.
 
         They must lie in the vocabulary. This is not checked, because the host would have to wait for the device.

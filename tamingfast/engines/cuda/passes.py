@@ -12,7 +12,7 @@ from tamingfast.engines.cuda.device import Device
 from tamingfast.engines.cuda.rows import Group, Rows, batches
 from tamingfast.engines.cuda.weights import Geometry, Norm, Weights
 from tamingfast.engines.networks import LayerCache
-from tamingfast.engines.request import Span
+from tamingfast.engines.request import Asked, Span, asked_of
 
 _TOKENS_PER_PASS = 8192  # enough to fill any GPU
 
@@ -23,20 +23,21 @@ class Passes:
     def __init__(self, geometry: Geometry, weights: Weights, cache: Cache, device: Device) -> None:
         self.geometry, self.weights, self.cache, self.device = geometry, weights, cache, device
 
-    def feed(self, tokens: Tensor, spans: list[Span], logits: str) -> Tensor:
+    def feed(self, tokens: Tensor, spans: list[Span], logits: Asked) -> Tensor:
         """Feeds the spans' tokens in turn, int64 (T,) on the device; returns float32 logits of the requested rows.
 
         Raises MemoryError, with the bytes of the activations, if they do not fit.
         """
         if not spans:
             return torch.empty(0, self.geometry.vocab_size, device=self.device.place)
-        found, at = [], 0
+        asked = asked_of(spans, logits)
+        found, at, first = [], 0, 0
         size = self.geometry.activation_bytes(min(len(tokens), _TOKENS_PER_PASS), self.device.number)
         with self.device.memory_for("activations", size):
             for part in batches(spans, _TOKENS_PER_PASS):
                 count = sum(span.count for span in part)
-                found.append(self._pass(tokens[at : at + count], part, logits))
-                at += count
+                found.append(self._pass(tokens[at : at + count], part, asked[first : first + len(part)]))
+                at, first = at + count, first + len(part)
             return torch.cat(found)
 
     def feed_columns(self, sequences: Tensor, slots: list[int], start: int, stop: int, logits: str) -> Tensor:
@@ -44,7 +45,7 @@ class Passes:
         spans = [Span(slot, start, stop - start) for slot in slots]
         return self.feed(sequences[:, start:stop].flatten(), spans, logits)
 
-    def _pass(self, tokens: Tensor, spans: list[Span], logits: str) -> Tensor:
+    def _pass(self, tokens: Tensor, spans: list[Span], asked: list[int]) -> Tensor:
         geometry, weights, cache = self.geometry, self.weights, self.cache
         position_bytes = 2 * geometry.heads * geometry.stride * self.device.number.itemsize
         rows = Rows(spans, geometry.n_unmasked, position_bytes, self.device.place)
@@ -60,8 +61,8 @@ class Passes:
             x += F.linear(inner, layer.down.weight, layer.down.own_bias)
         for span in spans:
             cache.hold(span.slot, span.stop)
-        asked = {"none": x[:0], "last": x[rows.ends], "all": x}[logits]
-        return F.linear(self._normed(asked, weights.ln_f).float(), weights.wide_head)
+        last = self._normed(x[rows.last_of(spans, asked)], weights.ln_f)
+        return F.linear(last.float(), weights.wide_head)
 
     def _normed(self, x: Tensor, norm: Norm, y: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The norm of x, after y + bias is added to x in place."""

@@ -46,7 +46,6 @@ class Rows:
         groups: of all rows, in order.
         slot, position, last: int32 (rows,): each row's slot, its position and the last position that it sees.
         longest: most positions that a row sees.
-        ends: int64 (spans,), the last row of each span.
     """
 
     def __init__(self, spans: list[Span], n_unmasked: int, position_bytes: int, device: torch.device) -> None:
@@ -68,10 +67,13 @@ class Rows:
                 self.groups[-1] = Group(self.groups[-1].first, len(slot))
             else:
                 self.groups.append(Group(first, len(slot)))
-        ends = [end - 1 for end in itertools.accumulate(span.count for span in spans)]
         self.longest = max(last, default=0) + 1
         self.slot, self.position, self.last = _sent([slot, position, last], torch.int32, device)
-        self.ends = _sent(ends, torch.int64, device)
+
+    def last_of(self, spans: list[Span], asked: list[int]) -> Tensor:
+        """The rows of the last ``asked`` tokens of each of the spans: int64."""
+        ends = zip(itertools.accumulate(span.count for span in spans), asked, strict=True)
+        return _sent([row for end, count in ends for row in range(end - count, end)], torch.int64, self.slot.device)
 
 
 def _sent(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
