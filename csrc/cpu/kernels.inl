@@ -29,10 +29,13 @@ namespace {
 constexpr int kLanes = TF_LANES;
 constexpr int kPieces = static_cast<int>(kPanel) / kLanes;          // vectors per row of a panel
 constexpr int kBlockPieces = static_cast<int>(kBlock) / kLanes;     // vectors per block of positions
-constexpr int kWide = kLanes == 16 ? kPieces : 2;                   // vectors per row of a tile with several rows
-constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 5 : 4;  // so that a tile's sums fill the registers
+constexpr int kWide = kLanes == 4 ? 2 : kPieces;                    // vectors per row of a tile with several rows
+constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 4;  // so that a tile's sums fill the registers
 constexpr int64_t kRowBlock = 96;                                   // rows whose activations fit into L2
 constexpr bool kDot = TF_DOT;
+// Low tiles convert bfloat16 and int8 weights once for all tiles, so many positions of the inner dimension at a time.
+constexpr bool kConvertOnce = !kDot && kTileRows < 8;
+constexpr int64_t kConverted = 128;
 
 typedef float Floats __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
@@ -309,36 +312,55 @@ template <Dtype D, int Rows>
 }
 #endif
 
-// A tile of Rows x (Pieces vectors) sums, kept in registers over the whole inner dimension. The odd element of a pair
-// is added first, as the dot product instruction does.
-template <Dtype D, int Rows, int Pieces>
+// Channels from `channel` on at position i (even, unless D is float32) of the inner dimension, or at i + 1 if Odd.
+template <Dtype D, bool Odd>
+[[gnu::always_inline]] inline Floats load_weight(const void* panel, int64_t i, int64_t channel) {
+  if constexpr (D == Dtype::float32) {
+    return load(static_cast<const float*>(panel) + (i + Odd) * kPanel + channel);
+  } else if constexpr (D == Dtype::bfloat16) {
+    const Words pair = *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(panel) + i * kPanel + 2 * channel);
+    return (Floats)(Odd ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return load_int8(static_cast<const int8_t*>(panel) + (i + Odd) * kPanel + channel);
+  }
+}
+
+// Adds the products with the weights at position i, or i + 1 if Odd. The shorter side of the tile stays in registers.
+template <Dtype D, bool Odd, int Rows, int Pieces>
+[[gnu::always_inline]] inline void add_products(const float* x, int64_t ldx, int64_t i, const void* panel,
+                                                int64_t offset, Floats (&sum)[Rows][Pieces]) {
+  if constexpr (Rows < Pieces) {
+    Floats own[Rows];
+    for (int r = 0; r < Rows; ++r) own[r] = spread(x[r * ldx + i + Odd]);
+    for (int v = 0; v < Pieces; ++v) {
+      const Floats weight = load_weight<D, Odd>(panel, i, offset + v * kLanes);
+      for (int r = 0; r < Rows; ++r) sum[r][v] += own[r] * weight;
+    }
+  } else {
+    Floats weight[Pieces];
+    for (int v = 0; v < Pieces; ++v) weight[v] = load_weight<D, Odd>(panel, i, offset + v * kLanes);
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Pieces; ++v) sum[r][v] += x[r * ldx + i + Odd] * weight[v];
+  }
+}
+
+// A tile of Rows x (Pieces vectors) sums, kept in registers over the inner dimension; `go_on` adds to `sums`. The odd
+// element of a pair is added first, as the dot product instruction does.
+template <Dtype D, int Rows, int Pieces, bool Pairs = D != Dtype::float32>
 [[gnu::always_inline]] inline void float_tile(const float* x, int64_t ldx, int64_t k, const void* panel, int64_t offset,
-                                              Ahead ahead, float* sums) {
+                                              Ahead ahead, float* sums, bool go_on = false) {
   Floats sum[Rows][Pieces] = {};
-  constexpr int64_t kStep = D == Dtype::float32 ? 1 : 2;
-  constexpr int64_t kBytes = kStep * kPanel * (D == Dtype::float32 ? 4 : D == Dtype::bfloat16 ? 2 : 1);
+  if (go_on)
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Pieces; ++v) sum[r][v] = load(sums + r * kPanel + offset + v * kLanes);
+  constexpr int64_t kStep = Pairs ? 2 : 1;
+  // Converted weights, pairs of float, are in the cache; what is fetched ahead is a part of those to convert next.
+  constexpr int64_t kSize = D == Dtype::float32 ? 4 : D == Dtype::bfloat16 ? 2 : 1;
+  constexpr int64_t kBytes = D == Dtype::float32 && Pairs ? 64 : kStep * kPanel * kSize;
   for (int64_t i = 0; i < k; i += kStep) {
     ahead.fetch<kBytes>();
-    Floats weight[kStep][Pieces];
-    for (int v = 0; v < Pieces; ++v) {
-      const int64_t channel = offset + v * kLanes;
-      if constexpr (D == Dtype::float32) {
-        const float* at = static_cast<const float*>(panel) + i * kPanel + channel;
-        weight[0][v] = load(at);
-      } else if constexpr (D == Dtype::bfloat16) {
-        const uint16_t* at = static_cast<const uint16_t*>(panel) + i * kPanel + 2 * channel;
-        const Words pair = *reinterpret_cast<const Words*>(at);
-        weight[0][v] = (Floats)(pair & 0xffff0000u);
-        weight[kStep - 1][v] = (Floats)(pair << 16);
-      } else {
-        const int8_t* at = static_cast<const int8_t*>(panel) + i * kPanel + channel;
-        weight[0][v] = load_int8(at + kPanel);
-        weight[kStep - 1][v] = load_int8(at);
-      }
-    }
-    for (int s = 0; s < kStep; ++s)
-      for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < Pieces; ++v) sum[r][v] += x[r * ldx + i + kStep - 1 - s] * weight[s][v];
+    if constexpr (Pairs) add_products<D, true>(x, ldx, i, panel, offset, sum);
+    add_products<D, false>(x, ldx, i, panel, offset, sum);
   }
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Pieces; ++v) store(sums + r * kPanel + offset + v * kLanes, sum[r][v]);
@@ -365,6 +387,27 @@ inline void any_tile(int rows, const void* x, int64_t ldx, int64_t k, const void
   tile<D, Rows>(x, ldx, k, panel, ahead, sums);
 }
 
+// As any_tile, for weights that were converted to float, of positions whose products are added to `sums`.
+template <int Rows = kTileRows>
+inline void converted_tile(int rows, const float* x, int64_t ldx, int64_t k, const float* weights, Ahead ahead,
+                           float* sums, bool go_on) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return converted_tile<Rows - 1>(rows, x, ldx, k, weights, ahead, sums, go_on);
+  }
+  constexpr int kColumns = Rows == 1 ? kPieces : kWide;
+  for (int v = 0; v < kPieces; v += kColumns)
+    float_tile<Dtype::float32, Rows, kColumns, true>(x, ldx, k, weights, v * kLanes, ahead, sums, go_on);
+}
+
+template <Dtype D>
+void convert(const void* panel, int64_t first, int64_t count, float* weights) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int v = 0; v < kPieces; ++v) {
+      store(weights + i * kPanel + v * kLanes, load_weight<D, false>(panel, first + i, v * kLanes));
+      store(weights + (i + 1) * kPanel + v * kLanes, load_weight<D, true>(panel, first + i, v * kLanes));
+    }
+}
+
 inline void finish(Dtype dtype, const LinearParams& p, const Matrix& m, const float* sums, int64_t panel, int64_t row) {
   for (int v = 0; v < kPieces; ++v) {
     const int64_t channel = panel * kPanel + v * kLanes;
@@ -380,26 +423,60 @@ inline void finish(Dtype dtype, const LinearParams& p, const Matrix& m, const fl
   }
 }
 
+// The sums of all rows, at most kRowBlock, with one panel; tiles of nearly equal height.
+template <Dtype D>
+void panel_sums(const void* x, int64_t ldx, int64_t rows, int64_t k, const char* panel, int64_t panel_size,
+                float* sums) {
+  const int64_t element = D != Dtype::float32 && kDot ? 2 : 4;
+  const int64_t turn = kPanel * (D == Dtype::int8 ? 2 : 4);  // bytes of weights per iteration of a tile's loop
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  int64_t row = 0;
+  for (int64_t t = tiles; t > 0; --t) {
+    const int here = static_cast<int>((rows - row + t - 1) / t);
+    const Ahead ahead{tiles == 1 ? panel + 4096 : panel + panel_size + (tiles - t) * panel_size / tiles, turn / tiles};
+    any_tile<D>(here, static_cast<const char*>(x) + row * ldx * element, ldx, k, panel, ahead, sums + row * kPanel);
+    row += here;
+  }
+}
+
+// As panel_sums, for several tiles: the weights are converted once for all of them.
+template <Dtype D>
+void converted_sums(const float* x, int64_t ldx, int64_t rows, int64_t k, const char* panel, float* sums) {
+  float weights[kConverted * kPanel];
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t turn = 2 * kPanel * (D == Dtype::int8 ? 1 : 2);  // bytes of a pair
+  for (int64_t first = 0; first < k; first += kConverted) {
+    const int64_t count = k - first < kConverted ? k - first : kConverted;
+    convert<D>(panel, first, count, weights);
+    int64_t row = 0;
+    for (int64_t t = tiles; t > 0; --t) {
+      const int here = static_cast<int>((rows - row + t - 1) / t);
+      const char* next = panel + (first + count) / 2 * turn + (tiles - t) * (count / 2) * turn / tiles;
+      converted_tile(here, x + row * ldx + first, ldx, count, weights, {next, turn / tiles}, sums + row * kPanel,
+                     first > 0);
+      row += here;
+    }
+  }
+}
+
 template <Dtype D>
 void linear_typed(const LinearParams& p, const Matrix& m, int64_t first, int64_t last) {
   const int64_t element = D != Dtype::float32 && kDot ? 2 : 4;
-  const int64_t turn = kPanel * (D == Dtype::int8 ? 2 : 4);  // bytes of weights per iteration of a tile's loop
-  float sums[kTileRows * kPanel];
+  float sums[kRowBlock * kPanel];
   for (int64_t block = 0; block < p.rows; block += kRowBlock) {
-    const int64_t end = block + kRowBlock < p.rows ? block + kRowBlock : p.rows;
-    const int64_t tiles = (end - block + kTileRows - 1) / kTileRows;
+    const int64_t rows = p.rows - block < kRowBlock ? p.rows - block : kRowBlock;
+    const char* x = static_cast<const char*>(p.x) + block * p.ldx * element;
     for (int64_t panel = first; panel < last; ++panel) {
-      const char* weight = static_cast<const char*>(m.panels) + panel * m.panel_size;
-      int64_t row = block;
-      for (int64_t t = tiles; t > 0; --t) {  // tiles of nearly equal height
-        const int rows = static_cast<int>((end - row + t - 1) / t);
-        const char* x = static_cast<const char*>(p.x) + row * p.ldx * element;
-        const Ahead ahead{tiles == 1 ? weight + 4096 : weight + m.panel_size + (tiles - t) * m.panel_size / tiles,
-                          turn / tiles};
-        any_tile<D>(rows, x, p.ldx, m.k, weight, ahead, sums);
-        for (int r = 0; r < rows; ++r) finish(D, p, m, sums + r * kPanel, panel, row + r);
-        row += rows;
+      const char* weights = static_cast<const char*>(m.panels) + panel * m.panel_size;
+      if constexpr (kConvertOnce && D != Dtype::float32) {
+        if (rows > kTileRows)
+          converted_sums<D>(reinterpret_cast<const float*>(x), p.ldx, rows, m.k, weights, sums);
+        else
+          panel_sums<D>(x, p.ldx, rows, m.k, weights, m.panel_size, sums);
+      } else {
+        panel_sums<D>(x, p.ldx, rows, m.k, weights, m.panel_size, sums);
       }
+      for (int64_t r = 0; r < rows; ++r) finish(D, p, m, sums + r * kPanel, panel, block + r);
     }
   }
 }
