@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -15,12 +16,14 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../guard.h"
 #include "engine.h"
 #include "isa.h"
 #include "limits.h"
+#include "lookahead.h"
 #include "memory.h"
 #include "nearest_code.h"
 
@@ -258,6 +261,27 @@ std::map<std::int64_t, double> bound_pass_seconds(GPTEngine& engine, const std::
   return seconds;
 }
 
+using Seen = std::vector<std::pair<std::int64_t, std::int64_t>>;
+
+// The rows that lookahead gives to sequences, and what each learned from (right, guesses) of its passes.
+std::pair<std::vector<std::int64_t>, std::vector<std::vector<double>>> bound_share_rows(
+    const std::array<double, PassCost::kSizes.size()>& seconds, double extra, std::int64_t known,
+    const std::vector<Seen>& seen, const std::vector<std::int64_t>& most) {
+  require_count("most", most.size(), static_cast<std::int64_t>(seen.size()));
+  std::vector<Survival> learned(seen.size());
+  std::vector<Contender> contenders;
+  std::vector<std::vector<double>> shares;
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    for (const auto& [right, guesses] : seen[i]) learned[i].observe(right, guesses);
+    contenders.push_back({&learned[i], most[i]});
+    shares.emplace_back();
+    for (std::int64_t depth = 0; depth < kWidest; ++depth) shares.back().push_back(learned[i].at(depth));
+  }
+  std::size_t next = 0;
+  const PassCost cost = PassCost::measure([&](std::int64_t) { return seconds[next++ % seconds.size()]; });
+  return {share_rows(cost, extra, known, contenders), shares};
+}
+
 void bind_engine(py::module_& module) {
   py::class_<GPTEngine>(module, "GPTEngine",
                         "Decodes a GPT on the CPU with a key/value cache; use it through tamingfast.engines.cpu.")
@@ -326,6 +350,8 @@ void bind_cpu(py::module_& module) {
       "Writes the index of the nearest row of the codebook (k, d) for each row of z (n, d) to out (n,). z, codebook "
       "and out are the addresses of contiguous float32, float32 and int64 arrays. ValueError names the argument.");
   bind_engine(module);
+  module.def("share_rows", &bound_share_rows, py::arg("seconds"), py::arg("extra"), py::arg("known"), py::arg("seen"),
+             py::arg("most"), "To test csrc/cpu/lookahead.h.");
   module.def(
       "read_bandwidth",
       [](std::int64_t bytes, int threads, int repeats) {

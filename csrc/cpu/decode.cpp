@@ -141,8 +141,7 @@ std::vector<std::int64_t> Decoding::widths() {
     first = first && sequence.width == 0;
   }
   if (first) return std::vector<std::int64_t>(active_.size(), 1);
-  const double extra = chosen_ > 0 ? choosing_seconds_ / static_cast<double>(chosen_) : 0.0;
-  return share_rows(engine_.pass_cost(poll_), extra, known, contenders);
+  return share_rows(engine_.pass_cost(poll_), choosing_, known, contenders);
 }
 
 // Calls visit(step) for the wanted steps whose tokens a window of this width feeds or chooses.
@@ -163,7 +162,8 @@ void Decoding::each(std::vector<Row>& rows, Body&& body) {
     const Range mine = share(count, thread, of);
     for (std::int64_t i = mine.first; i < mine.last; ++i) body(rows[i], workers_[thread]);
   });
-  choosing_seconds_ += std::chrono::duration<double>(Clock::now() - begun).count();
+  const double seconds = std::chrono::duration<double>(Clock::now() - begun).count() / static_cast<double>(count);
+  choosing_ = choosing_ == 0.0 ? seconds : std::min(choosing_, seconds);
 }
 
 std::int64_t Decoding::choose_from(const float* logits, std::int64_t b, std::int64_t step, Worker& worker) const {
@@ -238,7 +238,6 @@ void Decoding::choose_rows() {
     return logits_.data() + at * engine_.geometry().vocab_size;
   };
   each(rows_, [&](Row& row, Worker& worker) { row.token = choose_from(logits_of(row), row.b, row.step, worker); });
-  chosen_ += static_cast<std::int64_t>(rows_.size());
   for (const Row& row : rows_) above_.keep(row.b, row.step, logits_of(row));
 }
 

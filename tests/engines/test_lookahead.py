@@ -16,6 +16,7 @@ from torch import Tensor
 from tamingfast.engines import GPTEngine
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
+from tamingfast.sampling.lookahead import SIZES, PassCost, Survival
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
@@ -209,6 +210,34 @@ def test_an_interrupt_in_mid_window_leaves_what_is_known():
         """
     )
     assert result.stdout.split("\n") == ["stopped", "True", "True", ""], result.stderr
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_rows_go_where_they_promise_most(data):
+    """The best of all ways to share them, by the rules as Python has them."""
+    draw, seconds = data.draw, st.floats(0.5, 4)
+    costs = sorted(draw(st.lists(seconds, min_size=len(SIZES), max_size=len(SIZES))))
+    extra, known = draw(st.sampled_from([0.0, 0.02, 0.5])), draw(st.integers(2, 40))
+    passes = st.integers(0, 6).flatmap(lambda guesses: st.tuples(st.integers(0, guesses), st.just(guesses)))
+    seen = draw(st.lists(st.lists(passes, max_size=30), min_size=2, max_size=2))
+    most = draw(st.lists(st.integers(1, 5), min_size=2, max_size=2))
+    rows, shares = native.share_rows(costs, extra, known, seen, most)
+
+    learned = [Survival(), Survival()]
+    for survival, own in zip(learned, seen, strict=True):
+        for right, guesses in own:
+            survival.observe([1.0] * (right + 1) + [0.0] * (guesses - right))
+    for survival, share in zip(learned, shares, strict=True):
+        assert share == pytest.approx(survival.share, rel=1e-9)
+
+    def rate(first: int, second: int) -> float:
+        tokens = sum(survival.share[:n].sum() for survival, n in zip(learned, (first, second), strict=True))
+        added = first + second - 2
+        return tokens / (PassCost(costs)(known + added) + extra * added)
+
+    best = max(rate(a, b) for a in range(1, most[0] + 1) for b in range(1, most[1] + 1))
+    assert rate(*rows) == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("lookahead", [0, -1, 1025, 2.5, True, "8"])
