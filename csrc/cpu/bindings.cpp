@@ -93,14 +93,16 @@ Geometry read_geometry(const Sizes& from) {
 class GPTEngine {
  public:
   GPTEngine(const Addresses& weights, const Sizes& geometry, const std::string& dtype, int threads,
-            const std::string& isa) {
+            const std::string& isa, const std::string& draft) {
     const Geometry g = read_geometry(geometry);
     require_range("n_layer", g.n_layer, 0, static_cast<std::int64_t>(weights.size()));
     const GPTWeights read = read_weights(weights, g.n_layer);
     const Dtype type = named("dtype", dtype, kDtypes);
+    const Dtype draft_type = draft.empty() ? type : named("draft", draft, kDtypes);
     const Isa chosen = parse_isa(isa);
     py::gil_scoped_release unlocked;
     engine_ = std::make_unique<Engine>(read, g, type, threads, chosen);
+    if (!draft.empty()) engine_->set_draft(std::make_unique<Engine>(read, g, draft_type, threads, chosen));
   }
 
   // Calls work(engine) without the GIL and with the engine's lock. The GIL is released before the lock is taken,
@@ -235,10 +237,11 @@ py::dict bound_info(GPTEngine& engine) {
     std::int64_t slots, capacity;
     int threads;
     Counts decoded;
+    std::size_t draft_bytes;
   };
   const Facts facts = engine.use([](Engine& native) {
-    return Facts{native.weight_bytes(), native.cache_bytes(), native.slots(),
-                 native.capacity(),     native.threads(),     native.counts()};
+    return Facts{native.weight_bytes(), native.cache_bytes(), native.slots(),      native.capacity(),
+                 native.threads(),      native.counts(),      native.draft_bytes()};
   });
   py::dict info;
   info["weight_bytes"] = facts.weight_bytes;
@@ -249,6 +252,7 @@ py::dict bound_info(GPTEngine& engine) {
   info["passes"] = facts.decoded.passes;
   info["rows"] = facts.decoded.rows;
   info["tokens"] = facts.decoded.tokens;
+  info["draft_bytes"] = facts.draft_bytes;
   return info;
 }
 
@@ -279,16 +283,18 @@ std::pair<std::vector<std::int64_t>, std::vector<std::vector<double>>> bound_sha
   }
   std::size_t next = 0;
   const PassCost cost = PassCost::measure([&](std::int64_t) { return seconds[next++ % seconds.size()]; });
-  return {share_rows(cost, extra, known, contenders), shares};
+  return {share_rows(cost, extra, known, contenders).rows, shares};
 }
 
 void bind_engine(py::module_& module) {
   py::class_<GPTEngine>(module, "GPTEngine",
                         "Decodes a GPT on the CPU with a key/value cache; use it through tamingfast.engines.cpu.")
-      .def(py::init<const Addresses&, const Sizes&, const std::string&, int, const std::string&>(), py::arg("weights"),
-           py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
+      .def(py::init<const Addresses&, const Sizes&, const std::string&, int, const std::string&, const std::string&>(),
+           py::arg("weights"), py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
+           py::arg("draft") = "",
            "weights: address of each contiguous float32 parameter by its name in the state dict, read here and not "
-           "kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked.")
+           "kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked; draft: the dtype of a second "
+           "copy that guesses, or none.")
       .def(
           "reserve",
           [](GPTEngine& e, std::int64_t slots, std::int64_t length) {
@@ -328,7 +334,8 @@ void bind_engine(py::module_& module) {
           py::arg("threads"), "Sets the number of threads for later calls.")
       .def("info", &bound_info,
            "dict: weight_bytes (read for every token), cache_bytes, slots, capacity (positions per slot), threads; and "
-           "what `decode` did so far: passes, rows (of logits), tokens (chosen).")
+           "what `decode` did so far: passes, rows (of logits), tokens (chosen); draft_bytes (of the copy that "
+           "guesses).")
       .def("pass_seconds", &bound_pass_seconds, py::arg("rows"),
            "Seconds of a pass, by which `decode` chooses how far to look ahead, for each number of rows.")
       .def("close", &GPTEngine::close, "Frees the memory; every later call raises ValueError.");

@@ -74,6 +74,7 @@ Decoding::Decoding(Engine& engine, const DecodeParams& params, const Engine::Pol
   for (std::int64_t b = 0; b < d_.batch; ++b) {
     Sequence& sequence = sequences_[b];
     sequence.fed = d_.fed;
+    sequence.goal = d_.count;
     sequence.guesses.assign(d_.count, -1);
     for (std::int64_t i = 0; i < d_.count; ++i)
       if (wanted(b, i)) sequence.last = d_.steps[i];
@@ -81,6 +82,14 @@ Decoding::Decoding(Engine& engine, const DecodeParams& params, const Engine::Pol
   }
   const Worker worker{ChoiceScratch(engine.geometry().vocab_size), std::vector<float>(d_.choices)};
   workers_.assign(engine.threads(), worker);
+  if (!engine.draft() || lookahead_ == 1) return;
+  draft_tokens_.assign(d_.sequences, d_.sequences + d_.batch * d_.length);
+  draft_params_ = d_;
+  draft_params_.sequences = draft_tokens_.data();
+  draft_params_.fed = draft_params_.lookahead = 0;
+  for (std::int64_t b = 0; b < d_.batch; ++b) engine.draft()->truncate(d_.slots[b], 0);
+  draft_ = std::make_unique<Decoding>(*engine.draft(), draft_params_, poll);
+  draft_seconds_ = engine.draft()->pass_cost(poll).at(1);
 }
 
 void Decoding::run(const Engine::Progress& progress) {
@@ -93,10 +102,12 @@ bool Decoding::pass() {
   active_.clear();
   for (std::int64_t b = 0; b < d_.batch; ++b) {
     const Sequence& sequence = sequences_[b];
-    if (!sequence.failure && sequence.next < d_.count && sequence.next <= failed_) active_.push_back(b);
+    const std::int64_t last = std::min(sequence.goal, failed_ + 1);
+    if (!sequence.failure && sequence.next < std::min(last, d_.count)) active_.push_back(b);
   }
   if (active_.empty()) return false;
   const std::vector<std::int64_t> rows = widths();
+  if (drafting_) draft(rows);
   guess(rows);
   feed(rows);
   choose_rows();
@@ -128,20 +139,28 @@ std::int64_t Decoding::most_rows(const Sequence& sequence) const {
 std::vector<std::int64_t> Decoding::widths() {
   std::vector<std::int64_t> found;
   if (lookahead_ > 0) {
+    drafting_ = draft_ != nullptr;
     for (const std::int64_t b : active_) found.push_back(std::min(lookahead_, most_rows(sequences_[b])));
     return found;
   }
-  std::vector<Contender> contenders;
+  std::vector<Contender> contenders, drafted;
   std::int64_t known = 0;
   bool first = true;
   for (const std::int64_t b : active_) {
     const Sequence& sequence = sequences_[b];
     contenders.push_back({&sequence.survival, most_rows(sequence)});
+    drafted.push_back({&sequence.drafted, most_rows(sequence)});
     known += d_.steps[sequence.next] - start(sequence);
     first = first && sequence.width == 0;
   }
   if (first) return std::vector<std::int64_t>(active_.size(), 1);
-  return share_rows(engine_.pass_cost(poll_), choosing_, known, contenders);
+  const PassCost& cost = engine_.pass_cost(poll_);
+  const Shares own = share_rows(cost, choosing_, known, contenders);
+  drafting_ = false;
+  if (!draft_) return own.rows;
+  const Shares drafts = share_drafts(cost, choosing_ + draft_seconds_, known, drafted);
+  drafting_ = drafts.rate > own.rate;
+  return drafting_ ? drafts.rows : own.rows;
 }
 
 // Calls visit(step) for the wanted steps whose tokens a window of this width feeds or chooses.
@@ -187,8 +206,7 @@ void Decoding::guess(const std::vector<std::int64_t>& widths) {
 // A guess from the logits to the left and above, with the step's own noise; negative if they have none.
 std::int64_t Decoding::estimate(std::int64_t b, std::int64_t step, Worker& worker) const {
   const Sequence& sequence = sequences_[b];
-  const std::int64_t vocab = engine_.geometry().vocab_size;
-  const float* left = logits_.data() + (sequence.logits + sequence.width - 1) * vocab;
+  const float* left = sequence.left.data();
   const float* above = above_.find(b, step);
   if (!above) return choose_from(left, b, step, worker);
   for (std::int64_t v = 0; v < d_.choices; ++v) worker.mean[v] = 0.5f * (left[v] + above[v]);
@@ -238,7 +256,13 @@ void Decoding::choose_rows() {
     return logits_.data() + at * engine_.geometry().vocab_size;
   };
   each(rows_, [&](Row& row, Worker& worker) { row.token = choose_from(logits_of(row), row.b, row.step, worker); });
+  if (d_.lookahead == 1) return;
   for (const Row& row : rows_) above_.keep(row.b, row.step, logits_of(row));
+  for (const std::int64_t b : active_) {
+    const std::int64_t vocab = engine_.geometry().vocab_size;
+    const auto last = logits_.cbegin() + (sequences_[b].logits + sequences_[b].width) * vocab;
+    sequences_[b].left.assign(last - vocab, last);
+  }
 }
 
 void Decoding::accept() {
@@ -280,8 +304,47 @@ void Decoding::accept(std::int64_t b, Rows row, const Rows last) {
       sequence.fed = position;
   }
   for (; row != last; ++row) sequence.guesses[row->step] = row->token;
-  sequence.survival.observe(right, guesses);
+  (drafting_ ? sequence.drafted : sequence.survival).observe(right, guesses);
   seek(b);
+  engine_.truncate(d_.slots[b], sequence.fed);
+  if (draft_) draft_->correct(b, d_.sequences + b * d_.length, sequence.next);
+}
+
+// Guesses by the copy of the model.
+void Decoding::draft(const std::vector<std::int64_t>& widths) {
+  const Clock::time_point begun = Clock::now();
+  const std::int64_t before = draft_->committed_;
+  for (Sequence& sequence : draft_->sequences_) sequence.goal = 0;
+  for (std::size_t i = 0; i < active_.size(); ++i) {
+    std::int64_t goal = 0;
+    window(active_[i], widths[i] - 1, [&](std::int64_t step) { goal = step + 1; });
+    draft_->sequences_[active_[i]].goal = goal;
+  }
+  while (draft_->pass());
+  for (std::size_t i = 0; i < active_.size(); ++i) {
+    const std::int64_t b = active_[i], drawn = draft_->sequences_[b].next;
+    window(b, widths[i] - 1, [&](std::int64_t step) {
+      if (step < drawn) sequences_[b].guesses[step] = draft_tokens_[b * d_.length + d_.steps[step]];
+    });
+  }
+  const std::int64_t count = draft_->committed_ - before;
+  if (count == 0) return;
+  const double seconds = std::chrono::duration<double>(Clock::now() - begun).count() / static_cast<double>(count);
+  draft_seconds_ += (seconds - draft_seconds_) / 8;
+}
+
+// Goes on from the right tokens before step `next`; tokens of its own after a wrong one become guesses.
+void Decoding::correct(std::int64_t b, const std::int64_t* right, std::int64_t next) {
+  Sequence& sequence = sequences_[b];
+  const std::int64_t stop = next < d_.count ? d_.steps[next] : d_.length;
+  std::int64_t* own = d_.sequences + b * d_.length;
+  const std::int64_t same = std::mismatch(right, right + stop, own).first - right;
+  if (same == stop && sequence.next >= next) return;
+  for (std::int64_t step = next; step < sequence.next; ++step)
+    if (wanted(b, step)) sequence.guesses[step] = own[d_.steps[step]];
+  std::copy_n(right, stop, own);
+  sequence.next = next;
+  sequence.fed = std::min(sequence.fed, same);
   engine_.truncate(d_.slots[b], sequence.fed);
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "choose.h"
@@ -27,6 +28,8 @@ class Above {
   std::vector<float> logits_;            // (batch, columns, choices)
 };
 
+constexpr double kDraftsRight = 0.97;  // how often a copy of the model guesses right, before any guess was checked
+
 class Decoding {
  public:
   // Throws std::invalid_argument, which names the argument.
@@ -41,8 +44,10 @@ class Decoding {
     std::int64_t failure = 0;           // kChoiceNan or kChoiceNothing, if step `next` has no token
     std::int64_t width = 0;             // rows of logits of the latest pass, 0 before it
     std::int64_t logits = 0;            // the first of them
+    std::int64_t goal = 0;              // the step to reach
     std::vector<std::int64_t> guesses;  // (steps,), -1 where there is none
-    Survival survival;
+    std::vector<float> left;            // the last row of logits of the latest pass
+    Survival survival, drafted{kDraftsRight};
   };
   // A row of logits, from which the token of a wanted step is chosen; or such a token to guess.
   struct Row {
@@ -55,6 +60,8 @@ class Decoding {
   };
 
   bool pass();
+  void correct(std::int64_t b, const std::int64_t* right, std::int64_t next);
+  void draft(const std::vector<std::int64_t>& widths);
   std::int64_t most_rows(const Sequence& sequence) const;
   std::vector<std::int64_t> widths();
   void guess(const std::vector<std::int64_t>& widths);
@@ -87,7 +94,13 @@ class Decoding {
   std::vector<Worker> workers_;
   std::vector<Row> rows_;      // of the latest pass
   std::vector<float> logits_;  // of the latest pass
-  double choosing_ = 0.0;      // seconds to choose from a row: the least so far, which no other load disturbed
+  // A copy of the model that guesses: decodes tokens of its own, which are corrected as the right ones become known.
+  std::vector<std::int64_t> draft_tokens_;
+  DecodeParams draft_params_{};
+  std::unique_ptr<Decoding> draft_;
+  bool drafting_ = false;       // whether it guesses for this pass
+  double draft_seconds_ = 0.0;  // per token
+  double choosing_ = 0.0;       // seconds to choose from a row: the least so far, which no other load disturbed
 };
 
 }  // namespace tamingfast

@@ -154,6 +154,7 @@ struct Engine::State {
   std::atomic<bool> stop{false};
   Clock::time_point polled;
 
+  std::unique_ptr<Engine> draft;
   Counts counts{};
   PassCost cost;
   int cost_threads = 0;  // with which it was measured
@@ -439,6 +440,14 @@ std::int64_t Engine::capacity() const { return state_->capacity; }
 void Engine::set_threads(int threads) {
   require_range("threads", threads, 1, kMaxThreads);
   state_->threads = threads;
+  if (state_->draft) state_->draft->set_threads(threads);
+}
+
+void Engine::set_draft(std::unique_ptr<Engine> draft) { state_->draft = std::move(draft); }
+Engine* Engine::draft() const { return state_->draft.get(); }
+
+std::size_t Engine::draft_bytes() const {
+  return state_->draft ? state_->draft->weight_bytes() + state_->draft->cache_bytes() : 0;
 }
 
 void Engine::reserve(std::int64_t slots, std::int64_t length) {
@@ -458,6 +467,12 @@ void Engine::reserve(std::int64_t slots, std::int64_t length) {
   s.keys_bytes = keys;
   s.head_bytes = head;
   s.lengths.assign(slots, 0);
+  if (!s.draft) return;
+  try {
+    s.draft->reserve(slots, length);
+  } catch (const OutOfMemory&) {
+    s.draft.reset();
+  }
 }
 
 std::int64_t Engine::length(std::int64_t slot) const {

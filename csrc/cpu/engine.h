@@ -94,6 +94,12 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
+  // Gives `decode` a copy of the model with smaller weights to guess with; reserve() drops it if its cache does not
+  // fit.
+  void set_draft(std::unique_ptr<Engine> draft);
+  Engine* draft() const;
+  std::size_t draft_bytes() const;
+
   const Geometry& geometry() const;
   std::size_t weight_bytes() const;  // read for every token
   std::size_t cache_bytes() const;

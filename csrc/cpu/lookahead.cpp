@@ -8,7 +8,6 @@ namespace tamingfast {
 namespace {
 
 constexpr int kRounds = 3;             // passes of each size that are timed; the first warms up
-constexpr double kExpected = 0.6;      // how often a guess is right, before any was checked
 constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
 constexpr double kFastest = 1.0 / 4;
 constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
@@ -32,15 +31,15 @@ double PassCost::at(std::int64_t rows) const {
   return seconds_[i - 1] + slope * static_cast<double>(rows - kSizes[i - 1]);
 }
 
-Survival::Survival() {
+Survival::Survival(double expected) : expected_(expected) {
   share_[0] = 1.0;
-  for (std::int64_t d = 1; d < kWidest; ++d) share_[d] = share_[d - 1] * kExpected;
+  for (std::int64_t d = 1; d < kWidest; ++d) share_[d] = share_[d - 1] * expected_;
 }
 
 void Survival::observe(std::int64_t right, std::int64_t guesses) {
   if (guesses == 0) {
     double expected = 1.0;
-    for (std::int64_t d = 1; d < kWidest; ++d) share_[d] += kForgotten * ((expected *= kExpected) - share_[d]);
+    for (std::int64_t d = 1; d < kWidest; ++d) share_[d] += kForgotten * ((expected *= expected_) - share_[d]);
     return;
   }
   const double weight = std::max(kSlowest, 1.0 / (1.0 / kFastest + static_cast<double>(passes_++)));
@@ -52,8 +51,7 @@ void Survival::observe(std::int64_t right, std::int64_t guesses) {
   }
 }
 
-std::vector<std::int64_t> share_rows(const PassCost& cost, double extra, std::int64_t known,
-                                     const std::vector<Contender>& contenders) {
+Shares share_rows(const PassCost& cost, double extra, std::int64_t known, const std::vector<Contender>& contenders) {
   std::vector<std::int64_t> rows(contenders.size(), 1), best = rows;
   double tokens = static_cast<double>(contenders.size()), most = tokens / cost.at(known);
   for (std::int64_t added = 1; added < kWidest; ++added) {
@@ -69,6 +67,22 @@ std::vector<std::int64_t> share_rows(const PassCost& cost, double extra, std::in
     tokens += gain;
     const double rate = tokens / (cost.at(known + added) + extra * static_cast<double>(added));
     if (rate > most) most = rate, best = rows;
+  }
+  return {best, most};
+}
+
+Shares share_drafts(const PassCost& cost, double extra, std::int64_t known, const std::vector<Contender>& contenders) {
+  Shares best{{}, 0.0};
+  for (const std::int64_t depth : kDrafts) {
+    Shares found{{}, 0.0};
+    std::int64_t added = 0;
+    for (const Contender& one : contenders) {
+      found.rows.push_back(std::min(one.most, depth + 1));
+      for (std::int64_t d = 0; d < found.rows.back(); ++d) found.rate += one.survival->at(d);
+      added += found.rows.back() - 1;
+    }
+    found.rate /= cost.at(known + added) + extra * static_cast<double>(added);
+    if (found.rate > best.rate) best = found;
   }
   return best;
 }

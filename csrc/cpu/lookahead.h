@@ -25,16 +25,18 @@ class PassCost {
   std::array<double, kSizes.size()> seconds_{};
 };
 
-// How often at least d guesses in a row were right lately, for each depth d.
+// How often at least d guesses in a row were right lately, for each depth d. A guess is `expected` to be right that
+// often before any was checked.
 class Survival {
  public:
-  Survival();
+  explicit Survival(double expected = 0.6);
 
   // Of `guesses` guesses, the first `right` were right and the next, if any, was wrong.
   void observe(std::int64_t right, std::int64_t guesses);
   double at(std::int64_t depth) const { return share_[depth]; }
 
  private:
+  double expected_;
   std::array<double, kWidest> share_;
   std::int64_t passes_ = 0;
 };
@@ -45,9 +47,18 @@ struct Contender {
   std::int64_t most;  // rows
 };
 
+// The rows of each sequence, and the tokens per second that they promise.
+struct Shares {
+  std::vector<std::int64_t> rows;
+  double rate;
+};
+
 // The rows of each sequence, at least one, that promise the most tokens per second. A pass has `known` rows before any
 // guess, one of each sequence among them; a row of guesses takes `extra` seconds besides its part of the pass.
-std::vector<std::int64_t> share_rows(const PassCost& cost, double extra, std::int64_t known,
-                                     const std::vector<Contender>& contenders);
+Shares share_rows(const PassCost& cost, double extra, std::int64_t known, const std::vector<Contender>& contenders);
+
+// The same number of guesses for all sequences, one of kDrafts or as many as there is room for, that promises most.
+constexpr std::array<std::int64_t, 3> kDrafts{4, 8, 16};
+Shares share_drafts(const PassCost& cost, double extra, std::int64_t known, const std::vector<Contender>& contenders);
 
 }  // namespace tamingfast

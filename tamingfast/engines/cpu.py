@@ -38,6 +38,8 @@ class GPTEngine:
         gpt: on the CPU, of any floating-point type; its weights are copied.
         dtype: type of the packed weights, one of `DTYPES`.
         threads: number of threads; None takes `torch.get_num_threads()` at each call.
+        drafts: keep an int8 copy of the weights as well, with a cache of its own, by which `decode` guesses tokens
+            where that is faster. The tokens are those of ``dtype``. Without the memory for its cache there is none.
 
     Raises:
         ValueError: an unknown dtype, or threads below 1.
@@ -56,7 +58,9 @@ class GPTEngine:
         device = next(gpt.parameters()).device.type
         return None if device == "cpu" else f"it runs on the CPU, and the transformer is on {device}"
 
-    def __init__(self, gpt: Transformer, dtype: str = "float32", threads: int | None = None) -> None:
+    def __init__(
+        self, gpt: Transformer, dtype: str = "float32", threads: int | None = None, drafts: bool = False
+    ) -> None:
         module, _ = backends.native()
         reason = self.refusal(gpt)
         if module is None or reason is not None:
@@ -75,6 +79,7 @@ class GPTEngine:
             dtype,
             self._thread_count(),
             backends.isa(),
+            draft="int8" if drafts else "",
         )
         self._n_unmasked = geometry["n_unmasked"]
         self._room = self._room_of(0, 0)
@@ -185,7 +190,7 @@ class GPTEngine:
         """Sizes, threads, and what `decode` did so far.
 
         weight_bytes (read for every pass), cache_bytes, slots, capacity (positions of a slot), threads; passes, rows
-        (of logits computed), tokens (chosen).
+        (of logits computed), tokens (chosen); draft_bytes (weights and cache of the copy that guesses).
         """
         return self._native.info()
 

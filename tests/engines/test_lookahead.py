@@ -46,15 +46,17 @@ with torch.no_grad():
     MODELS["some tokens are NaN"].tok_emb.weight[20:] = torch.nan
     MODELS["one late token is NaN"].pos_emb[0, 23] = torch.nan
     MODELS["all is NaN"].head.weight[3] = torch.nan
-ENGINES: dict[tuple[str, str, str], GPTEngine] = {}
+ENGINES: dict[tuple[str, str, str, bool], GPTEngine] = {}
 
 
-def engine_of(model: str, dtype: str, isa: str) -> GPTEngine:
-    if (model, dtype, isa) not in ENGINES:
+def engine_of(model: str, dtype: str, isa: str, drafts: bool = False) -> GPTEngine:
+    key = (model, dtype, isa, drafts)
+    if key not in ENGINES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TAMINGFAST_ISA", isa)
-            ENGINES[model, dtype, isa] = cpu_engine(MODELS[model], dtype, threads=1)
-    return ENGINES[model, dtype, isa]
+            ENGINES[key] = GPTEngine(MODELS[model], dtype, threads=1, drafts=drafts)
+            ENGINES[key].reserve(BATCH, LENGTH)
+    return ENGINES[key]
 
 
 @dataclass
@@ -100,8 +102,9 @@ def outcome(engine: GPTEngine, given: Tensor, steps: list[int], fed: int, **opti
 def test_lookahead_changes_nothing_but_the_number_of_passes(data):
     draw = data.draw
     engine = engine_of(
-        draw(st.sampled_from(sorted(MODELS))), draw(st.sampled_from(GPTEngine.DTYPES)), draw(st.sampled_from(ISAS))
-    )
+        draw(st.sampled_from(sorted(MODELS))), draw(st.sampled_from(GPTEngine.DTYPES)), draw(st.sampled_from(ISAS)),
+        draw(st.booleans()),
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     given = torch.randint(20, (BATCH, LENGTH + 1), generator=generator)
     all_from = st.integers(1, 39).map(lambda first: list(range(first, LENGTH + 1)))
@@ -141,6 +144,28 @@ def test_right_guesses_save_passes(dtype):
     assert max(alone) < LENGTH * 3 // 4
     assert passes(8) == max(alone)
     assert passes(LENGTH) < max(alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_copy_of_the_model_guesses_nearly_everything(dtype):
+    """Its tokens differ rarely, and never if it has the same weights; a pass then chooses as many as there is room for."""
+    engine = engine_of("predictable", dtype, "auto", drafts=True)
+    given, steps = torch.arange(BATCH)[:, None].repeat(1, LENGTH + 1), range(1, LENGTH + 1)
+    expected = decoded(engine, given, steps, lookahead=1, temperature=2.0)
+    before = engine.info()["passes"]
+    assert torch.equal(decoded(engine, given, steps, lookahead=9, temperature=2.0), expected)
+    passes = engine.info()["passes"] - before
+    fewest = 1 + -(-(LENGTH - 1) // 9)
+    assert passes == fewest if dtype == "int8" else fewest <= passes < LENGTH // 3
+
+
+def test_drafts_cost_what_info_says():
+    without, drafts = (GPTEngine(MODELS["random"], drafts=drafts) for drafts in (False, True))
+    assert without.info()["draft_bytes"] == 0
+    weights = GPTEngine(MODELS["random"], "int8").info()["weight_bytes"]
+    assert drafts.info()["draft_bytes"] == weights
+    drafts.reserve(2, LENGTH)
+    assert drafts.info()["draft_bytes"] > weights
 
 
 def test_greedy_repetition_is_guessed_at_once():
