@@ -53,8 +53,8 @@ class Prior:
         cond = self.cond[torch.arange(first, first + batch) % len(self.cond)]
         return torch.cat((cond, torch.zeros(batch, self.side**2, dtype=torch.int64)), 1)
 
-    def engine(self, dtype: str, batch: int) -> GPTEngine:
-        engine = GPTEngine(self.gpt, dtype)
+    def engine(self, dtype: str, batch: int, drafts: bool = False) -> GPTEngine:
+        engine = GPTEngine(self.gpt, dtype, drafts=drafts)
         engine.reserve(batch, self.cond.shape[1] + self.side**2 - 1)
         return engine
 
@@ -154,34 +154,42 @@ def _sequential(name: str, image: int, temperature: float, top_k: int | None) ->
 @pytest.mark.parametrize("dtype", GPTEngine.DTYPES)
 @pytest.mark.parametrize("name", PRIORS)
 def test_decode(benchmark, name, dtype, batch):
-    """Automatic lookahead, and each width, beside `lookahead=1`; the same images in turn."""
+    """Automatic lookahead, each width, and int8 drafts beside `lookahead=1`; the same images in turn."""
     model = prior(name)
-    engine = model.engine(dtype, batch)
-    ways = (1, None, *WIDTHS[:2]) if TINY else (1, None, *WIDTHS)
-    spent: dict[int | None, list[float]] = {way: [] for way in ways}
-    rates: dict[int | None, list[float]] = {way: [] for way in ways}
-    model.decode(engine, 0, batch, None)  # measures what rows cost
+    engine, drafting = model.engine(dtype, batch), model.engine(dtype, batch, drafts=True)
+    ways: dict[str, tuple[GPTEngine, int | None]] = {"1": (engine, 1), "None": (engine, None)}
+    ways |= {str(width): (engine, width) for width in (WIDTHS[:2] if TINY else WIDTHS)}
+    if dtype != "int8":
+        ways |= {"drafts, None": (drafting, None), "drafts, 9": (drafting, 9), "drafts, 17": (drafting, 17)}
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for one in (engine, drafting):
+        model.decode(one, 0, batch, None)  # measures what rows cost
     for turn in range(ROUNDS):
         expected = None
-        for way in ways:
+        for way, (one, width) in ways.items():
+            draw = functools.partial(model.decode, one, turn * batch, batch, width)
             begun = time.perf_counter()
-            tokens, rate = passes(engine, lambda way=way, turn=turn: model.decode(engine, turn * batch, batch, way))
+            tokens, rate = passes(one, draw)
             spent[way].append(time.perf_counter() - begun)
             rates[way].append(rate)
             expected = tokens if expected is None else expected
             assert torch.equal(tokens, expected)
     seconds = {way: statistics.median(values) for way, values in spent.items()}
-    ratio = {way: statistics.median(one / mine for one, mine in zip(spent[1], spent[way], strict=True)) for way in ways}
+    ratio = {
+        way: statistics.median(one / mine for one, mine in zip(spent["1"], spent[way], strict=True)) for way in ways
+    }
     count, bandwidth = model.side**2, native.read_bandwidth(2**24 if TINY else 2**28, torch.get_num_threads())
     limit = count * engine.info()["weight_bytes"] / bandwidth  # of one pass per token
     benchmark.pedantic(lambda: model.decode(engine, 0, batch, None), rounds=1)
     benchmark.extra_info |= {
         "prior": name,
         "isa": backends.isa(),
-        "tokens_per_second": {str(way): batch * count / value for way, value in seconds.items()},
-        "tokens_per_pass": {str(way): statistics.mean(values) for way, values in rates.items()},
-        "times_lookahead_1": {str(way): value for way, value in ratio.items()},
-        "of_one_pass_per_token": {str(way): limit / value for way, value in seconds.items()},
+        "tokens_per_second": {way: batch * count / value for way, value in seconds.items()},
+        "tokens_per_pass": {way: statistics.mean(values) for way, values in rates.items()},
+        "times_lookahead_1": ratio,
+        "draft_bytes": drafting.info()["draft_bytes"],
+        "of_one_pass_per_token": {way: limit / value for way, value in seconds.items()},
         "milliseconds_by_rows": dict(zip(ROWS, (1e3 * value for value in engine.pass_seconds(ROWS)), strict=True)),
     }
     print()

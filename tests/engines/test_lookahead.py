@@ -148,7 +148,7 @@ def test_right_guesses_save_passes(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_copy_of_the_model_guesses_nearly_everything(dtype):
-    """Its tokens differ rarely, and never if it has the same weights; a pass then chooses as many as there is room for."""
+    """Its tokens differ rarely, and never if it has the same weights: then a pass chooses as many as it can."""
     engine = engine_of("predictable", dtype, "auto", drafts=True)
     given, steps = torch.arange(BATCH)[:, None].repeat(1, LENGTH + 1), range(1, LENGTH + 1)
     expected = decoded(engine, given, steps, lookahead=1, temperature=2.0)
