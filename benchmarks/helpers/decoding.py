@@ -74,6 +74,8 @@ def sample(model, batch: int, steps: int, first: int = 0, device: str = "cpu") -
 
 
 def request(sequences: Tensor, steps: Iterable[int], fed: int = 0) -> DecodeRequest:
-    """All sequences, in the first slots."""
-    choice = Choice(top_k=TOP_K, seed=1)
-    return DecodeRequest(slots=range(len(sequences)), sequences=sequences, steps=steps, fed=fed, choice=choice)
+    """All sequences, in the first slots, one token after the other."""
+    return DecodeRequest(
+        slots=range(len(sequences)), sequences=sequences, steps=steps, fed=fed, choice=Choice(top_k=TOP_K, seed=1),
+        lookahead=1,
+    )  # fmt: skip

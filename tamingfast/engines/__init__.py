@@ -2,7 +2,17 @@
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
-from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, refusal
+from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, looks_ahead, refusal
 from tamingfast.engines.request import DecodeRequest, Span
 
-__all__ = ["CudaEngine", "DecodeRequest", "Engine", "GPTEngine", "Span", "borrowed_engine", "dtypes", "refusal"]
+__all__ = [
+    "CudaEngine",
+    "DecodeRequest",
+    "Engine",
+    "GPTEngine",
+    "Span",
+    "borrowed_engine",
+    "dtypes",
+    "looks_ahead",
+    "refusal",
+]

@@ -48,6 +48,8 @@ class GPTEngine:
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
+    #: Whether `decode` looks ahead.
+    LOOKS_AHEAD: ClassVar[bool] = True
 
     @staticmethod
     def refusal(gpt: Transformer) -> str | None:

@@ -38,6 +38,11 @@ def dtypes(gpt: Transformer) -> tuple[str, ...]:
     return ENGINES[device].DTYPES if device in ENGINES else ()
 
 
+def looks_ahead(gpt: Transformer) -> bool:
+    """Whether `decode` of the engine for the GPT's device guesses tokens."""
+    return ENGINES[_device_type(gpt)].LOOKS_AHEAD
+
+
 @contextlib.contextmanager
 def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> Iterator[Engine]:
     """An engine for this GPT, for the caller alone, with at least ``slots`` empty slots of ``length`` positions.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tamingfast.engines import GPTEngine, borrowed_engine
+from tamingfast.engines import GPTEngine, borrowed_engine, looks_ahead
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import check_lookahead
 from tamingfast.engines.selection import choose_engine, log_once
@@ -91,7 +91,7 @@ def sample_grid(
         memory: bytes for the keys and values of the windows that are open at once; with less, more is recomputed.
         lookahead: how many tokens of a window, or waves where the window moves, a pass chooses at most. 1 chooses what
             is known to be next; with more, tokens are guessed and checked, so that the same tokens take fewer passes.
-            None takes what is fastest; "naive" guesses none.
+            None takes what is fastest, and guesses none on a GPU with "native"; "naive" never does.
         callback: called as callback(done, total), in cells, after every ``width`` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
             were added; ``pending`` marks those still to come. It must not change them.
@@ -116,12 +116,14 @@ def sample_grid(
     layout = plan.schedule.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, layout, callback, observer)
     chosen, dtype = choose_engine(engine, plan.gpt, dtype)
-    if lookahead is None and report.total < WORTH_MEASURING:
+    guessing = chosen == "native" and looks_ahead(plan.gpt)
+    # What passes of the CUDA engine cost is not known, so it guesses only if a number is given.
+    if lookahead is None and (report.total < WORTH_MEASURING or (chosen == "native" and not guessing)):
         lookahead = 1
     drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report, lookahead)
     # Cells that do not depend on one another are computed together, where the cache of each window is exact; and so are
-    # cells whose tokens are guessed.
-    ahead = chosen == "torch" and lookahead != 1
+    # cells that are guessed, unless the engine does that.
+    ahead = lookahead != 1 and not guessing
     if chosen != "naive" and plan.causal and (ahead or not layout.single_window):
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from engine_cases import HostEngine
 from gpts import SHAPES, VOCAB, prior, tiny_gpt, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tamingfast.engines import lending
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
 from tamingfast.sampling import Canvas, guessed_waves, sample_grid
@@ -131,6 +133,19 @@ def test_a_token_that_would_break_everything_may_be_guessed(engine, window):
     for lookahead in (1, 9):
         with pytest.raises(ValueError, match="logits: got NaN"):
             sample_grid(gpt, cond, 6, 6, lookahead=lookahead, **options)
+
+
+@pytest.mark.parametrize("window", [16, 4])
+def test_the_cuda_engine_guesses_where_a_number_is_given(window, passes, monkeypatch):
+    """Here with its kernels built for the host."""
+    gpt, cond, options = predictable_gpt(), tokens(2, 3), dict(window=window, schedule="block", stride=2, seed=6)
+    expected = sample_grid(gpt, cond, 6, 6, engine="naive", **options)
+    monkeypatch.setitem(lending.ENGINES, "cpu", HostEngine)
+    for lookahead in (1, None, 5):
+        passes.clear()
+        grid = sample_grid(gpt, cond, 6, 6, engine="native", dtype="float32", lookahead=lookahead, **options)
+        assert torch.equal(grid, expected)
+    assert 0 < len(passes) < (36 if window == 16 else 5 * 4 + 6)
 
 
 def test_a_canvas_is_painted_alike_and_does_not_record_it():

@@ -47,6 +47,7 @@ class CudaEngine:
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    LOOKS_AHEAD: ClassVar[bool] = False
 
     @staticmethod
     def refusal(gpt: Transformer) -> str | None:
@@ -135,7 +136,7 @@ class CudaEngine:
 
         Arguments and errors are those of `tamingfast.engines.cpu.GPTEngine.decode`. The host waits only before it calls
         ``progress``, every 50 ms or 64 steps, and at the end. Every slot is fed at every step, even where the token is
-        not wanted.
+        not wanted. No tokens are guessed, whatever the request's ``lookahead``.
         """
         check_range("every", every, 1)
         with self._turn() as parts:
