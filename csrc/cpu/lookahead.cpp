@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kRounds = 3;             // passes of each size that are timed; the first warms up
 constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
-constexpr double kFastest = 1.0 / 4;
+constexpr double kFastest = 1.0 / 3;
 constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
-constexpr double kForgotten = 1.0 / 256;  // how fast a sequence without guesses returns to what is expected
+constexpr double kForgotten = 1.0 / 512;  // how fast a sequence without guesses returns to what is expected
 
 }  // namespace
 

@@ -7,9 +7,10 @@ other would have made. So the tokens are the same; only the number of passes cha
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,8 +46,23 @@ class TorchSpans:
         return self.gpt.forward_ragged(tokens[None], self.cache, spans, logits)[0]
 
 
-def time_pass(gpt: Transformer, rows: int) -> float:
-    """Seconds that the transformer in torch takes for a pass over that many tokens."""
+def torch_cost(gpt: Transformer, owner: Transformer) -> PassCost:
+    """What passes of the transformer in torch cost; measured once for each ``owner``, type and number of threads.
+
+    ``owner`` is the caller's transformer, of which ``gpt`` may be a copy in another type.
+    """
+    known = _costs.setdefault(owner, {})
+    how = (gpt.pos_emb.device, gpt.pos_emb.dtype, torch.get_num_threads())
+    if how not in known:
+        known[how] = PassCost.measured(lambda rows: _time_pass(gpt, rows))
+    return known[how]
+
+
+_costs: weakref.WeakKeyDictionary[Transformer, dict[tuple[Any, ...], PassCost]] = weakref.WeakKeyDictionary()
+
+
+def _time_pass(gpt: Transformer, rows: int) -> float:
+    """Seconds that the transformer takes for a pass over that many tokens."""
     device = gpt.pos_emb.device
     count = min(rows, gpt.block_size)
     cache = gpt.new_slots(1, 1, count)

@@ -19,7 +19,7 @@ SIZES, ROUNDS = (1, 2, 4, 8, 16, 32), 3
 #: How often a guess is right, before any was checked.
 EXPECTED = 0.6
 #: Weight of the latest pass, in the long run and at first; how fast the share returns to `EXPECTED` without guesses.
-SLOWEST, FASTEST, FORGOTTEN = 1 / 16, 1 / 4, 1 / 256
+SLOWEST, FASTEST, FORGOTTEN = 1 / 16, 1 / 3, 1 / 512
 #: No share is smaller, so that ratios stay defined.
 LEAST = 1e-9
 

@@ -7,7 +7,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tamingfast.engines.selection import choose_engine, log_once
 from tamingfast.errors import UserError
 from tamingfast.ops.choice import Choice, best, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
-from tamingfast.sampling.guessed_waves import GuessedWaves, SpanEngine, TorchSpans, time_pass
+from tamingfast.sampling.guessed_waves import GuessedWaves, SpanEngine, TorchSpans, torch_cost
 from tamingfast.sampling.lookahead import SIZES, WORTH_MEASURING, PassCost
 from tamingfast.sampling.plan import GridPlan, Sampled, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
@@ -163,7 +162,7 @@ class _Drawing:
             with _wave_engine(engine, plan, dtype, slots) as runner:
                 sample_waves(runner, *grid, self.pick, noise, n_unmasked, self.report.added)
         else:
-            with _span_engine(engine, plan, dtype, slots) as (spans, cost):
+            with _span_engine(engine, plan, dtype, slots, measured=self.lookahead is None) as (spans, cost):
                 GuessedWaves(
                     spans, *grid, self.best, noise, plan.vocab, n_unmasked, self.report.added, self.lookahead, cost
                 ).run()
@@ -255,14 +254,16 @@ def _wave_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterato
 
 
 @contextmanager
-def _span_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterator[tuple[SpanEngine, PassCost | None]]:
-    """An engine with that many slots for each image, and what its passes cost, if that is known."""
+def _span_engine(
+    engine: str, plan: GridPlan, dtype: str, slots: int, measured: bool
+) -> Iterator[tuple[SpanEngine, PassCost | None]]:
+    """An engine with that many slots for each image and, if it is to be ``measured``, what its passes cost."""
     if engine == "native":
         with borrowed_engine(plan.gpt, dtype, slots * plan.batch, plan.length) as lent:
-            yield lent, PassCost(lent.pass_seconds(SIZES)) if isinstance(lent, GPTEngine) else None
+            yield lent, PassCost(lent.pass_seconds(SIZES)) if measured and isinstance(lent, GPTEngine) else None
     else:
         with _evaluating(plan.gpt, dtype) as gpt:
-            yield TorchSpans(gpt, slots * plan.batch, plan.length), PassCost.measured(partial(time_pass, gpt))
+            yield TorchSpans(gpt, slots * plan.batch, plan.length), torch_cost(gpt, plan.gpt) if measured else None
 
 
 def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Decoder:

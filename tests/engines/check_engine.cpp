@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -76,6 +77,9 @@ void check(const Geometry& g) {
       for (const std::int64_t lookahead : {0, 2, 7, 100})
         expect(decode(three, 3, g.block_size, lookahead) == together, "the same tokens with lookahead");
       expect(std::equal(alone.begin(), alone.end(), together.begin()), "the same tokens alone and in a batch");
+      three.set_draft(std::make_unique<Engine>(weights, g, Dtype::int8, 3, parse_isa(isa)));
+      for (const std::int64_t lookahead : {0, 3, 9})
+        expect(decode(three, 3, g.block_size, lookahead) == together, "the same tokens with drafts");
       std::vector<float> logits(g.block_size * g.vocab_size);
       one.step({{0, 0, g.block_size, g.block_size}}, alone.data(), logits.data(), [] { return false; });
       for (const float value : logits) expect(std::isfinite(value), "finite logits");

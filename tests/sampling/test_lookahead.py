@@ -176,6 +176,22 @@ def test_the_cost_of_a_pass_is_measured_and_interpolated():
     assert [flat(rows) for rows in (1, 2, 4, 6, 8)] == pytest.approx([3, 3, 3, 3.5, 4])
 
 
+def test_the_cost_in_torch_is_measured_once(monkeypatch):
+    """For each type and number of threads, and only if it is needed."""
+    asked = []
+    monkeypatch.setattr(guessed_waves, "_time_pass", lambda gpt, rows: asked.append(gpt) or 1.0)
+    gpt, cond = predictable_gpt(), tokens(1, 3)
+    for lookahead in (1, 4):
+        sample_grid(gpt, cond, 6, 6, engine="torch", lookahead=lookahead)
+    sample_grid(gpt, cond, 2, 6, engine="torch")
+    assert not asked
+    for _ in range(2):
+        sample_grid(gpt, cond, 6, 6, engine="torch")
+    assert len(asked) == len(SIZES) * 3
+    sample_grid(gpt, cond, 6, 6, engine="torch", dtype="bfloat16")
+    assert len(asked) == len(SIZES) * 6
+
+
 def test_survival_learns_what_it_sees():
     survival = Survival()
     assert survival.share == pytest.approx(EXPECTED ** np.arange(WIDEST))
@@ -183,7 +199,7 @@ def test_survival_learns_what_it_sees():
         survival.observe([1.0, 1.0, 0.0, 0.0])
     assert survival.share[:4] == pytest.approx([1, 1, 0, 0], abs=0.02)
     assert survival.share[4:].max() < 0.01
-    for _ in range(2000):  # no guesses: it returns to what is expected
+    for _ in range(3000):  # no guesses: it returns to what is expected
         survival.observe([1.0])
     assert survival.share == pytest.approx(EXPECTED ** np.arange(WIDEST), abs=0.01)
     for _ in range(100):  # all were right: deeper ones keep their ratio
