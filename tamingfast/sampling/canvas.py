@@ -170,7 +170,7 @@ class Canvas:
             path: where the canvas is saved every ``every`` seconds, and when it is finished or interrupted.
             preview: called with the current canvas, equally often.
             progress: called as progress(done, total) with numbers of tokens over all images.
-            options: further arguments of `sample_grid` that do not change the tokens: engine, memory.
+            options: further arguments of `sample_grid` that do not change the tokens: engine, memory, lookahead.
 
         Raises:
             UserError: another model began the canvas.

@@ -152,6 +152,7 @@ class GuessedWaves:
         self.known = _Known(len(canvas), schedule.width, vocab, canvas.device)
         self.noise, self.drawn = noise, 0
         self.noise_of: dict[int, Tensor | None] = {}
+        self.depth = 1  # waves in the last pass
         self.careful = False
 
     def run(self) -> None:
@@ -175,15 +176,19 @@ class GuessedWaves:
     # --- which entries ------------------------------------------------------------------------------
 
     def _choices(self, images: list[_Image]) -> list[_Choice]:
-        most = 1 if self.careful else self.lookahead or (WIDEST if self.cost else 1)
+        most = 1 if self.careful else self.lookahead or self._deepest()
         self.careful = False
         each = [list(self._candidates(image, most)) for image in images]
         if self.lookahead is None and self.cost is not None and most > 1:
-            rows, count = [0] * WIDEST, [0] * WIDEST
+            rows, count = [0] * most, [0] * most
             for choices in each:
                 self._count(choices, rows, count)
-            most = best_depth(self.cost, self.survival, rows, count)
+            most = self.depth = best_depth(self.cost, self.survival, rows, count)
         return [choice for choices in each for choice in choices if choice.depth < most]
+
+    def _deepest(self) -> int:
+        """The most waves to consider: not many more than there were in the last pass, because each takes time."""
+        return 1 if self.cost is None else min(2 * self.depth + 4, WIDEST)
 
     def _candidates(self, image: _Image, most: int) -> Iterator[_Choice]:
         """Entries of the image's next waves, until one needs the slot of a window that is not finished."""
