@@ -206,7 +206,7 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError as error:  # its message lists every device type of torch
         raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
     try:
-        torch.zeros(1, device=device).cpu()  # meta, for one, makes tensors but holds no values
+        torch.zeros(1, dtype=torch.float32, device=device).cpu()  # meta, for one, makes tensors but holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(

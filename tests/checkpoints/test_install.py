@@ -18,7 +18,7 @@ FILES = {
     "taming/data/own/__init__.py": "from . import deep\n",
     "taming/data/own/deep.py": "WHERE = __name__\n",
     "taming/callbacks/__init__.py": "from taming.models.vqgan import VQModel\n",
-    "taming/util.py": "LOADED = __name__\ndef helper():\n    return 'helped'\nfrom taming.util import LOADED as again\n",
+    "taming/util.py": "LOADED = __name__\nfrom taming.util import LOADED as again\nhelper = lambda: 'helped'\n",
 }
 PACKAGES = ("taming", "taming/models", "taming/modules", "taming/data")
 INSTALL = "import tamingfast.compat; tamingfast.compat.install()\n"
@@ -104,7 +104,8 @@ def test_ours_does_not_run_theirs(checkout):
     code = """
         import inspect, sys
         inspect.getmodule(inspect.currentframe())
-        assert not any(hasattr(each, "__wrapped__") for name, each in list(sys.modules.items()) if name.startswith("taming."))
+        stand_ins = [module for name, module in sys.modules.items() if name.startswith("taming.")]
+        assert not any(hasattr(module, "__wrapped__") for module in stand_ins)
         from taming.models.vqgan import *
     """
     run(checkout, PATH + INSTALL + OURS + textwrap.dedent(code))
