@@ -114,7 +114,7 @@ def _why_no_native(error: ImportError) -> str:
         return f"tamingfast._C was built but does not load: {error}"
     note = package / "_C.failure.txt"
     if note.exists():
-        reason = note.read_text(encoding="utf-8").strip()
+        reason = note.read_text(encoding="utf-8", errors="replace").strip()
         return f"the build of tamingfast._C failed ({reason}); install a C++17 compiler and install tamingfast again"
     return f"tamingfast._C was not built ({error}); install tamingfast again with `pip install -v` to see why"
 
