@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from tamingfast import __version__
 from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, train
 from tamingfast.errors import SettingError, Stopped, UserError, first_line, lacks_memory
+from tamingfast.ops import backends
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level)
     arguments = _parse(argv)
     try:
+        if arguments.run is not about.info:  # which says what can run here
+            backends.check_environment()
         arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)

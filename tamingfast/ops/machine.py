@@ -122,12 +122,14 @@ def _why_no_native(error: ImportError) -> str:
 def isa() -> str:
     """The instruction set for native kernels from ``TAMINGFAST_ISA``; ``auto``, the default, is the best available.
 
-    RuntimeError if this processor or this build lacks it.
+    RuntimeError if this processor or this build lacks it, or if there is no extension.
     """
     name = os.environ.get("TAMINGFAST_ISA") or "auto"
-    module, _ = native()
-    if name == "auto" or module is None:
+    if name == "auto":
         return name
+    module, reason = native()
+    if module is None:
+        raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto, as there are no native kernels ({reason})")
     supported = module.build_info()["isas"]
     if name not in supported:
         raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")

@@ -234,7 +234,9 @@ def test_without_triton_and_extension_the_reference_runs_and_says_why():
 def test_an_absent_extension_that_was_asked_for_is_an_error():
     result = run_python(BLOCK.format(blocked=["tamingfast._C"]), TAMINGFAST_BACKEND="native")
     assert result.returncode == 1
-    assert re.search(r"SettingError: backend: got 'native', which cannot run .*tamingfast\._C", result.stderr)
+    assert re.search(
+        r"SettingError: TAMINGFAST_BACKEND: got 'native', which cannot run .*tamingfast\._C", result.stderr
+    )
 
 
 def test_an_unknown_backend_in_the_environment_is_an_error_when_used():
