@@ -12,8 +12,8 @@ _HEAD = 1024
 _BOM = b"\xef\xbb\xbf"
 
 _BEGINNINGS = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes",
-    b"GGUF": "a GGUF file, as llama.cpp reads",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (of Keras)",
+    b"GGUF": "a GGUF file (of llama.cpp)",
     b"\x93NUMPY": "a numpy array (.npy)",
     b"\x1f\x8b": "a gzip archive",
     b"BZh": "a bzip2 archive",
@@ -61,7 +61,7 @@ def _by_structure(stream: IO[bytes], head: bytes, size: int) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP image"
     if _MSGPACK.match(head):
-        return "a msgpack file, as JAX and Flax write"
+        return "a msgpack file (of JAX or Flax)"
     if _ONNX.match(head):
         return "an ONNX model"
     if _TENSORFLOW.match(head):
@@ -70,7 +70,7 @@ def _by_structure(stream: IO[bytes], head: bytes, size: int) -> str:
     if stream.read(8) == _LEVELDB:
         return "the index of a TensorFlow checkpoint"
     if not head.strip(b"\0"):
-        return "a file that begins with zeros, as of an unfinished download,"
+        return "an unfinished download that begins with zeros,"
     return _text(head) or "a file in no format of torch or safetensors, or a damaged one,"
 
 
@@ -85,7 +85,7 @@ def _text(head: bytes) -> str | None:
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in text):
         return None
     if text.startswith("version https://git-lfs.github.com/spec/"):
-        return "a pointer of git-lfs, which stands for the real file (get that with git lfs pull),"
+        return "a pointer of git-lfs to the real file (which git lfs pull gets)"
     lower = text.lower()
     if lower.startswith(("<!doctype html", "<html", "<head", "<!--")):
         return "a web page"

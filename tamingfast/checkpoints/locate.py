@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ def weights_path(path: Path) -> Path:
 
     Of several checkpoints it is the one of the most steps, as the files themselves record them.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # as Path.is_dir, but False for a path that no system call takes
         return path
     if (path / WEIGHTS).exists():
         return path / WEIGHTS

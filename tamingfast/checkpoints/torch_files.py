@@ -199,7 +199,8 @@ class _Bounded:
     size: int
 
     def read(self, count: int) -> bytes:
-        return self.stream.read(min(count, self.size - self.stream.tell()))
+        # To ask for the position takes a system call, which would take longer than most instructions.
+        return self.stream.read(count if count < _CHUNK else min(count, self.size - self.stream.tell()))
 
     def readline(self) -> bytes:
         return self.stream.readline()

@@ -343,7 +343,7 @@ _KINDS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor of the meta device, which has no values",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (of the meta device)",
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a subclass without memory of its own",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device, stored as a numpy array",
     "torch._utils._rebuild_xla_tensor": "a tensor of another device, stored as a numpy array",

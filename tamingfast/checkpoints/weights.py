@@ -164,8 +164,8 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
     named = next((place for place in (*places, content) if _holds_tensors(place)), None)
     if named is None:
         raise UserError(
-            f"{path}: got no weights but {_described((*places, content)[0])}, expected a checkpoint with a 'state_dict' "
-            "of tensors; save that of the model"
+            f"{path}: got no weights but {_described((*places, content)[0])}, expected a checkpoint with a "
+            "'state_dict' of tensors; save that of the model"
         )
     for key, value in named.items():
         if isinstance(value, Unusable):
