@@ -84,7 +84,7 @@ def _settings(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
         logger.warning("no config found for %s; its architecture is inferred from the weights, so %s", path, ASSUMED)
     settings = without_checkpoints(config)
     model = settings.get("model")
-    if not isinstance(model, Mapping) or "target" not in model:
+    if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):
         raise UserError(
             f"config of {path}: got no 'target' in a section 'model', expected the config of this model; give the one "
             "that it was trained with"

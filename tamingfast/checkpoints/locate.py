@@ -63,13 +63,13 @@ def embedded_config(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        config, problem = json.loads(text), "too deeply nested"
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        config, problem = None, f"not JSON ({error})"
-    if isinstance(config, dict) and _depth(config) <= _DEEPEST_CONFIG:
-        return config
-    if config is not None and not isinstance(config, dict):
-        problem = f"a {type(config).__name__}"
+        problem = f"not JSON ({error})"
+    else:
+        if isinstance(config, dict) and _depth(config) <= _DEEPEST_CONFIG:
+            return config
+        problem = "too deeply nested" if isinstance(config, dict) else "no mapping"
     raise UserError(
         f"{path}: got a config inside the file that is {problem}, expected the mapping that convert writes; give the "
         "config with config="

@@ -236,11 +236,17 @@ def unwrapped(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, 
 
 
 def load_into(
-    module: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike, *, optional: Iterable[str] = ()
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | os.PathLike,
+    *,
+    optional: Iterable[str] = (),
+    advice: str = _ADVICE,
 ) -> None:
     """Copy ``state`` into ``module``; UserError naming the first key that does not fit, or is not finite.
 
-    A wrapper's prefix is taken off (`unwrapped`). ``optional`` lists prefixes of keys that may be missing or left over.
+    A wrapper's prefix is taken off (`unwrapped`). ``optional`` lists prefixes of keys that may be missing or left over;
+    ``advice`` says what to do about others.
     """
     optional = (*TRAINING_ONLY, *optional)
     own = module.state_dict()
@@ -259,7 +265,7 @@ def load_into(
         first = f"no {shown(missing[0])}" if missing else f"{shown(unexpected[0])}, which the model lacks"
         raise UserError(
             f"{source}: got {first} ({len(missing)} keys missing, {len(unexpected)} left over), expected the keys of "
-            f"the model; {_ADVICE}"
+            f"the model; {advice}"
         )
 
 
@@ -284,10 +290,8 @@ def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iter
     ignored = tuple(ignore_keys)
     state = unwrapped(read_state_dict(path), module.state_dict())
     state = {key: value for key, value in state.items() if not key.startswith(ignored)}
-    try:
-        load_into(module, state, path, optional=("loss.", "colorize", *ignored))
-    except UserError as error:
-        raise UserError(f"{error}, or name what is to be left out in ignore_keys") from error
+    advice = f"{_ADVICE}, or name what is to be left out in ignore_keys"
+    load_into(module, state, path, optional=("loss.", "colorize", *ignored), advice=advice)
     logger.info("restored from %s", path)
 
 
