@@ -24,6 +24,7 @@ from tamingfast.checkpoints.unpickling import BadPickle, Storage, StoredTensor, 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _RECORDS = "data.pkl"
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, and the lengths of the name and the extra field
+_LONGEST_END = 22 + (1 << 16)  # the record at the end of an archive, and its comment
 _CHUNK = 1 << 20
 
 
@@ -130,10 +131,11 @@ def _entries(stream: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except Exception as error:  # the parser raises errors of many types for damaged archives
+        stream.seek(max(0, size - _LONGEST_END))
+        if b"PK\x05\x06" in stream.read():
+            raise BadFile(f"a damaged zip archive of {size} bytes") from error
         raise BadFile(
-            f"a damaged zip archive of {size} bytes"
-            if zipfile.is_zipfile(stream)
-            else f"a zip archive whose end is missing after {size} bytes, as after an interrupted download"
+            f"a zip archive whose end is missing after {size} bytes, as after an interrupted download"
         ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
         raise BadFile(_other_archive({entry.filename: entry for entry in entries}, "a compressed or encrypted"))
@@ -163,7 +165,7 @@ class _Pickles(TorchFile):
     def __init__(self, stream: IO[bytes]):
         super().__init__(stream)
         unpickler = Unpickler()
-        source: Any = _Bounded(stream, self._size)
+        source = Bounded(stream, self._size)
         if _unpickled(unpickler, source) != _MAGIC:
             raise BadFile("a pickle that torch.save did not write, as of JAX, Paddle or joblib")
         if _unpickled(unpickler, source) != _PROTOCOL:
@@ -192,7 +194,7 @@ class _Pickles(TorchFile):
 
 
 @dataclass
-class _Bounded:
+class Bounded:
     """A stream whose reads take no more memory than is left of the file, however long they are said to be."""
 
     stream: IO[bytes]

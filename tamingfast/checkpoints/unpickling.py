@@ -15,10 +15,12 @@ nothing is recursive.
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
+import numpy as np
 import torch
 
 from tamingfast.errors import first_line
@@ -26,6 +28,8 @@ from tamingfast.errors import first_line
 #: A pickle may have as many. Those of checkpoints have about forty per tensor.
 INSTRUCTIONS = 1 << 24
 _LONGEST_NAME = 1000
+_RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_NUMBERS = re.compile("[fiu][1248]")  # dtypes of numpy
 _MOST_DIMENSIONS = 64  # torch's own limit
 
 _FLOATS = (
@@ -58,6 +62,16 @@ _STORAGES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+class Stream(Protocol):
+    """What pickles are read from."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next ``count`` bytes, or as many as there are."""
+
+    def readline(self) -> bytes:
+        """The bytes up to the end of the line."""
+
+
 class BadPickle(ValueError):
     """Bytes that are no pickle, or one that is damaged or too long."""
 
@@ -72,14 +86,15 @@ class Name:
 class Foreign(dict):
     """What a class or function that is not called would have made.
 
-    Has the class's dotted ``name``, the items that the pickle sets, and as ``state`` what it says of the object.
+    Has the class's dotted ``name``, the ``arguments`` of its call, the items that the pickle sets, and as ``state``
+    what else it says of the object.
     """
 
-    __slots__ = ("name", "state")
+    __slots__ = ("arguments", "name", "state")
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, arguments: Any = ()):
         super().__init__()
-        self.name, self.state = name, None
+        self.name, self.arguments, self.state = name, arguments, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +135,7 @@ class Unpickler:
         self.storages: dict[str, Storage] = {}
         self._clear()
 
-    def load(self, stream: IO[bytes]) -> Any:
+    def load(self, stream: Stream) -> Any:
         """The value of the next pickle in ``stream``, which is left behind the pickle.
 
         The value consists of None, numbers, text, bytes, lists, tuples, dicts with keys of text or whole numbers, and
@@ -144,8 +159,8 @@ class Unpickler:
         if self._spent > INSTRUCTIONS:
             raise BadPickle(f"more than {INSTRUCTIONS} instructions")
 
-    def _run(self, stream: IO[bytes]) -> Any:
-        for opcode, argument, _ in pickletools.genops(stream):
+    def _run(self, stream: Stream) -> Any:
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             self._spend(1)
             if opcode.name in _NOTHING:
                 continue
@@ -253,6 +268,35 @@ class Unpickler:
         return Unusable("a storage of an unknown kind")
 
 
+def numbers(value: Any) -> np.ndarray:
+    """The numpy array that a pickle describes, if it is one of numbers; BadPickle for anything else.
+
+    Numpy itself would also make arrays of pointers out of bytes, so only the bytes of numbers are given to it.
+    """
+    if not (isinstance(value, Foreign) and value.name in _RECONSTRUCT):
+        what = _name_of(value) if isinstance(value, Foreign | Name) else type(value).__name__
+        raise BadPickle(f"{what}, not an array of numbers")
+    match value.state:
+        case (int(), tuple(shape), Foreign(name="numpy.dtype", arguments=(str(code), *_)) as dtype, bool(columns), raw):
+            swapped = isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",)
+        case _:
+            raise BadPickle("an object of numpy, not an array of numbers")
+    if not _NUMBERS.fullmatch(code):
+        raise BadPickle(f"an array of the dtype '{code[:10]}', not an array of numbers")
+    try:
+        found = np.frombuffer(_raw(raw), np.dtype(code).newbyteorder(">" if swapped else "<"))
+        return found.reshape(shape, order="F" if columns else "C").astype(code)
+    except (TypeError, ValueError) as error:
+        raise BadPickle(f"a damaged array ({first_line(error)[:100]})") from error
+
+
+def _raw(value: Any) -> Any:
+    """The bytes that a pickle describes: before protocol 3, and in those of Python 2, as text of latin-1."""
+    if isinstance(value, Foreign) and value.name in ("_codecs.encode", "__builtin__.bytes", "builtins.bytes"):
+        value = value.arguments[0] if value.arguments else ""
+    return value.encode("latin-1") if isinstance(value, str) else value
+
+
 def _items(pairs: Any) -> dict[Any, Any]:
     """The pairs whose key is text or a whole number of a machine word: hashing others has no bound."""
     return {key: value for key, value in pairs if type(key) is str or (isinstance(key, int) and key.bit_length() < 64)}
@@ -268,7 +312,7 @@ def _result(function: Any, arguments: Any) -> Any:
     if name in _KINDS:
         return Unusable(_KINDS[name])
     if name not in _BUILDERS:
-        return Foreign(name)
+        return Foreign(name, arguments)
     if not isinstance(arguments, tuple):
         raise BadPickle(f"a call of '{name}' without a tuple of arguments")
     return _BUILDERS[name](*arguments)
