@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tamingfast.data.base import ArrayDataset
 from tamingfast.data.checks import positive
 from tamingfast.data.randomness import random_bits, random_integers, random_units
-from tamingfast.data.rgb import to_unit_scale
+from tamingfast.data.rgb import read_rgb, to_unit_scale
 from tamingfast.errors import UserError
 
 
@@ -235,10 +234,6 @@ def _read(photograph: Photograph) -> np.ndarray:
         )
     path = Path(spec.submodule_search_locations[0]) / photograph.file
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: got a file that cannot be read ({error}), expected the photograph {photograph.name}; run "
-            'pip install --force-reinstall "tamingfast[train]"'
-        ) from error
+        return np.asarray(read_rgb(path))
+    except UserError as error:
+        raise UserError(f'{error}; run pip install --force-reinstall "tamingfast[train]"') from error

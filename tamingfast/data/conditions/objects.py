@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
 from tamingfast.data.checks import positive
 from tamingfast.data.conditions import reading, scenes
 from tamingfast.data.conditions.kind import Kind, Size, given
 from tamingfast.data.conditions.palette import label_colors
 from tamingfast.data.randomness import random_bits
-from tamingfast.data.rgb import View, unit_scale
+from tamingfast.data.rgb import unit_scale
+from tamingfast.data.views import Picture, View
 from tamingfast.errors import UserError
 
 
@@ -54,7 +54,7 @@ class Objects(Kind[scenes.Scene]):
         positive("objects", self.objects)
         _ = self.rule  # checks the other settings when it is made
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
         """The tokens of what ``view`` shows, int64 (n,), in a new order each epoch, as in the original."""
         path = given(source)
         scene = scenes.read(path, self.rule)

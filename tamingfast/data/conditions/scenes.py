@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tamingfast.data.conditions.reading import entries, is_number
 from tamingfast.errors import UserError, nearest
+from tamingfast.files import lines_of, read_text
 
 Box = tuple[float, float, float, float]  # left, top, width, height, as fractions of a picture's width and height
 
@@ -204,13 +204,8 @@ def _mirrored(box: Box) -> Box:
 def class_names(given: str | os.PathLike | Iterable[str]) -> tuple[str, ...]:
     """Class names from a list of them, or from a text file with one per line."""
     if isinstance(given, str | os.PathLike):
-        try:
-            given = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"classes={given}: got a file that cannot be read ({error}), expected a text file with one class per "
-                "line, or a list of classes"
-            ) from error
+        text = read_text(given, "a text file with one class per line, or a list of classes")
+        given = [line.strip(" \t") for line in lines_of(text)]
     names = tuple(str(name) for name in given)
     if not names or len(set(names)) < len(names):
         raise UserError(
