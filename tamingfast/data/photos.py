@@ -236,4 +236,7 @@ def _read(photograph: Photograph) -> np.ndarray:
     try:
         return np.asarray(read_rgb(path))
     except UserError as error:
-        raise UserError(f'{error}; run pip install --force-reinstall "tamingfast[train]"') from error
+        raise UserError(
+            f"{path}: got a file that is missing or cannot be read, expected the photograph {photograph.name}; run "
+            'pip install --force-reinstall "tamingfast[train]"'
+        ) from error

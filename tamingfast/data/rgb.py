@@ -51,7 +51,8 @@ def formats() -> list[str]:
 def endings() -> str:
     """The usual endings of files in these formats, for messages."""
     known = {*formats(), "MPO"}  # which begins with a JPEG
-    return ", ".join(sorted(ending for ending, name in Image.registered_extensions().items() if name in known))
+    found = {ending for ending, name in Image.registered_extensions().items() if name in known}
+    return ", ".join(sorted(found - {".pfm"}))  # which holds floating-point pixels
 
 
 @contextlib.contextmanager
