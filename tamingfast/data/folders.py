@@ -100,8 +100,7 @@ def scan(root: Path, pixels: bool = False) -> tuple[list[Labelled], list[Skipped
 
 
 def _folders_in(root: Path) -> set[str]:
-    with os.scandir(root) as entries:
-        return {entry.name for entry in entries if entry.is_dir() and not _is_clutter(entry.name)}
+    return {name for name in os.listdir(root) if os.path.isdir(root / name) and not _is_clutter(name)}
 
 
 def walk(root: Path) -> tuple[list[str], list[Skipped]]:

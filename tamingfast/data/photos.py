@@ -237,6 +237,6 @@ def _read(photograph: Photograph) -> np.ndarray:
         return np.asarray(read_rgb(path))
     except UserError as error:
         raise UserError(
-            f"{path}: got a file that is missing or cannot be read, expected the photograph {photograph.name}; run "
+            f"{path}: got a file that cannot be read or is missing, expected the photograph {photograph.name}; run "
             'pip install --force-reinstall "tamingfast[train]"'
         ) from error

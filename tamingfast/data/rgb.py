@@ -175,6 +175,8 @@ def _key_as_decoded(image: Image.Image, key: int | tuple[int, ...]) -> np.ndarra
     """The value of transparent pixels, which Pillow gives as a PNG file has it, scaled as Pillow scales the pixels."""
     depth = image.info.get("bit_depth")
     value = np.asarray(key)
+    if image.mode == "1":  # 1 or 255 is white
+        return value != 0
     if image.mode == "L" and depth in (2, 4):
         return value * (255 // (2**depth - 1))
     return value >> 8 if image.mode == "RGB" and depth == 16 else value

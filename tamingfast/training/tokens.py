@@ -42,8 +42,8 @@ def check_images(dataset: Dataset[dict[str, Any]], key: str) -> None:
     images = [name for name, value in item.items() if np.ndim(value) in (2, 3)]
     if key not in images:
         raise UserError(
-            f"image_key: got {key!r}, expected one of {', '.join(images) or 'the images, of which the data have none'}, "
-            f"as items hold {', '.join(item)}; correct model.params.image_key, or give other data"
+            f"image_key: got {key!r}, expected the name of images in the data, which hold {', '.join(item)}; set "
+            f"model.params.image_key to {' or '.join(images) or 'image, and give data of images'}"
         )
 
 
