@@ -327,9 +327,7 @@ def test_crops_of_enlarged_images_are_those_of_the_whole(tmp_path):
 def test_pictures_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     path = picture_files.png(tmp_path / "a.png", 8, 2, [b""], 12_000_000)
     monkeypatch.setattr("tamingfast.data.rgb.available_memory", lambda device: 100_000_000)
-    with pytest.raises(
-        UserError, match="a.png: got .*12000000x1, expected at most what fits into this machine's memory"
-    ):
+    with pytest.raises(UserError, match="a.png: got .*12000000x1, expected at most what fits into this"):
         read_rgb(path)
     with pytest.raises(UserError, match="size: got 1000000000, expected a side in pixels whose square fits"):
         folder(tmp_path, size=10**9)
