@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.data.base import ArrayDataset, ConditionRecord
 from tamingfast.data.conditions import SETTINGS
-from tamingfast.errors import UserError, first_line
+from tamingfast.errors import UserError, brief, first_line
 from tamingfast.files import atomic_write, check_regular
 
 FORMAT = "tamingfast tokens 1"
@@ -301,7 +301,7 @@ def _vocabulary(path: str, value: object) -> int:
     digits = str(value)
     if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,10}", digits) or not 1 <= int(digits) <= _TYPES[-1][0]:
         raise UserError(
-            f"{path}: got {_short(value)} as vocab_size in its metadata, expected 1 to {_TYPES[-1][0]}; {_AGAIN}"
+            f"{path}: got {brief(value)} as vocab_size in its metadata, expected 1 to {_TYPES[-1][0]}; {_AGAIN}"
         )
     return int(digits)
 
@@ -315,7 +315,7 @@ def _record(path: str, metadata: Mapping[str, str]) -> ConditionRecord:
     valid = isinstance(record, dict) and all(isinstance(record[key], types[key]) for key in types.keys() & record)
     if not valid or not record.get("key"):
         raise UserError(
-            f"{path}: got {_short(metadata['condition'])} as the record of its conditions, expected JSON with their "
+            f"{path}: got {brief(metadata['condition'])} as the record of its conditions, expected JSON with their "
             f"key and vocab_size; {_AGAIN}"
         )
     settings = {key: value for key, value in record.get("data", {}).items() if key in ("kind", *SETTINGS)}
@@ -327,7 +327,7 @@ def _listed_classes(path: str, metadata: Mapping[str, str]) -> list[str] | None:
         return None
     names = _parsed(path, metadata, "classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: got {_short(names)} as classes in its metadata, expected a list of names; {_AGAIN}")
+        raise UserError(f"{path}: got {brief(names)} as classes in its metadata, expected a list of names; {_AGAIN}")
     return names
 
 
@@ -336,14 +336,9 @@ def _parsed(path: str, metadata: Mapping[str, str], key: str) -> Any:
         return json.loads(metadata[key])
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: got {_short(metadata[key])} as {key} in its metadata ({first_line(error)}), expected JSON; "
+            f"{path}: got {brief(metadata[key])} as {key} in its metadata ({first_line(error)}), expected JSON; "
             f"{_AGAIN}"
         ) from error
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check_range(path: str, indices: np.ndarray, vocab_size: int) -> None:

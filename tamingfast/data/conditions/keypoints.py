@@ -15,7 +15,7 @@ from tamingfast.data.conditions.kind import FromFile, Size
 from tamingfast.data.conditions.palette import hues
 from tamingfast.data.rgb import unit_scale
 from tamingfast.data.views import View
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 
 Limb = tuple[int, int]
 
@@ -65,7 +65,8 @@ class Keypoints(FromFile):
         pen, thick = ImageDraw.Draw(drawing), max(1, round(min(width, height) / 64))
         for points in people:
             limbs = _skeleton(path, content, points)
-            scaled = points[:, :2] * (np.array([width, height]) / own) - (view.left, view.top)
+            # Whole pixels, as Pillow makes them, so that lines do not move with the view.
+            scaled = np.trunc(points[:, :2] * (np.array([width, height]) / own)) - (view.left, view.top)
             places = [(x, y) for x, y in scaled.tolist()]
             for (a, b), color in zip(limbs, hues(len(limbs)), strict=True):
                 if points[a, 2] > 0 and points[b, 2] > 0:
@@ -127,7 +128,7 @@ def _skeleton(path: str | os.PathLike, content: Mapping[str, Any], points: np.nd
         )
     if not pairs or not all(type(end) is int and 0 <= end < len(points) for limb in limbs for end in limb):
         raise UserError(
-            f'{path}: got the "skeleton" {limbs}, expected a list of pairs of points 0 to {len(points) - 1}; correct '
-            "or remove it"
+            f'{path}: got the "skeleton" {brief(limbs)}, expected a list of pairs of points 0 to '
+            f"{len(points) - 1}; correct or remove it"
         )
     return [(a, b) for a, b in limbs]

@@ -11,7 +11,7 @@ import numpy as np
 
 from tamingfast.data.rgb import opened
 from tamingfast.data.views import Size, View
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 from tamingfast.files import open_regular, read_text
 
 _LARGEST_JSON = 1 << 26
@@ -66,8 +66,8 @@ def entries(path: str | os.PathLike, name: str, form: str) -> tuple[list[Any], t
     height: Any = content.get("height")
     if not (is_number(width) and is_number(height) and min(width, height) >= 1 and width * height <= _MOST_PIXELS):
         raise UserError(
-            f"{path}: got width {width} and height {height}, expected the size of the picture that the coordinates "
-            'refer to; add "width" and "height" in pixels'
+            f"{path}: got width {brief(width)} and height {brief(height)}, expected the size of the picture that "
+            'the coordinates refer to; add "width" and "height" in pixels'
         )
     return content[name], (width, height), content
 
