@@ -138,8 +138,11 @@ def read_text(path: str | os.PathLike, expected: str, errors: str = "strict", la
             content = stream.read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: got no such file, expected {expected}; correct the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: got '{error.strerror or error}', expected {expected}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no path can hold a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: got '{reason}', expected {expected}") from error
     if len(content) > largest:
         raise UserError(f"{path}: got more than {largest >> 20} MiB, expected {expected}; divide the file")
     try:

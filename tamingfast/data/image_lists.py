@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from tamingfast.data.checks import path_of
 from tamingfast.data.image_files import ImageFiles, warn_skipped
 from tamingfast.data.rgb import check_headers
 from tamingfast.errors import UserError
@@ -26,6 +27,7 @@ class ImageList(ImageFiles):
         flip: bool = False,
         seed: int = 0,
     ) -> None:
+        paths_file = path_of("list of images", paths_file)
         text = read_text(paths_file, "a text file with one image path per line", errors="surrogateescape")
         paths = [_existing(line) for line in lines_of(text)]
         if not paths:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.data.base import ArrayDataset, ConditionRecord
+from tamingfast.data.checks import path_of
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.errors import UserError, brief, first_line
 from tamingfast.files import atomic_write, check_regular
@@ -178,7 +179,8 @@ def build(
     path: str | os.PathLike, validation_path: str | os.PathLike | None = None
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """(training, validation) from token files; validation is None without a path. Raises what `TokenDataset` raises."""
-    return TokenDataset(path), TokenDataset(validation_path) if validation_path else None
+    train = TokenDataset(path)
+    return train, None if validation_path is None else TokenDataset(path_of("validation_path", validation_path))
 
 
 class TokenDataset(ArrayDataset):
@@ -199,7 +201,7 @@ class TokenDataset(ArrayDataset):
     _conditions: dict[str, np.ndarray]
 
     def __init__(self, path: str | os.PathLike, vocab_size: int | None = None) -> None:
-        self.path = os.fspath(path)
+        self.path = path_of("path", path)
         check_regular(self.path, "a token file")
         tensors, self.metadata = _opened(self.path)
         _check_tensors(self.path, tensors)

@@ -329,5 +329,5 @@ def test_pictures_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tamingfast.data.rgb.available_memory", lambda device: 100_000_000)
     with pytest.raises(UserError, match="a.png: got .*12000000x1, expected at most what fits into this"):
         read_rgb(path)
-    with pytest.raises(UserError, match="size: got 1000000000, expected a side in pixels whose square fits"):
+    with pytest.raises(UserError, match="size: got 1000000000, expected a square that fits"):
         folder(tmp_path, size=10**9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,15 +14,15 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from tamingfast.data.checks import positive
+from tamingfast.data.checks import is_number, positive
 from tamingfast.data.conditions import reading
 from tamingfast.data.conditions.kind import Computed, FromFile, Map, Size
 from tamingfast.data.conditions.palette import label_colors
 from tamingfast.data.rgb import read_rgb, unit_scale
 from tamingfast.data.views import Picture, View
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 
-_MOST_LABELS = 1 << 16
+_MOST_LABELS = 1 << 16  # as many as files can hold
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -34,8 +35,7 @@ class _LabelMap(Map):
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
 
     def check(self, size: int) -> None:
-        if positive("labels", self.labels) > _MOST_LABELS:
-            raise UserError(f"labels: got {self.labels}, expected at most {_MOST_LABELS}, as many as 16 bits can tell")
+        positive("labels", self.labels, _MOST_LABELS)
 
     def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         values = reading.gray_png(path, indexed=True)
@@ -94,8 +94,9 @@ class Depth(FromFile):
 
     def check(self, size: int) -> None:
         limits = self.depth_range
-        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
-            raise UserError(f"depth_range: got {limits!r}, expected [low, high] with low < high")
+        valid = isinstance(limits, Sequence) and len(limits) == 2 and all(map(is_number, limits))
+        if limits is not None and not (valid and limits[0] < limits[1]):
+            raise UserError(f"depth_range: got {brief(limits)}, expected [low, high] with low < high")
 
     def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         values = reading.numbers(path) if Path(path).suffix.lower() == ".npy" else reading.gray_png(path)
@@ -128,8 +129,8 @@ class Edges(Computed):
     suffixes: ClassVar[tuple[str, ...]] = _PICTURES
 
     def check(self, size: int) -> None:
-        if not isinstance(self.sigma, int | float) or self.sigma <= 0:
-            raise UserError(f"sigma: got {self.sigma!r}, expected a number above 0")
+        if not is_number(self.sigma) or not 0 < self.sigma <= size:
+            raise UserError(f"sigma: got {brief(self.sigma)}, expected a number above 0 and at most size={size}")
 
     def compute(self, pixels: np.ndarray) -> np.ndarray:
         feature = _skimage("feature")

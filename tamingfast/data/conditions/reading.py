@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tamingfast.data.checks import is_number
 from tamingfast.data.rgb import opened
 from tamingfast.data.views import Size, View
 from tamingfast.errors import UserError, brief
@@ -70,11 +71,6 @@ def entries(path: str | os.PathLike, name: str, form: str) -> tuple[list[Any], t
             'the coordinates refer to; add "width" and "height" in pixels'
         )
     return content[name], (width, height), content
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; ``true`` and ``false`` are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def target_size(path: str | os.PathLike, values: np.ndarray, size: Size | None) -> Size:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tamingfast.data.conditions.reading import entries, is_number
+from tamingfast.data.checks import is_number
+from tamingfast.data.conditions.reading import entries
 from tamingfast.errors import UserError, brief, nearest
 from tamingfast.files import lines_of, read_text
 
@@ -201,11 +202,13 @@ def _mirrored(box: Box) -> Box:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def class_names(given: str | os.PathLike | Iterable[str]) -> tuple[str, ...]:
+def class_names(given: str | os.PathLike | Sequence[str]) -> tuple[str, ...]:
     """Class names from a list of them, or from a text file with one per line."""
     if isinstance(given, str | os.PathLike):
         text = read_text(given, "a text file with one class per line, or a list of classes")
         given = [line.strip(" \t") for line in lines_of(text)]
+    if not isinstance(given, Sequence):
+        raise UserError(f"classes: got {brief(given)}, expected a list of names, or a text file with one per line")
     names = tuple(str(name) for name in given)
     if not names or len(set(names)) < len(names):
         raise UserError(
