@@ -30,6 +30,12 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def brief(value: object, length: int = 80) -> str:
+    """``repr(value)`` for a message, cut off after ``length`` signs."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def storage_problem(error: BaseException) -> str | None:
     """What the storage refused, in the system's words ("No space left on device"), None for any other error.
 

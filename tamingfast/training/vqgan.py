@@ -25,7 +25,7 @@ from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
 from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
-from tamingfast.training.tokens import grid_of
+from tamingfast.training.tokens import check_images, grid_of
 
 #: In evaluation mode the losses have no adaptive weight, so these say nothing about the model.
 _MEANINGLESS_IN_VALIDATION = ("d_weight", "disc_factor", "aeloss", "total_loss")
@@ -58,6 +58,7 @@ def train(
         model: VQModel = instantiate_from_config(
             {key: described[key] for key in ("target", "params") if key in described}
         )
+        check_images(training, model.image_key)
         grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         begin(config, out, resume, settings, training, among, stage)
