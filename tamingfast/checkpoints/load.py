@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tamingfast.checkpoints.config import check_targets, instantiate_from_config, load_yaml, without_checkpoints
+from tamingfast.checkpoints.config import (
+    check_config_values,
+    instantiate_from_config,
+    load_yaml,
+    plain,
+    without_checkpoints,
+)
 from tamingfast.checkpoints.infer import infer_config
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
@@ -30,11 +38,13 @@ def load_model(
     config: str | os.PathLike | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> nn.Module:
     """A model in evaluation mode from a checkpoint of the original or of ours.
 
-    A config builds networks of this package only, so neither file runs code; a mapping may also name other
-    `torch.nn.Module` classes.
+    A config builds networks of this package only, so neither file runs code; other `torch.nn.Module` classes are built
+    if ``allow`` has their names, or if ``config`` is a mapping.
 
     Args:
         checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
@@ -42,6 +52,7 @@ def load_model(
             file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
+        allow: dotted names of further classes that the config may name, such as ``("package.Class",)``.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
@@ -50,11 +61,12 @@ def load_model(
     path = weights_path(Path(checkpoint))
     state = read_state_dict(path)
     settings = _settings(path, config, state)
-    check_targets(settings["model"], trusted=isinstance(config, Mapping))
+    check_targets(settings["model"], "model", None if isinstance(config, Mapping) else allow)
+    check_sizes(settings["model"], "model", state, path)
     model = instantiate_from_config(settings["model"])
     _register_colours(model, state)
     load_into(model, state, path, optional=_OPTIONAL)
-    model.config = settings
+    model.config, model.allow = settings, frozenset(allow)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -75,6 +87,8 @@ def _settings(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[str,
     if config is None:
         logger.warning("no config found for %s; its architecture is inferred from the weights", path)
         config = {"model": infer_config(state, path)}
+    config = plain(config)
+    check_config_values(config, path)
     settings = without_checkpoints(config)
     model = settings.get("model")
     if not isinstance(model, Mapping) or "target" not in model:
