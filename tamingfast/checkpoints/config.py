@@ -6,10 +6,10 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from tamingfast.checkpoints.references import check_references, resolved
 from tamingfast.checkpoints.targets import class_of
@@ -18,9 +18,12 @@ from tamingfast.files import check_regular, open_regular
 
 _MOST_BYTES = 1 << 20
 _MOST_VALUES, _DEEPEST = 100_000, 64
+# OmegaConf 2.4 has a limit of its own, below the number of classes in some data.
+_limit = "max_yaml_expanded_nodes"
+_UNLIMITED: dict[str, Any] = {_limit: None} if _limit in inspect.signature(OmegaConf.create).parameters else {}
 
 
-def load_yaml(path: str | os.PathLike) -> DictConfig:
+def load_yaml(path: str | os.PathLike) -> Any:
     """Read a YAML file as an OmegaConf config, its references unresolved.
 
     Raises UserError if it is missing, unreadable, not a mapping, or larger or deeper than any config, and for resolvers
@@ -30,20 +33,17 @@ def load_yaml(path: str | os.PathLike) -> DictConfig:
     text = _text(path)
     try:
         _check_document(text, path)
-        loaded = OmegaConf.create(text)
+        loaded = OmegaConf.create(text, **_UNLIMITED)
         raw = OmegaConf.to_container(loaded, resolve=False)
     except UserError:
         raise
     except Exception as error:  # of PyYAML and of OmegaConf, which share no class
         raise UserError(
-            f"{path}: got unreadable YAML ({first_line(error)}), expected a config; correct the file"
+            f"{path}: got unreadable YAML ({_problem(error)}), expected a config; correct the file"
         ) from error
     check_config_values(raw, path)
-    try:
-        check_references(raw)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return cast(DictConfig, loaded)
+    check_references(raw, source=path)
+    return loaded
 
 
 def _text(path: Path) -> str:
@@ -97,7 +97,7 @@ def _check_document(text: str, path: Path) -> None:
 
 
 def check_config_values(config: Any, source: str | os.PathLike) -> None:
-    """Raise UserError unless ``config``, read from ``source``, is a mapping with as few and as shallow values as one."""
+    """Raise UserError unless ``config``, read from ``source``, is a mapping with as few values as one."""
     if not isinstance(config, Mapping):
         raise _no_config(source, config)
     level: list[Any] = [config]
@@ -114,6 +114,13 @@ def check_config_values(config: Any, source: str | os.PathLike) -> None:
 
 def _too_much(source: str | os.PathLike) -> UserError:
     return UserError(f"{source}: got over {_MOST_VALUES} values or {_DEEPEST} levels of them, expected a config")
+
+
+def _problem(error: Exception) -> str:
+    """What a parser found, and where."""
+    place = getattr(error, "problem_mark", None)
+    found = getattr(error, "problem", None) or first_line(error)
+    return found if place is None else f"{found}, line {place.line + 1}"
 
 
 def _no_config(source: str | os.PathLike, found: Any) -> UserError:

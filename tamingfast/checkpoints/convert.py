@@ -23,7 +23,8 @@ def convert(
 ) -> Path:
     """Write a checkpoint that `load_model` can open as one ``.safetensors`` file with its config inside.
 
-    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file; UserError for another suffix.
+    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file; UserError
+    for another suffix.
     """
     out = Path(out)
     if out.suffix != ".safetensors":

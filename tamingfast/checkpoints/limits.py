@@ -6,10 +6,12 @@ of the sizes of the networks in `tamingfast.models`, which are named by strings,
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +27,22 @@ _BYTES_PER_TENSOR, _BYTES_PER_VALUE = 4096, 4
 _MORE_TENSORS, _MORE_VALUES = 1000, 10_000_000
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """The number of a network's tensors, and of their values."""
 
     tensors: int
     values: int
 
-    def __add__(self, other: tuple[int, ...]) -> Size:
-        return Size(self.tensors + other[0], self.values + other[1])
+    def __add__(self, other: Size) -> Size:
+        return Size(self.tensors + other.tensors, self.values + other.values)
 
-    def __mul__(self, times: Any) -> Size:
+    def __mul__(self, times: int) -> Size:
         return Size(self.tensors * times, self.values * times)
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """The size of what one ``{target, params}`` of a config describes, without the parts described inside."""
 
     where: str
@@ -176,25 +180,25 @@ def _coder(numbers: _Numbers, channels: int, extra: int) -> Size:
     for before, width in zip([base, *widths], widths, strict=False):
         attention = Size(10, 4 * width**2 + 6 * width) * (blocks if attends else 0)
         total += _block(max(before, width), width) + _block(width, width) * max(blocks - 1, 0) + attention
-        total += (2, 9 * width**2 + width)
+        total += Size(2, 9 * width**2 + width)
     last = max(widths, default=0)
     total += _block(last, last) * 2 + Size(10, 4 * last**2)
-    return total + (6, 9 * (base * channels + last * 2 * latents) + 3 * (base + last + latents + channels))
+    return total + Size(6, 9 * (base * channels + last * 2 * latents) + 3 * (base + last + latents + channels))
 
 
 def _first_stage(numbers: _Numbers) -> Size:
     ddconfig = numbers.inside("ddconfig")
     latents, width, codes = ddconfig.get("z_channels"), numbers.get("embed_dim"), numbers.get("n_embed")
     colours = 3 * (numbers.get("n_labels") + numbers.get("colorize_nlabels"))
-    return _autoencoder(ddconfig) + (8, 2 * width * (latents + 1) + codes * width + colours)
+    return _autoencoder(ddconfig) + Size(8, 2 * width * (latents + 1) + codes * width + colours)
 
 
 def _ema(numbers: _Numbers) -> Size:
-    return _first_stage(numbers) + (2, numbers.get("n_embed") * (numbers.get("embed_dim") + 1))
+    return _first_stage(numbers) + Size(2, numbers.get("n_embed") * (numbers.get("embed_dim") + 1))
 
 
 def _gumbel(numbers: _Numbers) -> Size:
-    return _first_stage(numbers) + (2, numbers.get("n_embed") * (numbers.inside("ddconfig").get("z_channels") + 1))
+    return _first_stage(numbers) + Size(2, numbers.get("n_embed") * (numbers.inside("ddconfig").get("z_channels") + 1))
 
 
 def _two_levels(numbers: _Numbers) -> Size:
@@ -210,7 +214,7 @@ def _discriminator(numbers: _Numbers, prefix: str = "disc_") -> Size:
     width, layers = numbers.get(f"{prefix}ndf", 64), numbers.get(f"{prefix}num_layers", 3)
     channels = numbers.get(f"{prefix}in_channels", 3)
     widths = [width * 2 ** min(level, 3) for level in range(min(layers, 4) + 1)]
-    stages = sum(16 * before * after for before, after in zip(widths, widths[1:], strict=False))
+    stages = sum(16 * before * after for before, after in itertools.pairwise(widths))
     rest = 16 * (8 * width) ** 2 * max(layers - 4, 0)
     return Size(5 * layers + 4, stages + rest + 16 * (channels + 8) * width)
 

@@ -6,6 +6,7 @@ file. They are refused, so this module resolves references itself, on plain valu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +22,21 @@ _STEP = re.compile(r"[.\[\]]+")
 Keys = tuple[str | int, ...]
 
 
-def check_references(value: Any, keys: Keys = ()) -> None:
-    """Raise UserError for a resolver or a malformed reference in any text of nested mappings and lists."""
+def check_references(value: Any, keys: Keys = (), source: str | os.PathLike | None = None) -> None:
+    """Raise UserError for a resolver or a malformed reference in any text of nested mappings and lists.
+
+    The message names the keys, and the file ``source`` if it is given.
+    """
     for part, inside in _parts(value):
-        check_references(inside, (*keys, part))
+        check_references(inside, (*keys, part), source)
     if isinstance(value, str) and "${" in value:
         left = value
         while "${" in (once := _INNERMOST.sub("", left)) and once != left:
             left = once
         if "${" in once:
+            name = dotted(keys) if source is None else f"{source}: {dotted(keys)}"
             raise UserError(
-                f"{dotted(keys)}: got {value!r}, expected a value or a reference to another key, ${{section.key}}; "
+                f"{name}: got {value!r}, expected a value or a reference to another key, ${{section.key}}; "
                 "write the value itself, as no functions are run for a config"
             )
 
@@ -108,9 +113,8 @@ def _at(root: Any, keys: Keys) -> Any:
     """The value under ``keys``; LookupError if there is none."""
     for key in keys:
         if isinstance(root, list | tuple):
-            root = root[int(key)] if str(key).isdecimal() else {}[key]
-        elif isinstance(root, Mapping):
-            root = root[key] if key in root else {str(name): value for name, value in root.items()}[str(key)]
+            named = {str(place): value for place, value in enumerate(root)}
         else:
-            raise LookupError(key)
+            named = {str(name): value for name, value in root.items()} if isinstance(root, Mapping) else {}
+        root = named[str(key)]
     return root

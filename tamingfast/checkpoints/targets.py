@@ -16,6 +16,7 @@ from tamingfast.errors import UserError, first_line, nearest
 _KINDS = (nn.Module, Dataset, LRScheduler)
 #: Section of a config -> the package that its classes come from.
 _PACKAGES = {"model": "models", "data": "data"}
+_ADVICE = {"data": "; give data.name=folder data.path=DIRECTORY to train on a directory"}
 
 
 def class_of(target: Any, where: str = "target", allow: Collection[str] | None = None, section: str = "model") -> type:
@@ -30,7 +31,7 @@ def class_of(target: Any, where: str = "target", allow: Collection[str] | None =
         raise UserError(f"{where}: got {target!r}, expected the name of a class")
     if allow is not None and target not in allow and not compat.is_ours(target, _PACKAGES[section]):
         raise _not_run(target, where, f"a class of tamingfast; add --allow {target} (allow= in Python) if you trust it")
-    found = None if _starts_programs(target) else _imported(target, where)
+    found = None if _starts_programs(target) else _imported(target, where, section)
     if isinstance(found, type) and (issubclass(found, _KINDS) or _is_schedule(found)):
         return found
     raise _not_run(target, where, "a subclass of torch's Module or Dataset, or a scheduler; correct the name")
@@ -57,12 +58,12 @@ def descriptions(config: Any, where: str, is_params: bool = False) -> Iterator[t
             yield from descriptions(value, f"{where}.{key}", is_params=key == "params" and "target" in config)
 
 
-def _imported(target: str, where: str) -> Any:
+def _imported(target: str, where: str, section: str) -> Any:
     try:
         return compat.resolve(target)
     except KeyError:
         names = [f"{home}.{name}" for home, members in compat.NAMES.items() for name in members]
-        hint = nearest(target, names)
+        hint = _ADVICE.get(section) or nearest(target, names)
         raise UserError(
             f"{where}: got '{target}', expected a name of the original that has a counterpart here{hint}"
         ) from None

@@ -79,8 +79,8 @@ _HOMES = {
     "encoding": ("check_encodable", "encode"),
     "inspection": ("inspect",),
     "models": (
-        "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale", "is_spatial",
-        "opened",
+        "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale",
+        "is_spatial", "opened",
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),

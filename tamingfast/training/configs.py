@@ -52,8 +52,7 @@ def load_config(
     for override in overrides:
         change = _parsed(override)
         config, given = (_merged(each, change, override) for each in (config, given))
-    settled = plain(config)
-    settled = translated(settled, {} if not overrides else OmegaConf.to_container(given, resolve=False))
+    settled = translated(plain(config), cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)))
     check_paths(settled)
     for section in ("model", "data"):
         check_targets(settled.get(section), section, allow)

@@ -9,7 +9,6 @@ from typing import Any
 from tamingfast.checkpoints.targets import class_of
 from tamingfast.errors import UserError, nearest
 
-
 _PATHS = (
     "path", "validation_path", "ckpt_path", "remap", "training_images_list_file", "test_images_list_file",
 )  # fmt: skip

@@ -179,7 +179,7 @@ def _of_lightning(lightning: Any) -> list[tuple[tuple[str, ...], str, Any]]:
     check_keys(trainer, _TRAINER_KEYS, "lightning.trainer")
     for where, callbacks in (("callbacks", lightning), ("trainer.callbacks", trainer)):
         _check_callbacks(callbacks.get("callbacks"), f"lightning.{where}")
-    found = []
+    found: list[tuple[tuple[str, ...], str, Any]] = []
     for key, value in trainer.items():
         where = f"lightning.trainer.{key}"
         if key in _WITHOUT_COUNTERPART and value is not None and not _among(value, _WITHOUT_COUNTERPART[key]):

@@ -26,7 +26,6 @@ from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.prior_config import completed_data, prior_config
 from tamingfast.training.prior_stage import PriorStage
-from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import check_condition, check_tokens, grid_of

@@ -26,8 +26,8 @@ class Training:
     """The ``training:`` section of a config. Counts are optimizer steps unless they say otherwise.
 
     ``steps``, ``epochs`` (passes over the training images) and ``seconds`` (of training proper, without validation and
-    checkpoints) end the run, whichever comes first; without any it continues until it is stopped. ``validate_every`` None validates after each epoch;
-    ``image_every`` None writes no images.
+    checkpoints) end the run, whichever comes first; without any it continues until it is stopped. ``validate_every``
+    None validates after each epoch; ``image_every`` None writes no images.
     ``learning_rate`` None follows the paper: accumulate * devices * batch_size * model.base_learning_rate. The paper
     keeps it constant; ``warmup_steps`` raises it linearly first, ``decay_steps`` lowers it to zero along a cosine.
     ``batch_size`` is images per device and forward pass. Two settings depart from the original to shorten runs:

@@ -79,8 +79,8 @@ def check_loss(described: Mapping[str, Any]) -> None:
         arguments = 3 if issubclass(model, VQSegmentationModel) else 5  # as `loss_of` passes them
         more = {"split": "train"} if arguments == 3 else {"split": "train", "last_layer": None}
         try:
-            forward = class_of(target, "model.params.lossconfig.target").forward
-            inspect.signature(forward).bind(None, *[None] * arguments, **more)
+            trains: Any = class_of(target, "model.params.lossconfig.target")
+            inspect.signature(trains.forward).bind(None, *[None] * arguments, **more)
             return
         except (TypeError, AttributeError):
             pass
