@@ -145,13 +145,13 @@ class _Numbers:
         return _Numbers(value, f"{self.where}.{key}", self.seen, f"{key}.")
 
     def all(self) -> list[int]:
-        return [self.get(key) for key, value in self.params.items() if type(value) is int]
+        return [self.get(key) for key, value in self.params.items() if type(value) is int and value > 0]
 
     def _whole(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"{self.where}.{key}: got {str(value)[:40]!r}, expected a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{self.where}.{key}: got {str(value)[:40]!r}, expected a whole number of at least 0")
         self.seen[f"{self.prefix}{key}"] = max(value, self.seen.get(f"{self.prefix}{key}", 0))
-        return max(value, 0)
+        return value
 
 
 def _gpt(numbers: _Numbers) -> Size:

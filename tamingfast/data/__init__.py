@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tamingfast.checkpoints.config import instantiate_from_config
+from tamingfast.checkpoints.values import check_types
 from tamingfast.data import cifar10, conditioned, folders, photos, tokens
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.conditions import SETTINGS
@@ -51,12 +52,13 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     name = options.pop("name", None)
     if name is None:
         return _originals(originals)
-    if name not in _FACTORIES:
+    if not isinstance(name, str) or name not in _FACTORIES:
         raise UserError(f"data.name: got {name!r}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
     crop, seed = options.pop("crop", None), options.get("seed", 0)
     if name == "tokens":
         options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
     _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    check_types({key: value for key, value in options.items() if value is not None}, _FACTORIES[name], "data")
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:

@@ -15,10 +15,11 @@ from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import load_yaml, plain
 from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
+from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UserError, first_line, nearest
 from tamingfast.training.keys import check_keys, check_mapping, check_params, check_paths, is_path, parameters_of
 from tamingfast.training.original_layout import MODEL_KEYS, check_original_data, translated
-from tamingfast.training.settings import FREE_TO_CHANGE, Training, is_number, training_settings
+from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tamingfast.checkpoints.targets import class_of
+from tamingfast.checkpoints.values import check_types
 from tamingfast.errors import UserError, nearest
 
 _PATHS = (
@@ -52,9 +53,13 @@ def check_params(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside."""
     params = config.get("params") or {}
     check_mapping(params, f"{where}.params", "lossconfig")
-    names = parameters_of(class_of(config["target"], f"{where}.target"))
+    network = class_of(config["target"], f"{where}.target")
+    names = parameters_of(network)
     if names is not None:
         check_keys(params, names, f"{where}.params")
+    for declared in network.__mro__:
+        if declared.__module__.startswith("tamingfast."):
+            check_types(params, declared, f"{where}.params")
     for key, value in params.items():
         inside = f"{where}.params.{key}"
         if key == "cond_stage_config" and params.get("unconditional"):
@@ -63,13 +68,10 @@ def check_params(config: Mapping[str, Any], where: str) -> None:
             check_keys(value, ("target", "params"), inside)
             check_params(value, inside)
         elif key == "ddconfig" and isinstance(value, Mapping):
-            check_keys(value, _network_keys(), inside)
-
-
-def _network_keys() -> list[str]:
-    """Keys of ``ddconfig``, which the encoder and the decoder share."""
-    home = "taming.modules.diffusionmodules.model"
-    return [name for part in ("Encoder", "Decoder") for name in parameters_of(class_of(f"{home}.{part}")) or ()]
+            coders = [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
+            check_keys(value, [name for coder in coders for name in parameters_of(coder) or ()], inside)
+            for coder in coders:
+                check_types(value, coder, inside)
 
 
 def parameters_of(target: Callable[..., Any]) -> list[str] | None:

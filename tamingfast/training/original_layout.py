@@ -208,7 +208,11 @@ def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 def _check_callbacks(callbacks: Any, where: str) -> None:
     """Raise UserError for a callback that changes the training; the others show or keep something."""
-    described = callbacks.items() if isinstance(callbacks, Mapping) else enumerate(callbacks or ())
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, Mapping | list):
+        raise UserError(f"{where}: got {callbacks!r}, expected keys below it")
+    described = callbacks.items() if isinstance(callbacks, Mapping) else enumerate(callbacks)
     for name, callback in described:
         target = str(callback.get("target", name)) if isinstance(callback, Mapping) else str(callback)
         if target.rpartition(".")[2] in _TRAINING_CALLBACKS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 from tamingfast.checkpoints.config import plain
+from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys
 
@@ -97,11 +97,6 @@ def check_setting(name: str, value: object, key: str | None = None) -> None:
     or_null = NoneType in types
     if not (valid or (value is None and or_null)):
         raise UserError(f"{key or f'training.{name}'}: got {value!r}, expected {expected}{', or null' * or_null}")
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a number, neither infinite nor NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @functools.cache
