@@ -135,6 +135,7 @@ class _Numbers:
         values = self.params.get(key, default)
         if not isinstance(values, list | tuple):
             raise UserError(f"{self.where}.{key}: got {values!r}, expected a list of whole numbers")
+        self.seen[f"{self.prefix}{key}"] = len(values)
         return [self._whole(key, value) for value in values]
 
     def inside(self, key: str) -> _Numbers:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tamingfast.errors import UserError
 
+#: The largest integer of torch and NumPy.
+LARGEST = 2**63 - 1
 _WORDS = {
     int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null",
     os.PathLike: "a path",
@@ -19,8 +21,10 @@ _WORDS = {
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a number, neither infinite nor NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a number that torch can take, neither infinite nor NaN."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def types_of(declared: Callable[..., Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     if name == "tokens":
         options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
     _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
-    check_types({key: value for key, value in options.items() if value is not None}, _FACTORIES[name], "data")
+    check_types(options, _FACTORIES[name], "data")
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:

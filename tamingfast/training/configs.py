@@ -12,13 +12,13 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import load_yaml, plain
+from tamingfast.checkpoints.config import at, load_yaml, plain
 from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
 from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UserError, first_line, nearest
 from tamingfast.training.keys import check_keys, check_mapping, check_params, check_paths, is_path, parameters_of
-from tamingfast.training.original_layout import MODEL_KEYS, check_original_data, translated
+from tamingfast.training.original_layout import MODEL_KEYS, UNUSED_PARAMS, check_original_data, translated
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,11 @@ def load_config(
     for override in overrides:
         change = _parsed(override)
         config, given = (_merged(each, change, override) for each in (config, given))
-    settled = translated(plain(config), cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)))
+    settled = plain(config)
+    if at(settled, "data", "name") is None:  # these are not built, but who runs a config with them means harm
+        unused = {key: at(settled, "data", "params", key) for key in UNUSED_PARAMS}
+        check_targets({"params": unused}, "data", allow)
+    settled = translated(settled, cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)))
     check_paths(settled)
     for section in ("model", "data"):
         check_targets(settled.get(section), section, allow)
@@ -68,7 +72,7 @@ def _parsed(override: str) -> DictConfig:
         raise UserError(f"override: got '{override}', expected key=value, such as training.steps=1000")
     try:
         change = OmegaConf.from_dotlist([override])
-        if is_path(key) and not OmegaConf.is_list(OmegaConf.select(change, key)) and text != "null":
+        if is_path(key) and not OmegaConf.is_config(OmegaConf.select(change, key)) and text != "null":
             OmegaConf.update(change, key, text)  # a number or a date, to YAML
         raw = OmegaConf.to_container(change, resolve=False)
     except Exception as error:  # of PyYAML and of OmegaConf, which share no class

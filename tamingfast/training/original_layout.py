@@ -21,7 +21,8 @@ from tamingfast.training.settings import check_setting
 MODEL_KEYS = ("base_learning_rate", "target", "params")
 _DATA_MODULE = "DataModuleFromConfig"
 _DATA_PARAMS = {"batch_size": "batch_size", "num_workers": "workers"}
-_UNUSED_PARAMS = ("test", "wrap")  # read by the original's tests, and by data sets without __getitem__
+#: Params of the data module that do not concern training.
+UNUSED_PARAMS = ("test", "wrap")
 #: Data sets of ours whose images can have any size.
 _ANY_SIZE = ("photos", "folder", "conditions")
 
@@ -135,7 +136,7 @@ def translated(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
             config["model"] = {key: value for key, value in config["model"].items() if key in MODEL_KEYS}
         params = data.get("params") or {}
         check_mapping(params, "data.params", "batch_size")
-        check_keys(params, (*_DATA_PARAMS, *SPLITS, *_UNUSED_PARAMS), "data.params")
+        check_keys(params, (*_DATA_PARAMS, *SPLITS, *UNUSED_PARAMS), "data.params")
         found += [
             (("data", "params", key), setting, params[key])
             for key, setting in _DATA_PARAMS.items()

@@ -10,14 +10,13 @@ from types import NoneType
 from typing import Any
 
 from tamingfast.checkpoints.config import plain
-from tamingfast.checkpoints.values import is_number
+from tamingfast.checkpoints.values import LARGEST, is_number
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys
 
 PRECISIONS = ("float32", "bfloat16")
 #: Integers that may be 0; the others are at least 1.
 _MAY_BE_ZERO = ("seed", "workers", "warmup_steps")
-_LARGEST = 2**63 - 1  # of integers, in torch and NumPy
 _Number = int | float
 
 
@@ -92,7 +91,7 @@ def check_setting(name: str, value: object, key: str | None = None) -> None:
         valid, expected = is_number(value) and value > 0, "a number above 0"  # type: ignore[operator]
     else:
         least = 0 if name in _MAY_BE_ZERO else 1
-        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
         expected = f"an integer of at least {least}"
     or_null = NoneType in types
     if not (valid or (value is None and or_null)):
