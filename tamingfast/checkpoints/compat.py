@@ -117,13 +117,13 @@ def resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def is_ours(target: str) -> bool:
-    """Whether a dotted name belongs to `tamingfast.models`: today's name, an older one, or one of the original."""
+def is_ours(target: str, package: str = "models") -> bool:
+    """Whether a dotted name belongs to our ``package``: today's name, an older one, or one of the original."""
     try:
         module, _ = _home(target)
     except KeyError:
         return True  # `resolve` says that it has no counterpart
-    return module.startswith(f"{_MODELS}.")
+    return module.startswith(f"tamingfast.{package}.")
 
 
 def _home(target: str) -> tuple[str, str]:

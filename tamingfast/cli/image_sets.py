@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from tamingfast import tasks
 from tamingfast.cli.options import (
+    ALLOW,
     DEVICE,
     DRAWING,
     Commands,
@@ -49,7 +50,7 @@ def _command(
     text: str,
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, *parents))
+    added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
     added.add_argument("model", help="run directory or checkpoint")
     added.add_argument("images", nargs="+", help="image files, or directories of them")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")

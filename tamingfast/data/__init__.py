@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tamingfast.checkpoints.config import instantiate_from_config
+from tamingfast.checkpoints.values import check_types
 from tamingfast.data import cifar10, conditioned, folders, photos, tokens
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.checks import whole
@@ -58,6 +59,7 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     if name == "tokens":
         options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
     _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    check_types(options, _FACTORIES[name], "data")
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:

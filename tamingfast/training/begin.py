@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import load_yaml, plain
+from tamingfast.checkpoints.config import instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.data import loader
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
@@ -19,8 +21,16 @@ from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps
+from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import FREE_TO_CHANGE, Training
 from tamingfast.training.stage import Stage
+
+
+def new_model(described: Mapping[str, Any], seed: int) -> nn.Module:
+    """The untrained model of a config's ``model`` section, the same for each ``seed``; UserError if it is too large."""
+    check_sizes(described, "model")
+    torch.manual_seed(seed_for(seed, "weights"))
+    return instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
 
 
 def begin(

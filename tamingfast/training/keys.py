@@ -6,8 +6,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tamingfast.checkpoints.config import get_obj_from_str
+from tamingfast.checkpoints.targets import class_of
+from tamingfast.checkpoints.values import check_types
 from tamingfast.errors import UserError, nearest
+
+_PATHS = (
+    "path", "validation_path", "ckpt_path", "remap", "training_images_list_file", "test_images_list_file",
+)  # fmt: skip
 
 
 def check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -27,12 +32,34 @@ def check_mapping(section: object, where: str, key: str) -> None:
         raise UserError(f"{where}: got {section!r}, expected keys below it; write for example {where}.{key}=...")
 
 
+def is_path(key: str) -> bool:
+    """Whether a dotted key is that of a path: what looks like a number there is one, too."""
+    return key.strip().rpartition(".")[2] in _PATHS
+
+
+def check_paths(value: Any, where: str = "") -> None:
+    """Make text of numbers in place of paths, in nested mappings; UserError for what can be neither."""
+    for key in value if isinstance(value, dict) else ():
+        name = f"{where}.{key}" if where else str(key)
+        if not is_path(str(key)):
+            check_paths(value[key], name)
+        elif isinstance(value[key], int | float) and not isinstance(value[key], bool):
+            value[key] = str(value[key])
+        elif not isinstance(value[key], str | None):
+            raise UserError(f"{name}: got {value[key]!r}, expected a path")
+
+
 def check_params(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside."""
     params = config.get("params") or {}
-    names = parameters_of(get_obj_from_str(config["target"]))
+    check_mapping(params, f"{where}.params", "lossconfig")
+    network = class_of(config["target"], f"{where}.target")
+    names = parameters_of(network)
     if names is not None:
         check_keys(params, names, f"{where}.params")
+    for declared in network.__mro__:
+        if declared.__module__.startswith("tamingfast."):
+            check_types(params, declared, f"{where}.params")
     for key, value in params.items():
         inside = f"{where}.params.{key}"
         if key == "cond_stage_config" and params.get("unconditional"):
@@ -41,13 +68,10 @@ def check_params(config: Mapping[str, Any], where: str) -> None:
             check_keys(value, ("target", "params"), inside)
             check_params(value, inside)
         elif key == "ddconfig" and isinstance(value, Mapping):
-            check_keys(value, _network_keys(), inside)
-
-
-def _network_keys() -> list[str]:
-    """Keys of ``ddconfig``, which the encoder and the decoder share."""
-    home = "taming.modules.diffusionmodules.model"
-    return [name for part in ("Encoder", "Decoder") for name in parameters_of(get_obj_from_str(f"{home}.{part}")) or ()]
+            coders = [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
+            check_keys(value, [name for coder in coders for name in parameters_of(coder) or ()], inside)
+            for coder in coders:
+                check_types(value, coder, inside)
 
 
 def parameters_of(target: Callable[..., Any]) -> list[str] | None:
