@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast import tasks
+from tamingfast.cli.arguments import output
 from tamingfast.cli.options import given_options, options
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
 
 KEEPING = options(
-    ("--preview", {"metavar": "PNG", "help": "write the images so far here, every few seconds"}),
-    ("--canvas", {"metavar": "FILE", "help": "save the tokens here; default: beside --out, until that is written"}),
+    ("--preview", {"type": output, "metavar": "PNG", "help": "write the images so far here, every few seconds"}),
+    (
+        "--canvas",
+        {
+            "type": output,
+            "metavar": "FILE",
+            "help": "save the tokens here; default: beside --out, until that is written",
+        },
+    ),
     ("--resume", {"action": "store_true", "help": "continue the canvas of an interrupted command"}),
     ("--separate", {"action": "store_true", "help": "write one numbered PNG per image instead of --out"}),
 )

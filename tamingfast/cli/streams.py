@@ -1,0 +1,70 @@
+"""Standard output and error that are closed, full, or in an encoding without some letter of a file's name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+OUTPUT = "standard output"
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Inside the block, printing to standard error never fails, and a failure of standard output names it.
+
+    A stream that was closed before the program began takes everything and keeps nothing. Letters that a stream's
+    encoding lacks are written as escapes.
+    """
+    _reserve_descriptors()
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        sys.stdout = _Guarded(before[0] or nothing, OUTPUT)
+        sys.stderr = _Guarded(before[1] or nothing, None)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _reserve_descriptors() -> None:
+    # Otherwise the next file that is opened gets the number of the closed stream, and libraries print into that file.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+class _Guarded:
+    """A text stream that, once it fails, goes on as the null device; the first failure is raised if it has a name."""
+
+    def __init__(self, stream: TextIO, name: str | None) -> None:
+        self._stream, self._name = stream, name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._surviving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._surviving():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is still buffered must not fail again when Python flushes it at exit.
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+            if self._name is not None:
+                raise OSError(error.errno, error.strerror, self._name) from error
