@@ -74,5 +74,5 @@ def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
         for picture in drawing.conditions:
             save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
     if not arguments.canvas:  # it was saved only for resuming
-        canvas_file(arguments).unlink(missing_ok=True)
+        tasks.forget(canvas_file(arguments))
     say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")

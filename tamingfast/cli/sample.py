@@ -26,7 +26,7 @@ def add_to(commands: Commands) -> None:
         metavar="PHOTO",
         help="start from coarse scales of this photo, for multiscale priors",
     )
-    added.add_argument("--scales", type=whole(1), metavar="N", help="number of scales taken from it, coarsest first")
+    added.add_argument("--scales", type=whole(0), metavar="N", help="number of scales taken from it, coarsest first")
 
 
 def sample(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Runs commands that must be refused, and judges how they refuse: exit code 2 and a short message that names the fault."""
+"""Runs commands that must be refused, and judges how: exit code 2 and a short message that names the fault."""
 
 from __future__ import annotations
 
