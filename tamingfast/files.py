@@ -112,18 +112,20 @@ def writable_path(path: str | os.PathLike) -> Path:
     return target
 
 
-def writable_directory(path: str | os.PathLike) -> Path:
-    """``path`` as the directory that files are to be written into; it need not exist yet.
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise what `writable_path` raises, and try whether a file can be made there; nothing is left of it."""
+    _check_room(writable_path(path), path)
 
-    Raises UserError when something else stands there, and when it is already known that it cannot be written.
-    """
-    target = Path(path)
-    try:
-        _check_allowed(target / "file")
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: got '{problem}', expected a directory that can be written") from error
-    return target
+
+def check_directory(path: str | os.PathLike) -> None:
+    """Raise UserError unless ``path`` is a directory in which a file can be made, or can become one."""
+    _check_room(Path(path).absolute() / "file", path)
+
+
+def _check_room(target: Path, path: str | os.PathLike) -> None:
+    with reported(path):
+        # A trial, as permissions do not tell: the system's own directories refuse even those who may write everywhere.
+        tempfile.TemporaryFile(dir=_check_allowed(target)).close()
 
 
 def _mode(path: str | os.PathLike) -> int | None:
@@ -133,14 +135,15 @@ def _mode(path: str | os.PathLike) -> int | None:
         return None
 
 
-def _check_allowed(target: Path) -> None:
-    """Raise OSError unless this process may replace ``target``, or create it and the directories above it."""
+def _check_allowed(target: Path) -> Path:
+    """The lowest directory above ``target`` that exists; OSError where permissions forbid to write or create there."""
     above = next(parent for parent in target.absolute().parents if _mode(parent) is not None)
     if not stat.S_ISDIR(_mode(above) or 0):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
     for place in (above, target):
         if os.path.exists(place) and not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    return above
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:

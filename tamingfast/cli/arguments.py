@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from tamingfast.errors import UserError
-from tamingfast.files import writable_directory, writable_path
+from tamingfast.files import check_directory, check_writable
+from tamingfast.ops.backends import pick_device
 
 LARGEST = 2**31 - 1  # of a number of images, tokens or pixels
 
@@ -62,6 +63,16 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number") from None
 
 
+def device(text: str) -> str:
+    """The type of options that name a device that works here."""
+    try:
+        if "LOCAL_RANK" not in os.environ:  # of torchrun, whose processes would all try the first GPU
+            pick_device(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from error
+    return text
+
+
 def source(text: str) -> str:
     """The type of options that name what is read, a file or a directory."""
     if not text or "\0" in text:
@@ -83,8 +94,8 @@ def check_paths(arguments: argparse.Namespace) -> None:
     """Raise UserError for an output that cannot be written or is an input, before anything long is done."""
     sources = list(_given(arguments, source))
     checks: dict[Callable[[str], str], Callable[[str], object]] = {
-        output: writable_path,
-        output_directory: writable_directory,
+        output: check_writable,
+        output_directory: check_directory,
     }
     for kind, check in checks.items():
         for action, path in _given(arguments, kind):
@@ -110,16 +121,18 @@ def _given(arguments: argparse.Namespace, kind: Callable[[str], str]) -> Iterato
 def as_typed(message: str, arguments: argparse.Namespace | None, words: Sequence[str]) -> str:
     """The message of a task, which begins with the name of an argument, about the option that stands for it."""
     name, colon, rest = message.partition(": ")
-    for action in arguments.parser._actions if arguments is not None and colon else ():
-        if action.option_strings and name in (action.dest, f"{action.dest}s"):
-            return f"{name_of(action, words)}: {rest}"
-    return message
+    known = arguments.parser._actions if arguments is not None and colon else []
+    options = [action for action in known if action.option_strings and name in (action.dest, f"{action.dest}s")]
+    if not options:
+        return message
+    typed = {word.partition("=")[0] for word in words}
+    names = [*(option for action in options for option in action.option_strings if option in typed)]
+    return f"{names[0] if names else name_of(options[0])}: {rest}"
 
 
-def name_of(action: argparse.Action, words: Sequence[str] = ()) -> str:
-    """The option as it stands in ``words``, else its longest name; the name of a positional argument."""
-    names = sorted(action.option_strings, key=len, reverse=True) or [action.dest]
-    return next((name for name in names if any(word.partition("=")[0] == name for word in words)), names[0])
+def name_of(action: argparse.Action) -> str:
+    """An option's longest name; the name of a positional argument."""
+    return max(action.option_strings, key=len, default=action.dest)
 
 
 def one_line(message: str) -> str:

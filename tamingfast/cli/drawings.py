@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tamingfast import tasks
 from tamingfast.cli.arguments import output
 from tamingfast.cli.options import given_options, options
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.errors import UserError
 from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
 
@@ -33,6 +35,9 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments shared by `sample`, `edit` and `outpaint`, by their names in `tamingfast.tasks`."""
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
+    pictures = [os.path.realpath(path) for path in (arguments.out, arguments.preview) if path is not None]
+    if os.path.realpath(canvas) in pictures:
+        raise UserError(f"--canvas: got {canvas}, where a picture is written, expected another path")
     if arguments.resume:
         drawing = replace(tasks.begun_with(canvas), **given)
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tamingfast.cli.arguments import number, source, whole
+from tamingfast.cli.arguments import device, number, source, whole
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
@@ -56,7 +56,7 @@ class _OldName(argparse.Action):
 
 _DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
 
-DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
+DEVICE = options(("--device", {"type": device, "help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(

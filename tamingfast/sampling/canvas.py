@@ -57,7 +57,7 @@ class Canvas:
     cond: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""
-    name: str = "canvas"
+    name: str = "the canvas"
 
     SETTINGS = tuple(KINDS)
 
