@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     with streams.guarded():
         try:
+            os.getcwd()  # raises where it was deleted, which ends some libraries without a word
             _begin_logging()
             arguments = _parse(words)
             check_paths(arguments)

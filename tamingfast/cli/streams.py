@@ -39,10 +39,14 @@ def _reserve_descriptors() -> None:
 
 
 class _Guarded:
-    """A text stream that, once it fails, goes on as the null device; the first failure is raised if it has a name."""
+    """A text stream that, once it fails, goes on as the null device; if it has a name, the failure is raised.
+
+    It is raised by every later flush, too, because argparse ignores it.
+    """
 
     def __init__(self, stream: TextIO, name: str | None) -> None:
         self._stream, self._name = stream, name
+        self._failure: OSError | None = None
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -57,6 +61,8 @@ class _Guarded:
     def flush(self) -> None:
         with self._surviving():
             self._stream.flush()
+        if self._failure is not None:
+            raise self._failure
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -67,4 +73,5 @@ class _Guarded:
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), self._stream.fileno())
             if self._name is not None:
-                raise OSError(error.errno, error.strerror, self._name) from error
+                self._failure = OSError(error.errno, error.strerror, self._name)
+                raise self._failure from error
