@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -20,13 +21,11 @@ def guarded() -> Iterator[None]:
     """
     _reserve_descriptors()
     before = sys.stdout, sys.stderr
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        sys.stdout = _Guarded(before[0] or nothing, OUTPUT)
-        sys.stderr = _Guarded(before[1] or nothing, None)
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
+    sys.stdout, sys.stderr = _Guarded(before[0], OUTPUT), _Guarded(before[1], None)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _reserve_descriptors() -> None:
@@ -39,23 +38,25 @@ def _reserve_descriptors() -> None:
 
 
 class _Guarded:
-    """A text stream that, once it fails, goes on as the null device; if it has a name, the failure is raised.
+    """A text stream that, once it fails, takes everything and keeps nothing; if it has a name, the failure is raised.
 
     It is raised by every later flush, too, because argparse ignores it.
     """
 
-    def __init__(self, stream: TextIO, name: str | None) -> None:
-        self._stream, self._name = stream, name
+    def __init__(self, stream: TextIO | None, name: str | None) -> None:
+        self._stream: TextIO = io.StringIO() if stream is None else stream
+        self._name, self._lost = name, stream is None
         self._failure: OSError | None = None
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._surviving():
-            self._stream.write(text)
+        if not self._lost:
+            with self._surviving():
+                self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -69,8 +70,9 @@ class _Guarded:
         try:
             yield
         except OSError as error:
+            self._lost = True
             # What is still buffered must not fail again when Python flushes it at exit.
-            with open(os.devnull, "wb") as nothing:
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), self._stream.fileno())
             if self._name is not None:
                 self._failure = OSError(error.errno, error.strerror, self._name)
