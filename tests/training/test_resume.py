@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from runs import same_run
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
@@ -35,18 +36,6 @@ def unbroken(first_stage, tmp_path_factory) -> Callable[..., Path]:
         return tiny.train(stage, tmp_path_factory.mktemp("unbroken") / "run", first_stage, **training)
 
     return run
-
-
-def same_run(one: Path, other: Path) -> None:
-    assert (one / run_directory.METRICS).read_text() == (other / run_directory.METRICS).read_text()
-    states = [torch.load(out / run_directory.STATE, weights_only=True) for out in (one, other)]
-    for part in ("model", "optimizers"):
-        left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in states)
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    models = [load_model(out).state_dict() for out in (one, other)]
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
