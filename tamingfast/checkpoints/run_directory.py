@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tamingfast.checkpoints.config import at, load_yaml
 from tamingfast.checkpoints.metrics import METRICS, Metrics, read_metrics
 from tamingfast.checkpoints.seal import check_seal
 from tamingfast.checkpoints.weights import load_into, save_weights
@@ -94,10 +95,13 @@ def _averages(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> 
 
 
 def config_file(out: str | os.PathLike) -> Path:
-    """The path of the config of the run in ``out``; UserError if no run has been started there."""
+    """The path of the config of the run in ``out``; UserError if no run has been started there, or it is damaged."""
     if not begun(Path(out)):
         raise UserError(f"{out}: got no run in this directory, expected one to resume; start it without --resume")
-    return Path(out) / CONFIG
+    path = Path(out) / CONFIG
+    if at(load_yaml(path), "model", "target") is None:
+        raise UserError(f"{path}: got no 'target' in a section 'model', expected a run's config; restore a copy of it")
+    return path
 
 
 def begun(out: Path) -> bool:

@@ -17,7 +17,8 @@ FILES = ("config.yaml", "state.pt", "weights.safetensors", "metrics.jsonl")
 
 
 def flipped(content: bytes) -> bytes:
-    return content[:-9] + bytes([content[-9] ^ 0x10]) + content[-8:]
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
 
 
 #: New bytes of a file, or what takes its place.
@@ -48,7 +49,7 @@ NEEDED = {
     "resume": ["config.yaml", "state.pt"],
 }
 #: Damages that leave a file as good as it was, or that nobody can tell from an intended one.
-HARMLESS = {("config.yaml", "a flipped bit"), ("config.yaml", "longer"), ("config.yaml", "cut")}
+HARMLESS = {("config.yaml", "a flipped bit"), ("config.yaml", "cut"), ("state.pt", "longer")}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_damaged_file(command, name, edit, made, tmp_path, capsys):
         assert name not in NEEDED[command] or (name, edit) in HARMLESS, "the damage was not noticed"
         return
     assert code == cli.USAGE_ERROR and 1 <= len(lines) <= 3
-    assert name in said or (edit == "missing" and str(out) in said)
+    assert name in said or ((command != "resume" or edit == "missing") and str(out) in said)
     assert runs.contents(out) == before
     assert not (tmp_path / "drawn.png").exists()
 

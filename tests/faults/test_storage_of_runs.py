@@ -1,4 +1,4 @@
-"""A run whose storage fails or is taken away stops in one sentence, and its last checkpoint and metrics fit together."""
+"""A run whose storage fails or is taken away stops in one sentence; its last checkpoint and metrics fit together."""
 
 from __future__ import annotations
 
