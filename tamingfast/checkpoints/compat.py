@@ -97,6 +97,8 @@ NAMES: dict[str, dict[str, str]] = {
         "CustomTrain": f"{_LISTS}:CustomTrain",
         "CustomTest": f"{_LISTS}:CustomTest",
     },
+    # latent-diffusion's class of this name differs in how it is trained only; `VQModelInterface` encodes differently.
+    "ldm.models.autoencoder": {"VQModel": f"{_MODELS}.vqgan:VQModel"},
     "main": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
     "taming.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
 }

@@ -5,23 +5,22 @@ Source: Krizhevsky, "Learning multiple layers of features from tiny images", 200
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import http.client
 import io
 import os
-import pickle
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from tamingfast.checkpoints.unpickling import BadPickle, Unpickler, numbers
 from tamingfast.data.base import ArrayDataset
 from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.data.rgb import to_unit_scale
@@ -256,49 +255,18 @@ def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[
         yield name, content
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and numpy arrays; refuses every other global."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _allowed_globals()
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to a persistent object")
-
-
-@functools.cache
-def _allowed_globals() -> dict[tuple[str, str], Any]:
-    reconstruct = np.empty(0).__reduce__()[0]
-    return {
-        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-
-def _unpickle(stream: BinaryIO) -> Any:
-    # The official files were written by Python 2, whose strings are bytes.
-    return _ArrayUnpickler(stream, encoding="bytes").load()
-
-
 def _parse(name: str, content: bytes, count: int) -> _Part:
     """The ``count`` images of one data file."""
     try:
-        batch = _unpickle(io.BytesIO(content))
-    except Exception as error:  # a broken or hostile pickle may raise anything
-        reason = str(error) or type(error).__name__
+        batch = Unpickler().load(io.BytesIO(content))
+        fields = batch if isinstance(batch, dict) else {}
+        data = numbers(fields["data"]) if "data" in fields else None
+        labels, names = fields.get("labels"), fields.get("filenames")
+    except BadPickle as error:
         raise UserError(
-            f"{name}: got a pickle that is refused ({reason}), expected only arrays and lists; download it again"
+            f"{name}: got a pickle that is refused ({error}), expected only arrays and lists; download it again"
         ) from error
-    fields = batch if isinstance(batch, dict) else {}
-    data, labels, names = (fields.get(key) for key in (b"data", b"labels", b"filenames"))
-    if not (
-        isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)
-    ):
+    if data is None or not (data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)):
         raise UserError(
             f"{name}: got a file without data (uint8), labels or filenames, expected one of CIFAR10's python version; "
             f"download {ARCHIVE_NAME}"

@@ -324,6 +324,8 @@ def _read_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, *args: object) 
         mask = state.pop(f"{prefix}blocks.{i}.attn.mask", None)
         if mask is None or mask.is_meta:
             continue
+        if mask.ndim != 4 or mask.shape[2] != mask.shape[3] or not mask.numel():
+            raise UserError(f"{prefix}blocks.{i}.attn.mask: got shape {tuple(mask.shape)}, expected (1, 1, n, n)")
         found = _unmasked_prefix(mask[0, 0], f"{prefix}blocks.{i}.attn.mask")
         block.attn.n_unmasked = found
     if found is not None:
