@@ -102,7 +102,7 @@ def sample_grid(
         engine = backend
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed)
     plan = plan_grid(transformer, cond, height, width, window, schedule, stride)
-    images = _images(first_image, plan.batch)
+    images = image_numbers(first_image, plan.batch)
     canvas, wanted = _canvas(start, mask, plan)
     layout = plan.schedule.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, layout, callback, observer)
@@ -241,7 +241,7 @@ def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Deco
     return CachedDecoder(gpt, plan.batch, plan.length, shared)
 
 
-def _images(first_image: int, batch: int) -> range:
+def image_numbers(first_image: int, batch: int) -> range:
     """The images' numbers; UserError unless they fit the noise's 32 bits."""
     if not 0 <= first_image <= (1 << 32) - batch:
         raise UserError(f"first_image: got {first_image}, expected 0 to 2**32 - {batch}, as image numbers have 32 bits")

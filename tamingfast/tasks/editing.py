@@ -14,7 +14,7 @@ from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.canvas import Canvas, keep_pixels, token_mask
-from tamingfast.tasks.canvases import SUFFIX, Painter, Preview
+from tamingfast.tasks.canvases import SUFFIX, Painter, Preview, check_condition
 from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
@@ -184,6 +184,7 @@ def _opened(
 def _opened_canvas(
     model: Net2NetTransformer, canvas: Canvas, given: Given, label: int | None, added: Added
 ) -> _Opening:
+    check_condition(model, canvas)
     _, rows, columns = canvas.tokens.shape
     size = _grown(model, rows, columns, added)
     condition = _of_size(given, model, size)
@@ -213,7 +214,7 @@ def _repeated(canvas: Canvas, count: int | None, name: str) -> Canvas:
         )
     parts = (canvas.tokens, canvas.pending, canvas.cond)
     tokens, pending, cond = (part.expand(max(wanted, own), *part.shape[1:]) for part in parts)
-    return Canvas(tokens, pending, cond, model=canvas.model)
+    return Canvas(tokens, pending, cond, model=canvas.model, name=canvas.name)
 
 
 def _grown(model: Net2NetTransformer, rows: int, columns: int, added: Added) -> tuple[int, int]:
