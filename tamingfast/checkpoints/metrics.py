@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tamingfast.errors import UserError, first_line, storage_problem
-from tamingfast.files import open_regular
+from tamingfast.errors import UserError, first_line, storage_sentence
+from tamingfast.files import open_regular, reported
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ class Metrics:
         ``last_step`` is the step of a finished run: the line that it wrote after its checkpoint is kept, too.
         """
         self._path, self.ended = out / METRICS, False
-        with self._reported():
+        with reported(self._path):
             self._stream = open(self._path, "ab+", buffering=0)  # noqa: SIM115 (closed by close)
             size = os.fstat(self._stream.fileno()).st_size
             if size < keep_bytes:
@@ -50,14 +48,14 @@ class Metrics:
         """Append a line. Raises UserError when that fails, as on a full disk, and where `check_place` does."""
         self.check_place()
         rest = json.dumps({"step": step, "epoch": epoch, "split": split, **values}).encode() + b"\n"
-        with self._reported():
+        with reported(self._path):
             while rest:
                 rest = rest[self._stream.write(rest) :]
 
     def size(self) -> int:
         """Length of the file in bytes, all of it on disk. Raises UserError where `write` does."""
         self.check_place()
-        with self._reported():
+        with reported(self._path):
             os.fsync(self._stream.fileno())
             return os.fstat(self._stream.fileno()).st_size
 
@@ -76,16 +74,6 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._path}: got '{storage_problem(error) or error}', expected a file that can be written; make "
-                "room or another directory, then continue with --resume"
-            ) from error
 
 
 def _step_of(line: bytes) -> int | None:
@@ -118,7 +106,7 @@ def read_metrics(out: str | os.PathLike, split: str | None = None) -> list[dict[
         with open_regular(path) as stream:
             content = stream.read()
     except OSError as error:
-        raise UserError(f"{path}: got '{error.strerror}', expected the metrics of a run") from error
+        raise UserError(storage_sentence(error, path)) from error
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             lines.append(_parsed(line))

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import at, load_yaml
+from tamingfast.checkpoints.file_kinds import TORCH
 from tamingfast.checkpoints.metrics import METRICS, Metrics, read_metrics
 from tamingfast.checkpoints.seal import check_seal
-from tamingfast.checkpoints.weights import load_into, save_weights
-from tamingfast.errors import UserError, first_line, lacks_memory, storage_problem
-from tamingfast.files import atomic_write, locked, open_regular, remove_leftovers, writable_path
+from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
+from tamingfast.checkpoints.unpickling import StoredTensor
+from tamingfast.checkpoints.weights import load_into, opened, save_weights
+from tamingfast.errors import UserError, first_line, storage_sentence
+from tamingfast.files import atomic_write, locked, remove_leftovers, writable_path
 
 CONFIG, STATE, WEIGHTS, IMAGES, LOCK = "config.yaml", "state.pt", "weights.safetensors", "images", ".lock"
 FORMAT = 1
@@ -47,7 +49,7 @@ def held(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: got '{error.strerror}', expected a directory to write; give another one") from error
+        raise UserError(storage_sentence(error, out)) from error
     with locked(out / LOCK, str(out), "wait until it has ended, or give another directory"):
         for name in (CONFIG, STATE, WEIGHTS, METRICS):
             writable_path(out / name)
@@ -169,49 +171,46 @@ def progress(out: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{out}: got a directory without {STATE}, expected that of a training run that reached a checkpoint"
         )
-    return _read(path)["progress"]
+    return _read(path, tensors=False)["progress"]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The content of a ``state.pt`` with a sound ``progress``; UserError if it is damaged or of another format."""
-    try:
-        with open_regular(path) as stream:
-            _check_records(stream)
-            state = torch.load(stream, map_location="cpu", weights_only=True)
-        found, reached = state["format"], state["progress"]
-    except UserError:
-        raise
-    except Exception as error:  # zipfile's and torch's readers raise errors of any kind for damaged files
-        if lacks_memory(error):
-            raise
-        reason = storage_problem(error) or f"a damaged file ({first_line(error)})"
-        raise UserError(
-            f"{path}: got {reason}, expected the state of a run; restore a copy of it, or start a new run in another "
-            "directory"
-        ) from error
-    if found != FORMAT:
-        raise UserError(f"{path}: got format {found}, expected {FORMAT}; continue it with the version that wrote it")
-    for name, kind in _PROGRESS.items():
+def _read(path: Path, tensors: bool = True) -> dict[str, Any]:
+    """The content of a ``state.pt`` with a sound ``progress``; UserError if it is damaged or of another format.
+
+    Without ``tensors`` they are left as `StoredTensor`, which is fast.
+    """
+    with opened(path) as (kind, stream):
+        try:
+            if kind != TORCH:
+                raise BadFile(kind)
+            file = open_torch_file(stream)
+            state = _with_tensors(file.content, file) if tensors else file.content
+        except BadFile as error:
+            raise UserError(
+                f"{path}: got {error}, expected the state of a run; restore a copy of it, or start a new run in "
+                "another directory"
+            ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = f"format {state['format']!r}" if isinstance(state, dict) and "format" in state else "no state of a run"
+        raise UserError(f"{path}: got {found}, expected format {FORMAT}; continue it with the version that wrote it")
+    reached = state.get("progress")
+    for name, number in _PROGRESS.items():
         value = reached.get(name) if isinstance(reached, dict) else None
-        if not isinstance(value, kind) or not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
+        if not isinstance(value, number) or not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
             raise UserError(f"{path}: got {value!r} for '{name}', expected a number; restore a copy of the file")
     return state
 
 
-def _check_records(stream: IO[bytes]) -> None:
-    """Compare all of a state's bytes with the checksums of the zip format; zipfile.BadZipFile names what differs.
-
-    torch writes the checksums but ignores them when it reads.
-    """
-    with zipfile.ZipFile(stream) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{record.filename} is compressed")
-            if record.CRC:  # 0 where torch was told to write none
-                with archive.open(record) as content:
-                    while content.read(1 << 20):
-                        pass
-    stream.seek(0)
+def _with_tensors(value: Any, file: TorchFile) -> Any:
+    """``value`` with its tensors read from the file, which compares them with their checksums."""
+    match value:
+        case StoredTensor():
+            return file.tensor(value)
+        case dict():
+            return {key: _with_tensors(item, file) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_with_tensors(item, file) for item in value)
+    return value
 
 
 def exported(out: Path) -> int | None:

@@ -7,7 +7,6 @@ of a run is its weights, its optimizers and its step number, and a resumed run r
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tamingfast.checkpoints import run_directory
 from tamingfast.data.base import EpochDataset
-from tamingfast.errors import Stopped, UserError, first_line
+from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
 from tamingfast.training.distributed import World
@@ -46,18 +45,9 @@ def run(
     """Train until the steps or seconds are used up, from ``progress``, which `begin` yields; returns ``out``.
 
     A finished run is left as it is. Raises `Stopped` after writing a checkpoint when the process is asked to stop,
-    UserError when training diverges, when the run directory cannot be written, and when a loader process was killed.
+    UserError when training diverges or the run directory cannot be written.
     """
-    try:
-        return _Run(stage, settings, datasets, out, among, progress).train()
-    except RuntimeError as error:
-        # torch raises this at any point of the main process, as soon as the system says that its child has ended.
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise UserError(
-            f"training.workers: got a loader process that was killed ({first_line(error)}), expected all to live until "
-            "the end; continue with --resume, with fewer workers if memory was short"
-        ) from error
+    return _Run(stage, settings, datasets, out, among, progress).train()
 
 
 class _Run:

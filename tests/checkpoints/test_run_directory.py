@@ -18,6 +18,7 @@ import torch
 
 from tamingfast import UserError, cli
 from tamingfast.checkpoints import run_directory
+from tamingfast.models.vqgan import VQModel
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,13 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "run")
+
+
+def fresh() -> tuple[VQModel, list[torch.optim.Optimizer]]:
+    """The model of the run with other weights, and its optimizers."""
+    model = tiny.build(tiny.VQGAN)
+    model.learning_rate = 0.5
+    return model, model.configure_optimizers()[0]
 
 
 def refused(out: Path, capsys, *words: str) -> str:
@@ -49,13 +57,14 @@ def test_a_flipped_bit_in_any_record_of_a_state_is_noticed(run):
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     assert len(records) > 100
+    model = fresh()
     for name, content in list(records.items())[::7]:
         start = whole.index(content, whole.index(name.encode()))
         flipped = bytearray(whole)
         flipped[start + len(content) // 2] ^= 0x10
         path.write_bytes(flipped)
-        with pytest.raises(UserError, match=rf"state.pt: got a damaged file \(Bad CRC-32 for file '{name}'\)"):
-            run_directory.progress(run)
+        with pytest.raises(UserError, match=r"state.pt: got .*damage"):
+            run_directory.restore(run, *model)
 
 
 def test_a_state_without_checksums_opens(run):
@@ -99,8 +108,8 @@ EDITS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "without its end": (lambda content: content[:-1], "state.pt: got "),
     "text": (lambda content: b"not a checkpoint", "state.pt: got "),
     "compressed": (compressed, "state.pt: got "),
-    "another format": (edited(lambda state: state.update(format=2)), "got format 2, expected 1"),
-    "no format": (edited(lambda state: state.pop("format")), "state.pt: got "),
+    "another format": (edited(lambda state: state.update(format=2)), "got format 2, expected format 1"),
+    "no format": (edited(lambda state: state.pop("format")), "state.pt: got no state of a run"),
     "no progress": (edited(lambda state: state.pop("progress")), "state.pt: got "),
     "progress is a list": (edited(lambda state: state.update(progress=[1])), "state.pt: got None for 'step'"),
     "a step of text": (edited(lambda state: state["progress"].update(step="2")), "state.pt: got '2' for 'step'"),
@@ -167,18 +176,14 @@ def test_learning_rate_of_the_config_counts(run):
     state = torch.load(run / run_directory.STATE, weights_only=True)
     state["optimizers"][0]["param_groups"][0]["lr"] = 1e9
     torch.save(state, run / run_directory.STATE)
-    model = tiny.build(tiny.VQGAN)
-    model.learning_rate = 0.5
-    optimizers, _ = model.configure_optimizers()
+    model, optimizers = fresh()
     run_directory.restore(run, model, optimizers)
     assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.5, 0.5]
     assert all(optimizer.state for optimizer in optimizers)
 
 
 def test_moments_that_are_not_finite_are_not_saved(run):
-    model = tiny.build(tiny.VQGAN)
-    model.learning_rate = 0.5
-    optimizers, _ = model.configure_optimizers()
+    model, optimizers = fresh()
     progress = run_directory.restore(run, model, optimizers)
     before = runs.contents(run)
     kept = optimizers[1].state[next(model.loss.discriminator.parameters())]
@@ -220,5 +225,5 @@ class TestMetrics:
             run_directory.read_metrics(run)
 
     def test_missing(self, tmp_path):
-        with pytest.raises(UserError, match="metrics.jsonl: got 'No such file or directory', expected the metrics"):
+        with pytest.raises(UserError, match="metrics.jsonl: got 'No such file or directory', expected an"):
             run_directory.read_metrics(tmp_path)
