@@ -28,7 +28,7 @@ from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_fi
 from tamingfast.checkpoints.unpickling import StoredTensor
 from tamingfast.checkpoints.weights import load_into, opened, save_weights
 from tamingfast.errors import UserError, first_line, storage_sentence
-from tamingfast.files import atomic_write, locked, remove_leftovers, writable_path
+from tamingfast.files import atomic_write, check_directory, locked, remove_leftovers, writable_path
 
 CONFIG, STATE, WEIGHTS, IMAGES, LOCK = "config.yaml", "state.pt", "weights.safetensors", "images", ".lock"
 FORMAT = 1
@@ -53,11 +53,10 @@ def held(out: Path) -> Iterator[None]:
     with locked(out / LOCK, str(out), "wait until it has ended, or give another directory"):
         for name in (CONFIG, STATE, WEIGHTS, METRICS):
             writable_path(out / name)
+        check_directory(out / IMAGES)
         for folder in (out, out / IMAGES):
             if folder.is_dir():
                 remove_leftovers(folder)
-            elif os.path.lexists(folder):
-                raise UserError(f"{folder}: got a file, expected a directory for images; move it away")
         yield
 
 

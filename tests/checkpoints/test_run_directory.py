@@ -169,7 +169,7 @@ def test_a_place_that_cannot_be_a_run_directory(made, tmp_path, capsys):
 
 def test_images_need_a_directory(run, capsys):
     (run / "images").write_text("")
-    assert "images: got a file, expected a directory" in refused(run, capsys, "training.image_every=1")
+    assert "images: got 'Not a directory'" in refused(run, capsys, "training.image_every=1")
 
 
 def test_learning_rate_of_the_config_counts(run):
