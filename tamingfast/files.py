@@ -237,10 +237,12 @@ def locked(path: str | os.PathLike, what: str, advice: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(storage_sentence(error, what)) from error
     try:
+        own = os.stat(path)
         yield
     finally:
-        with contextlib.suppress(OSError):  # its directory may be gone
-            os.unlink(path)
+        with contextlib.suppress(OSError):  # its directory may be gone, or replaced by another process's
+            if os.path.samestat(own, os.stat(path)):
+                os.unlink(path)
         lock.release()
 
 

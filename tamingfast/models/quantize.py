@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tamingfast import ops
 from tamingfast.errors import UserError
 from tamingfast.models.base import Info, at_least
+from tamingfast.models.shared import sum_over_processes
 
 #: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
 Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
@@ -189,9 +190,13 @@ class EmbeddingEMA(nn.Module):
 
     @torch.no_grad()
     def move(self, z: Tensor, indices: Tensor) -> None:
-        """Update the averages and the codebook with latents z (N, D), assigned to entries ``indices`` (N,)."""
+        """Update the averages and the codebook with latents z (N, D), assigned to entries ``indices`` (N,).
+
+        The latents are those of all processes that train together, which so keep one codebook.
+        """
         counts = torch.bincount(indices, minlength=len(self.weight)).to(self.cluster_size.dtype)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, z.to(self.embed_avg.dtype))
+        sum_over_processes(counts, sums)
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
         total = self.cluster_size.sum()

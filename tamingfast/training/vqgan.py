@@ -62,12 +62,14 @@ def train(
         check_images(training, model.image_key)
         grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
-        begin(config, out, resume, settings, training, among, stage)
         if settings.codebook_from_data:
-            # Every process reads the same batches, as if alone, and so gets the same codebook.
-            alone = distributed.World(0, 1, among.device)
-            start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
-        return loop.run(stage, settings, (training, validation), out, among, resume)
+            _codebooks(model)  # raises for a model without one
+        with begin(config, out, resume, settings, training, among, stage) as progress:
+            if settings.codebook_from_data and progress is None:
+                # Every process reads the same batches, as if alone, and so gets the same codebook.
+                alone = distributed.World(0, 1, among.device)
+                start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
+            return loop.run(stage, settings, (training, validation), out, among, progress)
 
 
 def check_loss(described: Mapping[str, Any]) -> None:
@@ -100,18 +102,22 @@ def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, A
     there are four latents for each code. If there are two codebooks, the latents of the second depend on the first and
     are drawn after it is set. Raises UserError for a quantiser without a `VectorQuantizer`.
     """
-    quantizers = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
-    if not quantizers:
-        raise UserError(
-            f"training.codebook_from_data: got true for a {type(model).__name__}, expected false; it applies to models "
-            "with a table of codes"
-        )
     images = _Replayed(model, batches)
-    for quantizer in quantizers:
+    for quantizer in _codebooks(model):
         codebook = quantizer.embedding.weight
         rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * len(codebook))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_for(seed, "codebook")))
         codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
+
+
+def _codebooks(model: VQModel) -> list[VectorQuantizer]:
+    found = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
+    if not found:
+        raise UserError(
+            f"training.codebook_from_data: got true for a {type(model).__name__}, expected false; it applies to models "
+            "with a table of codes"
+        )
+    return found
 
 
 class _Replayed:
