@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
         "--inception-weights", metavar="FILE", help="Inception weights of torch-fidelity; default: downloaded"
     )
     added.add_argument(
-        "--perceptual-weights", metavar="FILE", help="VGG16 weights for LPIPS; default: from the lpips package"
+        "--perceptual-weights", metavar="FILE", help="VGG16 weights for LPIPS; default: downloaded on first use (64 MB)"
     )
     added.add_argument("--out", metavar="JSON", help="also write the report here")
     text = "the data set, e.g. name=photos size=32; default: the one that the model was trained on"
