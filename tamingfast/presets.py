@@ -63,16 +63,17 @@ PRESETS = {
 }
 
 NOTE = (
-    "Times are computed, not measured: the operations of all steps (forward and backward, without the losses' "
-    "networks) at "
-    f"{CPU_RATE / 1e12:g} TFLOP/s (two CPU cores)\nand {GPU_RATE / 1e12:g} TFLOP/s (a GPU). A run takes longer; on a GPU, "
-    "small models are limited by other things than arithmetic (-)."
+    "Times are computed, not measured: the operations of all steps, forward and backward, without those of losses,\n"
+    f"at {CPU_RATE / 1e12:g} TFLOP/s (two CPU cores) and {GPU_RATE / 1e12:g} TFLOP/s (a GPU). A run takes longer; on a "
+    "GPU, small models are limited by other things than arithmetic (-)."
 )
 
 
 def rows(stages: Iterable[str] = ("vqgan", "prior")) -> list[tuple[str, ...]]:
     """The table as text, the heading first: of the presets of these stages."""
-    found = [("preset", "data", "pixels", "f", "parameters", "CPU, at least", "GPU, at least", "for")]
+    found: list[tuple[str, ...]] = [
+        ("preset", "data", "pixels", "f", "parameters", "CPU, at least", "GPU, at least", "for")
+    ]
     for name, preset in PRESETS.items():
         if preset.stage in stages:
             found.append((
