@@ -93,7 +93,10 @@ class VQModel(FirstStage):
         init_from_ckpt(self, path, ignore_keys)
 
     def encode(self, x: Tensor) -> Quantised:
-        """Images (B, C, H, W) -> ``(quant (B, embed_dim, h, w), codebook loss, (_, _, indices int64))``."""
+        """Images (B, C, H, W) -> ``(quant (B, embed_dim, h, w), codebook loss, (_, _, indices int64))``.
+
+        Raises ValueError for anything but a floating-point tensor of this shape, in the dtype of the weights.
+        """
         return self.quantize(self.quant_conv(self.encoder(x)))
 
     @torch.no_grad()
@@ -101,6 +104,8 @@ class VQModel(FirstStage):
         """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
         if not isinstance(self.encoder, layers.LayeredNetwork):  # a caller's own network
             return super().encode_grid(x)
+        if isinstance(self.encoder, Encoder):
+            self.encoder.check(x)
         quant, _, (_, _, indices) = self.quantize(self.quant_conv(bands.run(self.encoder, x, memory, progress)))
         return indices.view(len(x), *quant.shape[2:])
 

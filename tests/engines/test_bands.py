@@ -123,6 +123,23 @@ def test_what_fits_runs_whole(monkeypatch):
     assert torch.equal(bands.run(model, two, peak(model, z)), torch.cat([model(one[None]) for one in two]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("share", [2.0, 1.0, 0.6], ids=["at once", "one at a time", "in bands"])
+def test_progress_moves_in_small_steps_to_the_end_and_changes_nothing(monkeypatch, share):
+    """Whole images report too, and attention over many places in parts."""
+    monkeypatch.setattr(layers, "REPORTED", 1)
+    monkeypatch.setattr(bands, "REPORTED", 1)
+    model, z = network(attn_resolutions=()), torch.randn(2, 4, 40, 48)
+    seen = []
+    memory = int(peak(model, z) * share)
+    out = bands.run(model, z, memory, lambda *progress: seen.append(progress))
+    assert seen == sorted(seen) and len({total for _, total in seen}) == 1
+    done, total = seen[-1]
+    assert done == pytest.approx(total, rel=1e-6)
+    assert max(after - before for (before, _), (after, _) in zip([(0, 0), *seen], seen, strict=False)) < total / 4
+    torch.testing.assert_close(out, bands.run(model, z, memory), rtol=1e-5, atol=1e-6)
+
+
 def test_too_little_memory():
     model, z = network(), inputs(Decoder)
     for memory in (300_000, 1_500_000):  # too little for bands, and for attention
