@@ -25,6 +25,7 @@ const ConvolutionKernels& convolution_kernels_for(Isa isa) {
 namespace {
 
 constexpr std::int64_t kMaxThreads = 256;
+constexpr std::int64_t kMostKernel = 3;
 constexpr std::int64_t kPadding = 16;            // floats between matrices, so that they do not compete for cache sets
 constexpr std::int64_t kPatchPixels = 48;        // rows of a product with patches
 constexpr std::int64_t kSharedChannels = 1 << 17;  // weights of in x out: above, all threads work on the same tiles
@@ -35,30 +36,39 @@ std::int64_t pieces(std::int64_t value, std::int64_t step) { return (value + ste
 
 int outputs(Method method) { return method == Method::winograd4 ? 4 : 2; }
 
-// G g G' of a 3x3 filter, row by row of the transform; see convolution.inl for the points.
-void transform_filter(int m, const float* g, double* out) {
-  const int side = m + 2;
+// The matrix G of the filters' transform, (m + 2, 3); see convolution.inl for the points.
+void filter_matrix(int m, double matrix[6][3]) {
   const double a = std::sqrt(0.5), b = std::sqrt(2.0);
   const double points4[] = {0.0, a, -a, b, -b}, points2[] = {0.0, 1.0, -1.0};
   const double* points = m == 4 ? points4 : points2;
-  double matrix[6][3] = {};
-  for (int i = 0; i < side - 1; ++i) {
+  for (int i = 0; i <= m; ++i) {
     double norm = 1.0;
-    for (int j = 0; j < side - 1; ++j)
+    for (int j = 0; j <= m; ++j)
       if (j != i) norm *= points[i] - points[j];
     for (int power = 0; power < 3; ++power) matrix[i][power] = std::pow(points[i], power) / norm;
   }
-  matrix[side - 1][2] = 1.0;
-  double half[6][3];
+  matrix[m + 1][0] = matrix[m + 1][1] = 0.0;
+  matrix[m + 1][2] = 1.0;
+}
+
+constexpr std::int64_t kMostPanel = 32;
+
+// G g G' of the 3x3 filters of up to kMostPanel output channels for one input channel. `g` is (9, kMostPanel); position k
+// is written to out + k * stride, kMostPanel or fewer channels side by side.
+void transform_filters(int m, const double matrix[6][3], const double (*g)[kMostPanel], std::int64_t panel, float* out,
+                       std::int64_t stride) {
+  const int side = m + 2;
+  double half[6][3][kMostPanel];
   for (int i = 0; i < side; ++i)
-    for (int x = 0; x < 3; ++x) {
-      half[i][x] = 0.0;
-      for (int y = 0; y < 3; ++y) half[i][x] += matrix[i][y] * g[y * 3 + x];
-    }
+    for (int x = 0; x < 3; ++x)
+      for (std::int64_t o = 0; o < kMostPanel; ++o)
+        half[i][x][o] = matrix[i][0] * g[x][o] + matrix[i][1] * g[3 + x][o] + matrix[i][2] * g[6 + x][o];
   for (int i = 0; i < side; ++i)
     for (int j = 0; j < side; ++j) {
-      out[i * side + j] = 0.0;
-      for (int x = 0; x < 3; ++x) out[i * side + j] += half[i][x] * matrix[j][x];
+      float* to = out + (i * side + j) * stride;
+      for (std::int64_t o = 0; o < panel; ++o)
+        to[o] = static_cast<float>(matrix[j][0] * half[i][0][o] + matrix[j][1] * half[i][1][o] +
+                                   matrix[j][2] * half[i][2][o]);
     }
 }
 
@@ -113,8 +123,8 @@ void choose_blocks(std::int64_t channels, bool shared, int m, std::int64_t lanes
 Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads, Isa isa) {
   require_least("out", w.out, 1);
   require_least("in", w.in, 1);
-  require_range("kernel", w.kernel, 1, 15);
-  require_range("stride", w.stride, 1, 15);
+  require_range("kernel", w.kernel, 1, kMostKernel);
+  require_range("stride", w.stride, 1, kMostKernel);
   require_least("threads", threads, 1);
   const ConvolutionKernels& kernels = convolution_kernels_for(isa);
   const bool winograd = method != Method::patches;
@@ -131,20 +141,23 @@ Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads
   p.panels = Memory(static_cast<std::size_t>(p.positions * p.matrix()) * sizeof(float));
   p.bias = Memory(static_cast<std::size_t>(p.padded) * sizeof(float));
   if (w.bias) std::memcpy(p.bias.as<float>(), w.bias, w.out * sizeof(float));
+  double matrix[6][3];
+  if (winograd) filter_matrix(p.m(), matrix);
   parallel(std::min<int>(threads, kMaxThreads), [&](int thread, int of) {
-    const Range range = share(w.out, thread, of);
-    for (std::int64_t o = range.first; o < range.last; ++o) {
-      float* to = p.panels.as<float>() + o / p.panel * p.depth * p.panel + o % p.panel;
+    const Range panels = share(p.padded / p.panel, thread, of);
+    const std::int64_t area = w.kernel * w.kernel;
+    for (std::int64_t number = panels.first; number < panels.last; ++number) {
+      const std::int64_t first = number * p.panel, here = std::min(p.panel, w.out - first);
+      float* to = p.panels.as<float>() + number * p.depth * p.panel;
       for (std::int64_t i = 0; i < w.in; ++i) {
-        const float* from = w.weight + (o * w.in + i) * w.kernel * w.kernel;
-        if (winograd) {
-          double values[36];
-          transform_filter(p.m(), from, values);
-          for (std::int64_t k = 0; k < p.positions; ++k)
-            to[k * p.matrix() + i * p.panel] = static_cast<float>(values[k]);
-        } else {
-          for (std::int64_t k = 0; k < w.kernel * w.kernel; ++k) to[(k * w.in + i) * p.panel] = from[k];
-        }
+        double g[kMostKernel * kMostKernel][kMostPanel] = {};
+        for (std::int64_t o = 0; o < here; ++o)
+          for (std::int64_t k = 0; k < area; ++k) g[k][o] = w.weight[((first + o) * w.in + i) * area + k];
+        if (winograd)
+          transform_filters(p.m(), matrix, g, p.panel, to + i * p.panel, p.matrix());
+        else
+          for (std::int64_t k = 0; k < area; ++k)
+            for (std::int64_t o = 0; o < p.panel; ++o) to[(k * w.in + i) * p.panel + o] = static_cast<float>(g[k][o]);
       }
     }
   });

@@ -32,7 +32,7 @@ std::unique_ptr<Convolution> make(Address weight, Address bias, std::int64_t out
                                   std::int64_t stride, const std::string& method, int threads, const std::string& isa) {
   require_range("out", out, 1, kMostSide);
   require_range("in", in, 1, kMostSide);
-  require_range("kernel", kernel, 1, 15);
+  require_range("kernel", kernel, 1, 3);
   const ConvolutionWeights weights{array_at<const float>("weight", weight, out * in, kernel * kernel),
                                    optional_at<const float>("bias", bias, out, 1), out, in, kernel, stride};
   const Method chosen = named("method", method, kMethods);
