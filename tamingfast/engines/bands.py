@@ -31,6 +31,7 @@ from tamingfast.engines.layers import (
     Shape,
     Upsample,
     shapes,
+    work,
 )
 from tamingfast.ops.backends import available_memory
 
@@ -63,8 +64,8 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
         return network(x)
     if at_once:
         return torch.cat([network(part) for part in x.split(at_once)])
-    work = [_work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
-    total, done = sum(work) * len(x), 0.0
+    costs = [work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
+    total, done = sum(costs) * len(x), 0.0
 
     def advance(more: float) -> None:
         nonlocal done
@@ -72,7 +73,7 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
         if progress is not None:
             progress(round(done), total)
 
-    images = [_one(layers, sides, image[None], memory, work, advance) for image in x]
+    images = [_one(layers, sides, image[None], memory, costs, advance) for image in x]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
@@ -80,14 +81,6 @@ def _peak(layer: Layer, before: Shape, after: Shape) -> int:
     """Peak number of values in memory while a layer runs whole."""
     maps = ATTENTION_MAPS if isinstance(layer, Attention) else MAPS
     return maps * max(math.prod(before), math.prod(after))
-
-
-def _work(layer: Layer, after: Shape) -> int:
-    """Multiply-adds of a layer."""
-    channels, height, width = after
-    pixels = height * width
-    weights = sum(conv.weight.numel() for conv in layer.convolutions)
-    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
 
 
 def _one(
