@@ -26,10 +26,10 @@ namespace {
 
 constexpr std::int64_t kMaxThreads = 256;
 constexpr std::int64_t kMostKernel = 3;
-constexpr std::int64_t kPadding = 16;            // floats between matrices, so that they do not compete for cache sets
-constexpr std::int64_t kPatchPixels = 48;        // rows of a product with patches
+constexpr std::int64_t kPadding = 16;      // floats between matrices, so that they do not compete for cache sets
+constexpr std::int64_t kPatchPixels = 48;  // rows of a product with patches
 constexpr std::int64_t kSharedChannels = 1 << 17;  // weights of in x out: above, all threads work on the same tiles
-constexpr std::int64_t kSharedTiles = 64;        // tiles of a group that all threads work on
+constexpr std::int64_t kSharedTiles = 64;          // tiles of a group that all threads work on
 
 std::int64_t round_to(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 std::int64_t pieces(std::int64_t value, std::int64_t step) { return (value + step - 1) / step; }
@@ -53,8 +53,8 @@ void filter_matrix(int m, double matrix[6][3]) {
 
 constexpr std::int64_t kMostPanel = 32;
 
-// G g G' of the 3x3 filters of up to kMostPanel output channels for one input channel. `g` is (9, kMostPanel); position k
-// is written to out + k * stride, kMostPanel or fewer channels side by side.
+// G g G' of the 3x3 filters of up to kMostPanel output channels for one input channel. `g` is (9, kMostPanel); position
+// k is written to out + k * stride, kMostPanel or fewer channels side by side.
 void transform_filters(int m, const double matrix[6][3], const double (*g)[kMostPanel], std::int64_t panel, float* out,
                        std::int64_t stride) {
   const int side = m + 2;
@@ -78,11 +78,11 @@ struct Convolution::Packed {
   std::int64_t out, in, kernel, stride;
   Method method;
   const ConvolutionKernels& kernels;
-  std::int64_t panel, padded;     // output channels per panel, and all of them in whole panels
-  std::int64_t depth;             // inner dimension of the product
-  std::int64_t positions;         // matrices of weights: (padded / panel, depth, panel) each
+  std::int64_t panel, padded;            // output channels per panel, and all of them in whole panels
+  std::int64_t depth;                    // inner dimension of the product
+  std::int64_t positions;                // matrices of weights: (padded / panel, depth, panel) each
   std::int64_t tile_rows, tile_columns;  // of a block, for Winograd
-  bool shared;                    // all threads work on the same tiles, on different positions
+  bool shared;                           // all threads work on the same tiles, on different positions
   Memory panels, bias;
 
   std::int64_t matrix() const { return padded * depth; }
@@ -130,7 +130,8 @@ Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads
   const bool winograd = method != Method::patches;
   if (winograd && (w.kernel != 3 || w.stride != 1)) refuse("method", "Winograd", "patches for any but 3x3 of stride 1");
   if (winograd) require(w.in % kernels.lanes == 0, "in", w.in, "a multiple of " + std::to_string(kernels.lanes));
-  packed_.reset(new Packed{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}});
+  packed_.reset(
+      new Packed{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}});
   Packed& p = *packed_;
   p.padded = round_to(w.out, p.panel);
   p.depth = winograd ? w.in : w.in * w.kernel * w.kernel;
@@ -171,8 +172,8 @@ std::int64_t Convolution::in() const { return packed_->in; }
 
 // Memory of one thread, or of a group of threads that share their tiles.
 struct Convolution::Packed::Scratch {
-  Memory staged;    // of one block; every thread has its own
-  Memory values;    // transformed inputs
+  Memory staged;  // of one block; every thread has its own
+  Memory values;  // transformed inputs
   Memory products;
 };
 
@@ -218,7 +219,11 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
     const std::int64_t row = unit % of_image / work.block_columns, column = unit % work.block_columns;
     const std::int64_t high = size * tile_rows, wide = size * tile_columns;
     const std::int64_t top = p.top + row * high, left = column * wide;
-    return Place{image, top, left, std::min(high, p.bottom - top), std::min(wide, p.width - left),
+    return Place{image,
+                 top,
+                 left,
+                 std::min(high, p.bottom - top),
+                 std::min(wide, p.width - left),
                  top / high * work.block_columns + column};
   };
   for (std::int64_t first = shared ? 0 : thread * work.group; first < work.units;
@@ -272,12 +277,17 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
       const Place at = place(first + u);
       const std::int64_t row_stride = p.width * out;
       const std::int64_t corner = ((at.image * work.band() + at.top - p.top) * p.width + at.left) * out;
-      TileParams tiles{pieces(at.rows, size), pieces(at.columns, size), padded,
-                       common.products.as<float>() + begins[u] * padded, out_stride, nullptr, 0};
-      kernels.output_transform(size, tiles,
-                               {at.rows, at.columns, out, bias.as<float>(), p.residual ? p.residual + corner : nullptr,
-                                p.out + corner, row_stride,
-                                p.moments ? p.moments + (at.image * work.all_blocks + at.number) * 3 * out : nullptr});
+      TileParams tiles{pieces(at.rows, size),
+                       pieces(at.columns, size),
+                       padded,
+                       common.products.as<float>() + begins[u] * padded,
+                       out_stride,
+                       nullptr,
+                       0};
+      kernels.output_transform(
+          size, tiles,
+          {at.rows, at.columns, out, bias.as<float>(), p.residual ? p.residual + corner : nullptr, p.out + corner,
+           row_stride, p.moments ? p.moments + (at.image * work.all_blocks + at.number) * 3 * out : nullptr});
     }
     // The next group overwrites the values only after every thread has read them, behind the second wait, and the
     // products only behind its own first wait.
@@ -341,7 +351,8 @@ void check(const ConvolutionParams& p, const Blocks& blocks, std::int64_t out, s
   const std::string whole = "a multiple of " + std::to_string(blocks.rows);
   require(p.top % blocks.rows == 0, "top", p.top, whole);
   require(p.bottom == p.height || p.bottom % blocks.rows == 0, "bottom", p.bottom, whole + ", or the height");
-  require(!p.moments || out % lanes == 0, "moments", out, "output channels in whole vectors of " + std::to_string(lanes));
+  require(!p.moments || out % lanes == 0, "moments", out,
+          "output channels in whole vectors of " + std::to_string(lanes));
   const std::int64_t doubling = p.upsample ? 2 : 1;
   const std::int64_t reach = (p.width - 1) * stride + kernel - p.padding;  // columns that the convolution sees
   require(reach <= p.x.width * doubling + kernel, "width", p.width, "an output of the input's width");

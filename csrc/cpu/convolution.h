@@ -4,8 +4,8 @@
 //   out = convolution(act(x)) + bias (+ residual),   act(x) = silu(x * scale + shift), x * scale + shift, or x
 //
 // 3x3 convolutions of stride 1 use Winograd's minimal filtering (Lavin and Gray 2016), all others a product with
-// patches of the input. A call computes a band of output rows. Whatever the band, the number of images and the number of
-// threads, every output has the same bits.
+// patches of the input. A call computes a band of output rows. Whatever the band, the number of images and the number
+// of threads, every output has the same bits.
 #pragma once
 
 #include <cstddef>
@@ -35,20 +35,20 @@ struct MapView {
 struct ConvolutionParams {
   std::int64_t images;
   MapView x;
-  bool upsample;           // the convolution sees every pixel of x twice in both directions
-  std::int64_t padding;    // zeros above and to the left; below and to the right as far as the output reaches
-  const float* scale;      // (images, in) or null
-  const float* shift;      // (images, in), if there is a scale
-  bool silu;               // with a scale
-  const float* residual;   // as out, may be out itself; or null
-  float* out;              // (images, bottom - top, width, out)
+  bool upsample;               // the convolution sees every pixel of x twice in both directions
+  std::int64_t padding;        // zeros above and to the left; below and to the right as far as the output reaches
+  const float* scale;          // (images, in) or null
+  const float* shift;          // (images, in), if there is a scale
+  bool silu;                   // with a scale
+  const float* residual;       // as out, may be out itself; or null
+  float* out;                  // (images, bottom - top, width, out)
   std::int64_t height, width;  // of the whole output
   std::int64_t top, bottom;    // the band; `top` and, unless it is the height, `bottom` are multiples of band_rows()
-  float* moments;          // (images, blocks(height, width), 3, out), of which the band's blocks are written; or null
+  float* moments;  // (images, blocks(height, width), 3, out), of which the band's blocks are written; or null
 };
 
-// Moments of a feature map: blocks of it, each with three values per channel: a pivot p, the sum of x - p, and the sum of
-// (x - p)^2. Blocks are `rows` x `columns` pixels, smaller at the lower and the right edge.
+// Moments of a feature map: blocks of it, each with three values per channel: a pivot p, the sum of x - p, and the sum
+// of (x - p)^2. Blocks are `rows` x `columns` pixels, smaller at the lower and the right edge.
 struct Blocks {
   std::int64_t rows, columns;
   std::int64_t count(std::int64_t height, std::int64_t width) const {
@@ -76,7 +76,8 @@ class Convolution {
   std::unique_ptr<Packed> packed_;
 };
 
-// Writes the moments of rows `top` to `bottom` - 1, x (images, bottom - top, width, channels), for blocks of whole rows.
+// Writes the moments of rows `top` to `bottom` - 1, x (images, bottom - top, width, channels), for blocks of whole
+// rows.
 struct MomentsParams {
   const float* x;
   std::int64_t images, height, width, channels, top, bottom;

@@ -34,15 +34,23 @@ template <int Rows, bool Add>
 template <bool Add>
 void product_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, float* c, int64_t ldc) {
   switch (rows) {
-    case 1: return product_tile<1, Add>(a, lda, panel, k, c, ldc);
-    case 2: return product_tile<2, Add>(a, lda, panel, k, c, ldc);
-    case 3: return product_tile<3, Add>(a, lda, panel, k, c, ldc);
-    case 4: return product_tile<4, Add>(a, lda, panel, k, c, ldc);
-    case 5: return product_tile<5, Add>(a, lda, panel, k, c, ldc);
-    case 6: return product_tile<6, Add>(a, lda, panel, k, c, ldc);
+    case 1:
+      return product_tile<1, Add>(a, lda, panel, k, c, ldc);
+    case 2:
+      return product_tile<2, Add>(a, lda, panel, k, c, ldc);
+    case 3:
+      return product_tile<3, Add>(a, lda, panel, k, c, ldc);
+    case 4:
+      return product_tile<4, Add>(a, lda, panel, k, c, ldc);
+    case 5:
+      return product_tile<5, Add>(a, lda, panel, k, c, ldc);
+    case 6:
+      return product_tile<6, Add>(a, lda, panel, k, c, ldc);
 #if TF_LANES == 16
-    case 7: return product_tile<7, Add>(a, lda, panel, k, c, ldc);
-    case 8: return product_tile<8, Add>(a, lda, panel, k, c, ldc);
+    case 7:
+      return product_tile<7, Add>(a, lda, panel, k, c, ldc);
+    case 8:
+      return product_tile<8, Add>(a, lda, panel, k, c, ldc);
 #endif
   }
 }
@@ -66,7 +74,8 @@ void product(const ProductParams& p) {
   }
 }
 
-// --- pixels of a block ------------------------------------------------------------------------------------------------
+// --- pixels of a block
+// ------------------------------------------------------------------------------------------------
 
 // x * sigmoid(x).
 inline Floats silu(Floats x) {
@@ -112,12 +121,13 @@ void stage(const StageParams& p) {
     }
 }
 
-// --- transforms of Winograd's filtering --------------------------------------------------------------------------------
+// --- transforms of Winograd's filtering
+// --------------------------------------------------------------------------------
 //
-// M outputs of a 3-tap filter from M + 2 inputs d: Y = A' [(G g) * (B' d)], by interpolation at M + 1 points and infinity.
-// Row i of B' holds the coefficients of the product of (x - p) over the other points p; of A', the powers of the points.
-// M = 2: points 0, 1, -1. M = 4: points 0, +-a, +-b with a^2 = 1/2, b^2 = 2, whose rounding errors are smaller than those
-// of the customary 0, +-1, +-2.
+// M outputs of a 3-tap filter from M + 2 inputs d: Y = A' [(G g) * (B' d)], by interpolation at M + 1 points and
+// infinity. Row i of B' holds the coefficients of the product of (x - p) over the other points p; of A', the powers of
+// the points. M = 2: points 0, 1, -1. M = 4: points 0, +-a, +-b with a^2 = 1/2, b^2 = 2, whose rounding errors are
+// smaller than those of the customary 0, +-1, +-2.
 
 constexpr float kA = 0.70710678f, kB = 1.41421356f;  // a * b = 1
 
@@ -186,7 +196,8 @@ void input_transform_of(const TileParams& p) {
 
 void input_transform(int m, const TileParams& p) { m == 4 ? input_transform_of<4>(p) : input_transform_of<2>(p); }
 
-// --- the way out ------------------------------------------------------------------------------------------------------
+// --- the way out
+// ------------------------------------------------------------------------------------------------------
 
 // Moments of one vector of channels while the pixels of a block pass by.
 struct Moments {

@@ -34,7 +34,11 @@ std::unique_ptr<Convolution> make(Address weight, Address bias, std::int64_t out
   require_range("in", in, 1, kMostSide);
   require_range("kernel", kernel, 1, 3);
   const ConvolutionWeights weights{array_at<const float>("weight", weight, out * in, kernel * kernel),
-                                   optional_at<const float>("bias", bias, out, 1), out, in, kernel, stride};
+                                   optional_at<const float>("bias", bias, out, 1),
+                                   out,
+                                   in,
+                                   kernel,
+                                   stride};
   const Method chosen = named("method", method, kMethods);
   const Isa set = parse_isa(isa);
   py::gil_scoped_release unlocked;
@@ -47,8 +51,11 @@ void run(const Convolution& convolution, std::int64_t images, Address x, std::in
          bool silu, Address residual, Address moments, int threads) {
   const std::int64_t in = convolution.in(), to = convolution.out();
   require_range("images", images, 0, kMostSide);
-  for (const auto& [name, side] : {std::pair{"x_rows", x_rows}, {"x_height", x_height}, {"x_width", x_width},
-                                   {"height", height}, {"width", width}})
+  for (const auto& [name, side] : {std::pair{"x_rows", x_rows},
+                                   {"x_height", x_height},
+                                   {"x_width", x_width},
+                                   {"height", height},
+                                   {"width", width}})
     require_range(name, side, 0, kMostSide);
   require_range("top", top, 0, height);
   require_range("bottom", bottom, top, height);
@@ -89,8 +96,14 @@ void moments_of(Address x, std::int64_t images, std::int64_t height, std::int64_
   require_range("top", top, 0, height);
   require_range("bottom", bottom, top, height);
   const Blocks sizes = read_blocks(blocks);
-  const MomentsParams p{array_at<const float>("x", x, images * (bottom - top) * width, channels), images, height, width,
-                        channels, top, bottom, sizes,
+  const MomentsParams p{array_at<const float>("x", x, images * (bottom - top) * width, channels),
+                        images,
+                        height,
+                        width,
+                        channels,
+                        top,
+                        bottom,
+                        sizes,
                         array_at<float>("moments", moments, images * sizes.count(height, width) * 3, channels)};
   py::gil_scoped_release unlocked;
   measure_moments(p);
@@ -104,9 +117,17 @@ void norm(Address moments, std::int64_t images, std::int64_t height, std::int64_
   require_range("channels", channels, 1, kMostSide);
   const Blocks sizes = read_blocks(blocks);
   const NormParams p{array_at<const float>("moments", moments, images * sizes.count(height, width) * 3, channels),
-                     images, height, width, channels, groups, sizes, eps,
-                     array_at<const float>("gain", gain, channels, 1), array_at<const float>("bias", bias, channels, 1),
-                     array_at<float>("scale", scale, images, channels), array_at<float>("shift", shift, images, channels)};
+                     images,
+                     height,
+                     width,
+                     channels,
+                     groups,
+                     sizes,
+                     eps,
+                     array_at<const float>("gain", gain, channels, 1),
+                     array_at<const float>("bias", bias, channels, 1),
+                     array_at<float>("scale", scale, images, channels),
+                     array_at<float>("shift", shift, images, channels)};
   py::gil_scoped_release unlocked;
   normalisation(p);
 }
@@ -127,8 +148,7 @@ void bind_convolutions(py::module_& module) {
            py::arg("residual"), py::arg("moments"), py::arg("threads"),
            "Writes rows `top` to `bottom` - 1; see ConvolutionParams in csrc/cpu/convolution.h. Optional arrays are 0.")
       .def_property_readonly(
-          "blocks",
-          [](const Convolution& c) { return std::tuple{c.blocks().rows, c.blocks().columns}; },
+          "blocks", [](const Convolution& c) { return std::tuple{c.blocks().rows, c.blocks().columns}; },
           "(rows, columns) of the blocks of which moments are summed; bands are whole rows of blocks.")
       .def_property_readonly("bytes", &Convolution::bytes, "Bytes of the packed weights.");
   module.def("moments", &moments_of, py::arg("x"), py::arg("images"), py::arg("height"), py::arg("width"),

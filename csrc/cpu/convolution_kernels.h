@@ -11,9 +11,9 @@ namespace tamingfast {
 struct ProductParams {
   const float* a;
   std::int64_t lda, rows, k;
-  const float* panels;        // of the first panel; one follows the other after `panel_stride` floats
+  const float* panels;  // of the first panel; one follows the other after `panel_stride` floats
   std::int64_t panel_stride;
-  std::int64_t count;         // panels
+  std::int64_t count;  // panels
   float* c;
   std::int64_t ldc;
 };
@@ -35,9 +35,9 @@ struct StageParams {
 struct TileParams {
   std::int64_t tile_rows, tile_columns;
   std::int64_t channels;
-  float* values;            // (positions, tiles, channels), matrices `position_stride` floats apart
+  float* values;  // (positions, tiles, channels), matrices `position_stride` floats apart
   std::int64_t position_stride;
-  const float* staged;      // input transform: (m * tile_rows + 2, m * tile_columns + 2, lds)
+  const float* staged;  // input transform: (m * tile_rows + 2, m * tile_columns + 2, lds)
   std::int64_t lds;
 };
 
@@ -48,7 +48,7 @@ struct StoreParams {
   const float* residual;  // as out, or null
   float* out;             // first pixel of the block; rows are `row_stride` floats apart
   std::int64_t row_stride;
-  float* moments;         // (3, channels) or null; pivot, sums and squares are initialised by the first pixel
+  float* moments;  // (3, channels) or null; pivot, sums and squares are initialised by the first pixel
 };
 
 struct ConvolutionKernels {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -141,7 +142,7 @@ def test_little_memory_changes_nothing_but_the_bands():
     assert least < enough
     in_bands = first_stage.run(model, x, least, lambda done, total: seen.append((done, total)))
     assert torch.equal(in_bands, whole)
-    assert all(before[0] <= after[0] for before, after in zip(seen, seen[1:], strict=False))
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(seen))
     assert seen[-1] == (seen[-1][1], sum(engine.work(shape)) * 2)
     with pytest.raises(UserError, match=r"memory: got \d+ MiB, expected at least \d+ MiB"):
         first_stage.run(model, x, least // 4)
