@@ -150,8 +150,8 @@ def test_threads_bands_and_other_images_change_no_bit(case, isa):
 @given(
     st.builds(
         Case, inner=st.sampled_from([16, 48]), out=st.sampled_from([1, 16, 40]), height=st.integers(1, 40),
-        width=st.integers(1, 40), images=st.integers(1, 3),
-        method=st.sampled_from(["winograd4", "winograd2", "patches"]), upsample=st.booleans(), act=st.sampled_from(["", "norm", "silu"]), residual=st.booleans(),
+        width=st.integers(1, 40), images=st.integers(1, 3), upsample=st.booleans(), residual=st.booleans(),
+        method=st.sampled_from(["winograd4", "winograd2", "patches"]), act=st.sampled_from(["", "norm", "silu"]),
         seed=st.integers(0, 1000),
     )
 )  # fmt: skip
