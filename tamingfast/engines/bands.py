@@ -32,6 +32,7 @@ from tamingfast.engines.layers import (
     Shape,
     Upsample,
     shapes,
+    work,
 )
 from tamingfast.ops.backends import available_memory
 
@@ -61,8 +62,8 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
     sides = shapes(layers, shape_of(x))
     peaks = [_peak(layer, before, after) for layer, (before, after) in zip(layers, pairwise(sides), strict=True)]
     at_once = memory // (max(peaks) * x.element_size())
-    work = [_work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
-    total, done = sum(work) * len(x), 0.0
+    costs = [work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
+    total, done = sum(costs) * len(x), 0.0
 
     def advance(more: float) -> None:
         nonlocal done
@@ -73,9 +74,9 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
     if at_once and progress is None:
         parts = [network(part) for part in x.split(at_once)]
     elif at_once:
-        parts = [_whole(layers, part, work, advance) for part in x.split(at_once)]
+        parts = [_whole(layers, part, costs, advance) for part in x.split(at_once)]
     else:
-        parts = [_one(layers, sides, image[None], memory, work, advance) for image in x]
+        parts = [_one(layers, sides, image[None], memory, costs, advance) for image in x]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -83,14 +84,6 @@ def _peak(layer: Layer, before: Shape, after: Shape) -> int:
     """Peak number of values in memory while a layer runs whole."""
     maps = ATTENTION_MAPS if isinstance(layer, Attention) else MAPS
     return maps * max(math.prod(before), math.prod(after))
-
-
-def _work(layer: Layer, after: Shape) -> int:
-    """Multiply-adds of a layer."""
-    channels, height, width = after
-    pixels = height * width
-    weights = sum(conv.weight.numel() for conv in layer.convolutions)
-    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
 
 
 def _whole(layers: Sequence[Layer], x: Tensor, work: Sequence[int], advance: Callable[[float], None]) -> Tensor:

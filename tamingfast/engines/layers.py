@@ -199,6 +199,14 @@ def shapes(layers: Iterable[Layer], before: Shape) -> list[Shape]:
     return found
 
 
+def work(layer: Layer, after: Shape) -> int:
+    """Multiply-adds of a layer with an output of shape ``after``."""
+    channels, height, width = after
+    pixels = height * width
+    weights = sum(conv.weight.numel() for conv in layer.convolutions)
+    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
+
+
 def _present(*convolutions: nn.Conv2d | None) -> tuple[nn.Conv2d, ...]:
     return tuple(conv for conv in convolutions if conv is not None)
 
