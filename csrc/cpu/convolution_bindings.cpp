@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -21,15 +23,16 @@ constexpr std::int64_t kMostSide = std::int64_t{1} << 24;  // so that products o
 const std::map<std::string, Method> kMethods{
     {"patches", Method::patches}, {"winograd2", Method::winograd2}, {"winograd4", Method::winograd4}};
 
-using Address = std::uintptr_t;
+using MaybeArray = std::optional<Array>;
 
 template <class T>
-T* optional_at(const char* name, Address address, std::int64_t rows, std::int64_t columns) {
-  return address ? array_at<T>(name, address, rows, columns) : nullptr;
+T* optional_at(const char* name, const MaybeArray& array, std::int64_t rows, std::int64_t columns) {
+  return array ? array_at<T>(name, *array, rows, columns) : nullptr;
 }
 
-std::unique_ptr<Convolution> make(Address weight, Address bias, std::int64_t out, std::int64_t in, std::int64_t kernel,
-                                  std::int64_t stride, const std::string& method, int threads, const std::string& isa) {
+std::unique_ptr<Convolution> make(const Array& weight, const MaybeArray& bias, std::int64_t out, std::int64_t in,
+                                  std::int64_t kernel, std::int64_t stride, const std::string& method, int threads,
+                                  const std::string& isa) {
   require_range("out", out, 1, kMostSide);
   require_range("in", in, 1, kMostSide);
   require_range("kernel", kernel, 1, 3);
@@ -45,10 +48,10 @@ std::unique_ptr<Convolution> make(Address weight, Address bias, std::int64_t out
   return std::make_unique<Convolution>(weights, chosen, threads, set);
 }
 
-void run(const Convolution& convolution, std::int64_t images, Address x, std::int64_t x_first, std::int64_t x_rows,
-         std::int64_t x_height, std::int64_t x_width, Address out, std::int64_t height, std::int64_t width,
-         std::int64_t top, std::int64_t bottom, std::int64_t padding, bool upsample, Address scale, Address shift,
-         bool silu, Address residual, Address moments, int threads) {
+void run(const Convolution& convolution, std::int64_t images, const Array& x, std::int64_t x_first, std::int64_t x_rows,
+         std::int64_t x_height, std::int64_t x_width, const Array& out, std::int64_t height, std::int64_t width,
+         std::int64_t top, std::int64_t bottom, std::int64_t padding, bool upsample, const MaybeArray& scale,
+         const MaybeArray& shift, bool silu, const MaybeArray& residual, const MaybeArray& moments, int threads) {
   const std::int64_t in = convolution.in(), to = convolution.out();
   require_range("images", images, 0, kMostSide);
   for (const auto& [name, side] : {std::pair{"x_rows", x_rows},
@@ -76,7 +79,7 @@ void run(const Convolution& convolution, std::int64_t images, Address x, std::in
   p.top = top;
   p.bottom = bottom;
   if (moments && width > 0)
-    p.moments = array_at<float>("moments", moments, images * convolution.blocks().count(height, width) * 3, to);
+    p.moments = array_at<float>("moments", *moments, images * convolution.blocks().count(height, width) * 3, to);
   py::gil_scoped_release unlocked;
   convolution.run(p, threads);
 }
@@ -87,9 +90,9 @@ Blocks read_blocks(const std::tuple<std::int64_t, std::int64_t>& blocks) {
   return {std::get<0>(blocks), std::get<1>(blocks)};
 }
 
-void moments_of(Address x, std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
+void moments_of(const Array& x, std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
                 std::int64_t top, std::int64_t bottom, const std::tuple<std::int64_t, std::int64_t>& blocks,
-                Address moments) {
+                const Array& moments) {
   for (const auto& [name, side] : {std::pair{"images", images}, {"height", height}, {"width", width}})
     require_range(name, side, 1, kMostSide);
   require_range("channels", channels, 1, kMostSide);
@@ -109,9 +112,9 @@ void moments_of(Address x, std::int64_t images, std::int64_t height, std::int64_
   measure_moments(p);
 }
 
-void norm(Address moments, std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
-          const std::tuple<std::int64_t, std::int64_t>& blocks, std::int64_t groups, double eps, Address gain,
-          Address bias, Address scale, Address shift) {
+void norm(const Array& moments, std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
+          const std::tuple<std::int64_t, std::int64_t>& blocks, std::int64_t groups, double eps, const Array& gain,
+          const Array& bias, const Array& scale, const Array& shift) {
   for (const auto& [name, side] : {std::pair{"images", images}, {"height", height}, {"width", width}})
     require_range(name, side, 1, kMostSide);
   require_range("channels", channels, 1, kMostSide);
@@ -140,13 +143,15 @@ void bind_convolutions(py::module_& module) {
                           "it through tamingfast.engines.first_stage. Its calls may run side by side.")
       .def(py::init(&make), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("in_"), py::arg("kernel"),
            py::arg("stride"), py::arg("method"), py::arg("threads"), py::arg("isa") = "auto",
-           "weight, bias: addresses of float32 (out, in, kernel, kernel) and (out,) or 0, read here and not kept; "
+           "weight, bias: (address, bytes) of float32 (out, in, kernel, kernel) and (out,) or None, read and not kept; "
            "method: 'winograd4', 'winograd2' or 'patches'.")
       .def("run", &run, py::arg("images"), py::arg("x"), py::arg("x_first"), py::arg("x_rows"), py::arg("x_height"),
            py::arg("x_width"), py::arg("out"), py::arg("height"), py::arg("width"), py::arg("top"), py::arg("bottom"),
            py::arg("padding"), py::arg("upsample"), py::arg("scale"), py::arg("shift"), py::arg("silu"),
            py::arg("residual"), py::arg("moments"), py::arg("threads"),
-           "Writes rows `top` to `bottom` - 1; see ConvolutionParams in csrc/cpu/convolution.h. Optional arrays are 0.")
+           "Writes rows `top` to `bottom` - 1; see ConvolutionParams in csrc/cpu/convolution.h. Arrays are (address, "
+           "bytes), or None."
+           "")
       .def_property_readonly(
           "blocks", [](const Convolution& c) { return std::tuple{c.blocks().rows, c.blocks().columns}; },
           "(rows, columns) of the blocks of which moments are summed; bands are whole rows of blocks.")

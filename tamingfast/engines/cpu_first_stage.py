@@ -30,10 +30,11 @@ from tamingfast.engines.layers import (
     Residual,
     Shape,
     Upsample,
+    mix,
     shapes,
     work,
 )
-from tamingfast.ops import backends
+from tamingfast.ops import backends, check
 
 #: Peak memory of an image that runs with all maps in memory, counted in copies of its largest map: a residual block's
 #: input, hidden map and output.
@@ -131,15 +132,19 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out, inner, kernel, _ = weight.shape
     winograd = kernel == 3 and stride == 1 and inner % LANES == 0
+    method = "winograd4" if winograd else "patches"
     native = module.Convolution(
-        weight.data_ptr(), _address(bias), out, inner, kernel, stride, "winograd4" if winograd else "patches",
-        _threads(), backends.isa(),
-    )  # fmt: skip
+        _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
+    )
     return _Packed(native, inner, kernel // 2)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _array(name: str, tensor: Tensor) -> tuple[int, int]:
+    return check.array(name, tensor, torch.float32)
+
+
+def _maybe(name: str, tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else _array(name, tensor)
 
 
 def _threads() -> int:
@@ -202,12 +207,12 @@ class _Run:
     def attention(self, layer: Attention, x: Map) -> Map:
         channels, height, width = x.shape
         joined = self.new((3 * channels, height, width))
-        self.convolve_packed(self.engine._projections[id(layer)], x, joined, norm=layer.norm, share=0.5)
+        self.convolve_packed(self.engine._projections[id(layer)], x, joined, norm=layer.norm, share=0.25)
         whole, _ = joined.window(0, height)
         q, k, v = whole.view(self.images, 1, height * width, 3, channels).unbind(3)
-        mixed = F.scaled_dot_product_attention(q, k, v).view(self.images, height, width, channels)
+        mixed = mix(q, k, v, lambda part: self.advance(part / 2)).view(self.images, height, width, channels)
         joined.close()
-        self.convolve(layer.projection, InMemory(mixed.contiguous()), x, residual=True, share=0.5)
+        self.convolve(layer.projection, InMemory(mixed.contiguous()), x, residual=True, share=0.25)
         return x
 
     def resample(self, layer: Upsample | Downsample, x: Map) -> Map:
@@ -228,7 +233,15 @@ class _Run:
             band.copy_(rows.permute(0, 2, 3, 1))
             if moments is not None:
                 _native().moments(
-                    band.data_ptr(), self.images, height, width, channels, top, bottom, blocks, moments.data_ptr()
+                    _array("x", band),
+                    self.images,
+                    height,
+                    width,
+                    channels,
+                    top,
+                    bottom,
+                    blocks,
+                    _array("moments", moments),
                 )
             out.put(top, band)
             self.advance((bottom - top) / height)
@@ -266,9 +279,10 @@ class _Run:
             source, begin = x.window(max(0, first), min(x.shape[1], last))
             band = out.window(top, bottom)[0] if residual and isinstance(out, InFile) else out.room(top, bottom)
             conv.native.run(
-                self.images, source.data_ptr(), begin, source.shape[1], *x.shape[1:], band.data_ptr(), height, width,
-                top, bottom, padding, upsample, _address(scale), _address(shift), norm is not None and norm.silu,
-                band.data_ptr() if residual else 0, _address(moments), _threads(),
+                self.images, _array("x", source), begin, source.shape[1], *x.shape[1:], _array("out", band), height,
+                width, top, bottom, padding, upsample, _maybe("scale", scale), _maybe("shift", shift),
+                norm is not None and norm.silu, _array("residual", band) if residual else None,
+                _maybe("moments", moments), _threads(),
             )  # fmt: skip
             out.put(top, band)
             self.advance(share * (bottom - top) / height)
@@ -295,7 +309,7 @@ def _affine(norm: Norm, x: Map) -> tuple[Tensor, Tensor]:
     scale, shift = torch.empty(2, x.images, channels, dtype=torch.float32, device="cpu")
     gain, bias = (part.detach().contiguous() for part in (norm.weight, norm.bias))
     _native().normalisation(
-        x.moments.data_ptr(), x.images, height, width, channels, x.blocks, norm.num_groups, norm.eps, gain.data_ptr(),
-        bias.data_ptr(), scale.data_ptr(), shift.data_ptr(),
+        _array("moments", x.moments), x.images, height, width, channels, x.blocks, norm.num_groups, norm.eps,
+        _array("gain", gain), _array("bias", bias), _array("scale", scale), _array("shift", shift),
     )  # fmt: skip
     return scale, shift

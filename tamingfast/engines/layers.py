@@ -103,7 +103,7 @@ class Attention:
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x)
 
-    def attend(self, x: Tensor, advance: Callable[[float], None] | None = None) -> Tensor:
+    def attend(self, x: Tensor, advance: Callable[[float], object] | None = None) -> Tensor:
         """The layer's definition: x (B, C, H, W) -> (B, C, H, W).
 
         ``advance`` is called with shares of the work, which add up to 1; the queries then go in parts, at most one a
@@ -114,15 +114,7 @@ class Attention:
         q, k, v = (
             conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.query, self.key, self.value)
         )
-        if advance is None:
-            h = F.scaled_dot_product_attention(q, k, v)
-        else:
-            rows = max(REPORTED // (2 * k.numel()) // _QUERIES, 1) * _QUERIES
-            parts = []
-            for part in q.split(rows, dim=2):
-                parts.append(F.scaled_dot_product_attention(part, k, v))
-                advance(part.shape[2] / q.shape[2])
-            h = torch.cat(parts, dim=2)
+        h = mix(q, k, v, advance)
         return x + self.projection(h[:, 0].transpose(1, 2).reshape(x.shape))
 
     @property
@@ -197,6 +189,18 @@ def shapes(layers: Iterable[Layer], before: Shape) -> list[Shape]:
     for layer in layers:
         found.append(layer.shape(found[-1]))
     return found
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, advance: Callable[[float], object] | None = None) -> Tensor:
+    """``softmax(q kᵀ / √C) v`` of tensors (B, 1, pixels, C); ``advance`` as in `Attention.attend`."""
+    if advance is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(REPORTED // (2 * k.numel()) // _QUERIES, 1) * _QUERIES
+    parts = []
+    for part in q.split(rows, dim=2):
+        parts.append(F.scaled_dot_product_attention(part, k, v))
+        advance(part.shape[2] / q.shape[2])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def work(layer: Layer, after: Shape) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tamingfast.ops import backends
+from tamingfast.ops import backends, check
 
 NATIVE, WHY = backends.native()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=WHY)
@@ -67,7 +67,7 @@ class Case:
         x, skip = self.x[images].contiguous(), None if self.skip is None else self.skip[images].contiguous()
         scale, shift = (None if t is None else t[images].contiguous() for t in (self.scale, self.shift))
         conv = NATIVE.Convolution(
-            self.weight.data_ptr(), self.bias.data_ptr(), self.out, self.inner, self.kernel, self.stride, self.method,
+            array(self.weight), array(self.bias), self.out, self.inner, self.kernel, self.stride, self.method,
             threads, isa,
         )  # fmt: skip
         height, width = self.shape
@@ -85,9 +85,9 @@ class Case:
             first, last = max(first, 0), min(last, self.height)
             source = x[:, first:last].contiguous()  # exactly the rows that the band needs
             conv.run(
-                len(x), source.data_ptr(), first, last - first, self.height, self.width, band.data_ptr(), height, width,
-                top, bottom, self.padding, self.upsample, address(scale), address(shift), self.act == "silu",
-                address(part), address(moments), threads,
+                len(x), array(source), first, last - first, self.height, self.width, array(band), height, width,
+                top, bottom, self.padding, self.upsample, array(scale), array(shift), self.act == "silu",
+                array(part), array(moments), threads,
             )  # fmt: skip
             out[:, top:bottom] = band
         return Result(out, moments, conv.blocks)
@@ -104,8 +104,8 @@ class Result:
         return same and torch.equal(self.out, other.out)
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def array(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else check.array("array", tensor, torch.float32)
 
 
 CASES = [
@@ -170,8 +170,8 @@ def test_moments_give_the_group_normalisation(method, offset):
     gain, bias = torch.rand(64) + 0.5, torch.randn(64)
     scale, shift = torch.full((2, 2, 64), math.nan)
     NATIVE.normalisation(
-        result.moments.data_ptr(), 2, 37, 29, 64, result.blocks, 32, 1e-6, gain.data_ptr(), bias.data_ptr(),
-        scale.data_ptr(), shift.data_ptr(),
+        array(result.moments), 2, 37, 29, 64, result.blocks, 32, 1e-6, array(gain), array(bias), array(scale),
+        array(shift),
     )  # fmt: skip
     wide = result.out.double().permute(0, 3, 1, 2)
     expected = F.group_norm(wide, 32, gain.double(), bias.double(), eps=1e-6).permute(0, 2, 3, 1)
@@ -196,28 +196,39 @@ def test_not_a_number_stays_in_reach_and_stays_one():
 )  # fmt: skip
 def test_impossible_convolutions_are_refused(change, name):
     sizes = {"out": 16, "inner": 16, "kernel": 3, "stride": 1, "method": "winograd4"} | change
-    weight = torch.zeros(1)
+    weight = torch.zeros(sizes["out"] % 2048, sizes["inner"], sizes["kernel"], sizes["kernel"])
     with pytest.raises(ValueError, match=f"^{name}"):
         NATIVE.Convolution(
-            weight.data_ptr(), 0, sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"], 1
+            array(weight), None, sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"], 1
         )
+
+
+ROOM = torch.zeros(32, 32, 16)
+
+
+def part(rows: int) -> tuple[int, int]:
+    """The first rows of an array of 32 x 32 pixels of 16 channels."""
+    return array(ROOM[:rows])
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"top": 3}, "top"), ({"bottom": 5}, "bottom"), ({"bottom": 40}, "bottom"), ({"x_rows": 3}, "rows"),
-        ({"x_first": 2}, "first"), ({"x_first": -1}, "first"), ({"x_rows": 33}, "rows"), ({"threads": 0}, "threads"),
-        ({"x": 0}, "x"), ({"out": 0}, "out"), ({"width": 1 << 40}, "width"), ({"images": -1}, "images"),
-        ({"scale": 64}, "shift"), ({"width": 60}, "width"),
+        ({"top": 3}, "out"), ({"top": 3, "out": part(29)}, "top"), ({"bottom": 5, "out": part(5)}, "bottom"),
+        ({"bottom": 40}, "bottom"), ({"x_rows": 3}, "x: "), ({"x_rows": 3, "x": part(3)}, "rows"),
+        ({"x_first": 2}, "first"), ({"x_first": -1}, "first"), ({"x_rows": 33}, "x: "), ({"threads": 0}, "threads"),
+        ({"x": (0, 65536)}, "x"), ({"out": (0, 65536)}, "out"), ({"out": part(31)}, "out"), ({"images": 2}, "x: "),
+        ({"width": 1 << 40}, "width"), ({"images": -1}, "images"), ({"scale": (64, 64)}, "shift"),
+        ({"scale": (64, 60)}, "scale"), ({"width": 60}, "out"), ({"moments": (64, 64)}, "moments"),
     ],
 )  # fmt: skip
 def test_calls_that_would_leave_their_arrays_are_refused(change, name):
     weight, x = torch.zeros(16, 16, 3, 3), torch.zeros(32, 32, 16)
-    conv = NATIVE.Convolution(weight.data_ptr(), 0, 16, 16, 3, 1, "winograd4", 1)
+    conv = NATIVE.Convolution(array(weight), None, 16, 16, 3, 1, "winograd4", 1)
     arguments = dict(
-        images=1, x=x.data_ptr(), x_first=0, x_rows=32, x_height=32, x_width=32, out=x.data_ptr(), height=32, width=32,
-        top=0, bottom=32, padding=1, upsample=False, scale=0, shift=0, silu=False, residual=0, moments=0, threads=1,
+        images=1, x=array(x), x_first=0, x_rows=32, x_height=32, x_width=32, out=array(x), height=32, width=32, top=0,
+        bottom=32, padding=1, upsample=False, scale=None, shift=None, silu=False, residual=None, moments=None,
+        threads=1,
     )  # fmt: skip
     with pytest.raises(ValueError, match=name):
         conv.run(**arguments | change)
