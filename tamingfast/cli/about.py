@@ -6,19 +6,20 @@ import argparse
 import json
 
 from tamingfast import __version__, tasks
+from tamingfast.cli.arguments import output, source
 from tamingfast.cli.options import ALLOW, Commands, command
 from tamingfast.cli.progress import say_written
 
 
 def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
-    added.add_argument("checkpoint", help="run directory, checkpoint or token file")
+    added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
     added = command(
         commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config", (ALLOW,)
     )
-    added.add_argument("checkpoint")
-    added.add_argument("out", help="file to write (.safetensors)")
-    added.add_argument("--config", help="YAML config of the checkpoint, if it is not beside it")
+    added.add_argument("checkpoint", type=source)
+    added.add_argument("out", type=output, help="file to write (.safetensors)")
+    added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest")
 
 

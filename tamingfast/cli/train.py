@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tamingfast.cli.arguments import output_directory, source, whole
 from tamingfast.cli.options import ALLOW, DEVICE, RESUME, Commands, command
 from tamingfast.cli.progress import say_written
 from tamingfast.errors import UserError
@@ -17,16 +18,18 @@ def add_to(commands: Commands) -> None:
     stages = commands.add_parser("train", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
     _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
     added = _command(stages, "prior", train_prior, "the second stage: a transformer over the tokens")
-    added.add_argument("--first-stage", help="run or checkpoint of the first stage")
-    added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, if it has one")
+    added.add_argument("--first-stage", type=source, help="run or checkpoint of the first stage")
+    added.add_argument(
+        "--cond-stage", type=source, help="run or checkpoint of the condition's first stage, if it has one"
+    )
 
 
 def _command(
     stages: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
     added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME))
-    added.add_argument("--out", required=True, help="run directory to write")
-    added.add_argument("--seed", type=int, help="the same as training.seed=N")
+    added.add_argument("--out", type=output_directory, required=True, help="run directory to write")
+    added.add_argument("--seed", type=whole(0, 2**64 - 1), help="the same as training.seed=N")
     text = (
         "a preset or a YAML file (the original's work too), then settings that override it; with --resume, CONFIG can "
         "be left out, as the run has its own"

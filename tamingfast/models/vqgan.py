@@ -71,6 +71,7 @@ class VQModel(FirstStage):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+        self.register_load_state_dict_pre_hook(_adopt_colours)
         if monitor is not None:
             self.monitor = monitor
         if ckpt_path is not None:
@@ -221,6 +222,13 @@ class VQModel(FirstStage):
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
         x = F.conv2d(x, self.colorize)
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
+def _adopt_colours(model: VQModel, state: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Load hook: a model registers this buffer only once it has drawn label maps, but its checkpoint may have it."""
+    colours = state.get(f"{prefix}colorize")
+    if colours is not None and not hasattr(model, "colorize"):
+        model.register_buffer("colorize", torch.empty_like(colours, dtype=torch.float32, device=model.device))
 
 
 class VQSegmentationModel(VQModel):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tamingfast.tasks.canvases import begun_with as begun_with
     from tamingfast.tasks.canvases import check_unused as check_unused
+    from tamingfast.tasks.canvases import forget as forget
     from tamingfast.tasks.completion import Completion as Completion
     from tamingfast.tasks.completion import complete as complete
     from tamingfast.tasks.conditioning import computed_condition as computed_condition
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 #: module -> names. No module may have the name of a function: importing the module would hide the function.
 _HOMES = {
-    "canvases": ("begun_with", "check_unused"),
+    "canvases": ("begun_with", "check_unused", "forget"),
     "completion": ("Completion", "complete"),
     "conditioning": (
         "computed_condition", "condition_picture", "condition_tokens", "conditions", "decoded_condition", "kind_of",

@@ -41,7 +41,8 @@ class DrawingOptions:
         dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps the model's own.
 
     Raises:
-        UserError: a value out of range. Schedule, stride, engine and dtype are checked when drawing begins.
+        UserError: a value out of range. Whether the model allows the stride, and the machine the engine and the dtype,
+            is checked when drawing begins.
     """
 
     temperature: float = 1.0
@@ -56,11 +57,12 @@ class DrawingOptions:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        from tamingfast.ops.choice import Choice  # imports torch, which `tamingfast --help` does without
+        # These import torch, which `tamingfast --help` does without.
+        from tamingfast.engines.selection import check_names
+        from tamingfast.sampling.settings import check_settings
 
-        Choice(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy, seed=self.seed
-        )  # validates
+        check_settings(self.deciding())
+        check_names(self.engine)
         if self.batch < 1:
             raise UserError(f"batch: got {self.batch}, expected at least 1 image at a time")
 

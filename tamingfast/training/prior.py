@@ -92,7 +92,6 @@ def train(
                 check_condition(model.cond_stage_key, None if condition is None else condition.model, dataset)
         grid = grid_of(training, model.first_stage_model)
         stage = PriorStage(model.to(among.device), lr, grid, settings.seed, objects)
-        begin(config, out, resume, settings, training, among, stage)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.model.state_dict(), frozen.path, optional=_NOT_NEEDED)
         if condition is not None:
@@ -102,7 +101,8 @@ def train(
                 condition.path,
                 optional=_NOT_NEEDED,
             )
-        return loop.run(stage, settings, (training, validation), out, among, resume)
+        with begin(config, out, resume, settings, training, among, stage) as progress:
+            return loop.run(stage, settings, (training, validation), out, among, progress)
 
 
 def _first_stage(path: str | os.PathLike | None, allow: Collection[str]) -> _Trained | None:

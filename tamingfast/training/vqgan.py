@@ -28,7 +28,7 @@ from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
 from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
-from tamingfast.training.tokens import grid_of
+from tamingfast.training.tokens import check_images, grid_of
 
 #: In evaluation mode the losses have no adaptive weight, so these say nothing about the model.
 _MEANINGLESS_IN_VALIDATION = ("d_weight", "disc_factor", "aeloss", "total_loss")
@@ -59,14 +59,17 @@ def train(
         training, validation = datasets_of(config, datasets)
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
         model = cast(VQModel, new_model(described, settings.seed))
+        check_images(training, model.image_key)
         grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
-        begin(config, out, resume, settings, training, among, stage)
         if settings.codebook_from_data:
-            # Every process reads the same batches, as if alone, and so gets the same codebook.
-            alone = distributed.World(0, 1, among.device)
-            start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
-        return loop.run(stage, settings, (training, validation), out, among, resume)
+            _codebooks(model)  # raises for a model without one
+        with begin(config, out, resume, settings, training, among, stage) as progress:
+            if settings.codebook_from_data and progress is None:
+                # Every process reads the same batches, as if alone, and so gets the same codebook.
+                alone = distributed.World(0, 1, among.device)
+                start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
+            return loop.run(stage, settings, (training, validation), out, among, progress)
 
 
 def check_loss(described: Mapping[str, Any]) -> None:
@@ -99,18 +102,22 @@ def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, A
     there are four latents for each code. If there are two codebooks, the latents of the second depend on the first and
     are drawn after it is set. Raises UserError for a quantiser without a `VectorQuantizer`.
     """
-    quantizers = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
-    if not quantizers:
-        raise UserError(
-            f"training.codebook_from_data: got true for a {type(model).__name__}, expected false; it applies to models "
-            "with a table of codes"
-        )
     images = _Replayed(model, batches)
-    for quantizer in quantizers:
+    for quantizer in _codebooks(model):
         codebook = quantizer.embedding.weight
         rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * len(codebook))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_for(seed, "codebook")))
         codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
+
+
+def _codebooks(model: VQModel) -> list[VectorQuantizer]:
+    found = [module for module in model.quantize.modules() if isinstance(module, VectorQuantizer)]
+    if not found:
+        raise UserError(
+            f"training.codebook_from_data: got true for a {type(model).__name__}, expected false; it applies to models "
+            "with a table of codes"
+        )
+    return found
 
 
 class _Replayed:

@@ -106,10 +106,10 @@ class _Payload:
 def test_lpips_refuses_code_and_wrong_files(tmp_path, capsys):
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(pickle.dumps({"VGG16_0": _Payload()}))
-    with pytest.raises(UserError, match="it refers to 'builtins.print'"):
+    with pytest.raises(UserError, match="vgg16.ckpt: got an unusable pickle"):
         LPIPS(path)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="got no file, expected VGG16 weights"):
+    with pytest.raises(UserError, match="none.ckpt: got no file, expected"):
         LPIPS(tmp_path / "none.ckpt")
     torch.save(vgg_state(0.5), tmp_path / "small.pth")
     with pytest.raises(UserError, match="for convolution 0, expected .* that of VGG16"):
