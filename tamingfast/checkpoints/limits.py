@@ -55,7 +55,7 @@ class _Part:
         if not self.numbers:
             return self.where
         key = max(self.numbers, key=lambda name: self.numbers[name])
-        return f"{self.where}.params.{key}={self.numbers[key]}"
+        return f"{self.where}.params.{key}={_rounded(self.numbers[key])}"
 
 
 def check_sizes(
@@ -134,7 +134,7 @@ class _Numbers:
         """A list of numbers, each at least 0."""
         values = self.params.get(key, default)
         if not isinstance(values, list | tuple):
-            raise UserError(f"{self.where}.{key}: got {values!r}, expected a list of whole numbers")
+            raise UserError(f"{self.where}.{key}: got {repr(values)[:40]}, expected a list of whole numbers")
         self.seen[f"{self.prefix}{key}"] = len(values)
         return [self._whole(key, value) for value in values]
 
@@ -150,16 +150,16 @@ class _Numbers:
 
     def _whole(self, key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise UserError(f"{self.where}.{key}: got {str(value)[:40]!r}, expected a whole number of at least 0")
+            raise UserError(f"{self.where}.{key}: got {repr(value)[:40]}, expected a whole number of at least 0")
         self.seen[f"{self.prefix}{key}"] = max(value, self.seen.get(f"{self.prefix}{key}", 0))
         return value
 
 
 def _gpt(numbers: _Numbers) -> Size:
-    width, layers = numbers.get("n_embd"), numbers.get("n_layer")
-    heads = numbers.get("n_head")  # only to check that it is a number
+    width, layers = numbers.get("n_embd", 256), numbers.get("n_layer", 12)
+    numbers.get("n_head", 1)  # only to check that it is a number
     rows = 2 * numbers.get("vocab_size") + numbers.get("block_size")
-    return Size(16, 12 * width**2 + 13 * width) * layers + Size(5, rows * width + 2 * width + 0 * heads)
+    return Size(16, 12 * width**2 + 13 * width) * layers + Size(5, (rows + 2) * width)
 
 
 def _block(before: int, width: int) -> Size:

@@ -17,7 +17,15 @@ from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
 from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UserError, first_line, nearest
-from tamingfast.training.keys import check_keys, check_mapping, check_params, check_paths, is_path, parameters_of
+from tamingfast.training.keys import (
+    DEFAULT_TARGETS,
+    check_keys,
+    check_mapping,
+    check_params,
+    check_paths,
+    is_path,
+    parameters_of,
+)
 from tamingfast.training.original_layout import MODEL_KEYS, UNUSED_PARAMS, check_original_data, translated
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 
@@ -158,8 +166,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     rate = model.get("base_learning_rate")
     if rate is not None and not (is_number(rate) and rate > 0):
         raise UserError(f"model.base_learning_rate: got {rate!r}, expected a number above 0")
-    if "target" in model:
-        check_params(model, "model")
+    classes = sections["prior"].get("classes")
+    if classes is not None and not (type(classes) is int and classes > 0):
+        raise UserError(f"prior.classes: got {classes!r}, expected an integer of at least 1, or null")
+    if model:
+        check_params(model, "model", DEFAULT_TARGETS["model"])
 
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 from tamingfast.checkpoints.targets import class_of
 from tamingfast.checkpoints.values import check_types
 from tamingfast.errors import UserError, nearest
+from tamingfast.models.prior import FIRST_STAGE, UNCONDITIONAL
+from tamingfast.training.prior_config import GPT, MODEL
 
+#: Targets of a prior that presets leave out: `prior_config` adds them.
+DEFAULT_TARGETS = {"model": MODEL, "transformer_config": GPT}
 _PATHS = (
     "path", "validation_path", "ckpt_path", "remap", "training_images_list_file", "test_images_list_file",
 )  # fmt: skip
@@ -49,11 +53,14 @@ def check_paths(value: Any, where: str = "") -> None:
             raise UserError(f"{name}: got {value[key]!r}, expected a path")
 
 
-def check_params(config: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside."""
+def check_params(config: Mapping[str, Any], where: str, default: str | None = None) -> None:
+    """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside.
+
+    ``default`` is the target of a config without one.
+    """
     params = config.get("params") or {}
     check_mapping(params, f"{where}.params", "lossconfig")
-    network = class_of(config["target"], f"{where}.target")
+    network = class_of(config.get("target", default), f"{where}.target")
     names = parameters_of(network)
     if names is not None:
         check_keys(params, names, f"{where}.params")
@@ -64,9 +71,13 @@ def check_params(config: Mapping[str, Any], where: str) -> None:
         inside = f"{where}.params.{key}"
         if key == "cond_stage_config" and params.get("unconditional"):
             continue  # never built: the original's own config has a placeholder here
-        if isinstance(value, Mapping) and "target" in value:
+        if isinstance(value, Mapping) and ("target" in value or key in DEFAULT_TARGETS):
             check_keys(value, ("target", "params"), inside)
-            check_params(value, inside)
+            check_params(value, inside, DEFAULT_TARGETS.get(key))
+        elif key != "ddconfig" and key.endswith("config") and isinstance(value, Mapping):
+            raise UserError(f"{inside}: got {dict(value)!r}, expected a 'target' that names a class, and its params")
+        elif key == "cond_stage_config" and isinstance(value, str) and value not in (FIRST_STAGE, UNCONDITIONAL):
+            raise UserError(f"{inside}: got {value!r}, expected {FIRST_STAGE}, {UNCONDITIONAL}, or keys below it")
         elif key == "ddconfig" and isinstance(value, Mapping):
             coders = [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
             check_keys(value, [name for coder in coders for name in parameters_of(coder) or ()], inside)

@@ -84,7 +84,7 @@ def test_every_value_of_every_key(key, value, config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Training)])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, [], {}, "x", 10**30, b"x", object()], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, [], {}, "x", 10**30, b"x", Path("x")], ids=str)
 def test_the_settings_take_no_nonsense(name, value):
     with pytest.raises(UserError, match=f"training.{name}: got "):
         settings.training_settings({"training": {name: value}})
@@ -136,6 +136,30 @@ def test_a_loss_that_cannot_train_is_named(loss, said, config, tmp_path, capsys)
     config.write_text(json.dumps(content))
     assert re.search(said, attempt(capsys, config, "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+GPT = "model.params.transformer_config.params"
+PRIOR = [
+    *(f"model.params.{key}" for key in (
+        "pkeep", "sos_token", "downsample_cond_size", "first_stage_key", "cond_stage_key", "unconditional",
+        "permuter_config", "cond_stage_config", "transformer_config", "ignore_keys",
+    )),
+    *(f"{GPT}.{key}" for key in (
+        "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "embd_pdrop", "resid_pdrop", "attn_pdrop",
+        "n_unmasked",
+    )),
+    "prior", "prior.classes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["abc", ".nan", "[3]", "{a: 1}"])
+@pytest.mark.parametrize("key", PRIOR)
+def test_settings_of_priors_take_no_nonsense(key, value):
+    if key.endswith("_key") and value == "abc":
+        assert load_config("tiny", [f"{key}={value}"]).model.params[key.rpartition(".")[2]] == "abc"
+        return
+    with pytest.raises(UserError, match=re.escape(key)):
+        load_config("tiny", [f"{key}={value}"])
 
 
 @pytest.fixture(scope="module")
