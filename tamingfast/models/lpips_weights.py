@@ -191,8 +191,8 @@ def _package_heads(path: Path) -> list[Tensor]:
     package = _package()
     if package is None:
         raise UserError(
-            f"{path}: got VGG16 without the linear heads of LPIPS, expected a file that has them, as that of 'tamingfast "
-            "download lpips' has; or run 'pip install --no-deps lpips', whose heads are then taken"
+            f"{path}: got VGG16 without the linear heads of LPIPS, expected a file that has them, as that of "
+            "'tamingfast download lpips' has; or run 'pip install --no-deps lpips', whose heads are then taken"
         )
     state = read_state_dict(package / "weights" / "v0.1" / "vgg.pth")
     return [state[f"lin{i}.model.1.weight"] for i in range(_HEADS)]
