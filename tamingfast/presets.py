@@ -64,8 +64,8 @@ PRESETS = {
 
 NOTE = (
     "Times are computed, not measured: the operations of all steps, forward and backward, without those of losses,\n"
-    f"at {CPU_RATE / 1e12:g} TFLOP/s (two CPU cores) and {GPU_RATE / 1e12:g} TFLOP/s (a GPU). A run takes longer; on a "
-    "GPU, small models are limited by other things than arithmetic (-)."
+    f"at {CPU_RATE / 1e12:g} TFLOP/s (two CPU cores) and {GPU_RATE / 1e12:g} TFLOP/s (a GPU). A run takes longer;\n"
+    "on a GPU, small models are limited by other things than arithmetic (-)."
 )
 
 

@@ -143,7 +143,7 @@ def read(path: Path) -> Weights:
     """
     tree = _pickled_tree(path)
     convolutions, heads = _read_torch(path) if tree is None else _read_jax(tree, path)
-    return convolutions, heads or _package_heads()
+    return convolutions, heads or _package_heads(path)
 
 
 def _read_torch(path: Path) -> Weights:
@@ -186,12 +186,12 @@ def _package() -> Path | None:
     return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
 
 
-def _package_heads() -> list[Tensor]:
+def _package_heads(path: Path) -> list[Tensor]:
     package = _package()
     if package is None:
         raise UserError(
-            "perceptual_weights: got a file without the linear heads of LPIPS, expected one that has them, as that of "
-            "'tamingfast download lpips'; or run pip install --no-deps lpips"
+            f"{path}: got VGG16 without the linear heads of LPIPS, expected a file that has them, as that of "
+            "'tamingfast download lpips' has; or run 'pip install --no-deps lpips', whose heads are then taken"
         )
     state = read_state_dict(package / "weights" / "v0.1" / "vgg.pth")
     return [state[f"lin{i}.model.1.weight"] for i in range(_HEADS)]

@@ -137,6 +137,13 @@ def test_what_torchvision_has_downloaded_is_used(cache, monkeypatch):
     assert [head.numel() for head in network.heads] == [64, 128, 256, 512, 512]
 
 
+def test_a_file_without_heads_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips_weights, "_package", lambda: None)
+    torch.save({"features.0.weight": torch.zeros(1), "features.0.bias": torch.zeros(1)}, tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match=r"vgg16.pth: got VGG16 without the linear heads of LPIPS, expected a file"):
+        lpips_weights.read(tmp_path / "vgg16.pth")
+
+
 def test_the_place_follows_the_environment(monkeypatch):
     monkeypatch.delenv("TAMINGFAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
