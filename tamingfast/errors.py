@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
 
-_OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: ")
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "std::bad_alloc")
 
 
 class UserError(ValueError):
@@ -30,20 +31,119 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def brief(value: object, length: int = 80) -> str:
+    """``repr(value)`` for a message, cut off after ``length`` signs."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def in_words(error: BaseException) -> str | None:
+    """One sentence for an error that the user can correct; None for one that nobody has foreseen, a bug of ours.
+
+    Beside `UserError` these are what the machine refuses: files, memory, a worker process.
+    """
+    if isinstance(error, (UserError, SettingError)):
+        return str(error)
+    if lacks_memory(error):
+        return (
+            f"memory: got too little ({first_line(error)}), expected enough for the model and its images; use fewer or "
+            "smaller images at a time, or a smaller model"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+        return (
+            f"training.workers: got a process that ended while it read data ({first_line(error)}), expected it to go "
+            "on; it was killed or lacked memory, so free some, or use fewer workers"
+        )
+    refused = system_refusal(error)
+    if refused is None and isinstance(error, OSError):  # of a library, in its own words
+        refused = OSError(None, first_line(error))
+    return None if refused is None else storage_sentence(refused)
+
+
 def storage_problem(error: BaseException) -> str | None:
     """What the storage refused, in the system's words ("No space left on device"), None for any other error.
 
-    Understands OSError and the errors of safetensors and of torch's writer, which hide the system's.
+    Understands OSError and the errors of safetensors, torch and other libraries, which hide the system's.
     """
-    for cause in (error, error.__cause__, error.__context__):
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return cause.strerror or os.strerror(cause.errno)
-        if cause is not None and (hidden := re.search(r"\(os error (\d+)\)", str(cause))):
-            return os.strerror(int(hidden[1]))
-    torch_writer = r"PytorchStreamWriter|inline_container|iostream error"
-    if isinstance(error, RuntimeError) and re.search(torch_writer, str(error)):
+    if (refused := system_refusal(error)) is not None:
+        return refused.strerror
+    if torch_writer_failed(error):
         return "the file cannot be written to its end, as on a full disk"
     return None
+
+
+def system_refusal(error: BaseException) -> OSError | None:
+    """What the system refused, where ``error`` is its error, was caused by it or has it in its text; else None."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        if isinstance(cause, OSError) and isinstance(cause.errno, int):
+            return cause if cause.strerror else OSError(cause.errno, os.strerror(cause.errno), cause.filename)
+        if not _of_library(cause):
+            return None
+        if (hidden := _SYSTEM_ERROR.search(str(cause))) is not None:
+            number, name = int(hidden["number"]), hidden["name"]
+            return OSError(number, os.strerror(number), *([] if name is None else [name]))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def torch_writer_failed(error: BaseException) -> bool:
+    """Whether torch failed to write a file; it does not say why."""
+    text = str(error)
+    written = re.search(r"PytorchStreamWriter|inline_container|iostream error", text)
+    return isinstance(error, RuntimeError) and bool(written) and "PytorchStreamReader" not in text
+
+
+def storage_sentence(error: OSError, name: object = None) -> str:
+    """One sentence for what the system refused about ``name``, by default the file that ``error`` names."""
+    name = error.filename if name is None else name
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if not isinstance(name, (str, os.PathLike)):
+        name = "storage" if _working_directory_exists() else "working directory"
+    problem, expected = error.strerror or first_line(error), "a file or directory that can be used"
+    return f"{name}: got '{problem}', expected {_EXPECTED.get(error.errno or 0, expected)}"
+
+
+#: What each refusal of the system lacks.
+_EXPECTED = {
+    errno.ENOSPC: "room for the file; free some space on that disk, or name another",
+    errno.EDQUOT: "a quota with room for the file; delete something, or name another disk",
+    errno.EFBIG: "a limit that allows a file of this size; see `ulimit -f`, or name another disk",
+    errno.EACCES: "permission to use it",
+    errno.EPERM: "permission to use it",
+    errno.EROFS: "a file system that can be written",
+    errno.EMFILE: "fewer files open at once, or a higher limit; see `ulimit -n`",
+    errno.ENFILE: "fewer files open at once on this machine",
+    errno.ENOENT: "an existing file or directory",
+    errno.ENOTDIR: "a path that leads through directories",
+    errno.EISDIR: "a file",
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.ESTALE: "a file that is still there; the file server has lost it",
+    errno.EIO: "a disk that works",
+}
+
+
+#: The system's number in the text of an error: Rust's, Python's as quoted by others, and torch's on shared memory.
+_SYSTEM_ERROR = re.compile(
+    r"(?:\(os error |\[Errno |(?:open|write|map|resize)\b.*</?torch_.* \()(?P<number>\d+)[\])]"
+    r"(?:[^:\n]*: '(?P<name>[^'\n]*)')?"
+)
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether the error is one of a library's, which may stand for the system's; not one of Python's own for bugs."""
+    return isinstance(error, OSError) or type(error).__module__ != "builtins" or type(error) is RuntimeError
+
+
+def _working_directory_exists() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def lacks_memory(error: BaseException) -> bool:

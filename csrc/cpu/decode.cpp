@@ -92,10 +92,10 @@ Decoding::Decoding(Engine& engine, const DecodeParams& params, const Engine::Pol
   draft_seconds_ = engine.draft()->pass_cost(poll).at(1);
 }
 
-void Decoding::run(const Engine::Progress& progress) {
+std::int32_t Decoding::run(const Engine::Progress& progress) {
   do report(progress);
   while (pass());
-  if (failed_ < d_.count) fail();
+  return found();
 }
 
 bool Decoding::pass() {
@@ -358,11 +358,13 @@ void Decoding::report(const Engine::Progress& progress) {
   }
 }
 
-void Decoding::fail() const {
-  bool nan = false;
-  for (const Sequence& sequence : sequences_) nan = nan || (sequence.next == failed_ && sequence.failure == kChoiceNan);
-  throw std::domain_error(std::string("logits: got ") + (nan ? "NaN" : "only -inf") +
-                          " in a row, expected numbers to choose a token from; check the weights");
+// Why the first step without a token has none, in all sequences.
+std::int32_t Decoding::found() const {
+  std::int32_t found = 0;
+  for (const Sequence& sequence : sequences_)
+    if (sequence.failure && sequence.next == failed_)
+      found |= sequence.failure == kChoiceNan ? kFoundNan : kFoundNothing;
+  return found;
 }
 
 }  // namespace tamingfast

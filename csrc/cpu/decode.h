@@ -34,7 +34,7 @@ class Decoding {
  public:
   // Throws std::invalid_argument, which names the argument.
   Decoding(Engine& engine, const DecodeParams& params, const Engine::Poll& poll);
-  void run(const Engine::Progress& progress);
+  std::int32_t run(const Engine::Progress& progress);  // returns what Engine::decode does
 
  private:
   struct Sequence {
@@ -69,7 +69,7 @@ class Decoding {
   void choose_rows();
   void accept();
   void accept(std::int64_t b, Rows row, Rows last);
-  void fail() const;
+  std::int32_t found() const;
   void report(const Engine::Progress& progress);
 
   bool wanted(std::int64_t b, std::int64_t step) const { return d_.wanted[b * d_.count + step]; }

@@ -413,7 +413,7 @@ double Engine::State::time_pass(std::int64_t rows, const Poll& poll) {
   return std::chrono::duration<double>(Clock::now() - begun).count();
 }
 
-Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
+void check_geometry(const Geometry& g) {
   const std::int64_t most = std::int64_t{1} << 24;
   require_range("vocab_size", g.vocab_size, 1, most);
   require_range("block_size", g.block_size, 1, most);
@@ -422,6 +422,10 @@ Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int th
   require_range("n_head", g.n_head, 1, g.n_embd);
   require(g.n_embd % g.n_head == 0, "n_head", g.n_head, "a divisor of n_embd=" + std::to_string(g.n_embd));
   require_range("n_unmasked", g.n_unmasked, 0, g.block_size);
+}
+
+Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
+  check_geometry(g);
   require_range("threads", threads, 1, kMaxThreads);
   state_ = std::make_unique<State>(g, dtype, kernels_for(isa));
   state_->threads = threads;
@@ -461,12 +465,13 @@ void Engine::reserve(std::int64_t slots, std::int64_t length) {
   const double total = static_cast<double>(head) * s.geometry.n_head * s.geometry.n_layer * slots;
   require_memory("cache", total);
   Memory cache(static_cast<std::size_t>(total));
+  std::vector<std::int64_t> lengths(slots, 0);  // all that may fail comes before any change
   s.cache = std::move(cache);
+  s.lengths = std::move(lengths);
   s.slots = slots;
   s.capacity = length;
   s.keys_bytes = keys;
   s.head_bytes = head;
-  s.lengths.assign(slots, 0);
   if (!s.draft) return;
   try {
     s.draft->reserve(slots, length);
@@ -502,9 +507,9 @@ void Engine::step(const std::vector<Span>& spans, const std::int64_t* tokens, fl
   state_->feed(spans, tokens, out, poll);
 }
 
-void Engine::decode(const DecodeParams& params, const Poll& poll, const Progress& progress) {
+std::int32_t Engine::decode(const DecodeParams& params, const Poll& poll, const Progress& progress) {
   state_->polled = Clock::now();
-  Decoding(*this, params, poll).run(progress);
+  return Decoding(*this, params, poll).run(progress);
 }
 
 const Counts& Engine::counts() const { return state_->counts; }

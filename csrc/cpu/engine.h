@@ -78,6 +78,9 @@ struct Counts {
   std::int64_t passes, rows, tokens;  // `rows` whose logits were computed, `tokens` that were chosen
 };
 
+// Throws std::invalid_argument, which names the size, unless an engine can have these sizes.
+void check_geometry(const Geometry& geometry);
+
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
@@ -120,9 +123,10 @@ class Engine {
   // Throws std::invalid_argument, which names the argument.
   void step(const std::vector<Span>& spans, const std::int64_t* tokens, float* out, const Poll& poll);
 
-  // Calls progress(i + 1) once step i is done in all sequences. Throws std::invalid_argument, which names the argument,
-  // and std::domain_error if a row of logits, from which a token is to be chosen, holds NaN or nothing above -infinity.
-  void decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
+  // Calls progress(i + 1) once step i is done in all sequences. Throws std::invalid_argument, which names the argument.
+  // Stops at a step for which a row of logits holds NaN, or nothing above -infinity, and returns kFoundNan and
+  // kFoundNothing or-ed, else 0.
+  std::int32_t decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
   const Counts& counts() const;
   void count_pass(std::int64_t rows, std::int64_t tokens);
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tamingfast.checkpoints.config import check_targets, instantiate_from_config, load_yaml, without_checkpoints
-from tamingfast.checkpoints.infer import infer_config
+from tamingfast.checkpoints.config import (
+    at,
+    check_config_values,
+    instantiate_from_config,
+    load_yaml,
+    plain,
+    without_checkpoints,
+)
+from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
-from tamingfast.checkpoints.weights import load_into, read_state_dict
+from tamingfast.checkpoints.targets import check_targets
+from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
 from tamingfast.ops.check import FLOATS
@@ -23,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 # Parts that a checkpoint may lack, because only training needs them.
 _OPTIONAL = ("loss.",)
+# Of latent-diffusion's first stages; only training needs them.
+_LDM, _LDM_TRAINING = "ldm.", ("batch_resize_range", "lr_g_factor", "scheduler_config", "use_ema")
+_DUMMY_LOSS = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
+# For the config of each first stage in a model's: what its keys begin with in the model's weights.
+_STAGES = {"": "", "first_stage_config": "first_stage_model.", "cond_stage_config": "cond_stage_model."}
 
 
 def load_model(
@@ -30,11 +44,13 @@ def load_model(
     config: str | os.PathLike | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> nn.Module:
     """A model in evaluation mode from a checkpoint of the original or of ours.
 
-    A config builds networks of this package only, so neither file runs code; a mapping may also name other
-    `torch.nn.Module` classes.
+    A config builds networks of this package only, so neither file runs code; other `torch.nn.Module` classes are built
+    if ``allow`` has their names, or if ``config`` is a mapping.
 
     Args:
         checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
@@ -42,19 +58,21 @@ def load_model(
             file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
+        allow: dotted names of further classes that the config may name, such as ``("package.Class",)``.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
     """
     dtype, device = _dtype(dtype), pick_device(str(device or "cpu"))
     path = weights_path(Path(checkpoint))
-    state = read_state_dict(path)
-    settings = _settings(path, config, state)
-    check_targets(settings["model"], trusted=isinstance(config, Mapping))
+    found = read_checkpoint(path)
+    check_real(found.state, path)
+    settings = _settings(found, config)
+    check_targets(settings["model"], "model", None if isinstance(config, Mapping) else allow)
+    check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
-    _register_colours(model, state)
-    load_into(model, state, path, optional=_OPTIONAL)
-    model.config = settings
+    load_into(model, found.state, path, optional=_OPTIONAL)
+    model.config, model.allow = settings, frozenset(allow)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -66,28 +84,43 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _settings(path: Path, config: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The given config, else the one found with the weights, else the inferred one."""
+def _settings(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+    """The given config, else the one found with the weights, else the inferred one, without files that it names."""
+    path = checkpoint.path
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
         config = embedded_config(path) or neighbouring_config(path)
     if config is None:
-        logger.warning("no config found for %s; its architecture is inferred from the weights", path)
-        config = {"model": infer_config(state, path)}
+        check_signs(checkpoint.beside, path)
+        config = {"model": infer_config(checkpoint.state, path)}
+        logger.warning("no config found for %s; its architecture is inferred from the weights, so %s", path, ASSUMED)
+    config = plain(config)
+    check_config_values(config, path)
     settings = without_checkpoints(config)
     model = settings.get("model")
-    if not isinstance(model, Mapping) or "target" not in model:
+    if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):
         raise UserError(
             f"config of {path}: got no 'target' in a section 'model', expected the config of this model; give the one "
             "that it was trained with"
         )
+    _keep_what_is_used(model, checkpoint)
     return settings
 
 
-def _register_colours(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    # The original registers this buffer only once a model has drawn label maps.
-    for prefix, module in (("", model), ("cond_stage_model.", getattr(model, "cond_stage_model", None))):
-        colours = state.get(f"{prefix}colorize")
-        if colours is not None and module is not None and not hasattr(module, "colorize"):
-            module.register_buffer("colorize", torch.empty_like(colours))
+def _keep_what_is_used(model: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Remove from the config what using a first stage does not need, and what its weights say without a file."""
+    state = unwrapped(checkpoint.state, KNOWN)
+    for name, prefix in _STAGES.items():
+        stage = at(model, "params", name) if name else model
+        params = at(stage, "params")
+        if not isinstance(params, dict):
+            continue
+        if f"{prefix}quantize.used" in state:
+            params.pop("remap", None)
+        loss = str(at(params, "lossconfig", "target"))
+        if loss.startswith(_LDM) or loss == "torch.nn.Identity":
+            params["lossconfig"] = dict(_DUMMY_LOSS)
+        if str(at(stage, "target")).startswith(_LDM):
+            for key in _LDM_TRAINING:
+                params.pop(key, None)

@@ -3,57 +3,92 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors import safe_open
 
 from tamingfast.checkpoints.config import load_yaml
 from tamingfast.checkpoints.run_directory import CONFIG, WEIGHTS
+from tamingfast.checkpoints.weights import metadata_of, read_checkpoint
 from tamingfast.errors import UserError
 
 # Where the original saves checkpoints, and where its published models have them.
 _CHECKPOINT_FOLDERS = ("checkpoints", "ckpts")
+_CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth")
+_DEEPEST_CONFIG = 64  # levels of sections; those of real configs have about ten
 
 
 def weights_path(path: Path) -> Path:
-    """The weights of a run directory of either project, UserError if there are none; any other path unchanged."""
-    if not path.is_dir():
+    """The weights of a run directory of either project, UserError if there are none; any other path unchanged.
+
+    Of several checkpoints it is the one of the most steps, as the files themselves record them.
+    """
+    if not os.path.isdir(path):  # as Path.is_dir, but False for a path that no system call takes
         return path
-    candidates = [path / WEIGHTS, *(path / folder / "last.ckpt" for folder in _CHECKPOINT_FOLDERS)]
+    if (path / WEIGHTS).exists():
+        return path / WEIGHTS
     for folder in _CHECKPOINT_FOLDERS:
-        candidates += sorted((path / folder).glob("*.ckpt"), reverse=True)
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+        found = [file for file in (path / folder).glob("*") if file.suffix in _CHECKPOINTS and file.is_file()]
+        if found:
+            return found[0] if len(found) == 1 else max(found, key=_progress)
     raise UserError(
         f"{path}: got a directory without {WEIGHTS} or checkpoints/last.ckpt, expected a run directory; give the --out "
         "of a training run"
     )
 
 
+def _progress(path: Path) -> tuple[int, int, int, bool, int]:
+    """What is larger for a later checkpoint: its steps and epochs, then the numbers in its name, then its time."""
+    checkpoint = read_checkpoint(path, tensors=False)
+    recorded = [checkpoint.number(*names) for names in (("global_step", "step"), ("epoch",))]
+    named = {name: int(number) for name, number in re.findall(r"(step|epoch)[=_-]?(\d{1,15})", path.stem)}
+    step, epoch = (
+        named.get(name, -1) if number is None else number
+        for name, number in zip(("step", "epoch"), recorded, strict=True)
+    )
+    version = re.search(r"-v(\d{1,15})$", path.stem)  # Lightning's, where a name was taken
+    return step, epoch, int(version[1]) if version else 0, path.stem == "last", path.stat().st_mtime_ns
+
+
 def embedded_config(path: Path) -> dict[str, Any] | None:
     """The config inside a safetensors file, if any, as `tamingfast.checkpoints.convert` writes it.
 
-    Raises UserError if it is not JSON.
+    Raises UserError if it is not a mapping in JSON.
     """
     text = metadata_of(path).get("config")
+    if text is None:
+        return None
     try:
-        return None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: got a config inside the file that is not JSON ({error}), expected the one that convert writes; "
-            "give the config with config="
-        ) from error
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON ({error})"
+    else:
+        if isinstance(config, dict) and _depth(config) <= _DEEPEST_CONFIG:
+            return config
+        problem = "too deeply nested" if isinstance(config, dict) else "no mapping"
+    raise UserError(
+        f"{path}: got a config inside the file that is {problem}, expected the mapping that convert writes; give the "
+        "config with config="
+    )
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, empty for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as stream:
-        return stream.metadata() or {}
+def _depth(value: Any) -> int:
+    """How many levels of mappings and lists a JSON value has."""
+    depth, level = 0, [value]
+    while level := [child for container in level for child in _children(container)]:
+        depth += 1
+    return depth
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
 
 
 def neighbouring_config(path: Path) -> Any:

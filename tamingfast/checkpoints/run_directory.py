@@ -4,39 +4,74 @@
 replaced atomically. ``weights.safetensors`` is an export for all other uses and is written second, so a run that is
 killed between the two has an older export but a consistent state. No random state is stored, because every draw is
 keyed by (seed, step, rank); see `tamingfast.training.loop`.
+
+Whoever trains holds the lock ``.lock``; readers need none, since every file is replaced whole or appended to by lines.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from tamingfast.checkpoints.weights import load_into, save_weights
-from tamingfast.errors import UserError
-from tamingfast.files import atomic_write
+from tamingfast.checkpoints.config import at, load_yaml
+from tamingfast.checkpoints.file_kinds import TORCH
+from tamingfast.checkpoints.metrics import METRICS, Metrics, read_metrics
+from tamingfast.checkpoints.seal import check_seal
+from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
+from tamingfast.checkpoints.unpickling import StoredTensor
+from tamingfast.checkpoints.weights import load_into, opened, save_weights
+from tamingfast.errors import UserError, first_line, storage_sentence
+from tamingfast.files import atomic_write, check_directory, locked, remove_leftovers, writable_path
 
-CONFIG, STATE, WEIGHTS, METRICS, IMAGES = (
-    "config.yaml", "state.pt", "weights.safetensors", "metrics.jsonl", "images",
-)  # fmt: skip
+CONFIG, STATE, WEIGHTS, IMAGES, LOCK = "config.yaml", "state.pt", "weights.safetensors", "images", ".lock"
 FORMAT = 1
+__all__ = ["METRICS", "Metrics", "read_metrics"]  # part of a run directory
+#: What `save` records of the progress of a run.
+_PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "epoch": int, "batch": int, "seconds": (int, float), "images": int, "processes": int,
+    "metrics_bytes": int,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the run directory ``out``, made if it is missing, for writing; what killed writers left in it is removed.
+
+    Raises UserError when another process holds it, or when it or one of its files cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(storage_sentence(error, out)) from error
+    with locked(out / LOCK, str(out), "wait until it has ended, or give another directory"):
+        for name in (CONFIG, STATE, WEIGHTS, METRICS):
+            writable_path(out / name)
+        check_directory(out / IMAGES)
+        for folder in (out, out / IMAGES):
+            if folder.is_dir():
+                remove_leftovers(folder)
+        yield
 
 
 def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]) -> None:
     """Write ``state.pt``, then ``weights.safetensors``, each atomically.
 
-    ``progress`` has plain numbers, among them "step", "epoch" and "seconds". If a weight is not finite, raises
-    UserError and keeps the previous checkpoint.
+    ``progress`` has plain numbers: "step", "epoch", "batch", "seconds", "images", "processes" and "metrics_bytes". If a
+    weight or an optimizer's average is not finite, raises UserError and keeps the previous checkpoint; so it does when
+    the files cannot be written, as on a full disk.
     """
     weights = model.state_dict()
-    for key, value in weights.items():
+    for key, value in (*weights.items(), *_averages(model, optimizers)):
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(
-                f"{key}: got values that are not finite after step {progress['step']}, expected finite weights; "
+                f"{key}: got values that are not finite after step {progress['step']}, expected finite values; "
                 f"continue from the last good checkpoint in {out} with --resume and a lower training.learning_rate"
             )
     state = {
@@ -50,82 +85,138 @@ def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 
+def _averages(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the optimizers keep for each parameter, named like "exp_avg of encoder.conv_in.weight"."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, kept in optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor):
+                    yield f"{name} of {names.get(parameter, 'a parameter')}", value
+
+
 def config_file(out: str | os.PathLike) -> Path:
-    """The path of the config of the run in ``out``; UserError if no run has been started there."""
+    """The path of the config of the run in ``out``; UserError if no run has been started there, or it is damaged."""
     if not begun(Path(out)):
         raise UserError(f"{out}: got no run in this directory, expected one to resume; start it without --resume")
-    return Path(out) / CONFIG
+    path = Path(out) / CONFIG
+    if at(load_yaml(path), "model", "target") is None:
+        raise UserError(f"{path}: got no 'target' in a section 'model', expected a run's config; restore a copy of it")
+    return path
 
 
 def begun(out: Path) -> bool:
     """Whether a run has been started in ``out``, even if it has no state yet."""
-    return (out / CONFIG).is_file()
+    return os.path.lexists(out / CONFIG)
 
 
 def exists(out: Path) -> bool:
-    """Whether there is a state in ``out`` to continue from."""
-    return (out / STATE).is_file()
+    """Whether there is a state in ``out`` to continue from, sound or damaged.
+
+    Raises UserError if there are weights alone, since a run writes its state first.
+    """
+    if os.path.lexists(out / STATE):
+        return True
+    if os.path.lexists(out / WEIGHTS):
+        raise UserError(
+            f"{out / STATE}: got no file beside {WEIGHTS}, expected the state of the run; restore a copy of it, or "
+            "start a new run in another directory"
+        )
+    return False
 
 
 def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Load ``state.pt`` into the model and its optimizers, and return the saved ``progress``.
 
-    Raises UserError if the file is damaged or belongs to another format or model.
+    The optimizers keep their own settings, such as the learning rate. Raises UserError if the file is damaged or
+    belongs to another format, model or optimizer.
     """
     path = out / STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["format"]
-    except Exception as error:
-        raise UserError(
-            f"{path}: got an unreadable file ({type(error).__name__}), expected the state of a run; start a new run in "
-            "another directory"
-        ) from error
-    if found != FORMAT:
-        raise UserError(f"{path}: got format {found}, expected {FORMAT}; continue it with the version that wrote it")
+    state = _read(path)
+    weights, saved = state.get("model"), state.get("optimizers") or ()
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path}: got no tensors under 'model', expected the state of a run; restore a copy of it")
     # A model registers `colorize` when it first draws label maps.
-    load_into(model, state["model"], path, optional=("colorize",))
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    load_into(model, weights, path, optional=("colorize",))
+    try:
+        for optimizer, kept in zip(optimizers, saved, strict=True):
+            _load_optimizer(optimizer, kept)
+    except Exception as error:  # whatever a structure of another kind leads to, there and in torch
+        raise UserError(
+            f"{path}: got optimizers that do not fit this model ({first_line(error)}), expected those of the run; "
+            "resume with the config that the run began with"
+        ) from error
     return state["progress"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    own = optimizer.state_dict()["param_groups"]
+    indices, found = ([group["params"] for group in groups] for groups in (own, saved["param_groups"]))
+    if indices != found:
+        raise ValueError(f"parameters: got groups of {list(map(len, found))}, expected {list(map(len, indices))}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, kept in saved["state"].items():
+        for name, value in kept.items():
+            shape = parameters[number].shape
+            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+                raise ValueError(f"{name}: got the shape {tuple(value.shape)}, expected {tuple(shape)}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def progress(out: str | os.PathLike) -> dict[str, Any]:
     """The progress of the run in ``out``: step, epoch, seconds of training and more. UserError without a state."""
     path = Path(out) / STATE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(
             f"{out}: got a directory without {STATE}, expected that of a training run that reached a checkpoint"
         )
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
+    return _read(path, tensors=False)["progress"]
 
 
-class Metrics:
-    """``metrics.jsonl``: one JSON object per line with step, epoch, split and values, flushed after each."""
+def _read(path: Path, tensors: bool = True) -> dict[str, Any]:
+    """The content of a ``state.pt`` with a sound ``progress``; UserError if it is damaged or of another format.
 
-    def __init__(self, out: Path, keep_bytes: int):
-        """Open the file of the run in ``out`` for appending, truncated to ``keep_bytes``, the checkpoint's `size`."""
-        self._stream = open(out / METRICS, "ab")  # noqa: SIM115 (closed by close)
-        self._stream.truncate(min(keep_bytes, os.fstat(self._stream.fileno()).st_size))
+    Without ``tensors`` they are left as `StoredTensor`, which is fast.
+    """
+    with opened(path) as (kind, stream):
+        try:
+            if kind != TORCH:
+                raise BadFile(kind)
+            file = open_torch_file(stream)
+            state = _with_tensors(file.content, file) if tensors else file.content
+        except BadFile as error:
+            raise UserError(
+                f"{path}: got {error}, expected the state of a run; restore a copy of it, or start a new run in "
+                "another directory"
+            ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = f"format {state['format']!r}" if isinstance(state, dict) and "format" in state else "no state of a run"
+        raise UserError(f"{path}: got {found}, expected format {FORMAT}; continue it with the version that wrote it")
+    reached = state.get("progress")
+    for name, number in _PROGRESS.items():
+        value = reached.get(name) if isinstance(reached, dict) else None
+        if not isinstance(value, number) or not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
+            raise UserError(f"{path}: got {value!r} for '{name}', expected a number; restore a copy of the file")
+    return state
 
-    def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
-        """Append a line."""
-        line = json.dumps({"step": step, "epoch": epoch, "split": split, **values})
-        self._stream.write(line.encode() + b"\n")
-        self._stream.flush()
 
-    def size(self) -> int:
-        """Length of the file in bytes, all of it on disk."""
-        os.fsync(self._stream.fileno())
-        return os.fstat(self._stream.fileno()).st_size
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+def _with_tensors(value: Any, file: TorchFile) -> Any:
+    """``value`` with its tensors read from the file, which compares them with their checksums."""
+    match value:
+        case StoredTensor():
+            return file.tensor(value)
+        case dict():
+            return {key: _with_tensors(item, file) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_with_tensors(item, file) for item in value)
+    return value
 
 
-def read_metrics(out: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` as dicts, of all splits or of one."""
-    with open(Path(out) / METRICS, encoding="utf-8") as stream:
-        lines = [json.loads(line) for line in stream]
-    return [line for line in lines if split in (None, line["split"])]
+def exported(out: Path) -> int | None:
+    """The step of ``weights.safetensors``; None if there are none, or if they are damaged."""
+    try:
+        check_seal(out / WEIGHTS)
+        with safe_open(out / WEIGHTS, framework="pt") as stream:
+            return int(stream.metadata()["step"])
+    except Exception:  # whatever is wrong with the export, it can be written again from the state
+        return None

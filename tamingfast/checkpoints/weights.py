@@ -2,150 +2,238 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import itertools
 import logging
+import math
 import os
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tamingfast.errors import UserError
-from tamingfast.files import atomic_write
+from tamingfast.checkpoints.file_kinds import SAFETENSORS, TORCH, kind_of
+from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
+from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
+from tamingfast.checkpoints.unpickling import Foreign, StoredTensor, Unusable
+from tamingfast.errors import UserError, first_line
+from tamingfast.files import atomic_write, open_regular
 
 logger = logging.getLogger(__name__)
 
 #: Prefixes of keys in training checkpoints that do not belong to a model; such keys are dropped on loading.
 TRAINING_ONLY = ("loss.perceptual_loss.", "first_stage_model.loss.", "cond_stage_model.loss.", "model_ema.")
-
-# Besides tensors, Lightning's pickles contain callbacks, hyper-parameters and configs. All names below these are mapped
-# to inert stand-ins, so reading a checkpoint imports and runs nothing of these packages.
-_INERT_FAMILIES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "main.", "taming.")
-_INERT_NAMES = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "typing.Any")
-# Subclasses of dict; torch's reader fills only exact dicts with items.
-_DICT_NAMES = ("AttributeDict",)
-_HARMLESS = (dict, list, tuple, set, frozenset, int, float, complex, bool, str, bytes)
-
-
-class _Inert:
-    """Stand-in for an object of a checkpoint that is not needed; accepts any state."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+# Wrappers of torch around a module or a part of it, as they appear in keys.
+_WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DEEPEST = 8  # parts of a shared prefix that are looked at
+# Where checkpoints keep the weights; without any of these the whole content is meant.
+_STATES = ("state_dict", "model", "model_state_dict")
+_ADVICE = "use the config that the checkpoint was trained with"
+# Tied and expanded tensors are stored once, so weights may take this many times the size of their file.
+_SHARED = 16
 
 
-def _allowed_globals(path: Path) -> list[Any]:
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file or the format before torch 1.6, which torch.load reports or reads
-        wanted = []
-    names = []
-    for name in wanted:
-        leaf = name.rpartition(".")[2]
-        if name.startswith(_INERT_FAMILIES) or name in _INERT_NAMES:
-            names.append((collections.OrderedDict if leaf in _DICT_NAMES else type(leaf, (_Inert,), {}), name))
-    # Scalars and arrays are pickled by functions of numpy, under the old or the new name of their module.
-    rebuild = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
-    names += [(rebuild[leaf], f"numpy.{core}.multiarray.{leaf}") for leaf in rebuild for core in ("core", "_core")]
-    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "b1", "U1", "O")}
-    return [*names, np.dtype, np.ndarray, *dtypes, *_HARMLESS, collections.OrderedDict, collections.defaultdict]
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        path: of the file.
+        state: its tensors on the CPU by name.
+        beside: what lies beside them, as `Unpickler.load` gives it: to be described, never to be used.
+        metadata: of a safetensors file.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    beside: Mapping[Any, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def number(self, *names: str) -> int | None:
+        """The first of these counts, such as "global_step", that the file records; None if it records none."""
+        progress = self.beside.get("progress")
+        # Lightning's checkpoints, our state.pt and our weights.safetensors record a training's progress in three ways.
+        records = (self.beside, progress if isinstance(progress, Mapping) else {}, self.metadata)
+        found = (_count(record.get(name)) for record in records for name in names)
+        return next((count for count in found if count is not None), None)
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
+        value = int(value)
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, an original Lightning ``.ckpt`` or a plain torch file, on the CPU.
+    """Tensors of a safetensors file, an original Lightning ``.ckpt`` or a plain torch file, on the CPU.
 
-    Only tensors, containers and inert stand-ins are unpickled. Raises UserError for a file that is missing, truncated
-    or not a checkpoint, or that contains other objects.
+    The content of the file, not its name, decides how it is read, and nothing that it names is looked up or called.
+    Raises UserError for a file that is missing, damaged or not a checkpoint, or holds anything but dense real numbers.
     """
-    return state_dict_of(read_checkpoint(path), path)
+    state = read_checkpoint(path).state
+    check_real(state, path)
+    return state
 
 
-def state_dict_of(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors in the ``state_dict`` of a checkpoint, in the ``model`` of our ``state.pt``, or in the mapping."""
-    state = content.get("state_dict", content.get("model", content))
-    items = state.items() if isinstance(state, Mapping) else ()
-    tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: got no weights, expected a checkpoint with a 'state_dict' of tensors")
-    return tensors
+def check_real(state: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+    """UserError naming the first tensor of ``state`` that has complex numbers: copying would drop imaginary parts."""
+    for key, value in state.items():
+        if value.is_complex():
+            raise UserError(f"{source}: got complex numbers in {shown(key)}, expected real weights")
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The whole content of a checkpoint file; accepts and raises what `read_state_dict` does."""
+def read_checkpoint(path: str | os.PathLike, tensors: bool = True) -> Checkpoint:
+    """The content of a checkpoint file; accepts and raises what `read_state_dict` does, but allows complex numbers.
+
+    Without ``tensors`` only what lies beside them is read, which is fast.
+    """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: got no file, expected a checkpoint; give the path of an existing one")
-    if path.is_dir():
-        raise UserError(f"{path}: got a directory, expected a checkpoint file")
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path}: got an empty file (0 bytes), expected a checkpoint; copy or download it again")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, size)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: got a {type(content).__name__}, expected a mapping of names to tensors")
-    return dict(content)
+    with opened(path) as (kind, stream):
+        if kind == SAFETENSORS:
+            metadata = _metadata(path)
+            return Checkpoint(path, _read_safetensors(path) if tensors else {}, metadata=metadata)
+        if kind != TORCH:
+            raise _no_checkpoint(path, kind)
+        try:
+            file = open_torch_file(stream)
+            beside = file.content if isinstance(file.content, Mapping) else {}
+            return Checkpoint(path, _state_of(file, path) if tensors else {}, beside)
+        except BadFile as error:
+            raise _no_checkpoint(path, str(error)) from error
+
+
+def _no_checkpoint(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: got {found}, expected a checkpoint; copy or download it again, or give another file")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The kind (`kind_of`) and the bytes of a checkpoint. UserError if the file is missing, empty or cannot be read."""
+    try:
+        with open_regular(path) as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                raise _no_checkpoint(path, "an empty file (0 bytes)")
+            yield kind_of(stream), stream
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: got no file, expected a checkpoint; give the path of an existing one") from None
+    except (OSError, ValueError) as error:  # a ValueError for a path that no system call takes
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: got '{reason}', expected a checkpoint that can be read") from error
+
+
+def metadata_of(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file, empty for other files. UserError for one that cannot be read."""
+    with opened(Path(path)) as (kind, _):
+        return _metadata(path) if kind == SAFETENSORS else {}
+
+
+def _metadata(path: str | os.PathLike) -> dict[str, str]:
+    with _safetensors(path), safe_open(path, framework="pt") as stream:
+        return stream.metadata() or {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
+    check_seal(path)
+    with _safetensors(path):
         return load_file(path)
-    except safetensors.SafetensorError as error:
+
+
+@contextlib.contextmanager
+def _safetensors(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # the library raises errors of several types for damaged files and unknown dtypes
+        reason = "".join(filter(str.isprintable, first_line(error)))[:150]  # it quotes keys of the file
         raise UserError(
-            f"{path}: got a damaged file ({error}), expected safetensors; copy or download it again"
+            f"{path}: got a damaged safetensors file ({reason}), expected weights; copy or download it again"
         ) from error
 
 
-def _read_pickle(path: Path, size: int) -> Any:
-    try:
-        with torch.serialization.safe_globals(_allowed_globals(path)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if wanted:
-            raise UserError(
-                f"{path}: got a pickle that runs '{wanted[1]}', expected tensors only, as code in checkpoints is "
-                "refused; save its 'state_dict' alone and load that"
-            ) from error
-        raise _unreadable(path, size) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        # What torch's readers raise for bytes that end early or were never a checkpoint.
-        raise _unreadable(path, size) from error
+def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
+    """The tensors in the ``state_dict`` of a checkpoint, in the ``model`` of our ``state.pt``, or in the mapping."""
+    content = file.content
+    places = [content.get(name) for name in _STATES if name in content] if isinstance(content, Mapping) else []
+    named = next((place for place in (*places, content) if _holds_tensors(place)), None)
+    if named is None:
+        raise UserError(
+            f"{path}: got no weights but {_described((*places, content)[0])}, expected a checkpoint with a "
+            "'state_dict' of tensors; save that of the model"
+        )
+    for key, value in named.items():
+        if isinstance(value, Unusable):
+            raise UserError(f"{path}: got {value.kind} as {shown(key)}, expected dense tensors; save it as one")
+    stored = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
+    size = path.stat().st_size
+    asked = sum(value.dtype.itemsize * math.prod(value.shape) for value in stored.values())
+    if asked > _SHARED * size:
+        raise UserError(
+            f"{path}: got tensors of {asked} bytes in a file of {size}, expected at most {_SHARED} times it"
+        )
+    return {key: file.tensor(value) for key, value in stored.items()}
 
 
-def _unreadable(path: Path, size: int) -> UserError:
-    return UserError(f"{path}: got {_problem(path, size)}, expected a checkpoint; copy or download it again")
+def _holds_tensors(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return any(isinstance(key, str) and isinstance(entry, StoredTensor | Unusable) for key, entry in pairs)
 
 
-def _problem(path: Path, size: int) -> str:
-    with open(path, "rb") as stream:
-        head = stream.read(64)
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return f"a zip archive whose end is missing after {size} bytes, as after an interrupted download"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return f"a web page of {size} bytes"
-    return f"{size} bytes that are not in torch's format or end too early"
+def _described(value: Any) -> str:
+    """What a value without tensors is, in a few words."""
+    if isinstance(value, Foreign):
+        return f"a pickled object of '{value.name}', whose class is not run"
+    if isinstance(value, Mapping):
+        objects = (entry.name for entry in value.values() if isinstance(entry, Foreign))
+        keys = (shown(key) for key in value)
+        found = next(
+            (f" with an object of '{name}'" for name in objects), next((f" such as {key}" for key in keys), "")
+        )
+        return f"a mapping of {len(value)} entries{found}"
+    return f"a value of the type {type(value).__name__}"
+
+
+def shown(key: object) -> str:
+    """A key of a file as messages show it: quoted, on one line and not too long."""
+    text = repr(key[:100]) if isinstance(key, str) else repr(key)
+    return text if not isinstance(key, str) or len(key) <= 100 else f"{text[:-1]}...'"
 
 
 def check_finite(state: Mapping[str, Tensor], source: str | os.PathLike) -> None:
     """UserError naming the first tensor of ``state`` that contains NaN or infinity."""
     for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            count = int((~torch.isfinite(value)).sum())
+        if not value.is_floating_point():
+            continue
+        finite = torch.isfinite(value.float() if value.dtype.itemsize == 1 else value)
+        if not finite.all():
             raise UserError(
-                f"{source}: got {count} non-finite values of {value.numel()} in '{key}', expected finite weights; take "
-                "a checkpoint from before the training diverged"
+                f"{source}: got {int((~finite).sum())} non-finite values of {value.numel()} in {shown(key)}, expected "
+                "finite weights; take a checkpoint from before the training diverged"
             )
+
+
+def unwrapped(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """``state`` without what wrappers have put into its keys, such as "module." of DistributedDataParallel.
+
+    The names of torch's wrappers go wherever they are. Of a prefix that all keys share, the part goes without which
+    most keys are in ``known``, those of the model.
+    """
+    names = [".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state]
+    if len(set(names)) < len(state):
+        names = list(state)
+    models = [name.split(".")[:-1] for name in names if not name.startswith(("loss.", *TRAINING_ONLY))]
+    levels = itertools.islice(zip(*models, strict=False), _DEEPEST)
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, levels)]
+    prefixes = ["".join(f"{part}." for part in shared[:depth]) for depth in range(len(shared) + 1)]
+    prefix = max(prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in known for name in names))
+    return {name.removeprefix(prefix): value for name, value in zip(names, state.values(), strict=True)}
 
 
 def load_into(
@@ -153,48 +241,63 @@ def load_into(
     state: Mapping[str, Tensor],
     source: str | os.PathLike,
     *,
-    strict: bool = True,
     optional: Iterable[str] = (),
+    advice: str = _ADVICE,
 ) -> None:
     """Copy ``state`` into ``module``; UserError naming the first key that does not fit, or is not finite.
 
-    ``optional`` lists prefixes of keys that may be missing or left over; with ``strict=False`` any key may, as in the
-    original, and their number is logged.
+    A wrapper's prefix is taken off (`unwrapped`). ``optional`` lists prefixes of keys that may be missing or left over;
+    ``advice`` says what to do about others.
     """
     optional = (*TRAINING_ONLY, *optional)
-    state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
-    check_finite(state, source)
     own = module.state_dict()
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            raise UserError(
-                f"{source}: got shape {tuple(value.shape)} for '{key}', expected {tuple(own[key].shape)}; use the "
-                "config that the checkpoint was trained with"
-            )
-    missing, unexpected = module.load_state_dict(state, strict=False)
+    state = {key: value for key, value in unwrapped(state, own).items() if not key.startswith(TRAINING_ONLY)}
+    for key in state.keys() & own.keys():
+        _check_fit(key, state[key], own[key], source)
+    check_finite(state, source)
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except (RuntimeError, UserError) as error:  # what hooks of modules say of values that cannot be
+        reason = " ".join(str(error).split("\n\t")[-1].split())
+        raise UserError(f"{source}: got weights that do not fit ({reason}), expected those of the model") from error
     missing = [key for key in missing if not key.startswith(optional)]
     unexpected = [key for key in unexpected if not key.startswith(optional)]
-    if strict and (missing or unexpected):
-        first = f"no '{missing[0]}'" if missing else f"'{unexpected[0]}', which the model lacks"
+    if missing or unexpected:
+        first = f"no {shown(missing[0])}" if missing else f"{shown(unexpected[0])}, which the model lacks"
         raise UserError(
             f"{source}: got {first} ({len(missing)} keys missing, {len(unexpected)} left over), expected the keys of "
-            "the model; use the config that the checkpoint was trained with"
+            f"the model; {advice}"
         )
-    if missing or unexpected:
-        logger.warning("%s: %d keys missing, %d left over", source, len(missing), len(unexpected))
+
+
+def _check_fit(key: str, value: Tensor, own: Tensor, source: str | os.PathLike) -> None:
+    if own.shape != value.shape:
+        raise UserError(
+            f"{source}: got shape {tuple(value.shape)} for {shown(key)}, expected {tuple(own.shape)}; {_ADVICE}"
+        )
+    if own.is_floating_point() and not value.is_floating_point():
+        raise UserError(
+            f"{source}: got {str(value.dtype).removeprefix('torch.')} numbers in {shown(key)}, expected real ones with "
+            "a fraction; save the weights as floating-point numbers"
+        )
 
 
 def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-    """The original's ``init_from_ckpt``: a non-strict load, without keys that start with any of ``ignore_keys``."""
-    ignore_keys = tuple(ignore_keys)
-    state = read_state_dict(path)
-    state = {key: value for key, value in state.items() if not (ignore_keys and key.startswith(ignore_keys))}
-    load_into(module, state, path, strict=False)
+    """The original's ``init_from_ckpt``: load all weights of a file but those whose keys start with ``ignore_keys``.
+
+    Unlike the original's, it does not go on when weights are missing or left over: UserError, unless their keys are the
+    loss's or start with one of ``ignore_keys``.
+    """
+    ignored = tuple(ignore_keys)
+    state = unwrapped(read_state_dict(path), module.state_dict())
+    state = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    advice = f"{_ADVICE}, or name what is to be left out in ignore_keys"
+    load_into(module, state, path, optional=("loss.", "colorize", *ignored), advice=advice)
     logger.info("restored from %s", path)
 
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
-    """Write tensors as safetensors, atomically.
+    """Write tensors as safetensors, atomically, with a checksum (`tamingfast.checkpoints.seal`).
 
     Attention masks are left out, because ``n_unmasked`` in the config says the same.
     """
@@ -206,4 +309,5 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], meta
             tensors[key] = value.clone()
         seen.add(value.data_ptr())
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=dict(metadata))
+        save_file(tensors, temporary, metadata={**metadata, **UNSEALED})
+        seal(temporary)

@@ -10,14 +10,18 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, train
-from tamingfast.errors import SettingError, Stopped, UserError, first_line, lacks_memory
+from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
+from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
+from tamingfast.errors import Stopped, UserError, in_words
+from tamingfast.ops import backends
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _AboveBars(logging.Handler):
@@ -30,32 +34,62 @@ class _AboveBars(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    level = os.environ.get("TAMINGFAST_LOG", "WARNING").upper()
-    logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level)
-    arguments = _parse(argv)
-    try:
-        arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has closed the pipe, as `| head` does: not an error, and Python must not report it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        message = _for_users(error)
-        if message is None:
-            raise
-        print(f"tamingfast: error: {message}", file=sys.stderr)
-        return INTERRUPTED if isinstance(error, Stopped) else USAGE_ERROR
+    """Run one command.
+
+    Returns the exit status: 0; 1 for a bug of ours; 2 for what the user can correct; 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = None
+    with streams.guarded():
+        try:
+            os.getcwd()  # raises where it was deleted, which ends some libraries without a word
+            _begin_logging()
+            arguments = _parse(words)
+            check_paths(arguments)
+            if arguments.run is not about.info:  # which says what can run here
+                backends.check_environment()
+            arguments.run(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError as error:
+            # The reader has closed the pipe, as `| head` does.
+            return 0 if error.filename == streams.OUTPUT else _failed(error)
+        except Exception as error:
+            message = in_words(error)
+            if message is None:
+                return _failed(error)
+            print(f"tamingfast: error: {one_line(as_typed(message, arguments, words))}", file=sys.stderr)
+            return INTERRUPTED if isinstance(error, Stopped) else USAGE_ERROR
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _begin_logging() -> None:
+    level = os.environ.get("TAMINGFAST_LOG") or "WARNING"
+    if level.upper() not in LEVELS:
+        raise UserError(f"TAMINGFAST_LOG: got {level!r}, expected one of {', '.join(LEVELS)}")
+    logging.basicConfig(format="%(message)s", handlers=[_AboveBars()], level=level.upper())
+
+
+def _failed(error: Exception) -> int:
+    traceback.print_exception(error)
+    print(
+        "tamingfast: this is a bug of tamingfast; please report it with the lines above and the command",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
     # argparse does not accept positional arguments both before and after an option, but that is the natural way to
     # write overrides: train vqgan CONFIG --out DIR training.steps=100.
     top = parser()
-    arguments, rest = top.parse_known_args(argv)
+    try:
+        arguments, rest = top.parse_known_args(words)
+    except SystemExit:
+        sys.stdout.flush()  # of --help, while a failure can still be told
+        raise
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -63,25 +97,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _for_users(error: Exception) -> str | None:
-    """One sentence for an error that the user can correct; None for a bug of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if lacks_memory(error):
-        return (
-            f"memory: got too little ({first_line(error)}), expected enough for the model and its images; use fewer or "
-            "smaller images at a time, or a smaller model"
-        )
-    if isinstance(error, SettingError):
-        return str(error)
-    return None
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
+    top = Parser(prog="tamingfast", description="Train and run VQGANs and their transformers, fast.")
     top.add_argument("--version", action="version", version=f"tamingfast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:

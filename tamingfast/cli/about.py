@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert` and `info`: the contents of checkpoints, and what this machine can run."""
+"""`tamingfast inspect`, `convert`, `download` and `info`: checkpoints, and what this machine has and can run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import argparse
 import json
 
 from tamingfast import __version__, tasks
-from tamingfast.cli.options import Commands, command
+from tamingfast.cli.arguments import output, source
+from tamingfast.cli.options import ALLOW, Commands, command
 from tamingfast.cli.progress import say_written
 
 
 def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
-    added.add_argument("checkpoint", help="run directory, checkpoint or token file")
-    added = command(commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config")
-    added.add_argument("checkpoint")
-    added.add_argument("out", help="file to write (.safetensors)")
-    added.add_argument("--config", help="YAML config of the checkpoint, if it is not beside it")
+    added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
+    added = command(
+        commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config", (ALLOW,)
+    )
+    added.add_argument("checkpoint", type=source)
+    added.add_argument("out", type=output, help="file to write (.safetensors)")
+    added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
+    added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
+    added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest")
 
 
@@ -27,10 +32,17 @@ def inspect(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
-    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config))
+    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow))
+
+
+def download(arguments: argparse.Namespace) -> None:
+    from tamingfast.models import lpips_weights
+
+    say_written(lpips_weights.download())
 
 
 def info(arguments: argparse.Namespace) -> None:
+    from tamingfast.models import lpips_weights
     from tamingfast.ops import info
 
-    print(f"tamingfast {__version__}\n{info.describe()}")
+    print(f"tamingfast {__version__}\n{info.describe()}\nlpips      {lpips_weights.describe()}")

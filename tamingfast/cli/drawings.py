@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tamingfast import tasks
+from tamingfast.cli.arguments import output
 from tamingfast.cli.options import given_options, options
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.errors import UserError
 from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
 
 KEEPING = options(
-    ("--preview", {"metavar": "PNG", "help": "write the images so far here, every few seconds"}),
-    ("--canvas", {"metavar": "FILE", "help": "save the tokens here; default: beside --out, until that is written"}),
+    ("--preview", {"type": output, "metavar": "PNG", "help": "write the images so far here, every few seconds"}),
+    (
+        "--canvas",
+        {
+            "type": output,
+            "metavar": "FILE",
+            "help": "save the tokens here; default: beside --out, until that is written",
+        },
+    ),
     ("--resume", {"action": "store_true", "help": "continue the canvas of an interrupted command"}),
     ("--separate", {"action": "store_true", "help": "write one numbered PNG per image instead of --out"}),
 )
@@ -25,6 +35,9 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments shared by `sample`, `edit` and `outpaint`, by their names in `tamingfast.tasks`."""
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
+    pictures = [os.path.realpath(path) for path in (arguments.out, arguments.preview) if path is not None]
+    if os.path.realpath(canvas) in pictures:
+        raise UserError(f"--canvas: got {canvas}, where a picture is written, expected another path")
     if arguments.resume:
         drawing = replace(tasks.begun_with(canvas), **given)
     else:
@@ -66,5 +79,5 @@ def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
         for picture in drawing.conditions:
             save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
     if not arguments.canvas:  # it was saved only for resuming
-        canvas_file(arguments).unlink(missing_ok=True)
+        tasks.forget(canvas_file(arguments))
     say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 
 from tamingfast import tasks
+from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
-from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, condition_options, load
+from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, condition_options, load
 
 SIDES = ("left", "right", "top", "bottom")
 
@@ -15,22 +16,28 @@ SIDES = ("left", "right", "top", "bottom")
 def add_to(commands: Commands) -> None:
     """Declare both commands."""
     added = _command(commands, "edit", edit, "redraw the masked region of a photo")
-    added.add_argument("--mask", required=True, help="image of the photo's size, white where the photo is redrawn")
+    added.add_argument(
+        "--mask", type=source, required=True, help="image of the photo's size, white where the photo is redrawn"
+    )
     added = _command(commands, "outpaint", outpaint, "draw what lies around a photo")
     for side in SIDES:
         added.add_argument(
-            f"--{side}", type=int, default=0, metavar="PIXELS", help="to add, a multiple of the factor f; default: 0"
+            f"--{side}",
+            type=whole(0),
+            default=0,
+            metavar="PIXELS",
+            help="to add, a multiple of the factor f; default: 0",
         )
 
 
 def _command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, DRAWING, condition_options(), KEEPING))
-    added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("photo", help="image file, or a canvas saved with --canvas")
-    added.add_argument("-n", "--count", type=int, help="number of versions; default: 1, or that of the canvas")
-    added.add_argument("--out", default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
+    added = command(commands, name, run, text, (DEVICE, ALLOW, DRAWING, condition_options(), KEEPING))
+    added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
+    added.add_argument("photo", type=source, help="image file, or a canvas saved with --canvas")
+    added.add_argument("-n", "--count", type=whole(1), help="number of versions; default: 1, or that of the canvas")
+    added.add_argument("--out", type=output, default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
     added.add_argument(
         "--reconstruct", action="store_true", help="show the first stage's reconstruction of the kept part"
     )

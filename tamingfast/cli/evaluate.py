@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, data_settings, given_options, load
+from tamingfast.cli.arguments import output, source, whole
+from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, data_settings, given_options, load
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import write_json
@@ -14,12 +15,14 @@ from tamingfast.tasks.options import SAMPLES, DrawingOptions
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
-    added = command(commands, "evaluate", evaluate, text, (DEVICE, DRAWING))
-    added.add_argument("model", help="run directory or checkpoint of a first stage or a prior")
-    added.add_argument("--data", metavar="DIR", help="take all images below this directory, not the validation set")
-    added.add_argument("--limit", type=int, help="number of images, drawn by --seed; default: all")
+    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, DRAWING))
+    added.add_argument("model", type=source, help="run directory or checkpoint of a first stage or a prior")
     added.add_argument(
-        "--samples", type=int, default=SAMPLES, help="number to draw from a prior (default: %(default)s)"
+        "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
+    )
+    added.add_argument("--limit", type=whole(1), help="number of images, drawn by --seed; default: all")
+    added.add_argument(
+        "--samples", type=whole(1), default=SAMPLES, help="number to draw from a prior (default: %(default)s)"
     )
     added.add_argument(
         "--features",
@@ -27,12 +30,18 @@ def add_to(commands: Commands) -> None:
         "--inception-weights is given, else efficientnet-lite0 if it is installed",
     )
     added.add_argument(
-        "--inception-weights", metavar="FILE", help="Inception weights of torch-fidelity; default: downloaded"
+        "--inception-weights",
+        type=source,
+        metavar="FILE",
+        help="Inception weights of torch-fidelity; default: downloaded",
     )
     added.add_argument(
-        "--perceptual-weights", metavar="FILE", help="VGG16 weights for LPIPS; default: from the lpips package"
+        "--perceptual-weights",
+        type=source,
+        metavar="FILE",
+        help="VGG16 weights for LPIPS; default: downloaded on first use (64 MB)",
     )
-    added.add_argument("--out", metavar="JSON", help="also write the report here")
+    added.add_argument("--out", type=output, metavar="JSON", help="also write the report here")
     text = "the data set, e.g. name=photos size=32; default: the one that the model was trained on"
     added.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from tamingfast import tasks
+from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import (
+    ALLOW,
     DEVICE,
     DRAWING,
     Commands,
@@ -26,20 +28,26 @@ from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOp
 def add_to(commands: Commands) -> None:
     """Declare the three commands."""
     added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", ())
-    added.add_argument("--out", default="reconstructed.png", help="PNG to write (default: %(default)s)")
+    added.add_argument("--out", type=output, default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
     text = "keep the upper half of images and redraw the lower half"
     added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
-    added.add_argument("--out", default="completed.png", help="PNG to write (default: %(default)s)")
-    added.add_argument("--times", type=int, default=TIMES, help="completions of each image (default: %(default)s)")
+    added.add_argument("--out", type=output, default="completed.png", help="PNG to write (default: %(default)s)")
+    added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")
 
     text = "measure what each schedule costs, in nats per token of real images"
     added = _command(commands, "likelihood", likelihood, text, (condition_options(nargs="+"),))
     added.add_argument(
-        "--strides", type=int, nargs="+", default=list(STRIDES), help=f"for strided and block (default: {STRIDES[0]})"
+        "--strides",
+        type=whole(1),
+        nargs="+",
+        default=list(STRIDES),
+        help=f"for strided and block (default: {STRIDES[0]})",
     )
-    added.add_argument("--batch", type=int, default=LIKELIHOOD_BATCH, help="images at a time (default: %(default)s)")
-    added.add_argument("--plot", metavar="PNG", help="plot likelihood against work")
+    added.add_argument(
+        "--batch", type=whole(1), default=LIKELIHOOD_BATCH, help="images at a time (default: %(default)s)"
+    )
+    added.add_argument("--plot", type=output, metavar="PNG", help="plot likelihood against work")
 
 
 def _command(
@@ -49,9 +57,9 @@ def _command(
     text: str,
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, *parents))
-    added.add_argument("model", help="run directory or checkpoint")
-    added.add_argument("images", nargs="+", help="image files, or directories of them")
+    added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
+    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")
     return added
 

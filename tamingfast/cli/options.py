@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from tamingfast.cli.arguments import device, number, source, whole
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
@@ -30,7 +32,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """Add a command ``name`` that calls ``run(arguments)`` to the commands ``to``; ``text`` is its help."""
     added: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=list(parents))
-    added.set_defaults(run=run)
+    added.set_defaults(run=run, parser=added)
     return added
 
 
@@ -54,26 +56,36 @@ class _OldName(argparse.Action):
 
 _DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
 
-DEVICE = options(("--device", {"help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
+DEVICE = options(("--device", {"type": device, "help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
+ALLOW = options((
+    "--allow",
+    {
+        "action": "append", "default": [], "metavar": "PACKAGE.CLASS",
+        "help": "a class that is not ours, but which the model's config may name; can be repeated",
+    },
+))  # fmt: skip
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
-    ("--temperature", {"type": float, "help": f"divides the logits; default: {_DEFAULT['temperature']:g}"}),
+    ("--temperature", {"type": number, "help": f"divides the logits; default: {_DEFAULT['temperature']:g}"}),
     (
         "--top-k",
-        {"type": int, "help": f"sample from the k most likely tokens, 0 for all; default: {_DEFAULT['top_k']}"},
+        {
+            "type": whole(0, note=", 0 to keep all"),
+            "help": f"sample from the k most likely tokens, 0 for all; default: {_DEFAULT['top_k']}",
+        },
     ),
-    ("--top-p", {"type": float, "help": "sample from the most likely tokens with this total probability"}),
+    ("--top-p", {"type": number, "help": "sample from the most likely tokens with this total probability"}),
     ("--greedy", {"action": "store_true", "default": None, "help": "always take the most likely token"}),
-    ("--seed", {"type": int, "help": f"default: {_DEFAULT['seed']}"}),
-    ("--batch", {"type": int, "help": f"images at a time; it does not change them; default: {_DEFAULT['batch']}"}),
+    ("--seed", {"type": whole(0, 2**64 - 1), "help": f"default: {_DEFAULT['seed']}"}),
+    ("--batch", {"type": whole(1), "help": f"images at a time; it does not change them; default: {_DEFAULT['batch']}"}),
     (
         "--schedule",
         {"help": f"window placement on large images: paper, scene, strided or block; default: {_DEFAULT['schedule']}"},
     ),
     (
         "--stride",
-        {"type": int, "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
+        {"type": whole(1), "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
     ),
     ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
@@ -97,14 +109,18 @@ def condition_options(**several: str) -> argparse.ArgumentParser:
             "--class",
             {
                 "dest": "label",
-                "type": int,
+                "type": whole(0),
                 "help": "class index, for class-conditional priors; default: cycle through all",
             },
         ),
-        ("--condition", {"metavar": "FILE", "help": text + (", one per image" if several else "")} | several),
+        (
+            "--condition",
+            {"type": source, "metavar": "FILE", "help": text + (", one per image" if several else "")} | several,
+        ),
         (
             "--condition-of",
-            {"metavar": "PHOTO", "help": "compute the condition from this photo, if its kind can be"} | several,
+            {"type": source, "metavar": "PHOTO", "help": "compute the condition from this photo, if its kind can be"}
+            | several,
         ),
     )
 
@@ -113,8 +129,6 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `DRAWING` that were given, by their names in `DrawingOptions`."""
     given = {name: getattr(arguments, name) for name in _DEFAULT if getattr(arguments, name) is not None}
     if "top_k" in given:
-        if given["top_k"] < 0:
-            raise UserError(f"--top-k: got {given['top_k']}, expected a positive number of tokens, or 0 to keep all")
         given["top_k"] = given["top_k"] or None
     return given
 
@@ -123,10 +137,10 @@ def size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
     """Pixels (height, width) of ``--size``; None without it."""
     if arguments.size is None:
         return None
-    height, cross, width = arguments.size.lower().partition("x")
-    if not (height.isdigit() and (width.isdigit() or not cross)):
+    found = re.fullmatch(r"([0-9]{1,9})(?:[xX]([0-9]{1,9}))?", arguments.size)
+    if found is None or "0" in {side.lstrip("0") or "0" for side in found.groups(found[1])}:
         raise UserError(f"--size: got {arguments.size}, expected HEIGHTxWIDTH in pixels, for example 256x512")
-    return int(height), int(width or height)
+    return int(found[1]), int(found[2] or found[1])
 
 
 def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -145,4 +159,4 @@ def load(arguments: argparse.Namespace) -> nn.Module:
     """The model named on the command line, on the device of --device."""
     from tamingfast.checkpoints import load_model
 
-    return load_model(arguments.model, device=pick_device(arguments.device))
+    return load_model(arguments.model, device=pick_device(arguments.device), allow=arguments.allow)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from tamingfast import reproduce as experiments
+from tamingfast.cli.arguments import output_directory
 from tamingfast.cli.options import DEVICE, RESUME, Commands, command
 
 
@@ -13,7 +14,9 @@ def add_to(commands: Commands) -> None:
     added = command(commands, "reproduce", reproduce, "run an experiment and write a report", (DEVICE, RESUME))
     added.add_argument("--preset", default="cpu", help="smoke, cpu (default) or, for pixels, paper")
     added.add_argument(
-        "--out", help="directory of the report; default: runs/reproduce for pixels, else runs/EXPERIMENT"
+        "--out",
+        type=output_directory,
+        help="directory of the report; default: runs/reproduce for pixels, else runs/EXPERIMENT",
     )
     text = (
         f"one of {', '.join(experiments.EXPERIMENTS)} (default: {experiments.DEFAULT}), then settings that override "

@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 
 from tamingfast import tasks
+from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
-from tamingfast.cli.options import DEVICE, DRAWING, Commands, command, condition_options, load, size_of
+from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, condition_options, load, size_of
 from tamingfast.tasks.options import COUNT
 
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
-    parents = (DEVICE, DRAWING, condition_options(), KEEPING)
+    parents = (DEVICE, ALLOW, DRAWING, condition_options(), KEEPING)
     added = command(commands, "sample", sample, "draw new images", parents)
-    added.add_argument("model", help="run directory or checkpoint of a prior")
-    added.add_argument("-n", "--count", type=int, help=f"number of images; default: {COUNT}")
+    added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
+    added.add_argument("-n", "--count", type=whole(1), help=f"number of images; default: {COUNT}")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: the training size")
-    added.add_argument("--out", default="samples.png", help="PNG with all images (default: %(default)s)")
+    added.add_argument("--out", type=output, default="samples.png", help="PNG with all images (default: %(default)s)")
     added.add_argument(
-        "--from", dest="photo", metavar="PHOTO", help="start from coarse scales of this photo, for multiscale priors"
+        "--from",
+        dest="photo",
+        type=source,
+        metavar="PHOTO",
+        help="start from coarse scales of this photo, for multiscale priors",
     )
-    added.add_argument("--scales", type=int, metavar="N", help="number of scales taken from it, coarsest first")
+    added.add_argument("--scales", type=whole(0), metavar="N", help="number of scales taken from it, coarsest first")
 
 
 def sample(arguments: argparse.Namespace) -> None:

@@ -7,32 +7,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tamingfast.cli.options import DEVICE, RESUME, Commands, command
+from tamingfast import presets
+from tamingfast.cli.arguments import output_directory, source, whole
+from tamingfast.cli.options import ALLOW, DEVICE, RESUME, Commands, command
 from tamingfast.cli.progress import say_written
 from tamingfast.errors import UserError
 
 
 def add_to(commands: Commands) -> None:
     text = "train a first stage or a prior"
-    stages = commands.add_parser("train", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
+    train = _with_presets(commands.add_parser("train", help=text, description=text), "vqgan", "prior")
+    stages = train.add_subparsers(required=True, metavar="STAGE")
     _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
     added = _command(stages, "prior", train_prior, "the second stage: a transformer over the tokens")
-    added.add_argument("--first-stage", help="run or checkpoint of the first stage")
-    added.add_argument("--cond-stage", help="run or checkpoint of the condition's first stage, if it has one")
+    added.add_argument("--first-stage", type=source, help="run or checkpoint of the first stage")
+    added.add_argument(
+        "--cond-stage", type=source, help="run or checkpoint of the condition's first stage, if it has one"
+    )
 
 
 def _command(
     stages: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(stages, name, run, text, (DEVICE, RESUME))
-    added.add_argument("--out", required=True, help="run directory to write")
-    added.add_argument("--seed", type=int, help="the same as training.seed=N")
+    added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME))
+    added.add_argument("--out", type=output_directory, required=True, help="run directory to write")
+    added.add_argument("--seed", type=whole(0, 2**64 - 1), help="the same as training.seed=N")
     text = (
         "a preset or a YAML file (the original's work too), then settings that override it; with --resume, CONFIG can "
         "be left out, as the run has its own"
     )
     added.add_argument("overrides", nargs="*", metavar="CONFIG | key=value", help=text)
-    return added
+    return _with_presets(added, name)
+
+
+def _with_presets(parser: argparse.ArgumentParser, *stages: str) -> argparse.ArgumentParser:
+    """The parser, whose help ends with the table of presets of these stages."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = presets.table(*stages)
+    return parser
 
 
 def train_vqgan(arguments: argparse.Namespace) -> None:
@@ -47,7 +59,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _need_first_stage(arguments, config)
     where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
-    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage))
+    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage, allow=arguments.allow))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -58,7 +70,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     name = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     words += [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
     if arguments.resume:
-        return resumed_config(arguments.out, name, words)
+        return resumed_config(arguments.out, name, words, allow=arguments.allow)
     if name is None:
         raise UserError("CONFIG: got none, expected a preset or a YAML file; give one, or --resume to continue --out")
     return load_config(name, words)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tamingfast.checkpoints.config import instantiate_from_config
+from tamingfast.checkpoints.values import check_types
 from tamingfast.data import cifar10, conditioned, folders, photos, tokens
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
+from tamingfast.data.checks import whole
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
 from tamingfast.data.loading import Loader, loader, shuffled
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UserError, brief, nearest
 
 __all__ = ["Loader", "build", "loader", "shuffled"]
 
@@ -51,12 +53,13 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     name = options.pop("name", None)
     if name is None:
         return _originals(originals)
-    if name not in _FACTORIES:
-        raise UserError(f"data.name: got {name!r}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
-    crop, seed = options.pop("crop", None), options.get("seed", 0)
+    if not isinstance(name, str) or name not in _FACTORIES:
+        raise UserError(f"data.name: got {brief(name)}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
+    crop, seed = options.pop("crop", None), whole("seed", options.get("seed", 0))
     if name == "tokens":
         options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
     _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    check_types(options, _FACTORIES[name], "data")
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:

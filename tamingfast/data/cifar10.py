@@ -5,24 +5,24 @@ Source: Krizhevsky, "Learning multiple layers of features from tiny images", 200
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import http.client
 import io
 import os
-import pickle
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from tamingfast.checkpoints.unpickling import BadPickle, Unpickler, numbers
 from tamingfast.data.base import ArrayDataset
+from tamingfast.data.checks import flag, path_of
 from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
@@ -74,7 +74,7 @@ def build(
     """
     if size != 32:
         raise UserError(f"size: got {size!r}, expected 32, the size of CIFAR10's images; or choose another dataset")
-    source = _locate(path, url, md5)
+    source = _locate(None if path is None else path_of("path", path), url, md5)
     members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
     batches = {name: _parse(name, content, images_per_batch) for name, content in members}
     train = _join([batches[name] for name in TRAIN_MEMBERS])
@@ -98,7 +98,7 @@ class Cifar10(ArrayDataset):
         flip: bool = False,
     ) -> None:
         self.images, self.labels, self.names = images, labels, names
-        self.split, self.seed, self.flip = split, seed, flip
+        self.split, self.seed, self.flip = split, seed, flag("flip", flip)
 
     @property
     def description(self) -> str:
@@ -256,49 +256,18 @@ def _from_folder(folder: Path, member_md5: Mapping[str, str]) -> Iterator[tuple[
         yield name, content
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and numpy arrays; refuses every other global."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _allowed_globals()
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to a persistent object")
-
-
-@functools.cache
-def _allowed_globals() -> dict[tuple[str, str], Any]:
-    reconstruct = np.empty(0).__reduce__()[0]
-    return {
-        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-
-def _unpickle(stream: BinaryIO) -> Any:
-    # The official files were written by Python 2, whose strings are bytes.
-    return _ArrayUnpickler(stream, encoding="bytes").load()
-
-
 def _parse(name: str, content: bytes, count: int) -> _Part:
     """The ``count`` images of one data file."""
     try:
-        batch = _unpickle(io.BytesIO(content))
-    except Exception as error:  # a broken or hostile pickle may raise anything
-        reason = str(error) or type(error).__name__
+        batch = Unpickler().load(io.BytesIO(content))
+        fields = batch if isinstance(batch, dict) else {}
+        data = numbers(fields["data"]) if "data" in fields else None
+        labels, names = fields.get("labels"), fields.get("filenames")
+    except BadPickle as error:
         raise UserError(
-            f"{name}: got a pickle that is refused ({reason}), expected only arrays and lists; download it again"
+            f"{name}: got a pickle that is refused ({error}), expected only arrays and lists; download it again"
         ) from error
-    fields = batch if isinstance(batch, dict) else {}
-    data, labels, names = (fields.get(key) for key in (b"data", b"labels", b"filenames"))
-    if not (
-        isinstance(data, np.ndarray) and data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)
-    ):
+    if data is None or not (data.dtype == np.uint8 and isinstance(labels, list) and isinstance(names, list)):
         raise UserError(
             f"{name}: got a file without data (uint8), labels or filenames, expected one of CIFAR10's python version; "
             f"download {ARCHIVE_NAME}"

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tamingfast.engines.networks import Transformer
+from tamingfast.engines.networks import Transformer, checked_parameters
 from tamingfast.engines.request import (
     Asked,
     DecodeRequest,
@@ -21,7 +21,8 @@ from tamingfast.engines.request import (
     spans_of,
 )
 from tamingfast.errors import SettingError
-from tamingfast.ops import backends
+from tamingfast.ops import backends, check
+from tamingfast.ops.choice import check_chosen
 
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
 _MOST_THREADS = 256
@@ -42,7 +43,7 @@ class GPTEngine:
             where that is faster. The tokens are those of ``dtype``. Without the memory for its cache there is none.
 
     Raises:
-        ValueError: an unknown dtype, or threads below 1.
+        ValueError: an unknown dtype, threads below 1, or parameters of other shapes than the GPT's config says.
         RuntimeError: the engine cannot run this GPT; see `refusal`.
         MemoryError: the weights do not fit; the message states the bytes needed.
     """
@@ -73,10 +74,12 @@ class GPTEngine:
         self.dtype = dtype
         self.vocab_size, self._block_size = gpt.config.vocab_size, gpt.config.block_size
         # Conversion may make new tensors: they must live until the engine has packed them.
-        weights = {name: value.detach().to(torch.float32).contiguous() for name, value in gpt.named_parameters()}
+        weights = {
+            name: value.to(torch.float32).contiguous().resolve_neg() for name, value in checked_parameters(gpt).items()
+        }
         geometry = {name: getattr(gpt.config, name, 0) for name in _GEOMETRY}
         self._native = module.GPTEngine(
-            {name: value.data_ptr() for name, value in weights.items()},
+            {name: check.array(name, value, torch.float32) for name, value in weights.items()},
             geometry,
             dtype,
             self._thread_count(),
@@ -141,11 +144,11 @@ class GPTEngine:
         self._room.check_step(tokens, spans, logits)
         self._room.check_tokens(tokens)
         asked = asked_of(spans, logits)
-        out = torch.empty(sum(asked), self.vocab_size)
+        out = torch.empty(sum(asked), self.vocab_size, dtype=torch.float32, device="cpu")
         parts = tokens.split([span.count for span in spans])
         items = [(span.slot, span.start, part.tolist(), n) for span, part, n in zip(spans, parts, asked, strict=True)]
         self._native.set_threads(self._thread_count())
-        self._native.step(items, out.data_ptr(), len(out))
+        self._native.step(items, check.array("out", out, torch.float32))
         return out
 
     def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
@@ -157,15 +160,16 @@ class GPTEngine:
             every: at least 1.
 
         Raises:
-            ValueError: an invalid argument, which the message names, or logits that hold NaN.
+            ValueError: an invalid argument, which the message names.
+            UserError: a row of logits has NaN, or only -inf.
             KeyboardInterrupt: within 100 ms of Ctrl-C; the slots' lengths then count the valid positions.
         """
         check_range("every", every, 1)
         request.check_fits(self._room, torch.device("cpu"))
         self._native.set_threads(self._thread_count())
-        self._native.decode(
+        found = self._native.decode(
             request.slots,
-            request.sequences.data_ptr(),
+            check.array("sequences", request.sequences, torch.int64),
             request.sequences.shape[1],
             request.fed,
             request.steps,
@@ -178,6 +182,7 @@ class GPTEngine:
             progress=progress,
             every=every,
         )
+        check_chosen(nan=bool(found & 1), nothing=bool(found))
 
     def pass_seconds(self, rows: Sequence[int]) -> list[float]:
         """Seconds of a pass over each number of tokens, without attention.

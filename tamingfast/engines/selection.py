@@ -28,12 +28,9 @@ def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str
     Raises:
         UserError: an unknown name, or an engine or dtype that is not available here, with the reason.
     """
-    if engine not in ENGINES:
-        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+    check_names(engine, dtype)
     own = next(gpt.parameters())
     name = str(own.dtype if dtype is None else dtype).removeprefix("torch.")
-    if dtype is not None and name not in DTYPES:
-        raise UserError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}, or None for the model's own")
     reason = engines.refusal(gpt)
     if reason is None and name not in engines.dtypes(gpt):
         reason = f"it has no {name} weights"
@@ -51,6 +48,15 @@ def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str
             f"dtype: got 'int8', expected another one, as only the native engine has it ({why}); use bfloat16"
         )
     return "torch" if engine == "auto" else engine, name
+
+
+def check_names(engine: object = "auto", dtype: object = None) -> None:
+    """Raise UserError unless these are names of an engine and, if it is not None, of a dtype."""
+    if engine not in ENGINES:
+        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise UserError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}, or None for the model's own")
 
 
 @functools.cache

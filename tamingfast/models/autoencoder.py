@@ -6,15 +6,28 @@ Module names are the original's state-dict keys. Every network describes itself 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.engines import layers
+from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
+
+# Settings of relatives' networks that change what a network computes, and the values that leave it as it is here.
+_OF_RELATIVES = {"tanh_out": (False, None), "attn_type": ("vanilla", None), "use_linear_attn": (False, None)}
+
+
+def _check_relatives(ignored: Mapping[str, Any]) -> None:
+    for name, same in _OF_RELATIVES.items():
+        if ignored.get(name) not in same:
+            raise UserError(
+                f"ddconfig.{name}: got {ignored[name]!r}, expected {same[0]!r}, as no other network is built"
+            )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -87,11 +100,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        # Contiguous, because otherwise PyTorch's CPU attention stores all pairs of scores: 17 GB for 256 x 256 pixels.
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return self.layer().attend(x)
 
     def layer(self) -> layers.Attention:
         """The block's description for engines."""
@@ -209,6 +218,7 @@ class Encoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        _check_relatives(ignored)
         at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
@@ -227,7 +237,23 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(widths[-1], silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x has the type, the dtype and the shape of images for this encoder."""
+        side, channels, dtype = 2 ** (self.num_resolutions - 1), self.in_channels, self.conv_in.weight.dtype
+        if isinstance(x, Tensor):
+            # Autocast converts what the convolutions get, but floating point only.
+            fits = x.dtype == dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
+            if fits and x.ndim == 4 and x.shape[1] == channels and min(x.shape[2:]) >= side:
+                return
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        sides = f", H and W at least {side}" if side > 1 else ""
+        raise ValueError(
+            f"x: got {got}, expected a {dtype} tensor (B, {channels}, H, W) in [-1, 1]{sides}; from 8-bit pixels "
+            "(H, W, C): torch.as_tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -262,6 +288,7 @@ class Decoder(nn.Module):
         **ignored: Any,
     ):
         super().__init__()
+        _check_relatives(ignored)
         at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]

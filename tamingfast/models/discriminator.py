@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tamingfast.models.shared import take_from_first_process
+
 
 class ActNorm(nn.Module):
     """Per-channel affine map, initialised to standardise the first training batch (Glow, section 3.1)."""
@@ -22,9 +24,10 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set the map to the one that standardises each channel of x (B, C, H, W)."""
+        """Set the map to the one that standardises each channel of x (B, C, H, W), the first process's if several."""
         self.loc.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.scale.copy_(1 / (x.std((0, 2, 3), keepdim=True) + 1e-6))
+        take_from_first_process(self.loc, self.scale)
         self.initialized.fill_(1)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:

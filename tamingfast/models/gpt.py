@@ -16,7 +16,7 @@ from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
 from tamingfast.ops import reference
-from tamingfast.ops.choice import top_k_top_p
+from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
 
 
 class GPTConfig:
@@ -84,8 +84,7 @@ class CausalSelfAttention(nn.Module):
             return self._join(ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked))
         mask = None
         if x.shape[1] > 1:
-            rows = torch.arange(start, stop, device=x.device)
-            mask = torch.arange(stop, device=x.device) <= rows[:, None]
+            mask = _seen(start, stop, x.device)
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int]) -> Tensor:
@@ -108,8 +107,7 @@ class CausalSelfAttention(nn.Module):
                 own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
                 outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=self.n_unmasked))
             elif count > 0:
-                rows = torch.arange(span.stop - count, span.stop, device=x.device).clamp(min=self.n_unmasked - 1)
-                mask = torch.arange(span.stop, device=x.device) <= rows[:, None]
+                mask = _seen(span.stop - count, span.stop, x.device, self.n_unmasked)
                 outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
         return self._join(torch.cat(outputs, dim=2))
 
@@ -280,7 +278,9 @@ class GPT(nn.Module):
         """
         whole = [span.count for span in spans]
         asked = [1] * len(spans) if asked is None else asked
-        positions = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
+        positions = torch.cat(
+            [torch.arange(span.start, span.stop, dtype=torch.int64, device=idx.device) for span in spans]
+        )
         x = self.tok_emb(idx) + self.pos_emb[0, positions]
         last = len(self.blocks) - 1
         for i, (block, layer) in enumerate(zip(self._blocks, cache, strict=True)):
@@ -301,12 +301,18 @@ class GPT(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    return None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+    return None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:
     """The attention mask as the original stores it: float32 (1, 1, size, size)."""
     return reference.attention_mask(size, n_unmasked, device).float().view(1, 1, size, size)
+
+
+def _seen(start: int, stop: int, device: torch.device, n_unmasked: int = 0) -> Tensor:
+    """Which positions each query sees: bool (stop - start, stop)."""
+    positions = torch.arange(stop, dtype=torch.int64, device=device)
+    return positions <= positions[start:, None].clamp(min=n_unmasked - 1)
 
 
 def _ends(spans: Sequence[Span]) -> list[int]:
@@ -333,6 +339,8 @@ def _read_masks(gpt: GPT, state: dict[str, Tensor], prefix: str, *args: object) 
         mask = state.pop(f"{prefix}blocks.{i}.attn.mask", None)
         if mask is None or mask.is_meta:
             continue
+        if mask.ndim != 4 or mask.shape[2] != mask.shape[3] or not mask.numel():
+            raise UserError(f"{prefix}blocks.{i}.attn.mask: got shape {tuple(mask.shape)}, expected (1, 1, n, n)")
         found = _unmasked_prefix(mask[0, 0], f"{prefix}blocks.{i}.attn.mask")
         block.attn.n_unmasked = found
     if found is not None:
@@ -351,8 +359,9 @@ def _unmasked_prefix(mask: Tensor, name: str) -> int:
 
 
 def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """Set logits below the k-th largest of the last axis to -inf; those equal to it are kept."""
-    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+    """Set logits below the k-th largest of the last axis to -inf; those equal to it are kept, and all if k is large."""
+    kth = logits.topk(min(int(k), logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -368,17 +377,34 @@ def pick(logits: Tensor, sample: bool) -> Tensor:
     return flat.view(logits.shape[:-1])
 
 
+def fed_positions(model: GPT, given: int, steps: int) -> int:
+    """How many positions are fed to draw ``steps`` tokens after ``given`` ones: all but the last, which is no input.
+
+    Raises UserError if the model has fewer.
+    """
+    if steps < 1:
+        return 0
+    if given + steps - 1 > model.block_size:
+        raise UserError(
+            f"steps: got {steps} after {given} tokens, expected at most {max(0, model.block_size + 1 - given)} with "
+            f"block_size={model.block_size}"
+        )
+    return given + steps - 1
+
+
 @torch.no_grad()
 def sample(
     model: GPT, x: Tensor, steps: int, temperature: float = 1.0, sample: bool = False, top_k: int | None = None
 ) -> Tensor:
     """Continue tokens x (B, k) by ``steps`` tokens, without a cache: int64 (B, k + steps).
 
-    Each step runs the model on the last ``block_size`` tokens.
+    Each step runs the model on the last ``block_size`` tokens. Raises UserError for an option outside its range, and
+    for logits with NaN.
     """
+    check_filters(temperature, top_k)
     model.eval()
     for _ in range(steps):
-        logits = model(x[:, -model.get_block_size() :])[0][:, -1] / temperature
+        logits = scaled(model(x[:, -model.get_block_size() :])[0][:, -1], temperature)
         logits = logits if top_k is None else top_k_logits(logits, top_k)
         x = torch.cat((x, pick(logits, sample)[:, None]), dim=1)
     return x
@@ -397,13 +423,15 @@ def sample_with_past(
 ) -> Tensor:
     """Sample the tokens after the condition x (B, c), with a key/value cache: int64 (B, steps).
 
-    As in the original, ``top_p`` is ignored without ``top_k``.
+    As in the original, ``top_p`` is ignored without ``top_k``, and both keep all tokens at 0 and 1.0. Raises UserError
+    for an option outside its range, for logits with NaN, and for more tokens than the model's block size and one.
     """
-    cache, done, sequence = model.new_cache(len(x), x.shape[1] + steps), 0, x
+    check_filters(temperature, top_k or None, top_p)
+    cache, done, sequence = model.new_cache(len(x), fed_positions(model, x.shape[1], steps)), 0, x
     for n in range(steps):
         if callback is not None:
             callback(n)
-        logits = model.forward_cached(sequence[:, done:], cache, done)[:, -1] / temperature
+        logits = scaled(model.forward_cached(sequence[:, done:], cache, done)[:, -1], temperature)
         done = sequence.shape[1]
         if top_k is not None:
             logits = top_k_top_p_filtering(logits, top_k, 1.0 if top_p is None else top_p)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
+from tamingfast.errors import UserError
 from tamingfast.models.base import Info, at_least
+from tamingfast.models.shared import sum_over_processes
 
 #: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
 Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
@@ -30,14 +32,18 @@ class Quantizer(nn.Module):
     remap: str | os.PathLike | None = None
 
     def _init_remap(self, n: int, remap: str | os.PathLike | None, unknown_index: str | int) -> None:
+        self.re_embed, self._entries, self._unknown = n, n, unknown_index
+        if remap is not None:
+            self._restrict(torch.as_tensor(np.load(remap)), remap)
+        self.register_load_state_dict_pre_hook(_adopt_used)
+
+    def _restrict(self, used: Tensor, remap: str | os.PathLike) -> None:
+        """Use only these of the codebook's entries, int64 (n,), which come from ``remap``."""
         self.remap = remap
-        self.re_embed = n
-        if remap is None:
-            return
-        self.register_buffer("used", torch.as_tensor(np.load(remap)))
-        self.re_embed = len(self.used)
-        self.unknown_index = unknown_index
-        if unknown_index == "extra":
+        self.register_buffer("used", used)
+        self.re_embed = len(used)
+        self.unknown_index = self._unknown
+        if self.unknown_index == "extra":
             self.unknown_index = self.re_embed
             self.re_embed += 1
 
@@ -66,6 +72,25 @@ class Quantizer(nn.Module):
         """Positions in ``used`` -> codebook indices; the extra position stands for entry 0 of ``used``."""
         used = self.used.to(inds)
         return used[torch.where(inds < len(used), inds, torch.zeros_like(inds))]
+
+
+def _adopt_used(quantizer: Quantizer, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Load hook: the used entries are part of the weights, so the file that they once came from is not needed."""
+    used = state.get(f"{prefix}used")
+    if used is None:
+        return
+    if (
+        used.ndim != 1
+        or used.is_floating_point()
+        or not len(used)
+        or not 0 <= used.min() <= used.max() < quantizer._entries
+    ):
+        raise UserError(
+            f"{prefix}used: got other values, expected a list of codebook entries, 0 to {quantizer._entries - 1}"
+        )
+    if quantizer.remap is None:
+        device = next(quantizer.parameters()).device
+        quantizer._restrict(torch.empty_like(used, device=device), f"{prefix}used")
 
 
 class VectorQuantizer(Quantizer):
@@ -165,9 +190,13 @@ class EmbeddingEMA(nn.Module):
 
     @torch.no_grad()
     def move(self, z: Tensor, indices: Tensor) -> None:
-        """Update the averages and the codebook with latents z (N, D), assigned to entries ``indices`` (N,)."""
+        """Update the averages and the codebook with latents z (N, D), assigned to entries ``indices`` (N,).
+
+        The latents are those of all processes that train together, which so keep one codebook.
+        """
         counts = torch.bincount(indices, minlength=len(self.weight)).to(self.cluster_size.dtype)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, z.to(self.embed_avg.dtype))
+        sum_over_processes(counts, sums)
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
         total = self.cluster_size.sum()

@@ -6,24 +6,29 @@ halfway and finished later equals one that was never interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.fingerprint import identity
-from tamingfast.errors import UserError
-from tamingfast.files import atomic_write
-from tamingfast.sampling.sampler import sample_grid
+from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
+from tamingfast.errors import UserError, first_line
+from tamingfast.files import atomic_write, locked, reported, writable_path
+from tamingfast.sampling.plan import Sampled, describe, plan_grid
+from tamingfast.sampling.sampler import image_numbers, sample_grid
+from tamingfast.sampling.schedule import WINDOW
+from tamingfast.sampling.settings import KINDS, check_settings
 from tamingfast.sampling.waves import check_room
 
 FORMAT = "tamingfast canvas 1"
@@ -44,6 +49,7 @@ class Canvas:
         settings: the keyword arguments of `sample_grid` named in `SETTINGS`, which decide the tokens; those left out
             have their defaults.
         model: `identity` of the model that samples it; empty before that is known.
+        name: what messages call it: the file that it was read from.
     """
 
     tokens: Tensor
@@ -51,19 +57,9 @@ class Canvas:
     cond: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""
+    name: str = "the canvas"
 
-    SETTINGS = (
-        "window",
-        "schedule",
-        "stride",
-        "temperature",
-        "top_k",
-        "top_p",
-        "greedy",
-        "seed",
-        "first_image",
-        "dtype",
-    )
+    SETTINGS = tuple(KINDS)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.pending.shape != self.tokens.shape or self.pending.dtype != torch.bool:
@@ -74,7 +70,9 @@ class Canvas:
         if unknown := set(self.settings) - set(self.SETTINGS):
             raise ValueError(f"settings: got {min(unknown)!r}, expected only {', '.join(self.SETTINGS)}")
         batch, height, width = self.tokens.shape
-        if len(self.cond) != batch or (self.cond.ndim != 2 and self.cond.shape[:3] != self.tokens.shape):
+        image_numbers(self.settings.get("first_image", 0), batch)  # raises
+        fixed = self.cond.ndim == 2 and len(self.cond) == batch
+        if not fixed and (self.cond.ndim not in (3, 4) or self.cond.shape[:3] != self.tokens.shape):
             got = " x ".join(map(str, self.cond.shape))
             raise UserError(
                 f"condition: got {got} tokens, expected {batch} x c or {batch} x {height} x {width}; give one of the "
@@ -89,7 +87,8 @@ class Canvas:
         """
         check_room(len(cond), height, width)
         shape = (len(cond), height, width)
-        return cls(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool), cond, settings)
+        tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), cond, settings)
 
     @classmethod
     def of(cls, tokens: Tensor, cond: Tensor, **settings: Any) -> Canvas:
@@ -173,9 +172,10 @@ class Canvas:
             options: further arguments of `sample_grid` that do not change the tokens: engine, memory, lookahead.
 
         Raises:
-            UserError: another model began the canvas.
+            UserError: another model began the canvas, or one with another vocabulary.
         """
         now = self._begun_by(model)
+        now.check_vocabulary(model)
         tokens, pending = now.tokens.clone(), now.pending.clone()
         current = replace(now, tokens=tokens, pending=pending)
         total, counted = int(pending.sum()), time.monotonic()
@@ -219,17 +219,42 @@ class Canvas:
         name = identity(model)
         if self.model not in ("", name):
             raise UserError(
-                f"model: got {name[:12]}, expected {self.model[:12]}, which began the canvas; give that run to go on"
+                f"model: got {name[:12]}, expected {self.model[:12]}, which began {self.name}; give that run to go on"
             )
         return replace(self, model=name)
 
+    def check_vocabulary(self, model: Sampled) -> None:
+        """Raise UserError unless the known tokens and those of the condition are ones of ``model``."""
+        known, entries = describe(model), describe(model).gpt.config.vocab_size
+        kept = self.tokens.masked_fill(self.pending, 0)
+        for what, tokens, size in (("tokens", kept, known.vocab), ("condition tokens", self.cond, entries)):
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= size:
+                raise UserError(
+                    f"{self.name}: got {what} from {low} to {high}, expected 0 to {size - 1}, the model's; give "
+                    "the run that began it"
+                )
+
+    def check_windows(self, model: Sampled) -> None:
+        """Raise UserError unless ``model`` can draw what is pending under the canvas's own settings."""
+        if self.done:
+            return
+        _, height, width = self.tokens.shape
+        layout = {name: value for name, value in self.settings.items() if name in ("window", "schedule", "stride")}
+        try:
+            plan_grid(model, self.cond[:1], height, width, **layout)
+        except ValueError as error:
+            wrong = f"{self.name}, {error}"
+            raise UserError(wrong) from error
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, atomically."""
+        """Write a safetensors file with a checksum, atomically."""
         tensors = {"tokens": self.tokens, "pending": self.pending, "cond": self.cond}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "model": self.model}
+        metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "model": self.model} | UNSEALED
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            seal(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Canvas:
@@ -237,17 +262,70 @@ class Canvas:
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path}: got no file, expected a saved canvas; start without --resume, or give its path")
+        check_seal(path)
         try:
             with safe_open(path, framework="pt") as stream:
                 metadata = stream.metadata() or {}
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except Exception as error:  # whatever safetensors raises
             raise UserError(
-                f"{path}: got a damaged file or none of ours ({error}), expected a saved canvas; give another file"
+                f"{path}: got a damaged file or none of ours ({first_line(error)}), expected a saved canvas; give "
+                "another file"
             ) from error
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path}: got a file of format {metadata.get('format')!r}, expected {FORMAT!r}")
-        return cls(**tensors, settings=json.loads(metadata["settings"]), model=metadata["model"])
+        try:
+            settings = _settings_in(metadata)
+            _check_tensors(tensors)
+            tokens, cond, pending = tensors["tokens"].long(), tensors["cond"].long(), tensors["pending"]
+            # Any other byte than 0 and 1 counts as True in some operations only.
+            return cls(tokens, pending.view(torch.uint8) != 0, cond, settings, metadata["model"], str(path))
+        except ValueError as error:
+            wrong = f"{path}, {error}"
+            raise UserError(wrong) from error
+
+
+@contextlib.contextmanager
+def drawing_into(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from drawing into the canvas file ``path``; UserError if one is doing so already."""
+    target = writable_path(path)
+    with reported(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    advice = "wait until it is finished, or give another path"
+    with locked(target.with_name(f".{target.name}.lock"), str(path), advice):
+        yield
+
+
+def _settings_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in a file's metadata; ValueError when they are not what `Canvas.save` writes."""
+    for name in ("settings", "model"):
+        if name not in metadata:
+            raise UserError(f"{name}: got none, expected it in the metadata; give another file")
+    try:
+        settings = json.loads(metadata["settings"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"settings: got no JSON ({first_line(error)}), expected an object; give another file"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError(f"settings: got {type(settings).__name__}, expected a JSON object; give another file")
+    check_settings({"window": WINDOW} | settings)
+    return settings
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless these are a canvas's; that they fit one another is checked by `Canvas`."""
+    kinds = {"tokens": "integers", "pending": "bool", "cond": "integers"}
+    if tensors.keys() != kinds.keys():
+        found = ", ".join(sorted(tensors)) or "none"
+        raise UserError(f"tensors: got {found}, expected {', '.join(kinds)}; give another file")
+    for name, kind in kinds.items():
+        dtype = tensors[name].dtype
+        whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        if not (whole if kind == "integers" else dtype == torch.bool):
+            raise UserError(f"{name}: got {dtype}, expected {kind}; give another file")
+        if not tensors[name].numel():
+            raise UserError(f"{name}: got none, expected at least one; give another file")
 
 
 class _Regularly:

@@ -21,7 +21,7 @@ from tamingfast.ops.choice import Choice, best, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
 from tamingfast.sampling.guessed_waves import GuessedWaves, SpanEngine, TorchSpans, torch_cost
 from tamingfast.sampling.lookahead import SIZES, WORTH_MEASURING, PassCost
-from tamingfast.sampling.plan import GridPlan, Sampled, checked_tokens, plan_grid
+from tamingfast.sampling.plan import GridPlan, Sampled, as_given, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
 from tamingfast.sampling.waves import MEMORY, NativeWaves, TorchWaves, WaveEngine, plan_waves, sample_waves
 
@@ -110,7 +110,7 @@ def sample_grid(
     check_lookahead(lookahead)
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed)
     plan = plan_grid(transformer, cond, height, width, window, schedule, stride)
-    images = _images(first_image, plan.batch)
+    images = image_numbers(first_image, plan.batch)
     canvas, wanted = _canvas(start, mask, plan)
     layout = plan.schedule.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, layout, callback, observer)
@@ -237,7 +237,7 @@ class _Drawing:
 
     def _drawn(self, cells: np.ndarray) -> Iterator[Tensor]:
         device, vocab, width = self.canvas.device, self.plan.vocab, self.layout.width
-        images = torch.arange(self.images.start, self.images.stop, device=device)[:, None]
+        images = torch.arange(self.images.start, self.images.stop, dtype=torch.int64, device=device)[:, None]
         at_once = max(1, NOISE_ENTRIES // max(1, len(self.images) * vocab))
         for part in torch.from_numpy(cells).to(device).split(at_once):
             yield from gumbel_noise(self.choice.seed, images, part // width, part % width, vocab).unbind(1)
@@ -279,7 +279,7 @@ def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Deco
     return CachedDecoder(gpt, plan.batch, plan.length, shared)
 
 
-def _images(first_image: int, batch: int) -> range:
+def image_numbers(first_image: int, batch: int) -> range:
     """The images' numbers; UserError unless they fit the noise's 32 bits."""
     if not 0 <= first_image <= (1 << 32) - batch:
         raise UserError(f"first_image: got {first_image}, expected 0 to 2**32 - {batch}, as image numbers have 32 bits")
@@ -292,9 +292,9 @@ def _canvas(start: Tensor | None, mask: Tensor | None, plan: GridPlan) -> tuple[
     grid = (batch, layout.height, layout.width)
     canvas = torch.zeros(batch, layout.height * layout.width, dtype=torch.int64, device=device)
     wanted = torch.ones_like(canvas, dtype=torch.bool)
-    start = None if start is None else torch.as_tensor(start)
+    start = None if start is None else as_given(start)
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = as_given(mask)
         if start is None or start.shape != grid:
             got = "None" if start is None else f"shape {tuple(start.shape)}"
             raise ValueError(f"start: got {got}, expected shape {grid}, as there is a mask")
@@ -353,13 +353,17 @@ class _Report:
 
 @contextmanager
 def _evaluating(gpt: Transformer, dtype: str) -> Iterator[Transformer]:
-    """The transformer in eval mode, with weights of the given type; the caller's own is restored afterwards."""
+    """The transformer in eval mode, with weights of the given type; the caller's own is restored afterwards.
+
+    Autocast is off: ``dtype`` alone decides, as in the native engines.
+    """
     if getattr(torch, dtype) != next(gpt.parameters()).dtype:
         gpt = copy.deepcopy(gpt).to(getattr(torch, dtype))
     training = [module for module in gpt.modules() if module.training]
     gpt.eval()
     try:
-        yield gpt
+        with torch.autocast(gpt.pos_emb.device.type, enabled=False):
+            yield gpt
     finally:
         for module in training:
             module.training = True

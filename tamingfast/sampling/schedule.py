@@ -37,6 +37,8 @@ from numpy.typing import ArrayLike, NDArray
 from tamingfast.errors import UserError
 
 RULES = ("paper", "scene", "strided", "block")
+#: Side of the window in tokens, unless another is given: the paper's.
+WINDOW = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,20 @@ class Schedule:
         return replace(self, wanted=self.wanted & wanted.reshape(self.wanted.shape))
 
 
-def make_schedule(height: int, width: int, window: int = 16, rule: str = "paper", stride: int = 8) -> Schedule:
+def check_rule(rule: str, window: int, stride: int) -> None:
+    """Raise UserError unless windows of ``window`` tokens can follow one another by this rule; see `make_schedule`."""
+    if rule not in RULES:
+        raise UserError(f"schedule: got {rule!r}, expected one of {', '.join(RULES)}")
+    for name, value in (("window", window), ("stride", stride)):
+        if value < 1:
+            raise UserError(f"{name}: got {value} tokens, expected at least 1")
+    if rule in ("strided", "block") and stride > window:
+        raise UserError(
+            f"stride: got {stride} tokens, expected at most {window}, the window's side, for schedule {rule!r}"
+        )
+
+
+def make_schedule(height: int, width: int, window: int = WINDOW, rule: str = "paper", stride: int = 8) -> Schedule:
     """Plans a height x width grid of tokens under one of the rules at the head of this module.
 
     Args:
@@ -142,15 +157,10 @@ def make_schedule(height: int, width: int, window: int = 16, rule: str = "paper"
     Raises:
         UserError: an unknown rule, a size below 1, or a stride above the window.
     """
-    if rule not in RULES:
-        raise UserError(f"schedule: got {rule!r}, expected one of {', '.join(RULES)}")
-    for name, value in (("height", height), ("width", width), ("window", window), ("stride", stride)):
+    check_rule(rule, window, stride)
+    for name, value in (("height", height), ("width", width)):
         if value < 1:
             raise UserError(f"{name}: got {value} tokens, expected at least 1")
-    if rule in ("strided", "block") and stride > window:
-        raise UserError(
-            f"stride: got {stride} tokens, expected at most {window}, the window's side, for schedule {rule!r}"
-        )
     window_height, window_width = min(window, height), min(window, width)
     return Schedule(
         height=height,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tamingfast.tasks.canvases import begun_with as begun_with
     from tamingfast.tasks.canvases import check_unused as check_unused
+    from tamingfast.tasks.canvases import forget as forget
     from tamingfast.tasks.completion import Completion as Completion
     from tamingfast.tasks.completion import complete as complete
     from tamingfast.tasks.conditioning import computed_condition as computed_condition
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.models import check_windowed as check_windowed
     from tamingfast.tasks.models import classes_of as classes_of
     from tamingfast.tasks.models import config_of as config_of
+    from tamingfast.tasks.models import data_of as data_of
     from tamingfast.tasks.models import first_stage_of as first_stage_of
     from tamingfast.tasks.models import is_multiscale as is_multiscale
     from tamingfast.tasks.models import is_spatial as is_spatial
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 
 #: module -> names. No module may have the name of a function: importing the module would hide the function.
 _HOMES = {
-    "canvases": ("begun_with", "check_unused"),
+    "canvases": ("begun_with", "check_unused", "forget"),
     "completion": ("Completion", "complete"),
     "conditioning": (
         "computed_condition", "condition_picture", "condition_tokens", "conditions", "decoded_condition", "kind_of",
@@ -78,8 +80,8 @@ _HOMES = {
     "encoding": ("check_encodable", "encode"),
     "inspection": ("inspect",),
     "models": (
-        "check_prior", "check_windowed", "classes_of", "config_of", "first_stage_of", "is_multiscale", "is_spatial",
-        "opened",
+        "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale",
+        "is_spatial", "opened",
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,12 +11,15 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, first_line
 from tamingfast.files import check_png
+from tamingfast.models.condition_stages import CoordStage, DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
-from tamingfast.sampling.canvas import Canvas
+from tamingfast.sampling.canvas import Canvas, drawing_into
+from tamingfast.tasks.conditioning import condition_pictures
 from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted
+from tamingfast.tasks.models import is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
 
@@ -58,9 +62,14 @@ class Painter:
         """Finish the canvas ``begun`` or, on resuming, the saved one, and return it.
 
         On resuming, ``begun`` may be None; otherwise it is only compared with the saved canvas. ``count`` is the number
-        of images that the caller asked for. Raises UserError if another unfinished canvas would be overwritten, or if
-        what is asked for on resuming differs from what the saved canvas was begun with.
+        of images that the caller asked for. Raises UserError if another process draws into the same file, if
+        another unfinished canvas would be overwritten, or if what is asked for on resuming differs from what the saved
+        canvas was begun with.
         """
+        with contextlib.nullcontext() if self.canvas is None else drawing_into(self.canvas):
+            return self._painted(model, begun, count)
+
+    def _painted(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
         options = self.options or PAPER
         if self.resume:
             canvas = self._resumed(model, begun, count)
@@ -90,13 +99,17 @@ class Painter:
     def _resumed(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
         assert self.canvas is not None  # checked in __post_init__
         canvas = Canvas.load(self.canvas)
+        check_condition(model, canvas)
+        canvas.check_windows(model)
         if begun is not None:
             canvas.check_begun_as(begun)
         if count is not None and count != len(canvas.tokens):
             raise _other("count", count, len(canvas.tokens), self.canvas)
         if self.options is not None:
-            wanted = painted(model, canvas, **self.options.deciding()).settings
-            for name, value in begun_with(canvas).deciding().items():
+            wanted, own = (
+                painted(model, canvas, **options.deciding()).settings for options in (self.options, begun_with(canvas))
+            )
+            for name, value in own.items():
                 if wanted[name] != value:
                     raise _other(name, wanted[name], value, self.canvas)
         return canvas
@@ -127,10 +140,39 @@ def begun_with(canvas: Canvas | str | os.PathLike[str]) -> DrawingOptions:
     return replace(PAPER, **{"top_k": None} | settings)  # a canvas that records no top_k is drawn without it
 
 
+def check_condition(model: Net2NetTransformer, canvas: Canvas) -> None:
+    """Raise UserError unless the canvas's tokens and its condition are ones of ``model``."""
+    canvas.check_vocabulary(model)
+    stage, cond = model.cond_stage_model, canvas.cond
+    objects = isinstance(stage, DummyCondStage)
+    expected = 4 if objects else 3 if is_spatial(model) else 2
+    if cond.ndim != expected:
+        raise UserError(
+            f"{canvas.name}: got a condition of {cond.ndim} dimensions, expected {expected}, as the model's have; give "
+            "the run that began it"
+        )
+    codes = getattr(stage, "n_embed", None) if is_spatial(model) else None
+    if codes is not None and int(cond.max()) > codes - (not isinstance(stage, CoordStage)):
+        raise UserError(f"{canvas.name}: got condition token {int(cond.max())}, expected fewer than {codes}")
+    if objects:
+        try:
+            condition_pictures(model, None, cond)
+        except (ValueError, LookupError) as error:
+            raise UserError(
+                f"{canvas.name}: got a condition that cannot be drawn ({first_line(error)}), expected objects"
+            ) from error
+
+
 def check_nothing_lost(path: str | os.PathLike[str]) -> None:
     """Raise UserError if a new canvas would replace an unfinished one, or a file that is not a canvas."""
     if Path(path).exists() and not Canvas.load(path).done:
         check_unused(path)
+
+
+def forget(path: str | os.PathLike[str]) -> None:
+    """Delete the file of a finished canvas, unless another process has begun to draw into it."""
+    with contextlib.suppress(UserError), drawing_into(path):
+        Path(path).unlink(missing_ok=True)
 
 
 def check_unused(path: str | os.PathLike[str]) -> None:

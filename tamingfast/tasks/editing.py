@@ -14,7 +14,7 @@ from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.canvas import Canvas, keep_pixels, token_mask
-from tamingfast.tasks.canvases import SUFFIX, Painter, Preview
+from tamingfast.tasks.canvases import SUFFIX, Painter, Preview, check_condition
 from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
@@ -54,8 +54,8 @@ def edit(
     Args:
         model: a prior, or the path of its run or checkpoint.
         photo: the photo, or a canvas from an earlier drawing, whose condition is kept unless another is given.
-        mask: a picture of the photo's size, white where the photo is redrawn, or bool (H, W). A token is redrawn if the
-            mask touches any of its pixels.
+        mask: a picture of the photo's size, white where the photo is redrawn, black or transparent elsewhere, or bool
+            (H, W). A token is redrawn if the mask touches any of its pixels.
         count: number of versions; default: 1, or the number of images of a canvas.
         label, condition, condition_of: as in `sample`; a condition must have the photo's size. Default: computed from
             the photo, if that kind of condition can be.
@@ -75,7 +75,8 @@ def edit(
     tokens = token_mask(read_mask(mask, height, width), factor)
     if not tokens.any():
         raise UserError(
-            f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint white what is to change"
+            f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint what is to change white, "
+            "on black or on nothing"
         )
     return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
 
@@ -184,6 +185,7 @@ def _opened(
 def _opened_canvas(
     model: Net2NetTransformer, canvas: Canvas, given: Given, label: int | None, added: Added
 ) -> _Opening:
+    check_condition(model, canvas)
     _, rows, columns = canvas.tokens.shape
     size = _grown(model, rows, columns, added)
     condition = _of_size(given, model, size)
@@ -213,7 +215,7 @@ def _repeated(canvas: Canvas, count: int | None, name: str) -> Canvas:
         )
     parts = (canvas.tokens, canvas.pending, canvas.cond)
     tokens, pending, cond = (part.expand(max(wanted, own), *part.shape[1:]) for part in parts)
-    return Canvas(tokens, pending, cond, model=canvas.model)
+    return Canvas(tokens, pending, cond, model=canvas.model, name=canvas.name)
 
 
 def _grown(model: Net2NetTransformer, rows: int, columns: int, added: Added) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tamingfast.checkpoints.config import at, plain, trained_side
 from tamingfast.checkpoints.fingerprint import fingerprint
-from tamingfast.checkpoints.locate import embedded_config, metadata_of, neighbouring_config, weights_path
-from tamingfast.checkpoints.weights import read_checkpoint, state_dict_of
+from tamingfast.checkpoints.infer import KNOWN
+from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.weights import read_checkpoint, unwrapped
 from tamingfast.data.tokens import FORMAT, TokenDataset
 from tamingfast.models.prior import UNCONDITIONAL
 
@@ -24,26 +25,20 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
     """
     path = weights_path(Path(path))
-    content, metadata = read_checkpoint(path), metadata_of(path)
+    checkpoint = read_checkpoint(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
-    if metadata.get("format") == FORMAT:
+    if checkpoint.metadata.get("format") == FORMAT:
         return facts | _of_tokens(path)
-    state = state_dict_of(content, path)
-    # Lightning's checkpoints, our state.pt and our weights.safetensors record the training's progress in three ways.
-    progress = metadata | content.get("progress", {}) | content
+    state = unwrapped(checkpoint.state, KNOWN)
     return facts | {
-        "global_step": _number(progress.get("global_step", progress.get("step"))),
-        "epoch": _number(progress.get("epoch")),
+        "global_step": checkpoint.number("global_step", "step"),
+        "epoch": checkpoint.number("epoch"),
         **_of_config(path),
         "first_stage": _fingerprint(state),
         "tensors": len(state),
         "values_by_dtype": _counted(state, lambda key: str(state[key].dtype).removeprefix("torch.")),
         "values_by_part": _counted(state, lambda key: key.split(".")[0]),
     }
-
-
-def _number(value: Any) -> int | None:
-    return int(value) if str(value).isdecimal() else None
 
 
 def _of_tokens(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class DrawingOptions:
             None takes what is fastest. It does not change the images.
 
     Raises:
-        UserError: a value out of range. Schedule, stride, engine, dtype and lookahead are checked when drawing begins.
+        UserError: a value out of range. Whether the model allows the stride, and the machine the engine and the dtype,
+            is checked when drawing begins; so is the lookahead.
     """
 
     temperature: float = 1.0
@@ -59,11 +60,12 @@ class DrawingOptions:
     lookahead: int | None = None
 
     def __post_init__(self) -> None:
-        from tamingfast.ops.choice import Choice  # imports torch, which `tamingfast --help` does without
+        # These import torch, which `tamingfast --help` does without.
+        from tamingfast.engines.selection import check_names
+        from tamingfast.sampling.settings import check_settings
 
-        Choice(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy, seed=self.seed
-        )  # validates
+        check_settings(self.deciding())
+        check_names(self.engine)
         if self.batch < 1:
             raise UserError(f"batch: got {self.batch}, expected at least 1 image at a time")
 

@@ -1,17 +1,20 @@
-"""The beginning of a run: all checks come before anything is written."""
+"""The beginning of a run: all checks come before anything is written, and one process at a time writes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import load_yaml, plain
+from tamingfast.checkpoints.config import instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.data import loader
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
@@ -19,10 +22,19 @@ from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps
+from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import FREE_TO_CHANGE, Training
 from tamingfast.training.stage import Stage
 
 
+def new_model(described: Mapping[str, Any], seed: int) -> nn.Module:
+    """The untrained model of a config's ``model`` section, the same for each ``seed``; UserError if it is too large."""
+    check_sizes(described, "model")
+    torch.manual_seed(seed_for(seed, "weights"))
+    return instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
+
+
+@contextlib.contextmanager
 def begin(
     config: dict[str, Any],
     out: Path,
@@ -31,28 +43,62 @@ def begin(
     dataset: EpochDataset,
     among: World,
     stage: Stage,
-) -> None:
-    """Write ``config.yaml`` into a new run directory, or check that the run to resume began with the same config.
+) -> Iterator[dict[str, Any] | None]:
+    """Hold the run directory ``out`` inside the block, with ``config.yaml`` written and the state to resume loaded.
 
-    Raises UserError when ``out`` already holds a run and ``resume`` is not given, when there is nothing to resume, when
-    a setting that influences the weights differs from the run's, when ``dataset`` is too small for one step, and when
-    the model of ``stage`` cannot process its images.
+    Yields the progress of the run that continues, None for a new one. Of several processes the first holds the lock.
+
+    Raises UserError when another program trains in ``out``, when it already holds a run and ``resume`` is not given,
+    when there is nothing to resume, when its state is damaged or was made with other settings that influence the
+    weights, when ``dataset`` is too small for one step, and when the model of ``stage`` cannot process its images.
     """
     epoch_steps(dataset, settings, among.size)  # raises for too few images
     config["training"] = asdict(settings)
-    if resume:
-        _check_same_run(plain(load_yaml(run_directory.config_file(out))), config, out)
-    elif run_directory.exists(out):
-        raise UserError(
-            f"{out}: got a directory that already holds a training run, expected a new one; continue the run with "
-            "--resume, or give another directory"
-        )
+    _check_begun(config, out, resume)
     _check_forward(stage, dataset, among)
-    among.any(False)  # a barrier: no process writes before all have passed the checks
-    if among.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out / run_directory.CONFIG) as temporary:
-            OmegaConf.save(OmegaConf.create(config), temporary)
+    with contextlib.ExitStack() as stack:
+        if among.rank == 0:
+            stack.enter_context(run_directory.held(out))
+        among.any(False)  # a barrier: no process reads before the first has the lock
+        began = _check_begun(config, out, resume)
+        progress = _restore(stage, dataset, out, among) if began is not None and run_directory.exists(out) else None
+        if not among.agree(-1 if progress is None else progress["step"]):
+            raise UserError(
+                f"{out}: got different states on the processes, expected the same; use a file system that all share"
+            )
+        if among.rank == 0 and began != config:
+            with atomic_write(out / run_directory.CONFIG) as temporary:
+                OmegaConf.save(OmegaConf.create(config), temporary)
+        yield progress
+
+
+def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str, Any] | None:
+    """The config of the run to resume, None for a new run; UserError where `begin` says."""
+    if not resume:
+        if run_directory.exists(out):
+            raise UserError(
+                f"{out}: got a directory that already holds a training run, expected a new one; continue the run with "
+                "--resume, or give another directory"
+            )
+        return None
+    began = plain(load_yaml(run_directory.config_file(out)))
+    _check_same_run(began, config, out)
+    return began
+
+
+def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World) -> dict[str, Any]:
+    """Load the state in ``out``, and return its progress; UserError for a run on other data or processes."""
+    progress = run_directory.restore(out, stage.model, stage.optimizers)
+    for name, now, what in (
+        ("images", len(dataset), "training images"),
+        ("processes", among.size, "processes"),
+    ):
+        if progress[name] != now:
+            raise UserError(
+                f"{out}: got {now} {what}, expected {progress[name]}, with which the run began; resume it with the "
+                "same number, or start a new run in another directory"
+            )
+    return progress
 
 
 def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:

@@ -51,9 +51,10 @@ def fit_color_clusters(
     config: dict[str, Any] = {"model": {"target": TARGET, "params": {"ncluster": ncluster, "niter": niter}}}
     if data is not None:
         config["data"] = dict(plain(data))
-    with atomic_write(out / run_directory.CONFIG) as temporary:
-        OmegaConf.save(OmegaConf.create(config), temporary)
-    save_weights(out / run_directory.WEIGHTS, model.state_dict(), {"step": "0"})
+    with run_directory.held(out):
+        with atomic_write(out / run_directory.CONFIG) as temporary:
+            OmegaConf.save(OmegaConf.create(config), temporary)
+        save_weights(out / run_directory.WEIGHTS, model.state_dict(), {"step": "0"})
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tamingfast.checkpoints import run_directory
 from tamingfast.data.base import EpochDataset
-from tamingfast.errors import Stopped, UserError
+from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
 from tamingfast.training.distributed import World
@@ -40,17 +40,18 @@ def run(
     datasets: tuple[EpochDataset, EpochDataset | None],
     out: Path,
     among: World,
-    resume: bool,
+    progress: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train until the steps or seconds are used up, from the state in ``out`` if ``resume``; returns ``out``.
+    """Train until the steps or seconds are used up, from ``progress``, which `begin` yields; returns ``out``.
 
-    Raises `Stopped` after writing a checkpoint when the process is asked to stop, UserError when training diverges.
+    A finished run is left as it is. Raises `Stopped` after writing a checkpoint when the process is asked to stop,
+    UserError when training diverges or the run directory cannot be written.
     """
-    return _Run(stage, settings, datasets, out, among).train(resume)
+    return _Run(stage, settings, datasets, out, among, progress).train()
 
 
 class _Run:
-    """One run. ``step`` counts the optimizer steps taken, ``saved`` is the step of the state on disk."""
+    """One run. ``step`` counts the optimizer steps taken, ``saved`` is the step of the files on disk, None if none."""
 
     def __init__(
         self,
@@ -59,25 +60,32 @@ class _Run:
         datasets: tuple[EpochDataset, EpochDataset | None],
         out: Path,
         among: World,
+        progress: Mapping[str, Any] | None,
     ):
         self.stage, self.settings, self.out, self.among = stage, settings, out, among
         self.training, self.validation = datasets
         self.per_epoch = epoch_steps(self.training, settings, among.size)
+        self.last = settings.last_step(self.per_epoch)
         self.validate_every = settings.validate_every or self.per_epoch
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
-        self.step, self.saved, self.seconds = 0, 0, 0.0
+        self.step, self.seconds, self.kept = 0, 0.0, 0
+        if progress is not None:
+            self.step, self.seconds, self.kept = progress["step"], progress["seconds"], progress["metrics_bytes"]
+        self.saved = run_directory.exported(out) if self.step else None
+        self.resumed = progress is not None
         self.metrics: run_directory.Metrics | None = None
         self.rates = [group["lr"] for group in self.groups()]
 
-    def train(self, resume: bool) -> Path:
-        kept = self.restore() if resume and run_directory.exists(self.out) else 0
+    def train(self) -> Path:
+        # A run that had finished may have validated and drawn after its last checkpoint.
+        self.had_finished = self.spent() and self.resumed
         with contextlib.ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
             if self.among.rank == 0:
-                self.metrics = run_directory.Metrics(self.out, kept)
+                self.metrics = run_directory.Metrics(self.out, self.kept, self.step if self.had_finished else None)
                 stack.callback(self.metrics.close)
             self.bar = stack.enter_context(
-                bar("step", self.settings.steps, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
+                bar("step", self.last, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
             batches = step_batches(self.training, self.settings, self.among, self.step)
             while not self.spent():
@@ -97,7 +105,7 @@ class _Run:
     def spent(self) -> bool:
         """Whether the steps or, on any process, the seconds are used up."""
         time_is_up = self.settings.seconds is not None and self.seconds >= self.settings.seconds
-        steps_are_done = self.settings.steps is not None and self.step >= self.settings.steps
+        steps_are_done = self.last is not None and self.step >= self.last
         return steps_are_done or self.among.any(time_is_up)[0]
 
     def advance(self, batches: Iterator[tuple[int, list[dict[str, Any]]]]) -> None:
@@ -150,9 +158,11 @@ class _Run:
         """Save, then validate and draw unless the last step did: those can be repeated, the training cannot."""
         if self.step != self.saved:
             self.save()
-        if not self.due(self.validate_every):
+        validated = self.metrics is not None and self.metrics.ended
+        if not self.due(self.validate_every) and not validated:
             self.validate((self.step - 1) // self.per_epoch)
-        if self.settings.image_every is not None and not self.due(self.settings.image_every):
+        drawn = self.had_finished and self.picture().exists()
+        if self.settings.image_every is not None and not self.due(self.settings.image_every) and not drawn:
             self.draw()
 
     def record(self, epoch: int, split: str, values: dict[str, float]) -> None:
@@ -164,8 +174,9 @@ class _Run:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, in the precision of the training."""
+        """Evaluation mode without gradients, in the precision of the training and as after its last step."""
         self.stage.model.eval()
+        self.stage.model.global_step = max(self.step - 1, 0)
         device, low = self.among.device.type, self.settings.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
             yield
@@ -189,9 +200,15 @@ class _Run:
         first = next(iter(validation_batches(shown, self.settings, self.among.device)))
         with self.evaluating():
             rows = self.stage.images({name: value[:IMAGES_SHOWN] for name, value in first.items()})
-        save_rows(self.out / run_directory.IMAGES / f"{self.step:08d}.png", rows)
+        if self.metrics is not None:
+            self.metrics.check_place()
+        save_rows(self.picture(), rows)
+
+    def picture(self) -> Path:
+        return self.out / run_directory.IMAGES / f"{self.step:08d}.png"
 
     def save(self) -> None:
+        """Write a checkpoint, on the first process only."""
         if self.metrics is None:
             return
         progress = {
@@ -205,19 +222,3 @@ class _Run:
         }
         run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress)
         self.saved = self.step
-
-    def restore(self) -> int:
-        """Load the state in ``out``; returns the length in bytes of the metrics that belong to it."""
-        progress = run_directory.restore(self.out, self.stage.model, self.stage.optimizers)
-        for name, now, what in (
-            ("images", len(self.training), "training images"),
-            ("processes", self.among.size, "processes"),
-        ):
-            if progress[name] != now:
-                raise UserError(
-                    f"{self.out}: got {now} {what}, expected {progress[name]}, with which the run began; resume it "
-                    "with the same number, or start a new run in another directory"
-                )
-        self.step, self.seconds = progress["step"], progress["seconds"]
-        self.saved = self.step
-        return progress["metrics_bytes"]

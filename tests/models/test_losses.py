@@ -106,29 +106,14 @@ class _Payload:
 def test_lpips_refuses_code_and_wrong_files(tmp_path, capsys):
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(pickle.dumps({"VGG16_0": _Payload()}))
-    with pytest.raises(UserError, match="it refers to 'builtins.print'"):
+    with pytest.raises(UserError, match="vgg16.ckpt: got an unusable pickle"):
         LPIPS(path)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="got no file, expected VGG16 weights"):
+    with pytest.raises(UserError, match="none.ckpt: got no file, expected"):
         LPIPS(tmp_path / "none.ckpt")
     torch.save(vgg_state(0.5), tmp_path / "small.pth")
     with pytest.raises(UserError, match="for convolution 0, expected .* that of VGG16"):
         LPIPS(tmp_path / "small.pth")
-
-
-def test_without_weights_the_reason_is_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match="perceptual_weights: got None, expected a file, as the packages"):
-        LPIPS(None)
-
-
-def test_without_a_network_the_reason_is_given(monkeypatch):
-    def download(**options):
-        raise OSError("no network")
-
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=download))
-    with pytest.raises(UserError, match=r"cannot download the weights of VGG16 .no network.; give a local file"):
-        LPIPS(None)
 
 
 def test_random_features_are_fixed_frozen_and_a_distance(images):

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 import torch
+from runs import same_run
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
@@ -24,6 +26,10 @@ from tamingfast.errors import Stopped
 from tamingfast.training import loop, vqgan
 
 STAGES = ("vqgan", "prior")
+GUMBEL_SCHEDULE = {
+    "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "params": {"warm_up_steps": 0, "max_decay_steps": 4, "lr_start": 0.9, "lr_max": 0.9, "lr_min": 1e-3},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +41,6 @@ def unbroken(first_stage, tmp_path_factory) -> Callable[..., Path]:
         return tiny.train(stage, tmp_path_factory.mktemp("unbroken") / "run", first_stage, **training)
 
     return run
-
-
-def same_run(one: Path, other: Path) -> None:
-    assert (one / run_directory.METRICS).read_text() == (other / run_directory.METRICS).read_text()
-    states = [torch.load(out / run_directory.STATE, weights_only=True) for out in (one, other)]
-    for part in ("model", "optimizers"):
-        left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in states)
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    models = [load_model(out).state_dict() for out in (one, other)]
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -135,6 +129,51 @@ def test_a_finished_run_continues_with_more_steps(unbroken, tmp_path):
     same_run(out, unbroken("vqgan", steps=8, accumulate=2))
 
 
+@pytest.mark.parametrize("disc_start", [0, 3, 100])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, disc_start):
+    config, out = runs.config_file(tmp_path, disc_start=disc_start), tmp_path / "run"
+    words = ["training.steps=5", "training.image_every=3", "training.validate_every=4"]
+    assert cli.main(list(map(str, runs.begin(config, out, *words)))) == 0
+    before, times = runs.contents(out), {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert before["metrics.jsonl"].count(b'"validation"') == 2 and "images/00000005.png" in before
+    assert cli.main(list(map(str, runs.resume(out)))) == 0
+    assert runs.contents(out) == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    # Killed before its last validation: that comes out the same, and so does what a cut line stands for.
+    whole = before["metrics.jsonl"].splitlines(keepends=True)
+    for left in (b"", whole[-1][:20]):
+        (out / "metrics.jsonl").write_bytes(b"".join(whole[:-1]) + left)
+        (out / "images" / "00000005.png").unlink()
+        assert cli.main(list(map(str, runs.resume(out)))) == 0
+        assert runs.contents(out) == before
+
+
+def test_a_finished_gumbel_run_validates_at_its_temperature(tmp_path):
+    config = tiny.config(tiny.VQGAN, {"temperature_scheduler_config": GUMBEL_SCHEDULE}) | {"data": tiny.CROPS}
+    config["model"]["target"] = "taming.models.vqgan.GumbelVQ"
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    out = tmp_path / "run"
+    assert cli.main(list(map(str, runs.begin(tmp_path / "config.yaml", out, "training.steps=3")))) == 0
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    assert cli.main(list(map(str, runs.resume(out)))) == 0
+    assert (out / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["missing", "old", "cut"])
+def test_an_export_that_was_not_finished_is_written_again(unbroken, tmp_path, damage):
+    out = tiny.train("vqgan", tmp_path / "run", steps=3)
+    old = (out / run_directory.WEIGHTS).read_bytes()
+    tiny.train("vqgan", out, resume=True, steps=6)
+    new = (out / run_directory.WEIGHTS).read_bytes()
+    (out / run_directory.WEIGHTS).write_bytes({"missing": b"", "old": old, "cut": new[:-10]}[damage])
+    if damage == "missing":
+        (out / run_directory.WEIGHTS).unlink()
+    tiny.train("vqgan", out, resume=True, steps=6)
+    assert run_directory.exported(out) == 6
+    same_run(out, unbroken("vqgan", steps=6))
+
+
 def test_worker_processes_change_nothing(unbroken, tmp_path):
     same_run(unbroken("vqgan", steps=4), tiny.train("vqgan", tmp_path / "two", steps=4, workers=2))
 
@@ -165,17 +204,6 @@ def test_what_cannot_be_resumed(tmp_path):
         vqgan.train(changed, out, True, "cpu", tiny.datasets())
     with pytest.raises(UserError, match="got 12 training images, expected 13"):
         vqgan.train(tiny.config(tiny.VQGAN), out, True, "cpu", (tiny.Noise(12), None))
-
-
-def test_damaged_states_are_named(tmp_path):
-    out = tiny.train("vqgan", tmp_path / "run", steps=2)
-    whole = (out / "state.pt").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        (out / "state.pt").write_bytes(damaged)
-        with pytest.raises(UserError, match="state.pt: got an unreadable file"):
-            tiny.train("vqgan", out, resume=True)
-    with pytest.raises(UserError, match="got a directory without state.pt"):
-        run_directory.progress(tmp_path / "nowhere")
 
 
 def test_a_schedule_of_rates_survives_an_interruption(tmp_path, monkeypatch):

@@ -1,0 +1,44 @@
+"""The settings of `sample_grid` that decide the tokens: their types and ranges, as far as no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from tamingfast.engines.selection import check_names
+from tamingfast.errors import UserError
+from tamingfast.ops.choice import Choice
+from tamingfast.sampling.schedule import check_rule
+
+#: Their names, in the order of `sample_grid`, and the types that each may have.
+KINDS: dict[str, tuple[type, ...]] = {
+    "window": (Integral,),
+    "schedule": (str,),
+    "stride": (Integral,),
+    "temperature": (Real,),
+    "top_k": (Integral, type(None)),
+    "top_p": (Real, type(None)),
+    "greedy": (bool,),
+    "seed": (Integral,),
+    "first_image": (Integral,),
+    "dtype": (str, type(None)),
+}
+_WORDS = {Integral: "a whole number", Real: "a number", str: "text", bool: "true or false", type(None): "none"}
+_LARGEST = (1 << 32) - 1  # images are numbered, and tokens placed, in 32 bits
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UserError, which begins with the setting's name, for an unknown one and for a value that none can have."""
+    for name, value in settings.items():
+        if name not in KINDS:
+            raise UserError(f"{name}: got a setting that does not exist, expected one of {', '.join(KINDS)}")
+        if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and bool not in KINDS[name]):
+            raise UserError(f"{name}: got {value!r}, expected {' or '.join(_WORDS[kind] for kind in KINDS[name])}")
+    for name in ("window", "stride", "first_image"):
+        if not 0 <= settings.get(name, 0) <= _LARGEST:
+            raise UserError(f"{name}: got {settings[name]}, expected a number of at most 32 bits")
+    check_rule(settings.get("schedule", "paper"), settings.get("window", _LARGEST), settings.get("stride", 1))
+    check_names(dtype=settings.get("dtype"))
+    choosing = ("temperature", "top_k", "top_p", "greedy", "seed")
+    Choice(**{name: settings[name] for name in choosing if name in settings})

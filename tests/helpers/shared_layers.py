@@ -1,0 +1,33 @@
+"""Layers that learn from their inputs without gradients, fed with other inputs in each process."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tamingfast.models.discriminator import ActNorm
+from tamingfast.models.quantize import EmbeddingEMA
+
+
+def latents(rank: int) -> torch.Tensor:
+    """Latents (3, 20, 4) for three moves, other ones for each rank."""
+    return torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(rank))
+
+
+def moved(*inputs: torch.Tensor) -> list[np.ndarray]:
+    """The averages of a codebook that all ``inputs`` together have moved."""
+    torch.manual_seed(0)
+    codebook = EmbeddingEMA(8, 4)
+    for z in torch.cat(inputs, dim=1):
+        codebook.move(z, torch.cdist(z, codebook.weight).argmin(1))
+    return [value.numpy() for value in codebook.state_dict().values()]
+
+
+def codebook(rank: int) -> list[np.ndarray]:
+    return moved(latents(rank))
+
+
+def actnorm(rank: int) -> list[np.ndarray]:
+    layer = ActNorm(4)
+    layer(latents(rank).movedim(-1, 1)[..., None])
+    return [value.detach().numpy() for value in (layer.loc, layer.scale, layer.initialized)]
