@@ -64,6 +64,7 @@ def begin(
 
 def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str, Any] | None:
     """The config of the run to resume, None for a new run; UserError where `begin` says."""
+    run_directory.check_not_lost(out)
     if not resume:
         if run_directory.exists(out):
             raise UserError(
