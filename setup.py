@@ -26,6 +26,7 @@ HEADERS = sorted(str(path) for ending in ("h", "inl") for path in Path("csrc").r
 CUDA_TARGETS = ("80", "90")
 # tamingfast/ops/machine.py reads it, so that `tamingfast info` can say why there is no extension.
 FAILURE_NOTE = "_C.failure.txt"
+PATIENCE = 120  # seconds for a compiler's answer to a small question
 # Objects persist here even across editable installations, each of which gets a new build directory of its own.
 FOLDER = Path("build", "native" + sysconfig.get_config_var("EXT_SUFFIX").rpartition(".")[0])
 
@@ -38,29 +39,33 @@ class BuildExtension(build_ext):
     """Builds ``tamingfast._C``, with OpenMP if the compiler supports it. A failed build leaves a note, not an error.
 
     The package works without the extension (on the torch reference), so that it can be installed on a machine without
-    a compiler. ``TAMINGFAST_REQUIRE_NATIVE=1`` makes a failed build fail the installation.
+    a compiler, or with one that does anything at all. ``TAMINGFAST_REQUIRE_NATIVE=1`` makes a failed build fail the
+    installation.
 
     The CUDA engine's kernels are included if nvcc is found (in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda) and
     compiles them. ``TAMINGFAST_CUDA=0`` leaves them out, ``TAMINGFAST_CUDA=1`` makes their absence an error.
     """
 
     def run(self) -> None:
+        required = [flag("TAMINGFAST_REQUIRE_NATIVE"), flag("TAMINGFAST_CUDA")]
         inplace = self.inplace
         package = Path(self.get_finalized_command("build_py").get_package_dir("tamingfast"))
         note = (package if inplace else Path(self.build_lib, "tamingfast")) / FAILURE_NOTE
         note.unlink(missing_ok=True)
         try:
             super().run()
-        except (BaseError, CCompilerError, OSError) as error:
-            if "1" in (os.environ.get("TAMINGFAST_REQUIRE_NATIVE"), os.environ.get("TAMINGFAST_CUDA")):
+        except Exception as error:  # whatever a compiler did or answered: the package works without the extension
+            if "1" in required:
                 raise
             self.inplace = inplace
             for extension in self.extensions:  # the binary of an earlier build would be taken for this one
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"{error}\n", encoding="utf-8")
-            self.warn(f"tamingfast._C was not built and the package will run without it: {error}")
+            foreseen = isinstance(error, (BaseError, CCompilerError, OSError))
+            reason = printable(str(error) if foreseen else f"{type(error).__name__}: {error}")
+            note.write_text(f"{reason}\n", encoding="utf-8")
+            self.warn(f"tamingfast._C was not built and the package will run without it: {reason}")
 
     def build_extension(self, extension: Extension) -> None:
         if self.compiler.compiler_type != "unix":
@@ -72,10 +77,11 @@ class BuildExtension(build_ext):
         try:
             library = self._run_ninja(openmp, find_cuda())
         except (NoCuda, CompileError) as error:
-            if os.environ.get("TAMINGFAST_CUDA") == "1":
+            if flag("TAMINGFAST_CUDA") == "1":
                 raise ExecError(f"TAMINGFAST_CUDA=1 asks for the CUDA engine, but {error}") from error
-            self.warn(f"tamingfast._C is built without CUDA: {error}")
-            library = self._run_ninja(openmp, str(error) if isinstance(error, NoCuda) else "the build with nvcc failed")
+            reason = printable(str(error)) if isinstance(error, NoCuda) else "the build with nvcc failed"
+            self.warn(f"tamingfast._C is built without CUDA: {reason}")
+            library = self._run_ninja(openmp, reason)
         target = Path(self.get_ext_fullpath(extension.name))
         self.mkpath(str(target.parent))
         self.copy_file(str(library), str(target))
@@ -120,7 +126,7 @@ class BuildExtension(build_ext):
             source = Path(folder, "probe.cpp")
             source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n")
             command = [*self.compiler.compiler_cxx, flag, str(source), "-o", str(Path(folder, "probe"))]
-            return subprocess.run(command, capture_output=True).returncode == 0
+            return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Cuda:
 
 def find_cuda() -> Cuda:
     """The CUDA toolkit, as its nvcc describes itself. Raises NoCuda if there is none that can be used."""
-    if os.environ.get("TAMINGFAST_CUDA") == "0":
+    if flag("TAMINGFAST_CUDA") == "0":
         raise NoCuda("TAMINGFAST_CUDA=0 was set")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     named = os.pathsep.join(str(Path(home, "bin")) for home in homes if home)
@@ -164,19 +170,41 @@ def find_cuda() -> Cuda:
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", answer(nvcc, "--dryrun", "-c", "probe.cu"), re.MULTILINE)
     if libraries is None:
         raise NoCuda("nvcc --dryrun names no libraries")
-    folders = re.findall(r'-L([^"\s]+)', libraries.group(1))
-    return Cuda(nvcc, release.group(1), tuple(folder for folder in folders if not folder.endswith("stubs")))
+    try:
+        words = shlex.split(libraries.group(1))  # folders may contain spaces
+    except ValueError as error:
+        raise NoCuda(f"nvcc --dryrun names libraries that cannot be read: {error}") from error
+    folders = [word[2:] for word in words if word.startswith("-L") and not word.endswith("stubs")]
+    return Cuda(nvcc, release.group(1), tuple(folders))
 
 
 def answer(nvcc: str, *arguments: str) -> str:
     """The output of nvcc. Raises NoCuda if it fails."""
     try:
-        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            [nvcc, *arguments], capture_output=True, text=True, errors="replace", timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
     except OSError as error:
         raise NoCuda(f"nvcc cannot be run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoCuda(f"nvcc {' '.join(arguments)} gave no answer in {PATIENCE} seconds") from error
     if done.returncode != 0:
         raise NoCuda(f"nvcc {' '.join(arguments)} failed with exit status {done.returncode}")
     return done.stdout + done.stderr
+
+
+def flag(name: str) -> str:
+    """The value of an environment variable, "0", "1" or empty. Ends the installation if it has another."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name}: got {value!r}, expected 0 or 1, or leave it unset")
+    return value
+
+
+def printable(text: str) -> str:
+    """The first lines of a message, short, in characters that every file and C++ string can hold."""
+    return " ".join(text.split())[:500].encode("ascii", "replace").decode()
 
 
 def find_ninja() -> str:
@@ -227,7 +255,7 @@ class Plan:
         """Builds what is out of date. Raises CompileError with the first error."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "build.ninja"
-        file.write_text("\n".join([*self.lines, ""]), encoding="utf-8")
+        file.write_text("\n".join([*self.lines, ""]), encoding="utf-8", errors="surrogateescape")
         command = [ninja, "-f", str(file), *(["-j", str(jobs)] if jobs else [])]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"

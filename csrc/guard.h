@@ -7,6 +7,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace tamingfast {
 
@@ -45,14 +46,20 @@ T* pointer_at(const std::string& name, std::uintptr_t address, std::uintptr_t al
   return reinterpret_cast<T*>(address);
 }
 
-// The start of a (rows, columns) array, whose size in bytes fits into an int64. Only an empty array may be null.
+// A caller's contiguous array: its address and its size in bytes.
+using Array = std::pair<std::uintptr_t, std::int64_t>;
+
+// The start of an array that must be (rows, columns) elements long, neither shorter nor longer: a caller whose elements
+// have another type is refused. Only an empty array may be null.
 template <class T>
-T* array_at(const std::string& name, std::uintptr_t address, std::int64_t rows, std::int64_t columns) {
-  const std::int64_t most = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(sizeof(double));
-  if (rows > most / columns)
-    refuse(name, std::to_string(rows) + " x " + std::to_string(columns) + " elements",
-           "at most " + std::to_string(most));
-  return pointer_at<T>(name, address, alignof(T), rows == 0);
+T* array_at(const std::string& name, const Array& array, std::int64_t rows, std::int64_t columns) {
+  const std::int64_t size = sizeof(T), most = std::numeric_limits<std::int64_t>::max() / size;
+  const std::string shape = std::to_string(rows) + " x " + std::to_string(columns);
+  if (rows < 0 || columns < 1 || rows > most / columns)
+    refuse(name, shape + " elements", "at most " + std::to_string(most));
+  require(array.second == rows * columns * size, name, array.second,
+          std::to_string(rows * columns * size) + " bytes, " + shape + " elements of " + std::to_string(size));
+  return pointer_at<T>(name, array.first, alignof(T), rows == 0);
 }
 
 }  // namespace tamingfast

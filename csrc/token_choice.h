@@ -21,6 +21,23 @@ struct Choice {
 
 // Returned in place of a token when a row of logits holds NaN, or nothing above -infinity.
 enum : std::int64_t { kChoiceNan = -1, kChoiceNothing = -2 };
+// How a caller reports such rows.
+enum : std::int32_t { kFoundNan = 1, kFoundNothing = 2 };
+
+// The score of a logit, given the best logit of its row, which is above -infinity. Where the best divided by the
+// temperature is not finite, distances from it are divided: logits near the largest float do not overflow, and an
+// infinite one is certain.
+struct Scale {
+  float best, temperature;
+  bool distances;
+
+  TAMINGFAST_HOST_DEVICE Scale(float best_, float temperature_)
+      : best(best_), temperature(temperature_), distances(!(fabsf(best_ / temperature_) < INFINITY)) {}
+  TAMINGFAST_HOST_DEVICE float operator()(float logit) const {
+    if (!distances) return logit / temperature;
+    return logit == best ? 0.0f : (logit - best) / temperature;  // infinity minus itself would be NaN
+  }
+};
 
 // A vocabulary entry and its score: the logit, with noise once that is added.
 struct Candidate {

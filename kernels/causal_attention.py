@@ -536,5 +536,5 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the kernel takes the running maximum before scaling, which a negative scale would invert
         q, scale = q * scale, 1.0
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+    seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     return _forward(q, k, v, seed, n_unmasked, dropout_p, scale)[0]

@@ -31,6 +31,12 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def brief(value: object, length: int = 80) -> str:
+    """``repr(value)`` for a message, cut off after ``length`` signs."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def in_words(error: BaseException) -> str | None:
     """One sentence for an error that the user can correct; None for one that nobody has foreseen, a bug of ours.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -22,6 +23,10 @@ if os.name == "posix":
     import fcntl
 
 _TEMPORARY = re.compile(r"\..*-[a-z0-9_]{8}\.partial(\.[^.]*)?")
+_MARKS = (  # UTF-32's in front of UTF-16's, with which one of them begins
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 _tidied: set[Path] = set()  # directories whose leftovers this process has removed
 
 
@@ -157,6 +162,45 @@ def open_regular(path: str | os.PathLike) -> IO[bytes]:
         return stream
     stream.close()
     raise UserError(f"{path}: got a file that was replaced while it was opened, expected a regular file")
+
+
+def read_text(path: str | os.PathLike, expected: str, errors: str = "strict", largest: int = 1 << 30) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, as Windows programs write it.
+
+    A mark is no part of the text. ``errors`` is that of `bytes.decode`. Raises UserError, which names what was
+    ``expected``, for files that are missing, unreadable, larger than ``largest`` bytes or no text.
+    """
+    try:
+        with open_regular(path) as stream:
+            content = stream.read(largest + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: got no such file, expected {expected}; correct the path") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no path can hold a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: got '{reason}', expected {expected}") from error
+    if len(content) > largest:
+        raise UserError(f"{path}: got more than {largest >> 20} MiB, expected {expected}; divide the file")
+    try:
+        text = content.decode(next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8"), errors)
+    except UnicodeError as error:
+        raise UserError(
+            f"{path}: got a file that cannot be read as UTF-8 ({error}), expected {expected}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{path}: got a file that is no text in UTF-8, expected {expected}; save it as UTF-8")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that are not blank, ended as on Unix, Windows or old Macs.
+
+    Nothing is cut off them, and no other sign ends one, because names may contain spaces and whatever else
+    `str.splitlines` takes for the end of a line.
+    """
+    lines = text.split("\n" if "\n" in text else "\r")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
 
 
 def check_regular(path: str | os.PathLike, expected: str = "a regular file") -> None:

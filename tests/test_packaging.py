@@ -174,33 +174,121 @@ def test_only_what_has_changed_is_compiled_again(source, compiler):
     assert again() == {"csrc/bindings.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/engine.cpp"}
 
 
+RELEASE, PLAN = 'echo "release 12.4, V12.4.99"', "echo '#$ LIBRARIES= -L/opt/cuda'"
+# What `nvcc` does, and the reason that is kept; a None is nothing that can be found.
 UNUSUAL = {
     "fails": ("echo this nvcc fails; exit 3", "nvcc --version failed with exit status 3"),
+    "says nothing": ("", "nvcc --version names no release"),
     "another release": ('echo "nvcc wrapper"', "nvcc --version names no release"),
-    "another plan": ('echo "release 12.4, V12.4.99"', "nvcc --dryrun names no libraries"),
-    "compiles nothing": (
-        'case "$*" in *-MF*) exit 1;; esac; echo "release 12.4, V12.4.99"; echo "#$ LIBRARIES= -L/opt/cuda"',
+    "not in UTF-8": (r"printf '\377\376 r\351lease 12\n'", "nvcc --version names no release"),
+    "another plan": (RELEASE, "nvcc --dryrun names no libraries"),
+    "an open quote": (
+        f"{RELEASE}; echo '#$ LIBRARIES= \"-L/opt'",
+        "nvcc --dryrun names libraries that cannot be read: ",
+    ),
+    "killed": ("kill -9 $$", "nvcc --version failed with exit status -9"),
+    "compiles nothing": (f'case "$*" in *-MF*) exit 1;; esac; {RELEASE}; {PLAN}', "the build with nvcc failed"),
+    "complains in bytes": (
+        rf'case "$*" in *-MF*) printf "\377\200 error" >&2; exit 1;; esac; {RELEASE}; {PLAN}',
         "the build with nvcc failed",
     ),
+    "not a program": (None, "nvcc cannot be run: "),
 }
 
 
 @pytest.mark.parametrize(("text", "reason"), UNUSUAL.values(), ids=UNUSUAL)
 def test_an_unusual_nvcc_means_no_cuda_and_says_why(source, compiler, tmp_path, text, reason):
-    program(tmp_path / "bin" / "nvcc", text)
+    nvcc = program(tmp_path / "bin" / "nvcc", text or "")
+    if text is None:
+        nvcc.write_bytes(b"\x7fELF\x00\xff")
     calls = build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="")
-    assert f'-DTAMINGFAST_NO_CUDA="{reason}"' in calls
+    assert f'-DTAMINGFAST_NO_CUDA="{reason}' in calls
     with pytest.raises(AssertionError, match="TAMINGFAST_CUDA=1 asks for the CUDA engine, but "):
         build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")
 
 
+@pytest.mark.parametrize("nvcc", ["a folder", "no program", "nothing"])
+def test_what_is_no_nvcc_is_not_taken_for_one(monkeypatch, tmp_path, nvcc):
+    if nvcc == "a folder":
+        (tmp_path / "bin" / "nvcc").mkdir(parents=True)
+    elif nvcc == "no program":
+        program(tmp_path / "bin" / "nvcc", "").chmod(0o644)
+    script = build_script(monkeypatch)
+    for name, value in (("CUDA_HOME", str(tmp_path)), ("CUDA_PATH", ""), ("PATH", ""), ("TAMINGFAST_CUDA", "")):
+        monkeypatch.setenv(name, value)
+    try:
+        found = script["find_cuda"]().nvcc  # perhaps that of the system
+    except script["NoCuda"] as error:
+        found = str(error)
+    assert str(tmp_path) not in found
+
+
+def test_a_folder_of_cuda_may_have_any_name(source, compiler, tmp_path):
+    home = tmp_path / "cuda $HOME 12 'new' \udcff"
+    text = f"""case "$*" in *--version*) {RELEASE};; *--dryrun*) echo '#$ LIBRARIES= "-L/opt/my cuda/lib"';; esac
+{MAKES}"""
+    program(home / "bin" / "nvcc", text)
+    calls = build(source, compiler, CUDA_HOME=str(home), TAMINGFAST_CUDA="1")
+    assert '-DTAMINGFAST_CUDA="nvcc 12.4' in calls and "-L/opt/my cuda/lib -l" in calls
+
+
+MAKES = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done\n'
+# What the C++ compiler does, or its command, and the reason that is kept.
+COMPILERS = {
+    "makes nothing": ("exit 0", "."),
+    "says nothing": ("exit 1", "."),
+    "complains in bytes": (r"printf '\377\200 error: \376\n' >&2; exit 1", r"\?\? error: \?"),
+    "is killed": ("kill -9 $$", "."),
+    "not a program": (None, "."),
+    "an open quote": ("CXX=c++ '", "ValueError: "),
+    "a folder": ("CXX=/", "the C\\+\\+ compiler '/' was not found"),
+    "nothing": ("CXX= ", "."),
+    "not in UTF-8": ("CXX=c\udcff++", "the C\\+\\+ compiler 'c.+' was not found"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), COMPILERS.values(), ids=COMPILERS)
+def test_an_unusual_compiler_means_no_extension_and_says_why(source, tmp_path, text, reason):
+    shutil.rmtree(source / "build", ignore_errors=True)  # objects of another compiler
+    named = (text or "").removeprefix("CXX=")
+    if named == text or text is None:
+        named = str(program(tmp_path / "c++", named))
+    if text is None:
+        Path(named).write_bytes(b"\x7fELF\x00\xff")
+    chosen = {"CC": named, "CXX": named, "TAMINGFAST_CUDA": "0"}
+    target = f"build/unusual-{tmp_path.name}"
+    setup(source, "build_ext", "--build-lib", target, **chosen)
+    (note,) = (source / target / "tamingfast").iterdir()
+    assert note.name == "_C.failure.txt"
+    assert re.match(reason, note.read_text(encoding="ascii"))
+    with pytest.raises(AssertionError):
+        setup(source, "build_ext", "--build-lib", target, **chosen, TAMINGFAST_REQUIRE_NATIVE="1")
+
+
+@pytest.mark.parametrize("name", ["TAMINGFAST_CUDA", "TAMINGFAST_REQUIRE_NATIVE"])
+@pytest.mark.parametrize("value", ["yes", " ", "2", "True"])
+def test_other_values_of_the_build_s_variables_are_refused_by_name(source, name, value):
+    with pytest.raises(AssertionError, match=f"{name}: got '{value}', expected 0 or 1, or leave it unset"):
+        setup(source, "build_ext", "--build-lib", "build/refused", **{name: value})
+
+
+def test_compilers_that_never_answer_are_given_up(monkeypatch, tmp_path):
+    script = build_script(monkeypatch)
+    monkeypatch.setitem(script["answer"].__globals__, "PATIENCE", 0.2)
+    with pytest.raises(script["NoCuda"], match="nvcc --version gave no answer in 0.2 seconds"):
+        script["answer"](str(program(tmp_path / "nvcc", "exec sleep 60")), "--version")
+    sleeping = str(program(tmp_path / "c++", "exec sleep 60"))
+    builder = type("Builder", (), {"compiler": type("Compiler", (), {"compiler_cxx": [sleeping]})})
+    with pytest.raises(subprocess.TimeoutExpired):  # which `run` turns into the note
+        script["BuildExtension"]._compiles_with(builder, "-fopenmp")
+
+
 def test_cuda_sources_are_compiled_by_nvcc_and_linked(source, compiler, tmp_path):
-    text = """case "$*" in
-*--version*) echo "release 12.4, V12.4.99";;
+    text = f"""case "$*" in
+*--version*) {RELEASE};;
 *--dryrun*) echo '#$ LIBRARIES= "-L/opt/cuda/lib/stubs" "-L/opt/cuda/lib"' >&2;;
 esac
-while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
-"""
+{MAKES}"""
     program(tmp_path / "bin" / "nvcc", text)
     calls = build(source, compiler, CUDA_HOME=str(tmp_path), TAMINGFAST_CUDA="1")
     assert '-DTAMINGFAST_CUDA="nvcc 12.4 for sm_80, sm_90"' in calls
@@ -210,9 +298,8 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
 
 
 def test_a_failed_build_leaves_its_first_error_or_fails_where_the_extension_is_required(source, tmp_path):
-    text = """case "$*" in *" -c "*engine.cpp*) echo "engine.cpp:7:1: error: refused" >&2; exit 1;; esac
-while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
-"""
+    text = f"""case "$*" in *" -c "*engine.cpp*) echo "engine.cpp:7:1: error: refused" >&2; exit 1;; esac
+{MAKES}"""
     compiler = str(program(tmp_path / "c++", text))
     command = ("build_ext", "--build-lib", "build/failing")
     chosen = {"CC": compiler, "CXX": compiler, "TAMINGFAST_CUDA": "0"}
@@ -224,12 +311,17 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done
         setup(source, *command, **chosen, TAMINGFAST_REQUIRE_NATIVE="1")
 
 
-def test_without_ninja_the_error_says_what_to_install(monkeypatch):
-    """An error that `run` turns into the note, as every other failure."""
+def build_script(monkeypatch) -> dict[str, object]:
+    """The names of setup.py, which does nothing here."""
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    script = runpy.run_path("setup.py")
+    return runpy.run_path("setup.py")
+
+
+def test_without_ninja_the_error_says_what_to_install(monkeypatch):
+    """An error that `run` turns into the note, as every other failure."""
+    script = build_script(monkeypatch)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: "")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(script["ExecError"], match="ninja was not found; install it with `pip install ninja`"):

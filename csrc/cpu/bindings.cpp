@@ -35,8 +35,8 @@ const std::map<std::string, Logits> kLogits{{"none", Logits::none}, {"last", Log
 
 // --- the nearest code ------------------------------------------------------------------------------------------------
 
-void bound_nearest_code(std::uintptr_t z, std::int64_t n, std::uintptr_t codebook, std::int64_t k, std::int64_t d,
-                        std::uintptr_t out, int threads, const std::string& isa) {
+void bound_nearest_code(const Array& z, std::int64_t n, const Array& codebook, std::int64_t k, std::int64_t d,
+                        const Array& out, int threads, const std::string& isa) {
   require_least("n", n, 0);
   require_least("k", k, 1);
   require_least("d", d, 1);
@@ -56,24 +56,32 @@ void bound_nearest_code(std::uintptr_t z, std::int64_t n, std::uintptr_t codeboo
 
 // --- the GPT engine --------------------------------------------------------------------------------------------------
 
-using Addresses = std::map<std::string, std::uintptr_t>;
+using Arrays = std::map<std::string, Array>;
 using Sizes = std::map<std::string, std::int64_t>;
 
-GPTWeights read_weights(const Addresses& from, std::int64_t layers) {
-  const auto at = [&](const std::string& name) {
+GPTWeights read_weights(const Arrays& from, const Geometry& g) {
+  const auto at = [&](const std::string& name, std::int64_t rows, std::int64_t columns) {
     const auto found = from.find(name);
     if (found == from.end()) refuse("weights", "no '" + name + "'", "every parameter of the GPT");
-    return pointer_at<const float>("weights['" + name + "']", found->second, alignof(float), false);
+    return array_at<const float>("weights['" + name + "']", found->second, rows, columns);
   };
-  const auto linear = [&](const std::string& name) { return Linear{at(name + ".weight"), at(name + ".bias")}; };
-  GPTWeights weights{at("tok_emb.weight"), at("pos_emb"),   {},
-                     at("ln_f.weight"),    at("ln_f.bias"), {at("head.weight"), nullptr}};
-  for (std::int64_t i = 0; i < layers; ++i) {
+  const std::int64_t c = g.n_embd;
+  const auto linear = [&](const std::string& name, std::int64_t out, std::int64_t in) {
+    return Linear{at(name + ".weight", out, in), at(name + ".bias", out, 1)};
+  };
+  GPTWeights weights{at("tok_emb.weight", g.vocab_size, c),
+                     at("pos_emb", g.block_size, c),
+                     {},
+                     at("ln_f.weight", c, 1),
+                     at("ln_f.bias", c, 1),
+                     {at("head.weight", g.vocab_size, c), nullptr}};
+  for (std::int64_t i = 0; i < g.n_layer; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    weights.layers.push_back({at(block + "ln1.weight"), at(block + "ln1.bias"), at(block + "ln2.weight"),
-                              at(block + "ln2.bias"), linear(block + "attn.query"), linear(block + "attn.key"),
-                              linear(block + "attn.value"), linear(block + "attn.proj"), linear(block + "mlp.0"),
-                              linear(block + "mlp.2")});
+    weights.layers.push_back({at(block + "ln1.weight", c, 1), at(block + "ln1.bias", c, 1),
+                              at(block + "ln2.weight", c, 1), at(block + "ln2.bias", c, 1),
+                              linear(block + "attn.query", c, c), linear(block + "attn.key", c, c),
+                              linear(block + "attn.value", c, c), linear(block + "attn.proj", c, c),
+                              linear(block + "mlp.0", 4 * c, c), linear(block + "mlp.2", c, 4 * c)});
   }
   return weights;
 }
@@ -90,11 +98,12 @@ Geometry read_geometry(const Sizes& from) {
 // The Python object: an engine that one thread uses at a time and that can be closed.
 class GPTEngine {
  public:
-  GPTEngine(const Addresses& weights, const Sizes& geometry, const std::string& dtype, int threads,
+  GPTEngine(const Arrays& weights, const Sizes& geometry, const std::string& dtype, int threads,
             const std::string& isa) {
     const Geometry g = read_geometry(geometry);
+    check_geometry(g);
     require_range("n_layer", g.n_layer, 0, static_cast<std::int64_t>(weights.size()));
-    const GPTWeights read = read_weights(weights, g.n_layer);
+    const GPTWeights read = read_weights(weights, g);
     const Dtype type = named("dtype", dtype, kDtypes);
     const Isa chosen = parse_isa(isa);
     py::gil_scoped_release unlocked;
@@ -162,8 +171,7 @@ void interruptible(GPTEngine& engine, Work&& work) {
 
 using Item = std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>;
 
-void bound_step(GPTEngine& engine, const std::vector<Item>& items, const std::string& logits, std::uintptr_t out,
-                std::int64_t rows) {
+void bound_step(GPTEngine& engine, const std::vector<Item>& items, const std::string& logits, const Array& out) {
   const Logits wanted = named("logits", logits, kLogits);
   std::vector<Span> spans;
   std::vector<std::int64_t> tokens;
@@ -172,9 +180,7 @@ void bound_step(GPTEngine& engine, const std::vector<Item>& items, const std::st
     tokens.insert(tokens.end(), own.begin(), own.end());
   }
   interruptible(engine, [&](Engine& native) {
-    const std::int64_t needed = native.logits_rows(spans, wanted);
-    require(rows == needed, "rows", rows, std::to_string(needed) + " rows of logits");
-    float* to = array_at<float>("out", out, needed, native.geometry().vocab_size);
+    float* to = array_at<float>("out", out, native.logits_rows(spans, wanted), native.geometry().vocab_size);
     native.step(spans, tokens.data(), wanted, to, interrupted);
   });
 }
@@ -192,12 +198,12 @@ float read_temperature(double temperature) {
   return static_cast<float>(temperature);
 }
 
-void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std::uintptr_t sequences,
-                  std::int64_t length, std::int64_t fed, const std::vector<std::int64_t>& steps,
-                  const std::vector<std::uint8_t>& wanted, const std::vector<std::uint32_t>& rows,
-                  const std::vector<std::uint32_t>& columns, const std::vector<std::uint32_t>& images,
-                  std::int64_t choices, bool greedy, double temperature, std::int64_t top_k, double top_p,
-                  std::uint64_t seed, const Engine::Progress& progress, std::int64_t every) {
+std::int32_t bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, const Array& sequences,
+                          std::int64_t length, std::int64_t fed, const std::vector<std::int64_t>& steps,
+                          const std::vector<std::uint8_t>& wanted, const std::vector<std::uint32_t>& rows,
+                          const std::vector<std::uint32_t>& columns, const std::vector<std::uint32_t>& images,
+                          std::int64_t choices, bool greedy, double temperature, std::int64_t top_k, double top_p,
+                          std::uint64_t seed, const Engine::Progress& progress, std::int64_t every) {
   DecodeParams p;
   p.batch = static_cast<std::int64_t>(slots.size());
   p.count = static_cast<std::int64_t>(steps.size());
@@ -222,7 +228,9 @@ void bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& slots, std
   const auto report = [&](std::int64_t done) {
     if (progress && done % every == 0) progress(done);
   };
-  interruptible(engine, [&](Engine& native) { native.decode(p, interrupted, report); });
+  std::int32_t found = 0;
+  interruptible(engine, [&](Engine& native) { found = native.decode(p, interrupted, report); });
+  return found;
 }
 
 py::dict bound_info(GPTEngine& engine) {
@@ -246,10 +254,11 @@ py::dict bound_info(GPTEngine& engine) {
 void bind_engine(py::module_& module) {
   py::class_<GPTEngine>(module, "GPTEngine",
                         "Decodes a GPT on the CPU with a key/value cache; use it through tamingfast.engines.cpu.")
-      .def(py::init<const Addresses&, const Sizes&, const std::string&, int, const std::string&>(), py::arg("weights"),
-           py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
-           "weights: address of each contiguous float32 parameter by its name in the state dict, read here and not "
-           "kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked.")
+      .def(
+          py::init<const Arrays&, const Sizes&, const std::string&, int, const std::string&>(), py::arg("weights"),
+          py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
+          "weights: (address, bytes) of each contiguous float32 parameter by its name in the state dict, read here and "
+          "not kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked.")
       .def(
           "reserve",
           [](GPTEngine& e, std::int64_t slots, std::int64_t length) {
@@ -275,15 +284,17 @@ void bind_engine(py::module_& module) {
           },
           py::arg("source"), py::arg("target"), py::arg("length"),
           "Copies the first `length` positions of slot `source` to slot `target`.")
-      .def("step", &bound_step, py::arg("items"), py::arg("logits"), py::arg("out"), py::arg("rows"),
-           "Feeds a list of (slot, start, tokens). Logits ('none', 'last' or 'all') are written to `out`, float32 "
-           "(rows, vocab_size).")
-      .def("decode", &bound_decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
-           py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
-           py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-           py::arg("seed"), py::arg("progress") = py::none(), py::arg("every") = 1,
-           "Decodes positions `steps` of the sequences, int64 (batch, length), in place; see DecodeParams in "
-           "csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries.")
+      .def("step", &bound_step, py::arg("items"), py::arg("logits"), py::arg("out"),
+           "Feeds a list of (slot, start, tokens). Logits ('none', 'last' or 'all') are written to `out`, (address, "
+           "bytes) of a float32 (rows, vocab_size) array.")
+      .def(
+          "decode", &bound_decode, py::arg("slots"), py::arg("sequences"), py::arg("length"), py::arg("fed"),
+          py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
+          py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+          py::arg("seed"), py::arg("progress") = py::none(), py::arg("every") = 1,
+          "Decodes positions `steps` of the sequences, (address, bytes) of an int64 (batch, length) array, in place; "
+          "see DecodeParams in csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries. Returns 0, or if a token could "
+          "not be chosen, 1 for logits with NaN and 2 for nothing above -infinity, or-ed.")
       .def(
           "set_threads", [](GPTEngine& e, int threads) { e.use([&](Engine& native) { native.set_threads(threads); }); },
           py::arg("threads"), "Sets the number of threads for later calls.")
@@ -306,7 +317,7 @@ void bind_cpu(py::module_& module) {
       "nearest_code", &bound_nearest_code, py::arg("z"), py::arg("n"), py::arg("codebook"), py::arg("k"), py::arg("d"),
       py::arg("out"), py::arg("threads"), py::arg("isa") = "auto",
       "Writes the index of the nearest row of the codebook (k, d) for each row of z (n, d) to out (n,). z, codebook "
-      "and out are the addresses of contiguous float32, float32 and int64 arrays. ValueError names the argument.");
+      "and out are (address, bytes) of contiguous float32, float32 and int64 arrays. ValueError names the argument.");
   bind_engine(module);
   module.def(
       "read_bandwidth",

@@ -66,12 +66,12 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
                            ChoiceScratch& scratch) {
   for (std::int64_t v = 0; v < vocab; ++v)
     if (std::isnan(logits[v])) return kChoiceNan;
-  if (choice.greedy) {
-    const std::int64_t best = std::max_element(logits, logits + vocab) - logits;
-    return logits[best] > -std::numeric_limits<float>::infinity() ? best : kChoiceNothing;
-  }
+  const float* top = std::max_element(logits, logits + vocab);
+  if (!(*top > -std::numeric_limits<float>::infinity())) return kChoiceNothing;
+  if (choice.greedy) return top - logits;
+  const Scale scaled(*top, choice.temperature);
   float* scores = scratch.scores.data();
-  for (std::int64_t v = 0; v < vocab; ++v) scores[v] = logits[v] / choice.temperature;
+  for (std::int64_t v = 0; v < vocab; ++v) scores[v] = scaled(logits[v]);
   std::int64_t count = keep_top_k(scores, vocab, choice.top_k, scratch);
   if (choice.top_p < 1.0) count = keep_top_p(scores, count, choice.top_p, scratch);
   Candidate best = no_candidate();
@@ -81,10 +81,9 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
     const std::int32_t v = scratch.kept[i];
     if (v / 4 != block) words = noise_words(choice.seed, place, block = v / 4);
     const Candidate candidate{scores[v] + gumbel(words.at[v % 4]), v};
-    if (std::isnan(candidate.score)) return kChoiceNan;
     if (beats(candidate, best)) best = candidate;
   }
-  return best.index < 0 ? std::int64_t{kChoiceNothing} : best.index;
+  return best.index;
 }
 
 }  // namespace tamingfast

@@ -172,7 +172,8 @@ struct Engine::State {
               Memory& out, std::int64_t ldo, int thread, int of);
   void attend(const Pass& pass, std::int64_t layer, int thread, int of);
   void head_logits(Pass& pass, int thread, int of);
-  void choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who, const float* logits);
+  std::int32_t choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who,
+                           const float* logits);
 
   char* cache_of(std::int64_t layer, std::int64_t slot, std::int64_t head) const {
     return cache.as<char>() + ((layer * slots + slot) * geometry.n_head + head) * head_bytes;
@@ -400,7 +401,7 @@ void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tok
   }
 }
 
-Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
+void check_geometry(const Geometry& g) {
   const std::int64_t most = std::int64_t{1} << 24;
   require_range("vocab_size", g.vocab_size, 1, most);
   require_range("block_size", g.block_size, 1, most);
@@ -409,6 +410,10 @@ Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int th
   require_range("n_head", g.n_head, 1, g.n_embd);
   require(g.n_embd % g.n_head == 0, "n_head", g.n_head, "a divisor of n_embd=" + std::to_string(g.n_embd));
   require_range("n_unmasked", g.n_unmasked, 0, g.block_size);
+}
+
+Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {
+  check_geometry(g);
   require_range("threads", threads, 1, kMaxThreads);
   state_ = std::make_unique<State>(g, dtype, kernels_for(isa));
   state_->threads = threads;
@@ -440,12 +445,13 @@ void Engine::reserve(std::int64_t slots, std::int64_t length) {
   const double total = static_cast<double>(head) * s.geometry.n_head * s.geometry.n_layer * slots;
   require_memory("cache", total);
   Memory cache(static_cast<std::size_t>(total));
+  std::vector<std::int64_t> lengths(slots, 0);  // all that may fail comes before any change
   s.cache = std::move(cache);
+  s.lengths = std::move(lengths);
   s.slots = slots;
   s.capacity = length;
   s.keys_bytes = keys;
   s.head_bytes = head;
-  s.lengths.assign(slots, 0);
 }
 
 std::int64_t Engine::length(std::int64_t slot) const {
@@ -482,11 +488,11 @@ void Engine::step(const std::vector<Span>& spans, const std::int64_t* tokens, Lo
   state_->feed(spans, tokens, logits, out, poll);
 }
 
-// Chooses step i of the sequences `who` from their rows of logits.
-void Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who,
-                                const float* logits) {
+// Chooses step i of the sequences `who` from their rows of logits; returns what `decode` does.
+std::int32_t Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std::vector<std::int64_t>& who,
+                                        const float* logits) {
   const std::int64_t count = static_cast<std::int64_t>(who.size());
-  std::atomic<bool> nan{false}, nothing{false};
+  std::atomic<std::int32_t> found{0};
   parallel(static_cast<int>(std::min<std::int64_t>(usable_threads(), count)), [&](int thread, int of) {
     const Range mine = share(count, thread, of);
     for (std::int64_t r = mine.first; r < mine.last; ++r) {
@@ -494,14 +500,12 @@ void Engine::State::choose_rows(const DecodeParams& d, std::int64_t i, const std
       const Place place{d.images[b], d.rows[i], d.columns[i]};
       const std::int64_t token =
           choose(logits + r * geometry.vocab_size, d.choices, d.choice, place, choice_scratch[thread]);
-      if (token == kChoiceNan) nan = true;
-      if (token == kChoiceNothing) nothing = true;
+      if (token == kChoiceNan) found |= kFoundNan;
+      if (token == kChoiceNothing) found |= kFoundNothing;
       if (token >= 0) d.sequences[b * d.length + d.steps[i]] = token;
     }
   });
-  if (nan || nothing)
-    throw std::domain_error(std::string("logits: got ") + (nan ? "NaN" : "only -inf") +
-                            " in a row, expected numbers to choose a token from; check the weights");
+  return found;
 }
 
 void Engine::State::check_decode(const DecodeParams& d) const {
@@ -521,7 +525,7 @@ void Engine::State::check_decode(const DecodeParams& d) const {
   }
 }
 
-void Engine::decode(const DecodeParams& d, const Poll& poll, const Progress& progress) {
+std::int32_t Engine::decode(const DecodeParams& d, const Poll& poll, const Progress& progress) {
   State& s = *state_;
   s.check_decode(d);
   std::vector<std::int64_t> fed(d.batch, d.fed), tokens, who;
@@ -546,10 +550,11 @@ void Engine::decode(const DecodeParams& d, const Poll& poll, const Progress& pro
       s.check_spans(spans, tokens.data());
       logits.resize(spans.size() * s.geometry.vocab_size);
       s.feed(spans, tokens.data(), Logits::last, logits.data(), poll);
-      s.choose_rows(d, i, who, logits.data());
+      if (const std::int32_t found = s.choose_rows(d, i, who, logits.data())) return found;
     }
     if (progress) progress(i + 1);
   }
+  return 0;
 }
 
 }  // namespace tamingfast

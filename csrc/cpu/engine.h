@@ -70,6 +70,9 @@ struct DecodeParams {
   Choice choice;
 };
 
+// Throws std::invalid_argument, which names the size, unless an engine can have these sizes.
+void check_geometry(const Geometry& geometry);
+
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
@@ -107,9 +110,10 @@ class Engine {
   void step(const std::vector<Span>& spans, const std::int64_t* tokens, Logits logits, float* out, const Poll& poll);
   std::int64_t logits_rows(const std::vector<Span>& spans, Logits logits) const;
 
-  // Calls progress(i + 1) after each step i. Throws std::invalid_argument, which names the argument, and
-  // std::domain_error if a row of logits holds NaN, or nothing above -infinity.
-  void decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
+  // Calls progress(i + 1) after each step i. Throws std::invalid_argument, which names the argument. Stops at a step
+  // with rows of logits that hold NaN, or nothing above -infinity, and returns kFoundNan and kFoundNothing or-ed, else
+  // 0.
+  std::int32_t decode(const DecodeParams& params, const Poll& poll, const Progress& progress);
 
  private:
   struct State;

@@ -412,8 +412,12 @@ void linear(Dtype dtype, const LinearParams& p, const Matrix& m, int64_t first, 
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
+// weigh_values reads positions in pairs, so the second of a pair is cleared until it is written: a zero weight times
+// what another sequence left there, which may be NaN, would not be zero.
 void append(Dtype dtype, const float* k, const float* v, int64_t d, int64_t position, void* keys, void* values) {
   const int64_t block = position / kBlock, lane = position % kBlock, width = round_up(d, kBlock);
+  const int64_t row = width * (dtype == Dtype::float32 ? sizeof(float) : sizeof(uint16_t));
+  if (position % 2 == 0) memset(static_cast<char*>(values) + (position + 1) * row, 0, row);
   if (dtype == Dtype::float32) {
     float* to = static_cast<float*>(keys) + block * d * kBlock + lane;
     for (int64_t i = 0; i < d; ++i) to[i * kBlock] = k[i];

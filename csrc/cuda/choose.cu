@@ -139,7 +139,7 @@ __device__ Kept nucleus(const Score& score, std::int64_t entries, double p, Kept
     const float value = score(v);
     key = order_key(value);
     const float relative = expf(value - best);
-    mass = relative > 0.0f ? static_cast<Mass>(relative * mass_of_best) : 0;  // 0 also if infinities made it NaN
+    mass = static_cast<Mass>(relative * mass_of_best);
     return kept.holds(key, v);
   };
   Mass mine = 0;
@@ -188,23 +188,26 @@ template <class T>
 __device__ std::int64_t choose_entry(const T* logits, const Options& options, const Place& place, Shared& shared) {
   const Choice& choice = options.choice;
   const std::int64_t entries = options.choices;
-  const float temperature = choice.greedy ? 1.0f : choice.temperature;
   float* scores = reinterpret_cast<float*>(&shared + 1);
   const bool cached = entries <= kMostCached;
-  const auto score = [&](std::int64_t v) { return cached ? scores[v] : to_float(logits[v]) / temperature; };
   Candidate mine = no_candidate();
   bool nan = false;
   for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) {
-    const float value = to_float(logits[v]) / temperature;
-    if (cached) scores[v] = value;
-    const Candidate candidate = {value, static_cast<std::int32_t>(v)};
+    const Candidate candidate = {to_float(logits[v]), static_cast<std::int32_t>(v)};
+    if (cached) scores[v] = candidate.score;
     nan = nan || isnan(candidate.score);
     if (beats(candidate, mine)) mine = candidate;
   }
-  const Candidate best = block_best(mine, nan, shared);
-  if (isnan(best.score)) return kChoiceNan;
-  if (best.index < 0) return kChoiceNothing;
-  if (choice.greedy) return best.index;
+  const Candidate top = block_best(mine, nan, shared);
+  if (isnan(top.score)) return kChoiceNan;
+  if (top.index < 0) return kChoiceNothing;
+  if (choice.greedy) return top.index;
+
+  const Scale scaled(top.score, choice.temperature);
+  const auto score = [&](std::int64_t v) { return cached ? scores[v] : scaled(to_float(logits[v])); };
+  if (cached)
+    for (std::int64_t v = threadIdx.x; v < entries; v += kThreads) scores[v] = scaled(scores[v]);
+  __syncthreads();
 
   Kept kept{0, entries};
   if (choice.top_k > 0 && choice.top_k < entries) {
@@ -216,10 +219,9 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
     const Mass k = static_cast<Mass>(choice.top_k);
     kept.key = select(entries, entry, [&](Mass count) { return count >= k; }, shared).key;
   }
-  if (choice.top_p < 1.0) kept = nucleus(score, entries, choice.top_p, kept, best.score, shared);
+  if (choice.top_p < 1.0) kept = nucleus(score, entries, choice.top_p, kept, scaled(top.score), shared);
 
   mine = no_candidate();
-  nan = false;
   for (std::int64_t quad = threadIdx.x; quad * kQuad < entries; quad += kThreads) {
     bool drawn = false;
     Words words;
@@ -230,13 +232,10 @@ __device__ std::int64_t choose_entry(const T* logits, const Options& options, co
       if (!drawn) words = noise_words(choice.seed, place, static_cast<std::uint32_t>(quad));
       drawn = true;
       const Candidate candidate = {value + gumbel(words.at[i]), static_cast<std::int32_t>(v)};
-      nan = nan || isnan(candidate.score);
       if (beats(candidate, mine)) mine = candidate;
     }
   }
-  const Candidate winner = block_best(mine, nan, shared);
-  if (isnan(winner.score)) return kChoiceNan;
-  return winner.index < 0 ? static_cast<std::int64_t>(kChoiceNothing) : winner.index;
+  return block_best(mine, false, shared).index;
 }
 
 template <class T>

@@ -90,8 +90,6 @@ struct GeluParams {
   const float* bias;
 };
 
-enum : std::int32_t { kFoundNan = 1, kFoundNothing = 2 };
-
 // What all rows of a choice share. It is in device memory, so that one captured graph serves every call.
 struct Options {
   Choice choice;

@@ -7,10 +7,13 @@ class for such a name, `install` makes the imports work.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, overload
 
 from tamingfast.renamed import new_name
 
@@ -114,13 +117,13 @@ def resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def is_ours(target: str) -> bool:
-    """Whether a dotted name belongs to `tamingfast.models`: today's name, an older one, or one of the original."""
+def is_ours(target: str, package: str = "models") -> bool:
+    """Whether a dotted name belongs to our ``package``: today's name, an older one, or one of the original."""
     try:
         module, _ = _home(target)
     except KeyError:
         return True  # `resolve` says that it has no counterpart
-    return module.startswith(f"{_MODELS}.")
+    return module.startswith(f"tamingfast.{package}.")
 
 
 def _home(target: str) -> tuple[str, str]:
@@ -134,39 +137,116 @@ def _home(target: str) -> tuple[str, str]:
 
 
 def install() -> None:
-    """Register ``taming.*`` in `sys.modules`, so that code and configs written for the original find our classes.
+    """Make imports of ``taming`` find our classes, so that code and configs written for the original run on them.
 
-    Classes are looked up on first use. An installed ``taming`` package is hidden until the process ends. The original's
-    top-level ``main`` is not registered, because a program may have a ``main`` of its own.
+    The effect is that of a copy of ours that lies before all others on the path: modules and names that have no
+    counterpart here come from the copy of the original that can be found, if any, whether it is imported before or
+    after this call. Classes are looked up on first use. The original's top-level ``main`` is not replaced, because a
+    program may have a ``main`` of its own.
     """
-    for path in NAMES:
-        if not path.startswith("taming"):
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "finds_stand_ins", False)]
+    sys.meta_path.insert(0, _Finder())
+    for path in sorted(_served()):  # packages before what they contain
+        known = sys.modules.get(path)
+        if getattr(type(known), "is_stand_in", False):
             continue
-        parts = path.split(".")
-        for depth in range(1, len(parts) + 1):
-            _ensure_module(".".join(parts[:depth]))
+        module = sys.modules[path] = importlib.util.module_from_spec(_spec(path))
+        if known is not None:
+            vars(module)["_original"] = known
+        parent, _, leaf = path.rpartition(".")
+        for holder in (sys.modules.get(parent), vars(sys.modules[parent]).get("_original") if parent else None):
+            if holder is not None:
+                setattr(holder, leaf, module)
+
+
+def _served() -> set[str]:
+    """The original's modules that have names here, and the packages around them."""
+    paths = [path.split(".") for path in NAMES if path.startswith("taming.")]
+    return {".".join(parts[:depth]) for parts in paths for depth in range(1, len(parts) + 1)}
+
+
+def _spec(path: str) -> importlib.machinery.ModuleSpec:
+    spec = importlib.machinery.ModuleSpec(path, _Finder(), is_package=True)
+    spec.submodule_search_locations = _Folders(path)  # type: ignore[assignment]  # a sequence is all that is needed
+    return spec
+
+
+def _original_spec(path: str) -> importlib.machinery.ModuleSpec | None:
+    """Where the original's module can be found now, if anywhere."""
+    parent = path.rpartition(".")[0]
+    folders = _Folders(parent) if parent else None
+    others = [finder for finder in sys.meta_path if not getattr(finder, "finds_stand_ins", False)]
+    specs = (finder.find_spec(path, folders) for finder in others if hasattr(finder, "find_spec"))
+    return next((spec for spec in specs if spec is not None), None)
 
 
 class _StandIn(types.ModuleType):
-    """A module of the original whose names are looked up in `NAMES`."""
+    """A module of the original whose names are looked up in `NAMES`, and then in the original itself."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, f"Stand-in for {path}, provided by tamingfast.")
-        self.__path__: list[str] = []  # makes it a package, from which submodules can be imported
-        self.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
-        self.__all__ = list(NAMES.get(path, {}))
+    is_stand_in: ClassVar[bool] = True
 
     def __getattr__(self, name: str) -> Any:
         path = self.__name__
         if name in NAMES.get(path, {}):
             return resolve(f"{path}.{name}")
-        raise AttributeError(f"tamingfast has no counterpart of {path}.{name}")
+        # Programs ask every module for names such as __file__; that must not run the original's code.
+        original = None if name.startswith("__") else self._load_original()
+        if original is not None and hasattr(original, name):
+            return getattr(original, name)
+        raise AttributeError(f"tamingfast has no counterpart of {path}.{name}, and no copy of the original has it")
+
+    def _load_original(self) -> types.ModuleType | None:
+        """The original's module, run on first use under its own name, but not registered under it."""
+        held = vars(self)
+        if "_original" not in held and (spec := _original_spec(self.__name__)) is not None:
+            held["_original"] = importlib.util.module_from_spec(spec)  # before it runs: it may import itself
+            try:
+                if spec.loader is not None:  # None for a folder without __init__.py
+                    spec.loader.exec_module(held["_original"])
+            except BaseException:
+                del held["_original"]
+                raise
+        return held.get("_original")
 
 
-def _ensure_module(path: str) -> None:
-    if isinstance(sys.modules.get(path), _StandIn):
-        return
-    module = sys.modules[path] = _StandIn(path)
-    parent, _, leaf = path.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], leaf, module)
+class _Folders(Sequence[str]):
+    """The folders of a package of the original, as they are at the time of asking."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def _now(self) -> list[str]:
+        known = vars(sys.modules[self.package]).get("_original") if self.package in sys.modules else None
+        if known is not None:
+            return list(getattr(known, "__path__", ()))
+        spec = _original_spec(self.package)
+        return list(spec.submodule_search_locations or ()) if spec is not None else []
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self._now()[index]
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds stand-ins before any other module of their names."""
+
+    finds_stand_ins: ClassVar[bool] = True
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return _spec(name) if name in _served() else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = _StandIn(spec.name, f"Stand-in for {spec.name}, provided by tamingfast.")
+        module.__all__ = list(NAMES.get(spec.name, {}))  # type: ignore[attr-defined]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        vars(module).pop("_original", None)  # a reload loads it again

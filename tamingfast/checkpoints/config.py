@@ -8,32 +8,144 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+import yaml
+from omegaconf import OmegaConf
 
-from tamingfast.checkpoints import compat
+from tamingfast.checkpoints.references import check_references, resolved
+from tamingfast.checkpoints.targets import class_of
 from tamingfast.errors import UserError, first_line, lacks_memory, nearest
+from tamingfast.files import check_regular, open_regular
+
+_MOST_BYTES = 1 << 20
+_MOST_VALUES, _DEEPEST = 100_000, 64
+# OmegaConf 2.4 has a limit of its own, below the number of classes in some data.
+_limit = "max_yaml_expanded_nodes"
+_UNLIMITED: dict[str, Any] = {_limit: None} if _limit in inspect.signature(OmegaConf.create).parameters else {}
 
 
 def load_yaml(path: str | os.PathLike) -> Any:
-    """Read a YAML file as an OmegaConf config; UserError if it is missing, unreadable or not a mapping."""
+    """Read a YAML file as an OmegaConf config, its references unresolved.
+
+    Raises UserError if it is missing, unreadable, not a mapping, or larger or deeper than any config, and for resolvers
+    such as ``${oc.env:HOME}``, which are not run.
+    """
     path = Path(path)
+    text = _text(path)
     try:
-        config = OmegaConf.load(path)
+        _check_document(text, path)
+        loaded = OmegaConf.create(text, **_UNLIMITED)
+        raw = OmegaConf.to_container(loaded, resolve=False)
+    except UserError:
+        raise
+    except Exception as error:  # of PyYAML and of OmegaConf, which share no class
+        raise UserError(
+            f"{path}: got unreadable YAML ({_problem(error)}), expected a config; correct the file"
+        ) from error
+    check_config_values(raw, path)
+    check_references(raw, source=path)
+    return loaded
+
+
+def _text(path: Path) -> str:
+    try:
+        check_regular(path, "a YAML config")
+        with open_regular(path) as stream:
+            content = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: got no file, expected a YAML config; give the path of an existing one") from None
-    except Exception as error:
-        raise UserError(
-            f"{path}: got unreadable YAML ({first_line(error)}), expected a config; correct the file"
-        ) from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path}: got no mapping, expected a config with sections such as 'model:'")
-    return config
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: got '{first_line(error)}', expected a YAML config that can be read") from error
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{path}: got more than {_MOST_BYTES} bytes, expected a YAML config, which is far smaller")
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: got bytes that are not text ({error}), expected a YAML config in UTF-8") from error
+
+
+def _check_document(text: str, path: Path) -> None:
+    """Raise UserError unless the document is a mapping with as few and as shallow values as a config has.
+
+    It is read event by event, as the parser of PyYAML crashes on deep documents, and a few lines of aliases can stand
+    for gigabytes, which older versions of OmegaConf make.
+    """
+    anchors: dict[str, int] = {}
+    starts: list[Any] = []
+    sizes = [0]  # of the collections that are open
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.NodeEvent) and not starts and not isinstance(event, yaml.MappingStartEvent):
+            raise _no_config(path, getattr(event, "value", []))
+        if isinstance(event, yaml.AliasEvent):
+            sizes[-1] += anchors.get(event.anchor, _MOST_VALUES)  # one that is not closed would contain itself
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[-1] += 1
+            anchors[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            starts.append(event)
+            sizes.append(1)
+            anchors.pop(event.anchor, None)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = anchors[starts.pop().anchor] = sizes.pop()
+            sizes[-1] += size
+        if sizes[-1] > _MOST_VALUES or len(starts) > _DEEPEST:
+            raise _too_much(path)
+    if sizes == [0]:
+        raise _no_config(path, None)
+
+
+def check_config_values(config: Any, source: str | os.PathLike) -> None:
+    """Raise UserError unless ``config``, read from ``source``, is a mapping with as few values as one."""
+    if not isinstance(config, Mapping):
+        raise _no_config(source, config)
+    level: list[Any] = [config]
+    count = 0
+    for _ in range(_DEEPEST):
+        count += len(level)
+        level = [value for inside in level for value in _inside(inside)]
+        if not level:
+            return
+        if count + len(level) > _MOST_VALUES:
+            break
+    raise _too_much(source)
+
+
+def _too_much(source: str | os.PathLike) -> UserError:
+    return UserError(f"{source}: got over {_MOST_VALUES} values or {_DEEPEST} levels of them, expected a config")
+
+
+def _problem(error: Exception) -> str:
+    """What a parser found, and where."""
+    place = getattr(error, "problem_mark", None)
+    found = getattr(error, "problem", None) or first_line(error)
+    return found if place is None else f"{found}, line {place.line + 1}"
+
+
+def _no_config(source: str | os.PathLike, found: Any) -> UserError:
+    what = "nothing" if found is None else f"no mapping ({type(found).__name__})"
+    return UserError(f"{source}: got {what}, expected a config with sections such as 'model:'")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def plain(config: Any) -> Any:
-    """OmegaConf containers as dicts and lists, with interpolations resolved; everything else unchanged."""
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    """OmegaConf containers as dicts and lists, with references resolved; everything else unchanged.
+
+    Raises UserError for a reference to nothing and for resolvers (see `tamingfast.checkpoints.references`).
+    """
+    if not OmegaConf.is_config(config):
+        return config
+    keys: list[str | int] = []
+    while (parent := config._get_parent()) is not None:
+        keys.insert(0, config._key())
+        config = parent
+    return resolved(OmegaConf.to_container(config, resolve=False), tuple(keys))
 
 
 def trained_side(config: Any) -> int | None:
@@ -49,32 +161,19 @@ def at(config: Any, *keys: str) -> Any:
     return config
 
 
-def get_obj_from_str(target: str) -> Any:
-    """The class or function of a dotted name; for the original's names (`compat.NAMES`) our counterpart."""
-    try:
-        return compat.resolve(target)
-    except KeyError:
-        names = [f"{home}.{name}" for home, members in compat.NAMES.items() for name in members]
-        hint = nearest(target, names)
-        raise UserError(
-            f"target: got '{target}', expected a name of the original that has a counterpart here{hint}"
-        ) from None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"target: got '{target}', which cannot be imported ({first_line(error)}), expected the name of a class"
-        ) from error
-
-
 def instantiate_from_config(config: Any, **overrides: Any) -> Any:
     """``config["target"](**config["params"])``, with ``overrides`` in place of ``params`` of the same name.
 
-    Raises UserError if ``target`` is missing or unknown, or does not accept the ``params``.
+    Raises UserError if ``target`` is missing, does not accept the ``params``, or names anything but a class that
+    `tamingfast.checkpoints.targets.class_of` allows in a user's own config.
     """
     config = plain(config)
     if not isinstance(config, Mapping) or "target" not in config:
         raise UserError(f"config: got {config!r}, expected a mapping with a 'target' that names a class")
-    target = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **overrides}
+    target, params = class_of(config["target"]), config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise UserError(f"{config['target']}: got params {params!r}, expected a mapping of names to values")
+    params = {**params, **overrides}
     try:
         inspect.signature(target).bind(**params)
     except TypeError as error:
@@ -102,26 +201,3 @@ def without_checkpoints(config: Any) -> Any:
     if isinstance(config, Mapping):
         return {key: without_checkpoints(value) for key, value in config.items() if key != "ckpt_path"}
     return [without_checkpoints(value) for value in config] if isinstance(config, list | tuple) else config
-
-
-def check_targets(config: Any, trusted: bool) -> None:
-    """Raise UserError for a ``target`` other than a network or schedule of this package: building it would run code.
-
-    With ``trusted``, other `torch.nn.Module` classes are allowed too. Nothing is built, but the modules of allowed
-    names are imported.
-    """
-    if isinstance(config, list | tuple):
-        for value in config:
-            check_targets(value, trusted)
-    if not isinstance(config, Mapping):
-        return
-    target = config.get("target")
-    if isinstance(target, str):
-        found = get_obj_from_str(target) if trusted or compat.is_ours(target) else None
-        if not (isinstance(found, type) and (issubclass(found, nn.Module) or found.__name__.endswith("Scheduler"))):
-            raise UserError(
-                f"target: got '{target}', which is not run, expected a network of tamingfast; remove it, or pass the "
-                "config as a mapping if it is a torch module that you trust"
-            )
-    for value in config.values():
-        check_targets(value, trusted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ def convert(
     checkpoint: str | os.PathLike,
     out: str | os.PathLike,
     config: str | os.PathLike | Mapping[str, Any] | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> Path:
     """Write a checkpoint that `load_model` can open as one ``.safetensors`` file with its config inside.
 
-    Optimizer states and losses are left out. Returns the path of the file; UserError for another suffix.
+    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file; UserError
+    for another suffix.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
         raise UserError(f"out: got '{out.name}', expected a name that ends in .safetensors")
-    model = load_model(checkpoint, config)
+    model = load_model(checkpoint, config, allow=allow)
     state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
     save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
     return out

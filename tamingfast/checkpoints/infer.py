@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tamingfast.checkpoints.unpickling import Foreign, Name
-from tamingfast.checkpoints.weights import unwrapped
+from tamingfast.checkpoints.weights import shown, unwrapped
 from tamingfast.errors import UserError
 
 #: Keys by which weights of a first stage and of a prior are recognised.
@@ -124,7 +124,7 @@ def check_signs(beside: Mapping[Any, Any], source: str | os.PathLike) -> None:
         ibq = next((text for text in (name, value) if isinstance(text, str) and "ibq" in text.lower()), None)
         if ibq is not None or (name == "tanh_out" and value is True):
             raise UserError(
-                f"{source}: got weights without a config beside the setting '{(ibq or name)[:80]}', expected their "
+                f"{source}: got weights without a config beside the setting {shown(ibq or name)}, expected their "
                 f"config, as weights do not show that; without it, {ASSUMED}"
             )
 

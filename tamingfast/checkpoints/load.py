@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tamingfast.checkpoints.config import at, check_targets, instantiate_from_config, load_yaml, without_checkpoints
+from tamingfast.checkpoints.config import (
+    at,
+    check_config_values,
+    instantiate_from_config,
+    load_yaml,
+    plain,
+    without_checkpoints,
+)
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
@@ -35,11 +44,13 @@ def load_model(
     config: str | os.PathLike | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> nn.Module:
     """A model in evaluation mode from a checkpoint of the original or of ours.
 
-    A config builds networks of this package only, so neither file runs code; a mapping may also name other
-    `torch.nn.Module` classes.
+    A config builds networks of this package only, so neither file runs code; other `torch.nn.Module` classes are built
+    if ``allow`` has their names, or if ``config`` is a mapping.
 
     Args:
         checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
@@ -47,6 +58,7 @@ def load_model(
             file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
+        allow: dotted names of further classes that the config may name, such as ``("package.Class",)``.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
@@ -56,10 +68,11 @@ def load_model(
     found = read_checkpoint(path)
     check_real(found.state, path)
     settings = _settings(found, config)
-    check_targets(settings["model"], trusted=isinstance(config, Mapping))
+    check_targets(settings["model"], "model", None if isinstance(config, Mapping) else allow)
+    check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
     load_into(model, found.state, path, optional=_OPTIONAL)
-    model.config = settings
+    model.config, model.allow = settings, frozenset(allow)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -82,6 +95,8 @@ def _settings(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
         check_signs(checkpoint.beside, path)
         config = {"model": infer_config(checkpoint.state, path)}
         logger.warning("no config found for %s; its architecture is inferred from the weights, so %s", path, ASSUMED)
+    config = plain(config)
+    check_config_values(config, path)
     settings = without_checkpoints(config)
     model = settings.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):

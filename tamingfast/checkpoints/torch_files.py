@@ -109,18 +109,18 @@ class _Zip(TorchFile):
     def _record(self, name: str) -> Tensor:
         entry = self._entries.get(self._folder + name)
         if entry is None:
-            raise BadFile(f"a damaged archive without '{name}'")
+            raise BadFile(f"a damaged archive without {name[:40]!r}")
         header = self._span(entry.header_offset, _LOCAL_HEADER.size).numpy().tobytes()
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         if signature != b"PK\x03\x04":
-            raise BadFile(f"a damaged archive that has no '{name}' at the place that it gives")
+            raise BadFile(f"a damaged archive that has no {name[:40]!r} at the place that it gives")
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         return self._span(start, entry.file_size, entry.CRC if self._checked else None)
 
     def _bytes(self, storage: Storage) -> Tensor:
         found = self._record(f"data/{storage.key}")
         if len(found) != storage.numel * storage.dtype.itemsize:
-            raise BadFile(f"a damaged archive whose 'data/{storage.key}' has {len(found)} bytes")
+            raise BadFile(f"a damaged archive in which the memory of tensors has {len(found)} bytes, not as they say")
         if self._swapped and len(found):
             found.untyped_storage().byteswap(storage.dtype)
         return found

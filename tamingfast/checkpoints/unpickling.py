@@ -263,7 +263,7 @@ class Unpickler:
                 return described
             case ("storage", Name(text), str(key), _, int(numel), *view) if view in ([], [None]):
                 dtype = _STORAGES.get(text.rpartition(".")[2])
-                if dtype is not None and numel >= 0:
+                if dtype is not None and 0 <= numel < 1 << 63:
                     return self.storages.setdefault(key, Storage(key, dtype, numel))
         return Unusable("a storage of an unknown kind")
 

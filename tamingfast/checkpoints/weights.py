@@ -152,8 +152,9 @@ def _safetensors(path: str | os.PathLike) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # the library raises errors of several types for damaged files and unknown dtypes
+        reason = "".join(filter(str.isprintable, first_line(error)))[:150]  # it quotes keys of the file
         raise UserError(
-            f"{path}: got a damaged safetensors file ({first_line(error)}), expected weights; copy or download it again"
+            f"{path}: got a damaged safetensors file ({reason}), expected weights; copy or download it again"
         ) from error
 
 

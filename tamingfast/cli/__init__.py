@@ -17,6 +17,7 @@ from tamingfast import __version__
 from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
 from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
 from tamingfast.errors import Stopped, UserError, in_words
+from tamingfast.ops import backends
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _begin_logging()
             arguments = _parse(words)
             check_paths(arguments)
+            if arguments.run is not about.info:  # which says what can run here
+                backends.check_environment()
             arguments.run(arguments)
             sys.stdout.flush()
         except KeyboardInterrupt:

@@ -7,14 +7,16 @@ import json
 
 from tamingfast import __version__, tasks
 from tamingfast.cli.arguments import output, source
-from tamingfast.cli.options import Commands, command
+from tamingfast.cli.options import ALLOW, Commands, command
 from tamingfast.cli.progress import say_written
 
 
 def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
     added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
-    added = command(commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config")
+    added = command(
+        commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config", (ALLOW,)
+    )
     added.add_argument("checkpoint", type=source)
     added.add_argument("out", type=output, help="file to write (.safetensors)")
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
@@ -28,7 +30,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
-    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config))
+    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow))
 
 
 def info(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from tamingfast.errors import UserError
-from tamingfast.files import check_directory, check_writable
+from tamingfast.files import check_directory, check_regular, check_writable
 from tamingfast.ops.backends import pick_device
 
 LARGEST = 2**31 - 1  # of a number of images, tokens or pixels
@@ -91,8 +91,14 @@ def output_directory(text: str) -> str:
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    """Raise UserError for an output that cannot be written or is an input, before anything long is done."""
+    """Raise UserError for a path that cannot be used, before anything long is done.
+
+    That is an input that is a pipe or a device, or an output that cannot be written or is an input.
+    """
     sources = list(_given(arguments, source))
+    for _, path in sources:
+        if not os.path.isdir(path):
+            check_regular(path, "a file or a directory")
     checks: dict[Callable[[str], str], Callable[[str], object]] = {
         output: check_writable,
         output_directory: check_directory,

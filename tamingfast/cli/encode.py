@@ -6,7 +6,7 @@ import argparse
 
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
-from tamingfast.cli.options import DEVICE, Commands, command, data_settings, load
+from tamingfast.cli.options import ALLOW, DEVICE, Commands, command, data_settings, load
 from tamingfast.cli.progress import progress_bar, say_written
 from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
@@ -14,7 +14,7 @@ from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
-    added = command(commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE,))
+    added = command(commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE, ALLOW))
     added.add_argument("model", type=source, help="run directory or checkpoint of a first stage")
     added.add_argument("--out", type=output, required=True, help="token file to write (.safetensors)")
     added.add_argument(
@@ -31,7 +31,7 @@ def encode(arguments: argparse.Namespace) -> None:
 
     cond_stage = None
     if arguments.cond_stage:
-        cond_stage = load_model(arguments.cond_stage, device=pick_device(arguments.device))
+        cond_stage = load_model(arguments.cond_stage, device=pick_device(arguments.device), allow=arguments.allow)
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
         batch=arguments.batch, bars=progress_bar,

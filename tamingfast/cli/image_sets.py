@@ -10,6 +10,7 @@ from dataclasses import asdict
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import (
+    ALLOW,
     DEVICE,
     DRAWING,
     Commands,
@@ -56,7 +57,7 @@ def _command(
     text: str,
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, *parents))
+    added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
     added.add_argument("model", type=source, help="run directory or checkpoint")
     added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")

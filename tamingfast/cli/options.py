@@ -57,6 +57,13 @@ class _OldName(argparse.Action):
 _DEFAULT = {field.name: field.default for field in fields(DrawingOptions)}
 
 DEVICE = options(("--device", {"type": device, "help": "cpu, cuda or cuda:N; default: a GPU if there is one"}))
+ALLOW = options((
+    "--allow",
+    {
+        "action": "append", "default": [], "metavar": "PACKAGE.CLASS",
+        "help": "a class that is not ours, but which the model's config may name; can be repeated",
+    },
+))  # fmt: skip
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
@@ -144,4 +151,4 @@ def load(arguments: argparse.Namespace) -> nn.Module:
     """The model named on the command line, on the device of --device."""
     from tamingfast.checkpoints import load_model
 
-    return load_model(arguments.model, device=pick_device(arguments.device))
+    return load_model(arguments.model, device=pick_device(arguments.device), allow=arguments.allow)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tamingfast.cli.arguments import output_directory, source, whole
-from tamingfast.cli.options import DEVICE, RESUME, Commands, command
+from tamingfast.cli.options import ALLOW, DEVICE, RESUME, Commands, command
 from tamingfast.cli.progress import say_written
 from tamingfast.errors import UserError
 
@@ -27,7 +27,7 @@ def add_to(commands: Commands) -> None:
 def _command(
     stages: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(stages, name, run, text, (DEVICE, RESUME))
+    added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME))
     added.add_argument("--out", type=output_directory, required=True, help="run directory to write")
     added.add_argument("--seed", type=whole(0, 2**64 - 1), help="the same as training.seed=N")
     text = (
@@ -50,7 +50,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _need_first_stage(arguments, config)
     where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
-    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage))
+    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage, allow=arguments.allow))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -61,7 +61,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     name = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     words += [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
     if arguments.resume:
-        return resumed_config(arguments.out, name, words)
+        return resumed_config(arguments.out, name, words, allow=arguments.allow)
     if name is None:
         raise UserError("CONFIG: got none, expected a preset or a YAML file; give one, or --resume to continue --out")
     return load_config(name, words)

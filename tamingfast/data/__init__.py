@@ -6,13 +6,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from tamingfast.checkpoints.config import instantiate_from_config
+from tamingfast.checkpoints.values import check_types
 from tamingfast.data import cifar10, conditioned, folders, photos, tokens
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
+from tamingfast.data.checks import whole
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
 from tamingfast.data.loading import Loader, loader, shuffled
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UserError, brief, nearest
 
 __all__ = ["Loader", "build", "loader", "shuffled"]
 
@@ -51,12 +55,13 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     name = options.pop("name", None)
     if name is None:
         return _originals(originals)
-    if name not in _FACTORIES:
-        raise UserError(f"data.name: got {name!r}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
-    crop, seed = options.pop("crop", None), options.get("seed", 0)
+    if not isinstance(name, str) or name not in _FACTORIES:
+        raise UserError(f"data.name: got {brief(name)}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
+    crop, seed = options.pop("crop", None), whole("seed", options.get("seed", 0))
     if name == "tokens":
         options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
     _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    check_types(options, _FACTORIES[name], "data")
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:
@@ -88,13 +93,21 @@ def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset
             "data.path=DIRECTORY"
         )
     try:
-        train = as_epoch_dataset(instantiate_from_config(described["train"]))
-        if not described["validation"]:
-            return train, None
-        return train, as_epoch_dataset(instantiate_from_config(described["validation"]))
+        train, validation = (_made(described[split], split) for split in SPLITS)
     except UserError as error:
         problem = str(error).partition(";")[0]
         raise UserError(f"{problem}; give data.name=folder data.path=DIRECTORY to train on a directory") from error
+    assert train is not None
+    return train, validation
+
+
+def _made(described: Mapping[str, Any], split: str) -> EpochDataset | None:
+    if not described:
+        return None
+    made = instantiate_from_config(described)
+    if not isinstance(made, Dataset) or type(made).__getitem__ is Dataset.__getitem__ or not hasattr(made, "__len__"):
+        raise UserError(f"data.{split}.target: got {described['target']}, expected a data set with items and a length")
+    return as_epoch_dataset(made)
 
 
 def _names() -> str:

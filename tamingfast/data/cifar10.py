@@ -22,6 +22,7 @@ import torch
 
 from tamingfast.checkpoints.unpickling import BadPickle, Unpickler, numbers
 from tamingfast.data.base import ArrayDataset
+from tamingfast.data.checks import flag, path_of
 from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
@@ -73,7 +74,7 @@ def build(
     """
     if size != 32:
         raise UserError(f"size: got {size!r}, expected 32, the size of CIFAR10's images; or choose another dataset")
-    source = _locate(path, url, md5)
+    source = _locate(None if path is None else path_of("path", path), url, md5)
     members = _from_folder(source, member_md5) if source.is_dir() else _from_archive(source, md5)
     batches = {name: _parse(name, content, images_per_batch) for name, content in members}
     train = _join([batches[name] for name in TRAIN_MEMBERS])
@@ -97,7 +98,7 @@ class Cifar10(ArrayDataset):
         flip: bool = False,
     ) -> None:
         self.images, self.labels, self.names = images, labels, names
-        self.split, self.seed, self.flip = split, seed, flip
+        self.split, self.seed, self.flip = split, seed, flag("flip", flip)
 
     @property
     def description(self) -> str:

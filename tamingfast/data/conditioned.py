@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from tamingfast.data.checks import existing_directory, positive
+from tamingfast.data.checks import existing_directory, side
 from tamingfast.data.conditions import SETTINGS, Kind, make
 from tamingfast.data.folders import Skipped, scan, validation_names, walk
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import View
+from tamingfast.data.views import Picture, View
 from tamingfast.errors import UserError
 
 IMAGES, CONDITIONS = "images", "conditions"
@@ -51,8 +50,8 @@ def build(
     Raises UserError for images without a condition and conditions without an image, for settings that the kind does not
     have, and where `tamingfast.data.folders.build` does. A condition's content is checked when it is read.
     """
-    size = positive("size", size)
-    if short_side is not None and positive("short_side", short_side) < size:
+    size = side("size", size)
+    if short_side is not None and side("short_side", short_side) < size:
         raise UserError(f"short_side: got {short_side}, expected at least size={size}, to which images are cropped")
     chosen = make(kind, settings)
     chosen.check(size)
@@ -112,9 +111,9 @@ class ConditionedImages(ImageFiles):
         """One phrase about the images, for reports and token files."""
         return f"{super().description}, with {self.kind.key}"
 
-    def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
-        condition = self.kind.seen(image, view, self.sources[number])
-        return super()._item(number, image, view) | {self.kind.key: torch.from_numpy(condition)}
+    def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
+        condition = self.kind.seen(picture, view, self.sources[number])
+        return super()._item(number, picture, view) | {self.kind.key: torch.from_numpy(condition)}
 
 
 def _pairs(root: Path, kind: Kind) -> tuple[list[Pair], list[Skipped]]:
@@ -130,11 +129,14 @@ def _pairs(root: Path, kind: Kind) -> tuple[list[Pair], list[Skipped]]:
                 f"{root}: got a directory without {part.name!r}, expected the folders {IMAGES!r} and {CONDITIONS!r}; "
                 "put the files of both there under the same names"
             )
-    files, broken = scan(folder)
-    names = [name for name in walk(root / CONDITIONS) if name.lower().endswith(kind.suffixes)]
+    files, unopened = scan(folder)
+    there, unread = walk(root / CONDITIONS)
+    names = [name for name in there if name.lower().endswith(kind.suffixes)]
+    others = [str(root / CONDITIONS / name) for name in there if not name.lower().endswith(kind.suffixes)]
+    broken = unopened + unread + [(path, f"not a condition ({', '.join(kind.suffixes)})") for path in others]
     images = _by_stem(folder, [name for name, _ in files])
     conditions = _by_stem(root / CONDITIONS, names)
-    unreadable = {Path(path).relative_to(folder).with_suffix("").as_posix() for path, _ in broken}
+    unreadable = {_stem(folder, path) for path, _ in unopened}
     _check_matched(folder, images, conditions, f"condition ({', '.join(kind.suffixes)}) in {root / CONDITIONS}")
     _check_matched(root / CONDITIONS, conditions, images.keys() | unreadable, f"image in {folder}")
     matched = [(images[stem], conditions[stem]) for stem in sorted(images)]
@@ -145,11 +147,15 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """File names by their path without the extension."""
     found: dict[str, str] = {}
     for name in names:
-        stem = Path(name).with_suffix("").as_posix()
+        stem = _stem(folder, folder / name)
         if stem in found:
             raise UserError(f"{folder}: got both {found[stem]} and {name}, expected one file named {stem}; remove one")
         found[stem] = name
     return found
+
+
+def _stem(folder: Path, path: str | os.PathLike) -> str:
+    return Path(path).relative_to(folder).with_suffix("").as_posix()
 
 
 def _check_matched(folder: Path, files: Mapping[str, str], others: Iterable[str], wanted: str) -> None:

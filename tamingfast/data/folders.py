@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.data.checks import existing_directory, positive
+from tamingfast.data.checks import existing_directory, side
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import EXTENSIONS, check_headers
+from tamingfast.data.rgb import check_headers, endings
 from tamingfast.errors import UserError
 
 #: (path relative to the directory, name of its class folder or None).
@@ -18,6 +18,9 @@ Labelled = tuple[str, str | None]
 #: (path, why the file is skipped).
 Skipped = tuple[str, str]
 _NAMED = 10
+_CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
+#: Endings of files that nobody takes for images.
+_NOTES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".yaml", ".yml", ".log", ".py")
 
 
 def build(
@@ -29,7 +32,7 @@ def build(
     random_crop: bool = True,
     flip: bool = True,
 ) -> tuple[ImageFiles, ImageFiles]:
-    """(train, validation) from the images under ``path``, read recursively.
+    """(train, validation) from the images under ``path``, read recursively, as by `scan`.
 
     Sub-folders of ``path`` that contain images are the classes, in the order of their names; deeper folders belong to
     the class above them. Without sub-folders every image has class 0; images directly in ``path`` next to sub-folders
@@ -44,7 +47,7 @@ def build(
     Raises UserError when a directory is missing or contains no readable image, for unknown validation classes, and when
     there is only one image to split.
     """
-    size = positive("size", size)
+    size = side("size", size)
     root = existing_directory("path", path)
     files, skipped = scan(root)
     classes = sorted({label for _, label in files if label is not None})
@@ -74,44 +77,60 @@ def build(
     )
 
 
-def scan(root: Path) -> tuple[list[Labelled], list[Skipped]]:
-    """The images under ``root`` that open, and those that do not. Raises UserError if none opens."""
-    names = sorted(walk(root))
-    candidates = [name for name in names if name.lower().endswith(EXTENSIONS)]
-    if not candidates:
-        others = f"{len(names)} other files such as" if len(names) > 1 else "1 other file,"
-        there = f"{others} {names[0]}" if names else "no files"
-        raise UserError(
-            f"{root}: got {there}, expected images ending in {', '.join(EXTENSIONS)}, in it or in one sub-folder per "
-            "class; correct the path"
-        )
-    good, broken = check_headers([str(root / name) for name in candidates])
-    if not good:
-        path, reason = broken[0]
-        raise UserError(
-            f"{root}: got {len(candidates)} image files, none of which opens, the first being {path} ({reason}), "
-            "expected readable images; replace them"
-        )
+def scan(root: Path, pixels: bool = False) -> tuple[list[Labelled], list[Skipped]]:
+    """The images under ``root``, and what else lies there: all commands mean these files by a directory.
+
+    An image is a file whose content is of a known format, whatever its name. What is skipped is named, folders in
+    ``root`` without an image too, except for notes and for what file managers leave behind. ``pixels`` is as in
+    `check_headers`. Raises UserError if no image opens.
+    """
+    names, skipped = walk(root)
+    good, broken = check_headers([str(root / name) for name in names], pixels)
     opened = set(good)
-    files = [name for name in candidates if str(root / name) in opened]
-    return [(name, name.split("/", 1)[0] if "/" in name else None) for name in files], broken
+    files = [(name, name.split("/", 1)[0] if "/" in name else None) for name in names if str(root / name) in opened]
+    if not files:
+        there = f"{len(names)} files, none of which opens as an image, the first being" if names else "no files"
+        first = " {} ({})".format(*broken[0]) if broken else ""
+        raise UserError(f"{root}: got {there}{first}, expected images ({endings()}); correct the path")
+    told = {path for path, _ in skipped}
+    empty = {str(root / name) for name in _folders_in(root) - {label for _, label in files}}
+    skipped += [(path, "a folder without a readable image") for path in sorted(empty - told)]
+    skipped += [(path, reason) for path, reason in broken if not path.lower().endswith(_NOTES)]
+    return files, skipped
 
 
-def walk(root: Path) -> Iterator[str]:
-    """Relative paths, with "/" as separator, of all files that are not hidden; follows links to folders."""
+def _folders_in(root: Path) -> set[str]:
+    return {name for name in os.listdir(root) if os.path.isdir(root / name) and not _is_clutter(name)}
+
+
+def walk(root: Path) -> tuple[list[str], list[Skipped]]:
+    """(sorted relative paths of all visible files under ``root``, with "/" as separator; folders that are not read).
+
+    Follows links to folders, but reads no folder twice, so that links to a parent end.
+    """
+    found: list[str] = []
+    skipped: list[Skipped] = []
     seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        # A link to a parent folder would make the walk endless.
+
+    def unreadable(error: OSError) -> None:
+        skipped.append((str(error.filename), error.strerror or str(error)))
+
+    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
+            skipped.append((folder, "a link to a folder that is read already"))
             subfolders.clear()
             continue
         seen.add(real)
         prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            if not name.startswith("."):
-                yield prefix + name
+        subfolders[:] = sorted(name for name in subfolders if not _is_clutter(name))
+        found += [prefix + name for name in files if not _is_clutter(name)]
+    return sorted(found), skipped
+
+
+def _is_clutter(name: str) -> bool:
+    """Whether a name is hidden, or one that Windows, macOS or a disk station gives to files of its own."""
+    return name.startswith(".") or name.lower() in _CLUTTER
 
 
 def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from tamingfast.data.base import EpochDataset
+from tamingfast.data.checks import flag, side
 from tamingfast.data.randomness import random_bits, random_integers
-from tamingfast.data.rgb import BROKEN, View, read_rgb, to_unit_scale
+from tamingfast.data.rgb import UNKNOWN, endings, read_rgb, scaled_size, to_unit_scale
+from tamingfast.data.views import Picture, Size, View
 from tamingfast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,9 +50,10 @@ class ImageFiles(EpochDataset):
         broken: Iterable[tuple[str, str]] = (),
         short_side: int | None = None,
     ) -> None:
-        self.paths, self.size, self.seed = list(paths), size or None, seed
+        self.paths, self.seed = list(paths), seed
+        self.size = side("size", size) if size else None
         self.short_side = short_side or self.size
-        self.random_crop, self.flip = random_crop, flip
+        self.random_crop, self.flip = flag("random_crop", random_crop), flag("flip", flip)
         self.labels = [0] * len(self.paths) if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self._skipped = list(broken)
@@ -94,41 +98,41 @@ class ImageFiles(EpochDataset):
             if self._unreadable[candidate]:
                 continue
             try:
-                image = self._read(candidate)
-            except BROKEN:
+                picture = self._read(candidate)
+            except UserError:
                 self._unreadable[candidate] = 1
                 continue
-            return self._item(candidate, image, self._view(image, index))
+            return self._item(candidate, picture, self._view(picture.size, index))
         raise UserError(
             f"{self.paths[0]}: got pixels that cannot be read, as in all {len(self.paths)} image files, expected at "
             "least one readable image; give other files"
         )
 
-    def _read(self, number: int) -> Image.Image:
+    def _read(self, number: int) -> Picture:
         """The picture before its crop, kept in memory while there is room: decoding one costs more than a step."""
-        if number in self._kept:
-            return self._kept[number]
-        image = read_rgb(self.paths[number], self.short_side)
-        size = 3 * image.width * image.height
-        if size <= self._room:
-            self._kept[number] = image
-            self._room -= size
-        return image
+        image = self._kept.get(number)
+        if image is None:
+            image = read_rgb(self.paths[number], self.short_side)
+            size = 3 * image.width * image.height
+            if size <= self._room:
+                self._kept[number] = image
+                self._room -= size
+        return Picture(image, scaled_size(image.size, self.short_side) if self.short_side else image.size)
 
-    def _item(self, number: int, image: Image.Image, view: View) -> dict[str, Any]:
+    def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
         return {
-            "image": to_unit_scale(view.cut(np.asarray(image))),
+            "image": to_unit_scale(picture.part(view)),
             "class_label": self.labels[number],
             "file_path_": self.paths[number],
         }
 
-    def _view(self, image: Image.Image, index: int) -> View:
-        """The crop and flip in this epoch."""
+    def _view(self, size: Size, index: int) -> View:
+        """The crop and flip of a picture of ``size`` in this epoch."""
         row, column, mirror, other = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(4))
         flipped = bool(self.flip and random_integers(mirror, 2)[0])
         if not self.size:
-            return View(0, 0, *image.size, flipped, int(other[0]))
-        room = (image.width - self.size, image.height - self.size)
+            return View(0, 0, *size, flipped, int(other[0]))
+        room = (size[0] - self.size, size[1] - self.size)
         left, top = room[0] // 2, room[1] // 2
         if self.random_crop:
             left, top = (
@@ -138,7 +142,7 @@ class ImageFiles(EpochDataset):
 
 
 def warn_skipped(broken: Iterable[tuple[str, str]]) -> None:
-    """Log skipped files, given as pairs of path and reason, in one sentence; nothing if there are none."""
+    """Log skipped files and folders, given as pairs of path and reason, in one sentence; nothing if there are none."""
     sentence = _skipped(list(dict.fromkeys(broken)))
     if sentence:
         logger.warning(sentence)
@@ -147,6 +151,14 @@ def warn_skipped(broken: Iterable[tuple[str, str]]) -> None:
 def _skipped(broken: Sequence[tuple[str, str]]) -> str:
     if not broken:
         return ""
+    many = len(broken) > 1
     named = ", ".join(f"{path} ({reason})" for path, reason in broken[:_NAMED])
-    rest = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-    return f"{len(broken)} image file{'s were' if len(broken) > 1 else ' was'} skipped: {named}{rest}"
+    rest = f" and {len(broken) - _NAMED} more ({_counted(broken)} in all)" if len(broken) > _NAMED else ""
+    unknown = any(reason == UNKNOWN for _, reason in broken)
+    readable = f"; files that can be read are {endings()}" if unknown else ""
+    return f"{len(broken)} image file{'s were' if many else ' was'} skipped: {named}{rest}{readable}"
+
+
+def _counted(broken: Sequence[tuple[str, str]]) -> str:
+    counts = Counter(Path(path).suffix.lower() or "without an ending" for path, _ in broken)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(_NAMED))

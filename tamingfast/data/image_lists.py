@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from tamingfast.data.checks import path_of
 from tamingfast.data.image_files import ImageFiles, warn_skipped
 from tamingfast.data.rgb import check_headers
 from tamingfast.errors import UserError
+from tamingfast.files import lines_of, read_text
 
 
 class ImageList(ImageFiles):
     """The images whose paths a text file lists, one per line; relative paths start at the working directory.
+
+    The text may have been saved on Windows: with a byte-order mark, in UTF-16, with its ends of lines.
 
     Raises UserError when the file cannot be read, lists nothing, or lists no image that can be opened.
     """
@@ -24,14 +27,9 @@ class ImageList(ImageFiles):
         flip: bool = False,
         seed: int = 0,
     ) -> None:
-        try:
-            lines = Path(paths_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{paths_file}: got a file that cannot be read ({error}), expected a text file with one image path per "
-                "line"
-            ) from error
-        paths = [line.strip() for line in lines if line.strip()]
+        paths_file = path_of("list of images", paths_file)
+        text = read_text(paths_file, "a text file with one image path per line", errors="surrogateescape")
+        paths = [_existing(line) for line in lines_of(text)]
         if not paths:
             raise UserError(f"{paths_file}: got an empty file, expected one image path per line")
         good, broken = check_headers(paths)
@@ -43,6 +41,12 @@ class ImageList(ImageFiles):
             )
         warn_skipped(broken)
         super().__init__(good, size, random_crop, flip, seed, broken=broken)
+
+
+def _existing(line: str) -> str:
+    """The line, without the spaces around it if only that is the path of a file."""
+    stripped = line.strip(" \t")
+    return stripped if not os.path.lexists(line) and os.path.lexists(stripped) else line
 
 
 class CustomTrain(ImageList):

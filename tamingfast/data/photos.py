@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tamingfast.data.base import ArrayDataset
-from tamingfast.data.checks import positive
+from tamingfast.data.checks import flag, positive
 from tamingfast.data.randomness import random_bits, random_integers, random_units
-from tamingfast.data.rgb import to_unit_scale
+from tamingfast.data.rgb import read_rgb, to_unit_scale
 from tamingfast.errors import UserError
 
 
@@ -134,14 +133,14 @@ class PhotoCrops(_Crops):
         self, planes: Sequence[Plane], size: int, seed: int = 0, length: int | None = None, flip: bool = True
     ) -> None:
         super().__init__(planes, size)
-        self.seed, self.flip = seed, flip
+        self.seed, self.flip = seed, flag("flip", flip)
         labels = np.array([plane.label for plane in self.planes])
         weights = np.array([PHOTOGRAPHS[label].weight for label in labels]) / np.bincount(labels)[labels]
         self._cumulative = np.cumsum(weights) / weights.sum()
         self._bounds = self._room()
         if length is None:
             length = int(np.prod(-(-self._bounds // max(1, size // 4)), axis=1).sum())
-        self.length = positive("length", length)
+        self.length = positive("length", length, 1 << 40)
 
     def __len__(self) -> int:
         return self.length
@@ -235,10 +234,9 @@ def _read(photograph: Photograph) -> np.ndarray:
         )
     path = Path(spec.submodule_search_locations[0]) / photograph.file
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
+        return np.asarray(read_rgb(path))
+    except UserError as error:
         raise UserError(
-            f"{path}: got a file that cannot be read ({error}), expected the photograph {photograph.name}; run "
+            f"{path}: got a file that cannot be read or is missing, expected the photograph {photograph.name}; run "
             'pip install --force-reinstall "tamingfast[train]"'
         ) from error

@@ -3,26 +3,30 @@
 A token file is a safetensors file with the integer tensor ``indices`` (N, h, w), optionally ``class_label`` (N,) and
 the tokens of spatial conditions, ``conditions`` (N, h, w). Its metadata, all strings, are ``format`` and
 ``vocab_size``; for named labels also ``classes`` (a JSON list of names); for conditions also ``condition`` (a
-`ConditionRecord` as JSON).
+`ConditionRecord` as JSON), and for files that we write a checksum (`tamingfast.checkpoints.seal`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.data.base import ArrayDataset, ConditionRecord
-from tamingfast.errors import UserError
-from tamingfast.files import atomic_write
+from tamingfast.data.checks import path_of
+from tamingfast.data.conditions import SETTINGS
+from tamingfast.errors import UserError, brief, first_line
+from tamingfast.files import atomic_write, check_regular
 
 FORMAT = "tamingfast tokens 1"
-_RESERVED = ("format", "vocab_size", "classes", "condition")
+_RESERVED = ("format", "vocab_size", "classes", "condition", *UNSEALED)
 # Signed types above one byte, because every version of torch and safetensors knows them.
 _TYPES = (
     (1 << 8, "U8", np.dtype("<u1")),
@@ -30,7 +34,10 @@ _TYPES = (
     (1 << 31, "I32", np.dtype("<i4")),
 )
 _SCAN_TOKENS = 1 << 24
+_MOST_CLASSES = 1 << 20
 _TENSORS = {"indices", "class_label", "conditions"}
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_MAPPED = {"_indices", "_labels", "_conditions"}  # attributes that are parts of the file
 _AGAIN = "write it again with tamingfast encode"
 
 
@@ -72,32 +79,34 @@ def write_tokens(
             )
     code, dtype = _storage(vocab_size)
     arrays = [indices] if isinstance(indices, (np.ndarray, torch.Tensor)) else indices
-    with atomic_write(path) as temporary, open(temporary, "wb") as stream:
-        # The header comes first in the file but is known last, so room for it is reserved and padded with spaces, which
-        # the format allows after the JSON text.
-        header = {"format": FORMAT, "vocab_size": str(vocab_size), **extra}
-        if classes is not None:
-            header["classes"] = json.dumps([str(name) for name in classes])
-        if condition is not None:
-            header["condition"] = json.dumps(condition)
-        room = -(-len(json.dumps(header).encode()) // 8) * 8 + 512
-        stream.write(bytes(8 + room))
-        count, grid = _write_grids(stream, arrays, vocab_size, dtype)
-        tensors = {"indices": _Stored(code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)}
-        if conditions is not None:
-            if condition is None:
-                raise ValueError("condition: got None, expected the record of the conditions")
-            code, dtype = _storage(condition["vocab_size"])
-            found, grid = _write_grids(stream, conditions, condition["vocab_size"], dtype, "conditions")
-            if found != count:
-                raise ValueError(f"conditions: got {found} grids, expected {count}, one for each of the indices")
-            tensors["conditions"] = _Stored(code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)
-        if class_label is not None:
-            labels = _flat_labels(class_label, count, classes)
-            stream.write(labels.tobytes())
-            tensors["class_label"] = _Stored("I64", (count,), labels.nbytes)
-        stream.seek(0)
-        stream.write(_header(header, tensors, room))
+    header = {"format": FORMAT, "vocab_size": str(vocab_size), **extra, **UNSEALED}
+    if classes is not None:
+        header["classes"] = json.dumps([str(name) for name in classes])
+    if condition is not None:
+        header["condition"] = json.dumps(condition)
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as stream:
+            # The header comes first in the file but is known last, so room for it is reserved and padded with spaces,
+            # which the format allows after the JSON text.
+            room = -(-len(_json(header)) // 8) * 8 + 512
+            stream.write(bytes(8 + room))
+            count, grid = _write_grids(stream, arrays, vocab_size, dtype)
+            tensors = {"indices": _Stored(code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)}
+            if conditions is not None:
+                if condition is None:
+                    raise ValueError("condition: got None, expected the record of the conditions")
+                code, dtype = _storage(condition["vocab_size"])
+                found, grid = _write_grids(stream, conditions, condition["vocab_size"], dtype, "conditions")
+                if found != count:
+                    raise ValueError(f"conditions: got {found} grids, expected {count}, one for each of the indices")
+                tensors["conditions"] = _Stored(code, (count, *grid), count * grid[0] * grid[1] * dtype.itemsize)
+            if class_label is not None:
+                labels = _flat_labels(class_label, count, classes)
+                stream.write(labels.tobytes())
+                tensors["class_label"] = _Stored("I64", (count,), labels.nbytes)
+            stream.seek(0)
+            stream.write(_header(header, tensors, room))
+        seal(temporary)
     return count
 
 
@@ -144,7 +153,7 @@ def _flat_labels(class_label: Iterable[Any], count: int, classes: Sequence[str] 
     labels = np.concatenate(parts) if parts else np.empty(0, np.int64)
     if len(labels) != count or labels.dtype.kind not in "iu":
         raise ValueError(f"class_label: got {len(labels)} values of type {labels.dtype}, expected {count} integers")
-    limit = np.inf if classes is None else len(classes)
+    limit = _MOST_CLASSES if classes is None else len(classes)
     if not 0 <= labels.min() <= labels.max() < limit:
         raise ValueError(f"class_label: got {labels.min()} to {labels.max()}, expected 0 to {limit - 1}")
     return labels.astype("<i8")
@@ -157,15 +166,21 @@ def _header(metadata: dict[str, str], tensors: dict[str, _Stored], room: int) ->
     for name, (code, shape, size) in tensors.items():
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, begin + size]}
         begin += size
-    text = json.dumps(entries).encode()
-    return room.to_bytes(8, "little") + text.ljust(room)
+    return room.to_bytes(8, "little") + _json(entries).ljust(room)
+
+
+def _json(value: object) -> bytes:
+    # As compact as the checksum's place is looked for; names of files that are no UTF-8 cannot stand in JSON.
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "replace")
 
 
 def build(
     path: str | os.PathLike, validation_path: str | os.PathLike | None = None
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """(training, validation) from token files; validation is None without a path. Raises what `TokenDataset` raises."""
-    return TokenDataset(path), TokenDataset(validation_path) if validation_path else None
+    train = TokenDataset(path)
+    return train, None if validation_path is None else TokenDataset(path_of("validation_path", validation_path))
 
 
 class TokenDataset(ArrayDataset):
@@ -175,32 +190,42 @@ class TokenDataset(ArrayDataset):
     ``f"{condition['key']}_indices"``, int64 (h * w,). Attributes are those of `EpochDataset`; ``classes`` are the names
     of the labels, or their numbers as text if the file has no names.
 
-    Raises UserError when ``path`` is missing, truncated or not a token file, has tokens or labels out of range, or when
-    ``vocab_size`` is given and differs from the file's.
+    Raises UserError when ``path`` is missing, truncated, changed since it was written or not a token file, has tokens
+    or labels out of range, or when ``vocab_size`` is given and differs from the file's.
     """
 
     grid: tuple[int, int]
     vocab_size: int
+    _indices: np.ndarray
+    _labels: np.ndarray | None
+    _conditions: dict[str, np.ndarray]
 
     def __init__(self, path: str | os.PathLike, vocab_size: int | None = None) -> None:
-        self.path = os.fspath(path)
-        tensors, self.metadata = _open(self.path)
-        self.vocab_size = int(self.metadata["vocab_size"])
+        self.path = path_of("path", path)
+        check_regular(self.path, "a token file")
+        tensors, self.metadata = _opened(self.path)
+        _check_tensors(self.path, tensors)
+        check_seal(self.path)
+        self.vocab_size = _vocabulary(self.path, self.metadata.get("vocab_size"))
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise UserError(
                 f"{self.path}: got a vocabulary of {self.vocab_size} tokens, expected {vocab_size}; encode the images "
                 "again with the first stage in use"
             )
-        self._indices = tensors["indices"].numpy()
-        self._labels = tensors["class_label"].numpy() if "class_label" in tensors else None
+        self.condition = _record(self.path, self.metadata) if "conditions" in tensors else None
+        self._map(tensors)
         _check_range(self.path, self._indices, self.vocab_size)
-        self._conditions: dict[str, np.ndarray] = {}  # by their key in a batch
-        if "conditions" in tensors:
-            self.condition = record = json.loads(self.metadata["condition"])
-            found = self._conditions[f"{record['key']}_indices"] = tensors["conditions"].numpy()
-            _check_range(self.path, found, record["vocab_size"])
+        if self.condition is not None:
+            _check_range(self.path, tensors["conditions"].numpy(), self.condition["vocab_size"])
         self.grid = (int(self._indices.shape[1]), int(self._indices.shape[2]))
         self.classes = self._class_names()
+
+    def _map(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._indices = tensors["indices"].numpy()
+        self._labels = tensors["class_label"].numpy() if "class_label" in tensors else None
+        self._conditions = {}  # by their key in a batch
+        if self.condition is not None:
+            self._conditions[f"{self.condition['key']}_indices"] = tensors["conditions"].numpy()
 
     @property
     def description(self) -> str:
@@ -211,14 +236,11 @@ class TokenDataset(ArrayDataset):
         if self._labels is None:
             return None
         low, high = int(self._labels.min()), int(self._labels.max())
-        names = (
-            json.loads(self.metadata["classes"]) if "classes" in self.metadata else [str(n) for n in range(high + 1)]
-        )
-        if low < 0 or high >= len(names):
-            raise UserError(
-                f"{self.path}: got class labels from {low} to {high}, expected 0 to {len(names) - 1}; {_AGAIN}"
-            )
-        return names
+        names = _listed_classes(self.path, self.metadata)
+        limit = _MOST_CLASSES if names is None else len(names)
+        if low < 0 or high >= limit:
+            raise UserError(f"{self.path}: got class labels from {low} to {high}, expected 0 to {limit - 1}; {_AGAIN}")
+        return [str(number) for number in range(high + 1)] if names is None else names
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -233,12 +255,16 @@ class TokenDataset(ArrayDataset):
             batch["class_label"] = torch.from_numpy(self._labels[indices].astype(np.int64))
         return batch
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         # Worker processes map the file themselves instead of receiving a copy.
-        return TokenDataset, (self.path,)
+        return {name: value for name, value in vars(self).items() if name not in _MAPPED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map(_opened(self.path)[0])
 
 
-def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _opened(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The memory-mapped tensors and the metadata of a token file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -246,28 +272,75 @@ def _open(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in _TENSORS & set(file.keys())}
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, expected a token file; correct the path") from error
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # whatever safetensors and torch raise for headers of other programs
         raise UserError(
-            f"{path}: got a truncated file or one of another format ({error}), expected a token file; {_AGAIN}"
+            f"{path}: got a truncated file or one of another format ({first_line(error)}), expected a token file; "
+            f"{_AGAIN}"
         ) from error
-    if metadata.get("format") != FORMAT or not metadata.get("vocab_size", "").isdecimal():
+    if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{path}: got a safetensors file without the metadata format={FORMAT!r} and vocab_size, expected a token "
-            f"file; {_AGAIN}"
+            f"{path}: got a safetensors file without the metadata format={FORMAT!r}, expected a token file; {_AGAIN}"
         )
+    return tensors, metadata
+
+
+def _check_tensors(path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    whole = all(tensor.dtype in _INTEGERS and tensor.numel() for tensor in tensors.values())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    whole = all(not tensor.is_floating_point() and tensor.numel() for tensor in tensors.values())
     grids = shapes.get("indices", ())
     conditions = shapes.get("conditions", grids)
     agree = shapes.get("class_label", grids[:1]) == grids[:1] == conditions[:1]
     if not whole or len(grids) != 3 or len(conditions) != 3 or not agree:
+        got = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
         raise UserError(
-            f"{path}: got tensors {shapes}, expected integer tensors: indices (N, h, w), optionally class_label "
-            f"(N,) and conditions (N, h, w); {_AGAIN}"
+            f"{path}: got tensors {got}, expected integer tensors: indices (N, h, w), optionally class_label (N,) and "
+            f"conditions (N, h, w); {_AGAIN}"
         )
-    if "conditions" in shapes and "condition" not in metadata:
+
+
+def _vocabulary(path: str, value: object) -> int:
+    """The number of codes that metadata state, as text or in JSON."""
+    digits = str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,10}", digits) or not 1 <= int(digits) <= _TYPES[-1][0]:
+        raise UserError(
+            f"{path}: got {brief(value)} as vocab_size in its metadata, expected 1 to {_TYPES[-1][0]}; {_AGAIN}"
+        )
+    return int(digits)
+
+
+def _record(path: str, metadata: Mapping[str, str]) -> ConditionRecord:
+    """The record of a file's conditions."""
+    if "condition" not in metadata:
         raise UserError(f"{path}: got conditions without a record of what they are, expected both; {_AGAIN}")
-    return tensors, metadata
+    record = _parsed(path, metadata, "condition")
+    types = {"key": str, "first_stage": str, "data": dict}
+    valid = isinstance(record, dict) and all(isinstance(record[key], types[key]) for key in types.keys() & record)
+    if not valid or not record.get("key"):
+        raise UserError(
+            f"{path}: got {brief(metadata['condition'])} as the record of its conditions, expected JSON with their "
+            f"key and vocab_size; {_AGAIN}"
+        )
+    settings = {key: value for key, value in record.get("data", {}).items() if key in ("kind", *SETTINGS)}
+    return cast(ConditionRecord, record | {"data": settings, "vocab_size": _vocabulary(path, record.get("vocab_size"))})
+
+
+def _listed_classes(path: str, metadata: Mapping[str, str]) -> list[str] | None:
+    if "classes" not in metadata:
+        return None
+    names = _parsed(path, metadata, "classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: got {brief(names)} as classes in its metadata, expected a list of names; {_AGAIN}")
+    return names
+
+
+def _parsed(path: str, metadata: Mapping[str, str], key: str) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: got {brief(metadata[key])} as {key} in its metadata ({first_line(error)}), expected JSON; "
+            f"{_AGAIN}"
+        ) from error
 
 
 def _check_range(path: str, indices: np.ndarray, vocab_size: int) -> None:

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tamingfast.engines.networks import Transformer
+from tamingfast.engines.networks import Transformer, checked_parameters
 from tamingfast.engines.request import DecodeRequest, Items, Room, Span, check_range, check_reserve, spans_of
 from tamingfast.errors import SettingError
-from tamingfast.ops import backends
+from tamingfast.ops import backends, check
+from tamingfast.ops.choice import check_chosen
 
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
 _MOST_THREADS = 256
@@ -30,7 +31,7 @@ class GPTEngine:
         threads: number of threads; None takes `torch.get_num_threads()` at each call.
 
     Raises:
-        ValueError: an unknown dtype, or threads below 1.
+        ValueError: an unknown dtype, threads below 1, or parameters of other shapes than the GPT's config says.
         RuntimeError: the engine cannot run this GPT; see `refusal`.
         MemoryError: the weights do not fit; the message states the bytes needed.
     """
@@ -57,10 +58,12 @@ class GPTEngine:
         self.dtype = dtype
         self.vocab_size, self._block_size = gpt.config.vocab_size, gpt.config.block_size
         # Conversion may make new tensors: they must live until the engine has packed them.
-        weights = {name: value.detach().to(torch.float32).contiguous() for name, value in gpt.named_parameters()}
+        weights = {
+            name: value.to(torch.float32).contiguous().resolve_neg() for name, value in checked_parameters(gpt).items()
+        }
         geometry = {name: getattr(gpt.config, name, 0) for name in _GEOMETRY}
         self._native = module.GPTEngine(
-            {name: value.data_ptr() for name, value in weights.items()},
+            {name: check.array(name, value, torch.float32) for name, value in weights.items()},
             geometry,
             dtype,
             self._thread_count(),
@@ -123,11 +126,11 @@ class GPTEngine:
         self._room.check_step(tokens, spans, logits)
         self._room.check_tokens(tokens)
         rows = {"none": 0, "last": len(spans), "all": len(tokens)}[logits]
-        out = torch.empty(rows, self.vocab_size)
+        out = torch.empty(rows, self.vocab_size, dtype=torch.float32, device="cpu")
         parts = tokens.split([span.count for span in spans])
         items = [(span.slot, span.start, part.tolist()) for span, part in zip(spans, parts, strict=True)]
         self._native.set_threads(self._thread_count())
-        self._native.step(items, logits, out.data_ptr(), rows)
+        self._native.step(items, logits, check.array("out", out, torch.float32))
         return out
 
     def decode(self, request: DecodeRequest, progress: Callable[[int], None] | None = None, every: int = 1) -> None:
@@ -139,15 +142,16 @@ class GPTEngine:
             every: at least 1.
 
         Raises:
-            ValueError: an invalid argument, which the message names, or logits that hold NaN.
+            ValueError: an invalid argument, which the message names.
+            UserError: a row of logits has NaN, or only -inf.
             KeyboardInterrupt: within 100 ms of Ctrl-C; the slots' lengths then count the valid positions.
         """
         check_range("every", every, 1)
         request.check_fits(self._room, torch.device("cpu"))
         self._native.set_threads(self._thread_count())
-        self._native.decode(
+        found = self._native.decode(
             request.slots,
-            request.sequences.data_ptr(),
+            check.array("sequences", request.sequences, torch.int64),
             request.sequences.shape[1],
             request.fed,
             request.steps,
@@ -159,6 +163,7 @@ class GPTEngine:
             progress=progress,
             every=every,
         )
+        check_chosen(nan=bool(found & 1), nothing=bool(found))
 
     def info(self) -> dict[str, int]:
         """weight_bytes (read for every token), cache_bytes, slots, capacity (positions of a slot), threads."""

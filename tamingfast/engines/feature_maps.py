@@ -187,7 +187,7 @@ class ScratchMap(FeatureMap):
 
     def read(self, top: int, bottom: int) -> Tensor:
         channels, _, width = self.shape
-        rows = torch.empty(bottom - top, width, channels, dtype=self.store.dtype)
+        rows = torch.empty(bottom - top, width, channels, dtype=self.store.dtype, device="cpu")
         self._transfer(self.file.readinto, top, rows)
         return rows.permute(2, 0, 1)[None].to(self.store.device)
 

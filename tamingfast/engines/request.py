@@ -121,7 +121,7 @@ def spans_of(items: Items) -> tuple[Tensor, list[Span]]:
         before = len(flat)
         flat.extend(_integers("token", tokens))
         spans.append(Span(slot, start, len(flat) - before))
-    return torch.tensor(flat, dtype=torch.int64), spans
+    return torch.tensor(flat, dtype=torch.int64, device="cpu"), spans
 
 
 class DecodeRequest:
@@ -161,7 +161,7 @@ class DecodeRequest:
         self.slots = _integers("slots", slots)
         self.steps = _integers("steps", steps)
         batch, count = len(self.slots), len(self.steps)
-        self.wanted = torch.ones(batch, count, dtype=torch.bool) if wanted is None else wanted.bool()
+        self.wanted = torch.ones(batch, count, dtype=torch.bool, device="cpu") if wanted is None else wanted.bool()
         self.rows = [0] * count if rows is None else _integers("rows", rows)
         self.columns = self.steps if columns is None else _integers("columns", columns)
         self.images = list(range(batch)) if images is None else _integers("images", images)
@@ -238,7 +238,7 @@ class DecodeRequest:
 
     def _given_tokens(self) -> Tensor:
         """The tokens that the caller gives, 0 in place of those to decode: int64 (B, last step + 1)."""
-        given = torch.ones(len(self.slots), self.steps[-1] + 1, dtype=torch.bool)
+        given = torch.ones(len(self.slots), self.steps[-1] + 1, dtype=torch.bool, device="cpu")
         given[:, self.steps] = ~self.wanted.cpu()
         return self.sequences[:, : given.shape[1]].masked_fill(~given.to(self.sequences.device), 0)
 

@@ -87,7 +87,7 @@ def _data(
         return None, _folder(model, data)
     if data is not None and not isinstance(data, Mapping):
         return None, as_epoch_dataset(data)
-    settings = tasks.config_of(model).get("data") or {} if data is None else data
+    settings = tasks.data_of(model) if data is None else data
     train, validation = build(plain(settings))
     if validation is None:
         raise UserError("data: got settings without a validation set, expected one; give a directory of images instead")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tamingfast.engines.bands import Progress
+from tamingfast.errors import UserError
 
 #: ``(perplexity, one-hot codes, tokens int64)``; most quantisers give None for the first two.
 Info: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
@@ -180,7 +181,12 @@ def at_least(least: int, **numbers: int) -> None:
 
 
 def image_from_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:
-    """``batch[key]``, of shape (B, H, W, C) or (B, H, W), as a contiguous (B, C, H, W); other ranks are unchanged."""
+    """``batch[key]``, of shape (B, H, W, C) or (B, H, W), as a contiguous (B, C, H, W); other ranks are unchanged.
+
+    Raises UserError when the batch lacks it.
+    """
+    if key not in batch:
+        raise UserError(f"data: got items with {', '.join(map(str, batch))}, expected {key!r} among them")
     x = batch[key]
     if x.ndim == 3:
         x = x[..., None]

@@ -16,7 +16,7 @@ from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
 from tamingfast.ops import reference
-from tamingfast.ops.choice import top_k_top_p
+from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
 
 
 class GPTConfig:
@@ -84,8 +84,7 @@ class CausalSelfAttention(nn.Module):
             return self._join(ops.causal_attention(q, k, v, n_unmasked=self.n_unmasked))
         mask = None
         if x.shape[1] > 1:
-            rows = torch.arange(start, stop, device=x.device)
-            mask = torch.arange(stop, device=x.device) <= rows[:, None]
+            mask = _seen(start, stop, x.device)
         return self._join(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], last_only: bool) -> Tensor:
@@ -110,8 +109,7 @@ class CausalSelfAttention(nn.Module):
                 own_q, own_k, own_v = (part[:, :, begin:end] for part in (q, k, v))
                 outputs.append(ops.causal_attention(own_q, own_k, own_v, n_unmasked=self.n_unmasked))
             else:
-                rows = torch.arange(span.start, span.stop, device=x.device)
-                mask = torch.arange(span.stop, device=x.device) <= rows[:, None]
+                mask = _seen(span.start, span.stop, x.device)
                 outputs.append(F.scaled_dot_product_attention(q[:, :, begin:end], *seen, attn_mask=mask))
         return self._join(torch.cat(outputs, dim=2))
 
@@ -279,7 +277,9 @@ class GPT(nn.Module):
         ``idx`` (B, T) holds the tokens of all spans, concatenated; no two spans may use the same slot. Each slot of
         ``cache`` works like the cache of `forward_cached`.
         """
-        positions = torch.cat([torch.arange(span.start, span.stop, device=idx.device) for span in spans])
+        positions = torch.cat(
+            [torch.arange(span.start, span.stop, dtype=torch.int64, device=idx.device) for span in spans]
+        )
         x = self.tok_emb(idx) + self.pos_emb[0, positions]
         last = len(self.blocks) - 1
         for i, (block, layer) in enumerate(zip(self._blocks, cache, strict=True)):
@@ -306,6 +306,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
 def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:
     """The attention mask as the original stores it: float32 (1, 1, size, size)."""
     return reference.attention_mask(size, n_unmasked, device).float().view(1, 1, size, size)
+
+
+def _seen(start: int, stop: int, device: torch.device) -> Tensor:
+    """Which positions each query sees: bool (stop - start, stop)."""
+    positions = torch.arange(stop, dtype=torch.int64, device=device)
+    return positions <= positions[start:, None]
 
 
 def _ends(spans: Sequence[Span]) -> list[int]:
@@ -344,8 +350,9 @@ def _unmasked_prefix(mask: Tensor, name: str) -> int:
 
 
 def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """Set logits below the k-th largest of the last axis to -inf; those equal to it are kept."""
-    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+    """Set logits below the k-th largest of the last axis to -inf; those equal to it are kept, and all if k is large."""
+    kth = logits.topk(min(int(k), logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -361,17 +368,34 @@ def pick(logits: Tensor, sample: bool) -> Tensor:
     return flat.view(logits.shape[:-1])
 
 
+def fed_positions(model: GPT, given: int, steps: int) -> int:
+    """How many positions are fed to draw ``steps`` tokens after ``given`` ones: all but the last, which is no input.
+
+    Raises UserError if the model has fewer.
+    """
+    if steps < 1:
+        return 0
+    if given + steps - 1 > model.block_size:
+        raise UserError(
+            f"steps: got {steps} after {given} tokens, expected at most {max(0, model.block_size + 1 - given)} with "
+            f"block_size={model.block_size}"
+        )
+    return given + steps - 1
+
+
 @torch.no_grad()
 def sample(
     model: GPT, x: Tensor, steps: int, temperature: float = 1.0, sample: bool = False, top_k: int | None = None
 ) -> Tensor:
     """Continue tokens x (B, k) by ``steps`` tokens, without a cache: int64 (B, k + steps).
 
-    Each step runs the model on the last ``block_size`` tokens.
+    Each step runs the model on the last ``block_size`` tokens. Raises UserError for an option outside its range, and
+    for logits with NaN.
     """
+    check_filters(temperature, top_k)
     model.eval()
     for _ in range(steps):
-        logits = model(x[:, -model.get_block_size() :])[0][:, -1] / temperature
+        logits = scaled(model(x[:, -model.get_block_size() :])[0][:, -1], temperature)
         logits = logits if top_k is None else top_k_logits(logits, top_k)
         x = torch.cat((x, pick(logits, sample)[:, None]), dim=1)
     return x
@@ -390,13 +414,15 @@ def sample_with_past(
 ) -> Tensor:
     """Sample the tokens after the condition x (B, c), with a key/value cache: int64 (B, steps).
 
-    As in the original, ``top_p`` is ignored without ``top_k``.
+    As in the original, ``top_p`` is ignored without ``top_k``, and both keep all tokens at 0 and 1.0. Raises UserError
+    for an option outside its range, for logits with NaN, and for more tokens than the model's block size and one.
     """
-    cache, done, sequence = model.new_cache(len(x), x.shape[1] + steps), 0, x
+    check_filters(temperature, top_k or None, top_p)
+    cache, done, sequence = model.new_cache(len(x), fed_positions(model, x.shape[1], steps)), 0, x
     for n in range(steps):
         if callback is not None:
             callback(n)
-        logits = model.forward_cached(sequence[:, done:], cache, done)[:, -1] / temperature
+        logits = scaled(model.forward_cached(sequence[:, done:], cache, done)[:, -1], temperature)
         done = sequence.shape[1]
         if top_k is not None:
             logits = top_k_top_p_filtering(logits, top_k, 1.0 if top_p is None else top_p)

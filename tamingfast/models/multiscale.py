@@ -37,7 +37,7 @@ class MultiscaleTransformer(Net2NetTransformer):
         """Row-major image tokens (B, h, w) or (B, h*w) -> the tokens of all scales (B, n)."""
         stage, pyramid = self.first_stage_model, self.pyramid
         grid = grid.unflatten(1, (pyramid.height, pyramid.width)) if grid.ndim == 2 else grid
-        codes = torch.arange(stage.n_embed, device=grid.device)
+        codes = torch.arange(stage.n_embed, dtype=torch.int64, device=grid.device)
         return pyramid.build(grid, stage.quantize.get_codebook_entry(codes, None))
 
     def to_grid(self, sequence: Tensor, height: int, width: int) -> Tensor:

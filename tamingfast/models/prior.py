@@ -23,9 +23,10 @@ from tamingfast.models.base import (
     image_from_batch,
 )
 from tamingfast.models.condition_stages import SOSProvider
-from tamingfast.models.gpt import GPT, pick, top_k_logits
+from tamingfast.models.gpt import GPT, fed_positions, pick, top_k_logits
 from tamingfast.models.orderings import AbstractPermuter, Identity
 from tamingfast.models.vqgan import VQModel
+from tamingfast.ops.choice import check_filters, scaled
 from tamingfast.sampling import sample_grid
 
 #: Values of ``cond_stage_config`` that stand for no config, as in the original.
@@ -134,7 +135,9 @@ class Net2NetTransformer(Module):
         """
         inputs = z_indices
         if self.training and self.pkeep < 1.0:
-            keep = torch.bernoulli(torch.full(z_indices.shape, self.pkeep, device=z_indices.device)).bool()
+            keep = torch.bernoulli(
+                torch.full(z_indices.shape, self.pkeep, dtype=torch.float32, device=z_indices.device)
+            ).bool()
             inputs = torch.where(keep, z_indices, torch.randint_like(z_indices, self.transformer.config.vocab_size))
         logits, _ = self.transformer(torch.cat((c_indices, inputs), dim=1)[:, :-1])
         return logits[:, c_indices.shape[1] - 1 :]
@@ -144,7 +147,7 @@ class Net2NetTransformer(Module):
         return top_k_logits(logits, k)
 
     def _draw(self, logits: Tensor, temperature: float, sample: bool, top_k: int | None) -> Tensor:
-        logits = logits / temperature
+        logits = scaled(logits, temperature)
         return pick(logits if top_k is None else self.top_k_logits(logits, top_k), sample)
 
     @torch.no_grad()
@@ -162,21 +165,19 @@ class Net2NetTransformer(Module):
 
         Takes the most likely token, or with ``sample`` draws one with torch's generator. ``callback(step)`` runs before
         each step. Tokens are in the order of the permuter. `tamingfast.sampling.sample_grid` is faster and seeded.
-        Raises RuntimeError in training mode and ValueError if the sequence becomes longer than the model's block size.
+        Raises RuntimeError in training mode, and UserError for a condition and tokens that need more positions than the
+        model's block size (the last token needs none), for an option outside its range, and for logits with NaN.
         """
         if self.transformer.training:
             raise RuntimeError("the model is in training mode; call .eval() before sampling")
+        check_filters(temperature, top_k)
         if self.pkeep <= 0.0:
             return self._sample_from_noise(x, c, temperature, sample, top_k)
         sequence = torch.cat((c, x), dim=1)
         gpt, n_unmasked = self.transformer, self.transformer.config.n_unmasked
-        if steps > 0 and sequence.shape[1] + steps - 1 > gpt.block_size:
-            raise ValueError(
-                f"steps: got {steps} after {sequence.shape[1]} tokens, expected at most "
-                f"{gpt.block_size + 1 - sequence.shape[1]} with block_size={gpt.block_size}"
-            )
+        positions = fed_positions(gpt, sequence.shape[1], steps)
         # Positions of the unmasked prefix attend to later ones, so nothing can be cached until it is complete.
-        cache = gpt.new_cache(len(sequence), sequence.shape[1] + steps) if sequence.shape[1] >= n_unmasked else None
+        cache = gpt.new_cache(len(sequence), positions) if sequence.shape[1] >= n_unmasked else None
         done = 0
         for k in range(steps):
             callback(k)

@@ -32,8 +32,8 @@ from tamingfast.ops.machine import (
 from tamingfast.ops.machine import facts as machine
 
 __all__ = [
-    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "cuda", "gpu", "interpreted", "isa", "machine",
-    "native", "pick_device", "requested", "status", "use",
+    "OLDEST_CUDA", "PROBES", "Availability", "available_memory", "check_environment", "cuda", "gpu", "interpreted",
+    "isa", "machine", "native", "pick_device", "requested", "requested_by", "status", "use",
 ]  # fmt: skip
 
 #: The backends by name, each with a function that says whether it can run here.
@@ -44,14 +44,35 @@ PROBES: dict[str, Callable[[], Availability]] = {
     "reference": lambda: Availability(True, "plain torch"),
 }
 
-_requested = os.environ.get("TAMINGFAST_BACKEND") or None
+_VARIABLE = "TAMINGFAST_BACKEND"
+_environment = os.environ.get(_VARIABLE) or None
+_requested = _environment
 
 
 def requested() -> str | None:
     """The requested backend, or None for the automatic choice. Raises RuntimeError for an unknown name."""
     if _requested is not None and _requested not in PROBES:
-        raise SettingError(f"TAMINGFAST_BACKEND: got {_requested!r}, expected one of {', '.join(PROBES)}")
+        raise SettingError(f"{_VARIABLE}: got {_requested!r}, expected one of {', '.join(PROBES)}, or leave it unset")
     return _requested
+
+
+def requested_by() -> str:
+    """Where the requested backend was named, for messages: the environment variable, or "backend" for `use`."""
+    return _VARIABLE if _requested is _environment else "backend"
+
+
+def check_environment() -> None:
+    """Raises SettingError unless the backend and the instruction set that the environment names can run here."""
+    if _environment is None and not os.environ.get("TAMINGFAST_ISA"):
+        return  # without importing torch
+    isa()
+    name = requested()
+    state = None if name is None else PROBES[name]()
+    if state is not None and not state.available:
+        raise SettingError(
+            f"{requested_by()}: got {name!r}, which cannot run here ({state.reason}), expected one that can; see "
+            "`tamingfast info`"
+        )
 
 
 @contextlib.contextmanager

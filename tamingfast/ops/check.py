@@ -15,6 +15,20 @@ def floating(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point tensor")
 
 
+def array(name: str, value: torch.Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """(address, bytes) of a tensor for the extension, which takes every array in this form.
+
+    Raises ValueError unless it is contiguous, of that dtype, in the CPU's memory and not a negated view.
+    """
+    plain = value.layout == torch.strided and value.is_contiguous() and not value.is_neg()
+    if value.device.type != "cpu" or value.dtype != dtype or not plain:
+        raise ValueError(
+            f"{name}: got {'' if plain else 'non-contiguous '}{described(value)}, expected a contiguous {dtype} tensor "
+            "on the CPU"
+        )
+    return value.data_ptr(), value.nbytes
+
+
 def described(value: torch.Tensor) -> str:
     """Shape, dtype and device in words."""
     return f"{tuple(value.shape)} {value.dtype} on {value.device}"

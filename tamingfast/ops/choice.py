@@ -80,7 +80,7 @@ def gumbel_noise(seed: int, image: Tensor, row: Tensor, column: Tensor, vocab: i
     """
     check_seed(seed)
     seed = int(seed)
-    block = torch.arange((vocab + 3) // 4, device=image.device)
+    block = torch.arange((vocab + 3) // 4, dtype=torch.int64, device=image.device)
     counter = (block, column[..., None], row[..., None], image[..., None])
     words = torch.stack(philox4x32(counter, (seed & WORD, seed >> 32)), dim=-1)
     u = (words.flatten(-2)[..., :vocab] >> 8).double().add_(0.5).mul_(2.0**-24)
@@ -93,7 +93,8 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
     The temperature must be a normal float32; a `top_k` given as a float must be a whole number.
     """
     if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
-        raise UserError(f"temperature: got {temperature}, expected a positive float32; for 0 use greedy")
+        span = f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}"
+        raise UserError(f"temperature: got {temperature}, expected {span}; for 0 use greedy")
     if top_k is not None and (isinstance(top_k, bool) or not 1 <= top_k < float("inf") or top_k != int(top_k)):
         raise UserError(f"top_k: got {top_k}, expected an integer of at least 1, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
@@ -101,10 +102,10 @@ def check_filters(temperature: float = 1.0, top_k: int | None = None, top_p: flo
 
 
 def check_chosen(nan: bool, nothing: bool) -> None:
-    """Raises ValueError if a row of logits held NaN (`nan`) or no finite entry (`nothing`)."""
+    """Raises UserError if a row of logits held NaN (`nan`) or only -inf (`nothing`)."""
     if nan or nothing:
         found = "NaN" if nan else "only -inf"
-        raise ValueError(f"logits: got {found} in a row, expected numbers to choose a token from; check the weights")
+        raise UserError(f"logits: got {found} in a row, expected numbers to choose a token from; check the weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,25 @@ class Choice:
         object.__setattr__(self, "top_p", None if self.top_p is None else float(self.top_p))
         object.__setattr__(self, "greedy", bool(self.greedy))
         object.__setattr__(self, "seed", int(self.seed))
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits (..., V) divided by the temperature; where the best of a row would not be finite, distances from it.
+
+    Each entry minus the best leaves the softmax as it is. So logits near the largest float do not
+    overflow, and an infinite logit is certain.
+
+    Raises:
+        UserError: a row has NaN, or only -inf.
+    """
+    scores = logits / temperature
+    if bool(scores.amax(-1).isfinite().all()):  # amax of NaN is NaN
+        return scores
+    best = logits.amax(-1, keepdim=True)
+    check_chosen(nan=bool(best.isnan().any()), nothing=bool((best == -torch.inf).any()))
+    # An infinite best entry minus itself would be NaN.
+    distance = torch.where(logits == best, torch.zeros_like(logits), logits - best) / temperature
+    return torch.where((best / temperature).isfinite(), scores, distance)
 
 
 def top_k_top_p(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -184,22 +204,17 @@ def choose(
 
     Args:
         logits: floating point (..., V), divided by `temperature` before filtering, as in the original; the order
-            matters to `top_p` only.
+            matters to `top_p` only. See `scaled` for values near the largest float and infinite ones.
         noise: (..., V) from `gumbel_noise`, or None for the greedy choice, on which the options have no effect.
 
     Returns:
         int64 (...,).
 
     Raises:
-        UserError: an option outside its range; see `check_filters`.
-        ValueError: a row of logits has NaN, or no finite entry.
+        UserError: an option outside its range, see `check_filters`; or a row of logits that has NaN, or only -inf.
     """
     check_filters(temperature, top_k, top_p)
-    scores = logits.float()
+    scores = scaled(logits.float(), 1.0 if noise is None else temperature)
     if noise is not None:
-        scores = _filtered(scores / temperature, top_k, top_p) + noise
-    tokens = scores.argmax(-1)
-    best = scores.gather(-1, tokens[..., None])  # NaN if the row has any: argmax prefers it
-    if not bool((best > -torch.inf).all()):
-        check_chosen(nan=bool(best.isnan().any()), nothing=True)
-    return tokens
+        scores = _filtered(scores, top_k, top_p) + noise
+    return scores.argmax(-1)

@@ -88,16 +88,16 @@ def _native_nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tenso
     module, reason = machine.native()
     if module is None:
         raise RuntimeError(reason)
-    z = z.to(torch.float32).contiguous()  # the half types widen exactly
-    codebook = codebook.to(torch.float32).contiguous()
-    out = torch.empty(z.shape[0], dtype=torch.int64)
+    # The half types widen exactly.
+    z, codebook = (value.to(torch.float32).contiguous().resolve_neg() for value in (z, codebook))
+    out = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     module.nearest_code(
-        z=z.data_ptr(),
+        z=check.array("z", z, torch.float32),
         n=z.shape[0],
-        codebook=codebook.data_ptr(),
+        codebook=check.array("codebook", codebook, torch.float32),
         k=codebook.shape[0],
         d=z.shape[1],
-        out=out.data_ptr(),
+        out=check.array("out", out, torch.int64),
         threads=torch.get_num_threads(),
         isa=machine.isa(),
     )

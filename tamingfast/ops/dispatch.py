@@ -74,7 +74,8 @@ class Op(Generic[P, R]):
             refusals.append((implementation.backend, reason))
         backend, reason = refusals[-1]
         raise SettingError(
-            f"backend: got {backend!r}, which cannot run {self.name} ({reason}), expected one that can; ask for another"
+            f"{backends.requested_by()}: got {backend!r}, which cannot run {self.name} ({reason}), expected one that "
+            "can; ask for another"
         )
 
     def _candidates(self, asked: str | None, device: str) -> list[Implementation[P, R]]:

@@ -114,7 +114,7 @@ def _why_no_native(error: ImportError) -> str:
         return f"tamingfast._C was built but does not load: {error}"
     note = package / "_C.failure.txt"
     if note.exists():
-        reason = note.read_text(encoding="utf-8").strip()
+        reason = note.read_text(encoding="utf-8", errors="replace").strip()
         return f"the build of tamingfast._C failed ({reason}); install a C++17 compiler and install tamingfast again"
     return f"tamingfast._C was not built ({error}); install tamingfast again with `pip install -v` to see why"
 
@@ -122,12 +122,14 @@ def _why_no_native(error: ImportError) -> str:
 def isa() -> str:
     """The instruction set for native kernels from ``TAMINGFAST_ISA``; ``auto``, the default, is the best available.
 
-    RuntimeError if this processor or this build lacks it.
+    RuntimeError if this processor or this build lacks it, or if there is no extension.
     """
     name = os.environ.get("TAMINGFAST_ISA") or "auto"
-    module, _ = native()
-    if name == "auto" or module is None:
+    if name == "auto":
         return name
+    module, reason = native()
+    if module is None:
+        raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto, as there are no native kernels ({reason})")
     supported = module.build_info()["isas"]
     if name not in supported:
         raise SettingError(f"TAMINGFAST_ISA: got {name!r}, expected auto or one of {', '.join(supported)}")
@@ -206,7 +208,7 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError as error:  # its message lists every device type of torch
         raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
     try:
-        torch.zeros(1, device=device).cpu()  # meta, for one, makes tensors but holds no values
+        torch.zeros(1, dtype=torch.float32, device=device).cpu()  # meta, for one, makes tensors but holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(

@@ -18,7 +18,7 @@ _CHUNK_SCORES = 2**21  # per chunk of nearest_code: 16 MiB in float64
 
 def attention_mask(length: int, n_unmasked: int, device: torch.device | None = None) -> torch.Tensor:
     """bool (length, length), True where query i (row) sees key j (column): j <= i, or both below n_unmasked."""
-    position = torch.arange(length, device=device)
+    position = torch.arange(length, dtype=torch.int64, device=device)
     return (position[:, None] >= position) | (torch.maximum(position[:, None], position) < n_unmasked)
 
 

@@ -87,7 +87,8 @@ class Canvas:
         """
         check_room(len(cond), height, width)
         shape = (len(cond), height, width)
-        return cls(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool), cond, settings)
+        tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), cond, settings)
 
     @classmethod
     def of(cls, tokens: Tensor, cond: Tensor, **settings: Any) -> Canvas:

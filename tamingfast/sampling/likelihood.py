@@ -40,7 +40,7 @@ def negative_log_likelihood(
     layout, device, prefix = plan.schedule, plan.device, plan.context.length
     flat = tokens.to(device).flatten(1)
     raster = torch.from_numpy(layout.offsets.copy()).to(device)
-    out = torch.zeros(batch, height * width, device=device)
+    out = torch.zeros(batch, height * width, dtype=torch.float32, device=device)
     cells = layout.positions()
     cells = cells[np.argsort(layout.corners[cells], kind="stable")]
     corners, first = np.unique(layout.corners[cells], return_index=True)

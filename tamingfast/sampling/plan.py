@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -121,9 +122,14 @@ def plan_grid(
     return plan
 
 
+def as_given(value: Tensor | NDArray | Sequence) -> Tensor:
+    """A tensor as it is; an array or nested lists as a tensor on the CPU, whatever the default device is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def checked_tokens(name: str, value: Tensor, vocab: int, device: torch.device) -> Tensor:
     """``value`` as int64 on the device; ValueError unless it holds integers from 0 to vocab - 1."""
-    value = torch.as_tensor(value)
+    value = as_given(value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name}: got dtype {value.dtype}, expected integer tokens")
     if value.numel():

@@ -18,7 +18,7 @@ from tamingfast.engines.selection import choose_engine, log_once
 from tamingfast.errors import UserError
 from tamingfast.ops.choice import Choice, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
-from tamingfast.sampling.plan import GridPlan, Sampled, checked_tokens, plan_grid
+from tamingfast.sampling.plan import GridPlan, Sampled, as_given, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
 from tamingfast.sampling.waves import MEMORY, NativeWaves, TorchWaves, WaveEngine, plan_waves, sample_waves
 
@@ -212,7 +212,7 @@ class _Drawing:
 
     def _drawn(self, cells: np.ndarray) -> Iterator[Tensor]:
         device, vocab, width = self.canvas.device, self.plan.vocab, self.layout.width
-        images = torch.arange(self.images.start, self.images.stop, device=device)[:, None]
+        images = torch.arange(self.images.start, self.images.stop, dtype=torch.int64, device=device)[:, None]
         at_once = max(1, NOISE_ENTRIES // max(1, len(self.images) * vocab))
         for part in torch.from_numpy(cells).to(device).split(at_once):
             yield from gumbel_noise(self.choice.seed, images, part // width, part % width, vocab).unbind(1)
@@ -254,9 +254,9 @@ def _canvas(start: Tensor | None, mask: Tensor | None, plan: GridPlan) -> tuple[
     grid = (batch, layout.height, layout.width)
     canvas = torch.zeros(batch, layout.height * layout.width, dtype=torch.int64, device=device)
     wanted = torch.ones_like(canvas, dtype=torch.bool)
-    start = None if start is None else torch.as_tensor(start)
+    start = None if start is None else as_given(start)
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = as_given(mask)
         if start is None or start.shape != grid:
             got = "None" if start is None else f"shape {tuple(start.shape)}"
             raise ValueError(f"start: got {got}, expected shape {grid}, as there is a mask")
@@ -315,13 +315,17 @@ class _Report:
 
 @contextmanager
 def _evaluating(gpt: Transformer, dtype: str) -> Iterator[Transformer]:
-    """The transformer in eval mode, with weights of the given type; the caller's own is restored afterwards."""
+    """The transformer in eval mode, with weights of the given type; the caller's own is restored afterwards.
+
+    Autocast is off: ``dtype`` alone decides, as in the native engines.
+    """
     if getattr(torch, dtype) != next(gpt.parameters()).dtype:
         gpt = copy.deepcopy(gpt).to(getattr(torch, dtype))
     training = [module for module in gpt.modules() if module.training]
     gpt.eval()
     try:
-        yield gpt
+        with torch.autocast(gpt.pos_emb.device.type, enabled=False):
+            yield gpt
     finally:
         for module in training:
             module.training = True

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.models import check_windowed as check_windowed
     from tamingfast.tasks.models import classes_of as classes_of
     from tamingfast.tasks.models import config_of as config_of
+    from tamingfast.tasks.models import data_of as data_of
     from tamingfast.tasks.models import first_stage_of as first_stage_of
     from tamingfast.tasks.models import is_multiscale as is_multiscale
     from tamingfast.tasks.models import is_spatial as is_spatial
@@ -79,8 +80,8 @@ _HOMES = {
     "encoding": ("check_encodable", "encode"),
     "inspection": ("inspect",),
     "models": (
-        "check_prior", "check_windowed", "classes_of", "config_of", "first_stage_of", "is_multiscale", "is_spatial",
-        "opened",
+        "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale",
+        "is_spatial", "opened",
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),

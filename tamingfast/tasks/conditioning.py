@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tamingfast.data import conditions as kinds
 from tamingfast.data.conditions import Scene
+from tamingfast.data.views import View
 from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
@@ -143,8 +144,14 @@ def _saved(source: Image.Image | np.ndarray, folder: Path) -> Path:
     path = folder / "condition.png"
     image = source
     if isinstance(image, np.ndarray):
-        if image.dtype.kind not in "biu":
-            raise UserError(f"condition: got {image.dtype}, expected integers (H, W), (H, W, 3) or float32 (H, W, C)")
+        if image.dtype.kind not in "biu" or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise UserError(
+                f"condition: got {image.dtype} of shape {image.shape}, expected integers (H, W) or (H, W, 3), or "
+                "float32 (H, W, C)"
+            )
+        if not image.size or image.min() < 0 or image.max() > 65535:
+            got = f"{image.min()} to {image.max()}" if image.size else f"shape {image.shape}"
+            raise UserError(f"condition: got {got}, expected integers from 0 to 65535")
         wide = image.max(initial=0) > 255
         image = Image.fromarray(image.astype(np.uint16 if wide else np.uint8))
     image.save(path)
@@ -157,14 +164,14 @@ def _read(
     if isinstance(kind, kinds.Objects):
         scene = kind.read(path)
         return scene.fitted(*(size or _multiples(model, *scene.shape, path)))
-    found = kind.read(path)
+    assert isinstance(kind, kinds.Map)  # the only other kinds are objects
+    width, height = kind.own_size(path)
     if size is None:
-        return _centre(found, *_multiples(model, found.shape[0], found.shape[1], path))
-    scale = max(wanted / side for wanted, side in zip(size, found.shape[:2], strict=True))
-    if scale != 1:
-        height, width = (max(wanted, round(side * scale)) for wanted, side in zip(size, found.shape[:2], strict=True))
-        found = kind.read(path, (width, height))
-    return _centre(found, *size)
+        size = _multiples(model, height, width, path)
+    else:
+        scale = max(size[0] / height, size[1] / width)
+        height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return kind.read(path, (width, height), View.centre((width, height), size[1], size[0]))
 
 
 def computed_condition(model: Net2NetTransformer, photo: Picture, size: tuple[int, int] | None = None) -> np.ndarray:

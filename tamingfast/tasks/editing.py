@@ -54,8 +54,8 @@ def edit(
     Args:
         model: a prior, or the path of its run or checkpoint.
         photo: the photo, or a canvas from an earlier drawing, whose condition is kept unless another is given.
-        mask: a picture of the photo's size, white where the photo is redrawn, or bool (H, W). A token is redrawn if the
-            mask touches any of its pixels.
+        mask: a picture of the photo's size, white where the photo is redrawn, black or transparent elsewhere, or bool
+            (H, W). A token is redrawn if the mask touches any of its pixels.
         count: number of versions; default: 1, or the number of images of a canvas.
         label, condition, condition_of: as in `sample`; a condition must have the photo's size. Default: computed from
             the photo, if that kind of condition can be.
@@ -75,7 +75,8 @@ def edit(
     tokens = token_mask(read_mask(mask, height, width), factor)
     if not tokens.any():
         raise UserError(
-            f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint white what is to change"
+            f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint what is to change white, "
+            "on black or on nothing"
         )
     return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
 

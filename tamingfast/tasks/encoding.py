@@ -23,7 +23,7 @@ from tamingfast.models.condition_stages import CoordStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
 from tamingfast.tasks.drawing import at_least_one
-from tamingfast.tasks.models import Model, config_of, first_stage_of, is_spatial, opened
+from tamingfast.tasks.models import Model, data_of, first_stage_of, is_spatial, opened
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 from tamingfast.tasks.sizes import grid_size
 
@@ -64,7 +64,7 @@ def encode(
     network = opened(model)
     stage_of_conditions = None if cond_stage is None else first_stage_of(opened(cond_stage))
     if data is None:
-        data = config_of(network if stage_of_conditions is None else stage_of_conditions).get("data") or {}
+        data = data_of(network if stage_of_conditions is None else stage_of_conditions)
     dataset = _made(data, split) if isinstance(data, Mapping) else as_epoch_dataset(data)
     conditions = _conditions_of(network, dataset, stage_of_conditions)
     with bars("images", len(dataset)) as counter:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.targets import check_targets
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
@@ -30,6 +32,13 @@ def opened(model: Model) -> nn.Module:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The config that a model was loaded with; empty for models made by hand."""
     return getattr(model, "config", None) or {}
+
+
+def data_of(model: nn.Module) -> Mapping[str, Any]:
+    """The ``data`` section of the config that a model was loaded with, whose classes `load_model` was to allow."""
+    section = config_of(model).get("data") or {}
+    check_targets(section, "data", getattr(model, "allow", ()))
+    return section
 
 
 def first_stage_of(model: nn.Module) -> FirstStage:

@@ -13,7 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from tamingfast import images
-from tamingfast.data.rgb import EXTENSIONS, read_rgb
+from tamingfast.data.folders import scan
+from tamingfast.data.image_files import warn_skipped
+from tamingfast.data.rgb import read_rgb, to_rgb
 from tamingfast.errors import UserError
 from tamingfast.tasks.sizes import image_size
 
@@ -35,32 +37,41 @@ def read_photo(source: Picture) -> Tensor:
 
 
 def read_mask(source: Picture, height: int, width: int) -> Tensor:
-    """A mask of height x width pixels as bool (H, W), True where a picture is lighter than mid-gray.
+    """A mask of height x width pixels as bool (H, W), True where a picture is lighter than mid-gray and opaque.
 
-    Bool arrays and tensors (H, W) are used as they are. Raises UserError for any other size.
+    Bool arrays and tensors (H, W) are used as they are. Raises UserError for any other size, and for pictures whose
+    white is 1 instead of 255.
     """
+    name = named(source, "mask")
     if isinstance(source, np.ndarray | Tensor) and source.dtype in (np.bool_, torch.bool):
         mask = torch.as_tensor(source)
     else:
-        mask = torch.from_numpy(np.asarray(as_image(source).convert("L")) >= 128)
+        # Over black, so that what is transparent is not chosen.
+        lightness = np.asarray(as_image(source, "mask", background="black").convert("L"))
+        if lightness.size and lightness.max() == 1:
+            raise UserError(f"{name}: got no value above 1, expected 0 to 255; make white 255, or give bool (H, W)")
+        mask = torch.from_numpy(lightness >= 128)
     if mask.shape != (height, width):
         raise UserError(
-            f"{named(source, 'mask')}: got {'x'.join(map(str, mask.shape))} pixels, expected {height}x{width}, the "
-            "photo's size"
+            f"{name}: got {'x'.join(map(str, mask.shape))} pixels, expected {height}x{width}, the photo's size"
         )
     return mask.cpu()
 
 
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The paths, with each directory replaced by the images in it; UserError for a directory without images."""
+    """The paths, with each directory replaced by the images in it and its sub-folders, in the order of their names.
+
+    What else lies in a directory is named in a warning; see `tamingfast.data.folders.scan`. Raises UserError for a
+    directory without images.
+    """
     files: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(
-                f"{path}: got a directory without images, expected image files ({', '.join(sorted(EXTENSIONS))})"
-            )
-        files += inside
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside, skipped = scan(path, pixels=True)
+        warn_skipped(skipped)
+        files += [path / name for name, _ in inside]
     return files
 
 
@@ -97,22 +108,28 @@ def batch_of(
     return several, load_images(several, *size), size
 
 
-def as_image(source: Picture) -> Image.Image:
-    """A picture as a PIL image in RGB; files are turned upright. Raises UserError as `read_photo` does."""
+def as_image(source: Picture, name: str = "picture", background: str = "white") -> Image.Image:
+    """A picture as a PIL image in RGB; files are turned upright, and transparency is laid over the ``background``.
+
+    Raises UserError as `read_photo` does; ``name`` is that of a ``source`` in memory.
+    """
+    if isinstance(source, str | os.PathLike):
+        return read_rgb(source, background=background)
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        try:
+            return to_rgb(source, background)
+        except (OSError, SyntaxError, ValueError) as error:  # of an image that is read only now, or of its mode
+            raise UserError(f"{name}: got an image that cannot be used ({error}), expected one in RGB") from error
     if isinstance(source, Tensor):
-        return Image.fromarray(images.to_uint8(_checked(source)[0]))
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
-            raise UserError(f"picture: got {source.dtype} of shape {source.shape}, expected uint8 (H, W) or (H, W, 3)")
-        return Image.fromarray(source).convert("RGB")
-    try:
-        return read_rgb(source)
-    except FileNotFoundError:
-        raise UserError(f"{source}: got no such file, expected an image") from None
-    except Exception as error:
-        raise UserError(f"{source}: got a file that cannot be read ({error}), expected an image") from error
+        return Image.fromarray(images.to_uint8(_checked(source, name)[0]))
+    if not isinstance(source, np.ndarray):
+        raise UserError(f"{name}: got {type(source).__name__}, expected a path, a PIL image, an array or a tensor")
+    shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
+    if source.dtype != np.uint8 or not shaped or not source.size:
+        raise UserError(
+            f"{name}: got {source.dtype} of shape {source.shape}, expected uint8 (H, W) or (H, W, 3) from 0 to 255"
+        )
+    return Image.fromarray(source).convert("RGB")
 
 
 def save_pictures(path: str | os.PathLike[str], batch: Tensor) -> None:
@@ -133,11 +150,11 @@ def named(source: object, otherwise: str) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else otherwise
 
 
-def _checked(x: Tensor) -> Tensor:
+def _checked(x: Tensor, name: str = "picture") -> Tensor:
     whole = x[None] if x.ndim == 3 else x
-    if whole.ndim != 4 or len(whole) != 1 or whole.shape[1] != 3 or not x.is_floating_point():
+    if whole.ndim != 4 or len(whole) != 1 or whole.shape[1] != 3 or not x.is_floating_point() or not x.numel():
         raise UserError(
-            f"picture: got {x.dtype} of shape {tuple(x.shape)}, expected floating point (3, H, W) or (1, 3, H, W)"
+            f"{name}: got {x.dtype} of shape {tuple(x.shape)}, expected floating point (3, H, W) or (1, 3, H, W)"
         )
     return whole.detach().float().cpu()
 

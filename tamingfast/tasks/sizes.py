@@ -63,8 +63,8 @@ def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_toke
     over two grids at once; raises UserError for any other number.
     """
     room = model.transformer.config.block_size - condition_tokens + 1
-    trained = room - 1  # the block has a position for the last token, too, which is never an input
-    if first_stage_of(model).levels > 1 and rows * columns != trained:
+    trained = room - 1  # most blocks have a position for the last token, too, which is never an input
+    if first_stage_of(model).levels > 1 and rows * columns not in (trained, room):
         raise UserError(
             f"size: got {rows * columns} tokens, expected {trained}, as a prior on tokens of two levels draws only the "
             "size that it was trained on; leave the size out, or train a prior on this size"

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import load_yaml, plain
+from tamingfast.checkpoints.config import at, instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.data import loader
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
@@ -20,8 +22,16 @@ from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps
+from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import FREE_TO_CHANGE, Training
 from tamingfast.training.stage import Stage
+
+
+def new_model(described: Mapping[str, Any], seed: int) -> nn.Module:
+    """The untrained model of a config's ``model`` section, the same for each ``seed``; UserError if it is too large."""
+    check_sizes(described, "model")
+    torch.manual_seed(seed_for(seed, "weights"))
+    return instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
 
 
 @contextlib.contextmanager
@@ -66,6 +76,7 @@ def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str
     """The config of the run to resume, None for a new run; UserError where `begin` says."""
     run_directory.check_not_lost(out)
     if not resume:
+        _check_apart(config, out)
         if run_directory.exists(out):
             raise UserError(
                 f"{out}: got a directory that already holds a training run, expected a new one; continue the run with "
@@ -75,6 +86,16 @@ def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str
     began = plain(load_yaml(run_directory.config_file(out)))
     _check_same_run(began, config, out)
     return began
+
+
+def _check_apart(config: Mapping[str, Any], out: Path) -> None:
+    """Raise UserError for a run directory that is its data's: the pictures that the run writes would join them."""
+    for key in ("path", "validation_path"):
+        path = at(config, "data", key)
+        if isinstance(path, str) and Path(path).expanduser().resolve() == out.resolve():
+            raise UserError(
+                f"{out}: got the directory of data.{key}, expected one for the run alone; give another --out"
+            )
 
 
 def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
@@ -12,21 +12,31 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import get_obj_from_str, load_yaml, plain
-from tamingfast.data import SPLITS
+from tamingfast.checkpoints.config import at, load_yaml, plain
+from tamingfast.checkpoints.references import check_references
+from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
+from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UserError, first_line, nearest
-from tamingfast.training.keys import check_keys, check_mapping, check_params, parameters_of
+from tamingfast.training.keys import (
+    DEFAULT_TARGETS,
+    check_keys,
+    check_mapping,
+    check_params,
+    check_paths,
+    is_path,
+    parameters_of,
+)
+from tamingfast.training.original_layout import MODEL_KEYS, UNUSED_PARAMS, check_original_data, translated
+from tamingfast.training.prior_config import MODEL
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 
 logger = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parents[1] / "configs"
 
-#: Keys of sections that are not the parameters of a class, and names from the original's layout.
+#: Keys of sections that are not the parameters of a class.
 _SECTIONS = ("model", "data", "training", "prior")
-_MODEL_KEYS = ("base_learning_rate", "target", "params")
 _PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
-_DATA_MODULE = "DataModuleFromConfig"
 
 
 def presets() -> list[str]:
@@ -34,48 +44,91 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(name_or_path: str | os.PathLike, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    name_or_path: str | os.PathLike, overrides: Sequence[str] = (), *, allow: Collection[str] | None = None
+) -> DictConfig:
     """A training config: a packaged preset by name or a YAML file by path, with ``key=value`` overrides.
 
     Files of the original are accepted as they are: ``data.target: main.DataModuleFromConfig`` and ``lightning:`` are
-    translated into ``data`` and ``training``. Raises UserError for a missing file, an override that is not
-    ``key=value``, and a key that nothing reads, with the nearest valid one.
+    translated into ``data`` and ``training``, in the file and in overrides alike. References, ``${section.key}``, are
+    resolved last. With ``allow`` None the config is the user's own, and may name the user's own classes; else only
+    ours and those in ``allow`` (see `tamingfast.checkpoints.targets.class_of`).
+
+    Raises UserError for a missing file, an override that is not ``key=value``, a key that nothing reads, with the
+    nearest valid one, a ``target`` that may not be built, and a resolver such as ``${oc.env:HOME}``.
     """
-    config = _translated(load_yaml(_locate(name_or_path)))
+    config = load_yaml(_locate(name_or_path))
+    given = OmegaConf.create()
     for override in overrides:
-        config = _overridden(config, override)
-    check_config(plain(config))
-    return config
+        change = _parsed(override)
+        config, given = (_merged(each, change, override) for each in (config, given))
+    settled = plain(config)
+    if at(settled, "data", "name") is None:  # these are not built, but who runs a config with them means harm
+        unused = {key: at(settled, "data", "params", key) for key in UNUSED_PARAMS}
+        check_targets({"params": unused}, "data", allow)
+    settled = translated(settled, cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)))
+    check_paths(settled)
+    for section in ("model", "data"):
+        check_targets(settled.get(section), section, allow)
+    check_config(settled)
+    return OmegaConf.create(settled)
 
 
-def _overridden(config: DictConfig, override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+def _parsed(override: str) -> DictConfig:
+    """What an override says, as a config."""
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override: got '{override}', expected key=value, such as training.steps=1000")
     try:
-        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+        change = OmegaConf.from_dotlist([override])
+        if is_path(key) and not OmegaConf.is_config(OmegaConf.select(change, key)) and text != "null":
+            OmegaConf.update(change, key, text)  # a number or a date, to YAML
+        raw = OmegaConf.to_container(change, resolve=False)
+    except Exception as error:  # of PyYAML and of OmegaConf, which share no class
+        raise _unfit(override, error) from error
+    check_references(raw)
+    if isinstance(raw, dict) and isinstance(raw.get("model"), dict):
+        check_keys(raw["model"], MODEL_KEYS, "model")
+    return change
+
+
+def _merged(config: DictConfig, change: DictConfig, override: str) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(config, change))
     except Exception as error:
-        raise UserError(
-            f"override: got '{override}', which does not fit the config ({first_line(error)}), expected key=value for "
-            "a key of its sections"
-        ) from error
+        raise _unfit(override, error) from error
+
+
+def _unfit(override: str, error: Exception) -> UserError:
+    return UserError(
+        f"override: got '{override}', which does not fit the config ({first_line(error)}), expected key=value for a "
+        "key of its sections"
+    )
 
 
 def resumed_config(
-    out: str | os.PathLike, name: str | os.PathLike | None = None, overrides: Sequence[str] = ()
+    out: str | os.PathLike,
+    name: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Collection[str] = (),
 ) -> DictConfig:
     """The config to continue the run in ``out`` with: the one it began with, changed by the ``overrides``.
 
     If ``name`` is given, that config is loaded instead (see `load_config`), so that a setting in it that the run cannot
-    change is noticed; for the settings in `FREE_TO_CHANGE` the run's own values are kept, with a warning. Raises
-    UserError when there is no run, and where `load_config` does.
+    change is noticed; for the settings in `FREE_TO_CHANGE` the run's own values are kept, with a warning. The run's
+    config may name our classes only, and those that ``allow`` or the config ``name`` names again. Raises UserError when
+    there is no run, and where `load_config` does.
     """
-    own = load_config(run_directory.config_file(out), overrides)
+    path = run_directory.config_file(out)
     if name is None:
+        own = load_config(path, overrides, allow=allow)
         if "prior" in own:
             raise UserError("prior: got settings for a run that has begun, expected none; leave them out")
         return own
     config = load_config(name, overrides)
+    again = {str(described["target"]) for _, described in descriptions(plain(config), "config")}
+    own = load_config(path, overrides, allow=again.union(allow))
     before, named = (asdict(training_settings(each)) for each in (own, config))
     kept = {key: before[key] for key in before if key in FREE_TO_CHANGE and before[key] != named[key]}
     if kept:
@@ -103,46 +156,36 @@ def _locate(name_or_path: str | os.PathLike) -> Path:
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise UserError for the first key that nothing reads; `tamingfast.data.build` checks those below ``data``."""
     check_keys(config, _SECTIONS, "")
-    model = config.get("model") or {}
-    check_keys(model, _MODEL_KEYS, "model")
-    check_keys(config.get("prior") or {}, _PRIOR_KEYS, "prior")
-    check_keys(config.get("training") or {}, [field.name for field in fields(Training)], "training")
-    check_mapping(config.get("data") or {}, "data", "name")
-    if "target" in model:
-        check_params(model, "model")
+    sections = {name: {} if config.get(name) is None else config[name] for name in _SECTIONS}
+    model, data = sections["model"], sections["data"]
+    check_keys(model, MODEL_KEYS, "model")
+    check_keys(sections["prior"], _PRIOR_KEYS, "prior")
+    check_keys(sections["training"], [field.name for field in fields(Training)], "training")
+    check_mapping(data, "data", "name")
+    if data.get("name") is None and data.get("train") is not None:
+        check_original_data(data)
+    rate = model.get("base_learning_rate")
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise UserError(f"model.base_learning_rate: got {rate!r}, expected a number above 0")
+    classes = sections["prior"].get("classes")
+    if classes is not None and not (type(classes) is int and classes > 0):
+        raise UserError(f"prior.classes: got {classes!r}, expected an integer of at least 1, or null")
+    if model:
+        check_params(model, "model", DEFAULT_TARGETS["model"])
 
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:
-    """Raise UserError when the config is one for the other stage."""
+    """Raise UserError when the config is one for the other stage, or for what is no stage at all."""
     target = (config.get("model") or {}).get("target")
-    is_prior = "prior" in config or (target and "transformer_config" in (parameters_of(get_obj_from_str(target)) or ()))
+    network = class_of(target, "model.target") if target else None
+    is_prior = "prior" in config or (network and "transformer_config" in (parameters_of(network) or ()))
     if is_prior and not prior:
         raise UserError("config: got one for a prior, expected one for a first stage; use `tamingfast train prior`")
     if prior and target and not is_prior:
         raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
-
-
-def _translated(loaded: DictConfig) -> DictConfig:
-    """A config of the original in our layout; any other unchanged, so that overrides reach its interpolations."""
-    lightning = loaded.pop("lightning", None)
-    if not str((loaded.get("data") or {}).get("target", "")).endswith(_DATA_MODULE):
-        return loaded
-    config, lightning = plain(loaded), plain(lightning) or {}
-    data = config["data"]
-    config["model"] = {key: value for key, value in config.get("model", {}).items() if key in _MODEL_KEYS}
-    params, trainer = data.get("params") or {}, lightning.get("trainer") or {}
-    training = {
-        "batch_size": params.get("batch_size"),
-        "workers": params.get("num_workers"),
-        "steps": trainer.get("max_steps"),
-        "accumulate": trainer.get("accumulate_grad_batches"),
-        "grad_clip": trainer.get("gradient_clip_val") or None,
-    }
-    training = {key: value for key, value in training.items() if value is not None}
-    config["training"] = training | dict(config.get("training") or {})
-    config["data"] = {key: params[key] for key in SPLITS if params.get(key)}
-    train = (params.get("train") or {}).get("params") or {}
-    size = train.get("size") or (train.get("config") or {}).get("size") or train.get("crop_size")
-    if size:
-        config["data"]["size"] = size
-    return OmegaConf.create(config)
+    needed = ("token_logits", "encode_to_z") if prior else ("encode", "decode", "loss_of")
+    if network and not all(hasattr(network, name) for name in needed):
+        raise UserError(
+            f"model.target: got '{target}', expected a {'prior' if prior else 'first stage'}, such as "
+            f"{MODEL if prior else 'taming.models.vqgan.VQModel'}"
+        )

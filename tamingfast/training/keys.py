@@ -6,8 +6,17 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tamingfast.checkpoints.config import get_obj_from_str
+from tamingfast.checkpoints.targets import class_of
+from tamingfast.checkpoints.values import check_types
 from tamingfast.errors import UserError, nearest
+from tamingfast.models.prior import FIRST_STAGE, UNCONDITIONAL
+from tamingfast.training.prior_config import GPT, MODEL
+
+#: Targets of a prior that presets leave out: `prior_config` adds them.
+DEFAULT_TARGETS = {"model": MODEL, "transformer_config": GPT}
+_PATHS = (
+    "path", "validation_path", "ckpt_path", "remap", "training_images_list_file", "test_images_list_file",
+)  # fmt: skip
 
 
 def check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -27,27 +36,53 @@ def check_mapping(section: object, where: str, key: str) -> None:
         raise UserError(f"{where}: got {section!r}, expected keys below it; write for example {where}.{key}=...")
 
 
-def check_params(config: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside."""
+def is_path(key: str) -> bool:
+    """Whether a dotted key is that of a path: what looks like a number there is one, too."""
+    return key.strip().rpartition(".")[2] in _PATHS
+
+
+def check_paths(value: Any, where: str = "") -> None:
+    """Make text of numbers in place of paths, in nested mappings; UserError for what can be neither."""
+    for key in value if isinstance(value, dict) else ():
+        name = f"{where}.{key}" if where else str(key)
+        if not is_path(str(key)):
+            check_paths(value[key], name)
+        elif isinstance(value[key], int | float) and not isinstance(value[key], bool):
+            value[key] = str(value[key])
+        elif not isinstance(value[key], str | None):
+            raise UserError(f"{name}: got {value[key]!r}, expected a path")
+
+
+def check_params(config: Mapping[str, Any], where: str, default: str | None = None) -> None:
+    """Raise UserError for ``params`` that ``target`` does not take, here and in each {target, params} inside.
+
+    ``default`` is the target of a config without one.
+    """
     params = config.get("params") or {}
-    names = parameters_of(get_obj_from_str(config["target"]))
+    check_mapping(params, f"{where}.params", "lossconfig")
+    network = class_of(config.get("target", default), f"{where}.target")
+    names = parameters_of(network)
     if names is not None:
         check_keys(params, names, f"{where}.params")
+    for declared in network.__mro__:
+        if declared.__module__.startswith("tamingfast."):
+            check_types(params, declared, f"{where}.params")
     for key, value in params.items():
         inside = f"{where}.params.{key}"
         if key == "cond_stage_config" and params.get("unconditional"):
             continue  # never built: the original's own config has a placeholder here
-        if isinstance(value, Mapping) and "target" in value:
+        if isinstance(value, Mapping) and ("target" in value or key in DEFAULT_TARGETS):
             check_keys(value, ("target", "params"), inside)
-            check_params(value, inside)
+            check_params(value, inside, DEFAULT_TARGETS.get(key))
+        elif key != "ddconfig" and key.endswith("config") and isinstance(value, Mapping):
+            raise UserError(f"{inside}: got {dict(value)!r}, expected a 'target' that names a class, and its params")
+        elif key == "cond_stage_config" and isinstance(value, str) and value not in (FIRST_STAGE, UNCONDITIONAL):
+            raise UserError(f"{inside}: got {value!r}, expected {FIRST_STAGE}, {UNCONDITIONAL}, or keys below it")
         elif key == "ddconfig" and isinstance(value, Mapping):
-            check_keys(value, _network_keys(), inside)
-
-
-def _network_keys() -> list[str]:
-    """Keys of ``ddconfig``, which the encoder and the decoder share."""
-    home = "taming.modules.diffusionmodules.model"
-    return [name for part in ("Encoder", "Decoder") for name in parameters_of(get_obj_from_str(f"{home}.{part}")) or ()]
+            coders = [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
+            check_keys(value, [name for coder in coders for name in parameters_of(coder) or ()], inside)
+            for coder in coders:
+                check_types(value, coder, inside)
 
 
 def parameters_of(target: Callable[..., Any]) -> list[str] | None:

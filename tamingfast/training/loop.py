@@ -65,6 +65,7 @@ class _Run:
         self.stage, self.settings, self.out, self.among = stage, settings, out, among
         self.training, self.validation = datasets
         self.per_epoch = epoch_steps(self.training, settings, among.size)
+        self.last = settings.last_step(self.per_epoch)
         self.validate_every = settings.validate_every or self.per_epoch
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
         self.step, self.seconds, self.kept = 0, 0.0, 0
@@ -84,7 +85,7 @@ class _Run:
                 self.metrics = run_directory.Metrics(self.out, self.kept, self.step if self.had_finished else None)
                 stack.callback(self.metrics.close)
             self.bar = stack.enter_context(
-                bar("step", self.settings.steps, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
+                bar("step", self.last, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
             batches = step_batches(self.training, self.settings, self.among, self.step)
             while not self.spent():
@@ -104,7 +105,7 @@ class _Run:
     def spent(self) -> bool:
         """Whether the steps or, on any process, the seconds are used up."""
         time_is_up = self.settings.seconds is not None and self.seconds >= self.settings.seconds
-        steps_are_done = self.settings.steps is not None and self.step >= self.settings.steps
+        steps_are_done = self.last is not None and self.step >= self.last
         return steps_are_done or self.among.any(time_is_up)[0]
 
     def advance(self, batches: Iterator[tuple[int, list[dict[str, Any]]]]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,22 +13,24 @@ import torch
 from torch import nn
 
 from tamingfast.checkpoints import load_model
-from tamingfast.checkpoints.config import instantiate_from_config, plain, trained_side
+from tamingfast.checkpoints.config import at, plain, trained_side
+from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import load_into
 from tamingfast.data.conditions import Objects
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training import distributed, loop
-from tamingfast.training.begin import begin
+from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.prior_config import completed_data, prior_config
 from tamingfast.training.prior_stage import PriorStage
-from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import check_condition, check_tokens, grid_of
+
+logger = logging.getLogger(__name__)
 
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
@@ -50,6 +53,8 @@ def train(
     device: str | torch.device | None = None,
     datasets: Datasets | None = None,
     cond_stage: str | os.PathLike | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> Path:
     """Train a prior on the tokens of ``first_stage`` (a run directory or checkpoint) into ``out``; returns ``out``.
 
@@ -57,15 +62,15 @@ def train(
     model's config is completed by `prior_config`; without a ``data:`` section, that of ``cond_stage`` is used, else
     that of ``first_stage``. With ``first_stage`` None, the config must be complete, as the original's are, with the
     first stage's ``ckpt_path``. ``datasets`` (training, validation) replaces the ``data:`` section; items with
-    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. Raises what
-    `tamingfast.training.vqgan.train` raises.
+    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. ``allow`` names further classes that the
+    first stages' configs may name. Raises what `tamingfast.training.vqgan.train` raises.
     """
     config, out = dict(plain(config)), Path(out)
     settings = training_settings(config)
     check_stage(config, prior=True)
     with distributed.world(device) as among:
-        frozen, condition = _first_stage(first_stage), _first_stage(cond_stage)
-        config["data"] = _data_section(config, frozen, condition)
+        frozen, condition = _first_stage(first_stage, allow), _first_stage(cond_stage, allow)
+        config["data"] = _data_section(config, frozen, condition, allow)
         training, validation = datasets_of(config, datasets)
         if training.condition is not None:
             config["data"] |= training.condition.get("data") or {}  # so that sampling knows the run's condition
@@ -79,10 +84,9 @@ def train(
             config = prior_config(frozen.config, config, grid, classes, cond_config, rule)
         described = config.get("model") or {}
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
-        torch.manual_seed(seed_for(settings.seed, "weights"))
-        model: Net2NetTransformer = instantiate_from_config(
-            {key: described[key] for key in ("target", "params") if key in described}
-        )
+        if frozen is None and not resume:
+            _warn_untrained(described)
+        model = cast(Net2NetTransformer, new_model(described, settings.seed))
         for dataset in (training, validation):
             if dataset is not None:
                 check_condition(model.cond_stage_key, None if condition is None else condition.model, dataset)
@@ -101,20 +105,34 @@ def train(
             return loop.run(stage, settings, (training, validation), out, among, progress)
 
 
-def _first_stage(path: str | os.PathLike | None) -> _Trained | None:
+def _first_stage(path: str | os.PathLike | None, allow: Collection[str]) -> _Trained | None:
     """The first stage at ``path``; None without a path."""
     if path is None:
         return None
-    model = load_model(path, device="cpu")
+    model = load_model(path, device="cpu", allow=allow)
     if not isinstance(model, FirstStage):
         raise UserError(f"{path}: got a {type(model).__name__}, expected a first stage; give the run of `train vqgan`")
     return _Trained(path, model, model.config)
 
 
-def _data_section(config: Mapping[str, Any], frozen: _Trained | None, condition: _Trained | None) -> dict[str, Any]:
+def _warn_untrained(described: Mapping[str, Any]) -> None:
+    """Log a warning when nothing gives the first stage of a new prior its weights."""
+    params = described.get("params")
+    if not (at(params, "ckpt_path") or at(params, "first_stage_config", "params", "ckpt_path")):
+        logger.warning(
+            "model.params.first_stage_config has no ckpt_path: the prior learns the codes of an untrained first stage"
+        )
+
+
+def _data_section(
+    config: Mapping[str, Any], frozen: _Trained | None, condition: _Trained | None, allow: Collection[str]
+) -> dict[str, Any]:
     """The ``data:`` section of the config, the condition or the first stage; completed by the first stage."""
-    sections = (config.get("data"), *(stage.config.get("data") for stage in (condition, frozen) if stage is not None))
-    section: Mapping[str, Any] = next((each for each in sections if each), {})
+    stages = [stage.config.get("data") for stage in (condition, frozen) if stage is not None]
+    section: Mapping[str, Any] = config.get("data") or {}
+    if not section:
+        section = next(filter(None, stages), {})
+        check_targets(section, "data", allow)
     if frozen is None:
         return completed_data(section)
     return completed_data(section, trained_side(frozen.config), frozen.model.n_embed)

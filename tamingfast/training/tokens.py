@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +27,7 @@ def grid_of(dataset: Dataset[dict[str, Any]], stage: FirstStage, key: str = "ima
     grid = as_epoch_dataset(dataset).grid
     if grid is not None:
         return grid
+    check_images(dataset, key)
     height, width = dataset[0][key].shape[:2]
     if height % stage.factor or width % stage.factor:
         raise UserError(
@@ -32,6 +35,21 @@ def grid_of(dataset: Dataset[dict[str, Any]], stage: FirstStage, key: str = "ima
             "token of the first stage"
         )
     return stage.grid(height, width)
+
+
+def check_images(dataset: Dataset[dict[str, Any]], key: str) -> None:
+    """Raise UserError unless the items of a data set hold images (H, W[, C]) under ``key``."""
+    item = dataset[0]
+    if not isinstance(item, Mapping):
+        raise UserError(
+            f"data.train: got items of type {type(item).__name__}, expected mappings with images under {key!r}"
+        )
+    images = [name for name, value in item.items() if np.ndim(value) in (2, 3)]
+    if key not in images:
+        raise UserError(
+            f"image_key: got {key!r}, expected the name of images in the data, which hold {', '.join(item)}; set "
+            f"model.params.image_key to {' or '.join(images) or 'image, and give data of images'}"
+        )
 
 
 def tokens_of(model: Net2NetTransformer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tamingfast.checkpoints.config import instantiate_from_config, plain
+from tamingfast.checkpoints.config import at, plain
+from tamingfast.checkpoints.targets import class_of
 from tamingfast.errors import UserError
 from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
-from tamingfast.models.vqgan import Outputs, VQModel
+from tamingfast.models.vqgan import Outputs, VQModel, VQSegmentationModel
 from tamingfast.training import distributed, loop
-from tamingfast.training.begin import begin
+from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.feed import step_batches
+from tamingfast.training.keys import parameters_of
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
 from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
-from tamingfast.training.tokens import grid_of
+from tamingfast.training.tokens import check_images, grid_of
 
 #: In evaluation mode the losses have no adaptive weight, so these say nothing about the model.
 _MEANINGLESS_IN_VALIDATION = ("d_weight", "disc_factor", "aeloss", "total_loss")
@@ -51,13 +54,12 @@ def train(
     config, out = dict(plain(config)), Path(out)
     settings, described = training_settings(config), config.get("model") or {}
     check_stage(config, prior=False)
+    check_loss(described)
     with distributed.world(device) as among:
         training, validation = datasets_of(config, datasets)
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
-        torch.manual_seed(seed_for(settings.seed, "weights"))
-        model: VQModel = instantiate_from_config(
-            {key: described[key] for key in ("target", "params") if key in described}
-        )
+        model = cast(VQModel, new_model(described, settings.seed))
+        check_images(training, model.image_key)
         grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         if settings.codebook_from_data:
@@ -68,6 +70,28 @@ def train(
                 alone = distributed.World(0, 1, among.device)
                 start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
             return loop.run(stage, settings, (training, validation), out, among, progress)
+
+
+def check_loss(described: Mapping[str, Any]) -> None:
+    """Raise UserError for a ``model`` section whose loss cannot train, such as the `DummyLoss` of published configs."""
+    loss, model = at(described, "params", "lossconfig"), class_of(described.get("target"), "model.target")
+    if "lossconfig" not in (parameters_of(model) or ()):
+        return  # a class of the user's
+    target = at(loss, "target")
+    if target is not None:
+        arguments = 3 if issubclass(model, VQSegmentationModel) else 5  # as `loss_of` passes them
+        more = {"split": "train"} if arguments == 3 else {"split": "train", "last_layer": None}
+        try:
+            trains: Any = class_of(target, "model.params.lossconfig.target")
+            inspect.signature(trains.forward).bind(None, *[None] * arguments, **more)
+            return
+        except (TypeError, AttributeError):
+            pass
+    raise UserError(
+        f"model.params.lossconfig: got {target or loss!r}, with which a model can be used but not trained, expected a "
+        "loss that trains it; give the target and params of one, such as "
+        "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator with disc_start"
+    )
 
 
 @torch.no_grad()

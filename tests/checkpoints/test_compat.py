@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import tamingfast
-from tamingfast.checkpoints import compat, config
+from tamingfast.checkpoints import compat, config, targets
 from tamingfast.errors import UserError
 from tamingfast.renamed import RENAMED, new_name
 
@@ -40,7 +40,7 @@ def test_every_old_module_name_is_the_new_module(old):
     ],
 )  # fmt: skip
 def test_networks_under_all_their_names_are_allowed(target):
-    config.check_targets({"target": target}, trusted=False)
+    targets.check_targets({"target": target}, "model")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_networks_under_all_their_names_are_allowed(target):
 )  # fmt: skip
 def test_all_else_is_refused(target):
     with pytest.raises(UserError, match=f"target: got '{target}', which is not run"):
-        config.check_targets({"params": [{"target": target}]}, trusted=False)
+        targets.check_targets({"params": [{"target": target}]}, "model")
 
 
 def test_install_in_a_new_process():

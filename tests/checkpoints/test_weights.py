@@ -332,3 +332,17 @@ def test_written_weights_carry_a_checksum(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"\0")
     refused(lambda: read_state_dict(path), "x.safetensors", "checksum")
+
+
+@pytest.mark.parametrize("name", ["x\n\x1b[31m" + "y" * 10_000, "a\rb", "é\u2028漢"])
+def test_names_in_files_do_not_break_messages(name, tmp_path, file):
+    path = tmp_path / "x.safetensors"
+    checkpoints.save_weights(path, {name: torch.ones(2), **vqgan(7).state_dict()})
+    torch.save({name: torch.ones(2).to_sparse()}, tmp_path / "sparse.ckpt")
+    torch.save({name: torch.full((2,), torch.nan)}, tmp_path / "nan.ckpt")
+    torch.save({name: torch.ones(2, dtype=torch.complex64)}, tmp_path / "complex.ckpt")
+    for used in (path, *(tmp_path / f"{kind}.ckpt" for kind in ("sparse", "nan", "complex"))):
+        with pytest.raises(UserError) as error:
+            vqgan(0, ckpt_path=str(used))
+        text = str(error.value)
+        assert used.name in text and len(text) < 700 and text.isprintable()

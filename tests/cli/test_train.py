@@ -75,7 +75,7 @@ class TestEncodeAndTrain:
         [
             (["vqgan", "photos32_vqgan", "data.size=33"], "expected multiples of 2, the pixels per token"),
             (["vqgan", "photos32_vqgan", "model.params.ddconfig.ch=33"], "do not fit"),
-            (["vqgan", "photos32_vqgan", "model.params.n_embed=abc"], "do not fit"),
+            (["vqgan", "photos32_vqgan", "model.params.n_embed=abc"], "n_embed: got 'abc', expected a whole number"),
             (["prior", "tiny"], "--first-stage"),
             (["prior", "tiny", "--first-stage", "RUN", "data.name=photos", "data.size=36", "prior.ordering=subsample"],
              "subsample"),

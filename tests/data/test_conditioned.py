@@ -14,7 +14,7 @@ from PIL import Image
 from tamingfast import UserError
 from tamingfast.data import build, loader
 from tamingfast.data.conditions import Coordinates
-from tamingfast.data.rgb import View
+from tamingfast.data.views import View
 
 SIZE = 24
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tamingfast.models.gpt import GPT, sample, sample_with_past
+from tamingfast.models.gpt import GPT, sample, sample_with_past, top_k_logits, top_k_top_p_filtering
 
 
 def test_the_mask_that_other_code_reads():
@@ -76,6 +76,12 @@ class TestPast:
         x = torch.randint(0, 9, (2, 3))
         cached = sample_with_past(x, model, steps=6, sample_logits=False)
         assert_close(torch.cat((x, cached), 1), sample(model, x, steps=6))
+
+    def test_filters_may_keep_all(self):
+        logits = torch.randn(3, 9)
+        assert torch.equal(top_k_logits(logits, 9), logits) and torch.equal(top_k_logits(logits, 10**9), logits)
+        assert torch.equal(top_k_top_p_filtering(logits, 0, 1.0), logits)
+        assert top_k_logits(logits, 2).isfinite().sum(-1).tolist() == [2, 2, 2]
 
     def test_filters_are_the_original_s(self):
         model = GPT(9, 12, n_layer=1, n_head=2, n_embd=16).eval()

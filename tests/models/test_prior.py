@@ -12,6 +12,11 @@ from networks import DDCONFIG, DUMMY, prior
 from torch import nn
 from torch.testing import assert_close
 
+from tamingfast.models.gpt import sample, sample_with_past
+from tamingfast.sampling import sample_grid
+from tamingfast.sampling.likelihood import negative_log_likelihood
+from tamingfast.tasks import window_of
+
 
 def test_survives_pickling_and_copying():
     model = prior().train()
@@ -74,6 +79,55 @@ def test_sampling_continues_a_prefix():
     out = model.sample(given, c, 11, sample=True, top_k=3)
     assert_close(out[:, :5], given)
     assert out.shape == (2, 16)
+
+
+def conditions(name: str) -> dict:
+    """A prior's condition and its number of tokens."""
+    if name == "class":
+        return dict(cond={"target": "taming.modules.util.Labelator", "params": {"n_classes": 5}},
+                    cond_stage_key="class_label"), 1  # fmt: skip
+    return {"unconditional": ({}, 1), "first stage": (dict(cond="__is_first_stage__"), 16)}[name]
+
+
+@pytest.mark.parametrize("name", ["unconditional", "class", "first stage"])
+def test_every_way_to_draw_needs_a_position_for_all_tokens_but_the_last(name):
+    """Whatever the condition, and however many tokens are given already."""
+    options, count = conditions(name)
+    model = prior(block=count + 15, **options).eval()
+    c = torch.randint(0, 5, (2, count))
+    whole = torch.randint(0, 12, (2, 16))
+    for given in (0, 1, 7, 15, 16):
+        for sampled in (False, True):
+            drawn = model.sample(whole[:, :given], c, 16 - given, sample=sampled, top_k=3)
+            assert drawn.shape == (2, 16) and torch.equal(drawn[:, :given], whole[:, :given])
+            from_all = torch.cat((c, whole[:, :given]), 1)
+            drawn = sample_with_past(from_all, model.transformer, 16 - given, sample_logits=sampled, top_k=3)
+            assert drawn.shape == (2, 16 - given)
+        if given:
+            with pytest.raises(
+                ValueError, match=f"^steps: got {17 - given} after {count + given} tokens, expected at most"
+            ):
+                model.sample(whole[:, :given], c, 17 - given)
+            with pytest.raises(
+                ValueError, match=f"^steps: got {17 - given} after {count + given} tokens, expected at most"
+            ):
+                sample_with_past(from_all, model.transformer, 17 - given)
+    assert sample_grid(model, c, 4, 4).shape == (2, 4, 4)
+    assert negative_log_likelihood(model, c, whole.view(2, 4, 4)).shape == (2, 4, 4)
+    assert model.token_logits(whole, c).shape == (2, 16, 12)
+    assert sample(model.transformer, torch.cat((c, whole), 1), 3).shape == (2, count + 19)  # sees the last tokens only
+    x = torch.randn(2, 8, 8, 3).clamp(-1, 1)
+    batch = {"image": x, "depth": x, "class_label": torch.tensor([1, 4])}
+    assert model.log_images(batch)["samples_nopix"].shape == (2, 3, 8, 8)
+    assert window_of(model, 4, 4, count) == 4
+
+
+def test_sampling_no_tokens_returns_what_is_given():
+    """Even if it would not fit."""
+    model = prior(block=8).eval()
+    given, c = torch.randint(0, 12, (2, 20)), torch.zeros(2, 1, dtype=torch.int64)
+    assert torch.equal(model.sample(given, c, 0), given)
+    assert sample_with_past(given, model.transformer, 0).shape == (2, 0)
 
 
 def test_sampling_follows_the_distribution_and_top_k():

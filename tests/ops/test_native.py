@@ -20,11 +20,13 @@ needs_native = pytest.mark.skipif(native is None, reason=reason)
 ISAS = native.build_info()["isas"] if native else []
 
 
+def array(value: torch.Tensor) -> tuple[int, int]:
+    return value.data_ptr(), value.nbytes
+
+
 def nearest(z: torch.Tensor, codebook: torch.Tensor, threads: int = 1, isa: str = "auto") -> torch.Tensor:
     out = torch.full((len(z),), -7)  # poison: every element must be written
-    native.nearest_code(
-        z.data_ptr(), len(z), codebook.data_ptr(), len(codebook), z.shape[1], out.data_ptr(), threads, isa
-    )
+    native.nearest_code(array(z), len(z), array(codebook), len(codebook), z.shape[1], array(out), threads, isa)
     return out
 
 
@@ -66,7 +68,7 @@ def test_sizes_around_the_tiles(rng, n, k):
 def test_neighbouring_memory_is_left_alone(rng):
     z, codebook = torch.randn(101, 5, generator=rng), torch.randn(33, 5, generator=rng)
     out = torch.full((103,), -7)
-    native.nearest_code(z.data_ptr(), 101, codebook.data_ptr(), 33, 5, out[1:].data_ptr(), 2)
+    native.nearest_code(array(z), 101, array(codebook), 33, 5, array(out[1:-1]), 2)
     assert out[0] == out[-1] == -7
     assert torch.equal(out[1:-1], reference.nearest_code(z, codebook))
 
@@ -76,16 +78,21 @@ BAD_ARGUMENTS = [
     ({"k": 0}, ValueError, "^k: got 0"),
     ({"d": 0}, ValueError, "^d: got 0"),
     ({"threads": 0}, ValueError, "^threads: got 0"),
-    ({"z": 0}, ValueError, "^z: got a null pointer"),
-    ({"codebook": 0}, ValueError, "^codebook: got a null pointer"),
-    ({"out": 0}, ValueError, "^out: got a null pointer"),
-    ({"z": 3}, ValueError, "^z: got 3, expected an address that is a multiple of 4"),
-    ({"out": 12}, ValueError, "^out: got 12, expected an address that is a multiple of 8"),
+    ({"z": (0, 48)}, ValueError, "^z: got a null pointer"),
+    ({"codebook": (0, 60)}, ValueError, "^codebook: got a null pointer"),
+    ({"out": (0, 32)}, ValueError, "^out: got a null pointer"),
+    ({"z": (3, 48)}, ValueError, "^z: got 3, expected an address that is a multiple of 4"),
+    ({"out": (12, 32)}, ValueError, "^out: got 12, expected an address that is a multiple of 8"),
+    ({"z": (64, 24)}, ValueError, "^z: got 24, expected 48 bytes, 4 x 3 elements of 4"),
+    ({"codebook": (64, 120)}, ValueError, "^codebook: got 120, expected 60 bytes"),
+    ({"out": (64, 16)}, ValueError, "^out: got 16, expected 32 bytes"),
+    ({"out": (64, -32)}, ValueError, "^out: got -32, expected 32 bytes"),
     ({"n": 2**62, "d": 2**20}, ValueError, "^z: got .* elements, expected at most"),
-    ({"k": 2**62, "d": 2**20}, ValueError, "^codebook: got .* elements, expected at most"),
+    ({"k": 2**62}, ValueError, "^codebook: got .* elements, expected at most"),
     ({"isa": "z80"}, ValueError, "^isa: got 'z80'"),
     ({"n": 2**63}, TypeError, "incompatible"),
-    ({"z": -1}, TypeError, "incompatible"),
+    ({"z": (-1, 48)}, TypeError, "incompatible"),
+    ({"z": 64}, TypeError, "incompatible"),
     ({"n": 1.5}, TypeError, "incompatible"),
     ({"codebook": None}, TypeError, "incompatible"),
 ]
@@ -95,7 +102,7 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:30])
 def test_bad_arguments_are_named(change, error, message):
     z, codebook, out = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
-    good = {"z": z.data_ptr(), "n": 4, "codebook": codebook.data_ptr(), "k": 5, "d": 3, "out": out.data_ptr()}
+    good = {"z": array(z), "n": 4, "codebook": array(codebook), "k": 5, "d": 3, "out": array(out)}
     native.nearest_code(**good, threads=1)
     with pytest.raises(error, match=message):
         native.nearest_code(**({"threads": 1} | good | change))
@@ -112,11 +119,14 @@ size = st.one_of(
 @given(st.data())
 def test_no_arguments_crash(data):
     z, codebook, out = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
-    pointers = [st.sampled_from([t.data_ptr(), 0, t.data_ptr() + 1, -1, 2**64, None, "z"]) for t in (z, codebook, out)]
+    arrays = [
+        st.tuples(st.sampled_from([t.data_ptr(), 0, t.data_ptr() + 1, -1, 2**64, None, "z"]), st.just(t.nbytes) | size)
+        for t in (z, codebook, out)
+    ]
     n, k, d = (data.draw(size) for _ in range(3))
     threads = data.draw(st.one_of(st.integers(-(2**40), 2**40), st.none()))
     isa = data.draw(st.one_of(st.sampled_from(["auto", *ISAS]), st.text(), st.integers()))
-    at = [data.draw(pointer) for pointer in pointers]
+    at = [data.draw(array) for array in arrays]
     try:
         native.nearest_code(at[0], n, at[1], k, d, at[2], threads, isa)
     except (TypeError, ValueError):
@@ -224,7 +234,9 @@ def test_without_triton_and_extension_the_reference_runs_and_says_why():
 def test_an_absent_extension_that_was_asked_for_is_an_error():
     result = run_python(BLOCK.format(blocked=["tamingfast._C"]), TAMINGFAST_BACKEND="native")
     assert result.returncode == 1
-    assert re.search(r"SettingError: backend: got 'native', which cannot run .*tamingfast\._C", result.stderr)
+    assert re.search(
+        r"SettingError: TAMINGFAST_BACKEND: got 'native', which cannot run .*tamingfast\._C", result.stderr
+    )
 
 
 def test_an_unknown_backend_in_the_environment_is_an_error_when_used():

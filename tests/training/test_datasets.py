@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import tiny
 import torch
 
+from tamingfast import UserError
 from tamingfast.data.base import EpochDataset
+from tamingfast.data.tokens import write_tokens
+from tamingfast.models.base import image_from_batch
+from tamingfast.training import vqgan
 from tamingfast.training.datasets import datasets_of
 
 
@@ -33,3 +39,22 @@ def test_classes_may_be_names_or_their_number():
 def test_without_any_the_config_says_which():
     training, validation = datasets_of({"data": {"name": "photos", "size": 8, "length": 5}})
     assert len(training) == 5 and len(validation) > 0
+
+
+@pytest.mark.parametrize("key", ["images", "class_label", "file_path_", 5])
+@pytest.mark.parametrize("data", ["photos", "tokens"])
+def test_data_without_the_image_key_are_refused_before_a_run_begins(tmp_path, key, data):
+    config = tiny.config(tiny.VQGAN, {"image_key": key})
+    if data == "tokens":
+        write_tokens(tmp_path / "t.safetensors", np.zeros((4, 4, 4), int), 16)
+        config["data"] = {"name": "tokens", "path": str(tmp_path / "t.safetensors")}
+    with pytest.raises(
+        UserError, match=f"image_key: got {key!r}, expected the name of images .*model.params.image_key"
+    ):
+        vqgan.train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_without_the_image_key_are_told():
+    with pytest.raises(UserError, match="data: got items with image, label, expected 'images' among them"):
+        image_from_batch({"image": torch.zeros(1, 8, 8, 3), "label": torch.zeros(1)}, "images")

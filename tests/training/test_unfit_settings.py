@@ -72,7 +72,7 @@ def test_first_stages(configs, tmp_path, capsys, override, said):
         ([f"{GPT_PARAMS}.n_layer=-1"], "n_layer: got -1"),
         ([f"{GPT_PARAMS}.block_size=3"], "at most block_size=3"),
         ([f"{GPT_PARAMS}.vocab_size=1"], "model: got an error on the first training image"),
-        (["prior.condition=class", "prior.classes=-1"], "n_classes: got -1"),
+        (["prior.condition=class", "prior.classes=-1"], "prior.classes: got -1"),
     ],
 )
 def test_priors(configs, tmp_path, capsys, overrides, said):

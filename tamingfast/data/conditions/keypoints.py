@@ -14,7 +14,8 @@ from tamingfast.data.conditions import reading
 from tamingfast.data.conditions.kind import FromFile, Size
 from tamingfast.data.conditions.palette import hues
 from tamingfast.data.rgb import unit_scale
-from tamingfast.errors import UserError
+from tamingfast.data.views import View
+from tamingfast.errors import UserError, brief
 
 Limb = tuple[int, int]
 
@@ -33,6 +34,8 @@ SKELETONS = {
         "22-23 11-24"
     ),
 }
+#: Sides of the image that a point may be away from it; drawing a line takes as long as it is.
+_FAR = 10
 _FORM = '{"width": W, "height": H, "people": [[[x, y], ...]]}'
 
 
@@ -50,22 +53,29 @@ class Keypoints(FromFile):
     key: ClassVar[str] = "keypoints"
     suffixes: ClassVar[tuple[str, ...]] = (".json",)
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         listed, (wide, tall), content = reading.entries(path, "people", _FORM)
         people = [_person(path, number, entry) for number, entry in enumerate(listed)]
         own = (round(wide), round(tall))
         width, height = size or own
         reading.check_shape(path, own, (width, height))
         _check_inside(path, people, own)
-        drawing = Image.new("RGB", (width, height))
+        view = view or View.whole((width, height))
+        drawing = Image.new("RGB", (view.width, view.height))
         pen, thick = ImageDraw.Draw(drawing), max(1, round(min(width, height) / 64))
         for points in people:
             limbs = _skeleton(path, content, points)
-            places = [(x, y) for x, y in (points[:, :2] * (np.array([width, height]) / own)).tolist()]
+            # Whole pixels, as Pillow makes them, so that lines do not move with the view.
+            scaled = np.trunc(points[:, :2] * (np.array([width, height]) / own)) - (view.left, view.top)
+            places = [(x, y) for x, y in scaled.tolist()]
             for (a, b), color in zip(limbs, hues(len(limbs)), strict=True):
                 if points[a, 2] > 0 and points[b, 2] > 0:
                     pen.line([places[a], places[b]], fill=color, width=thick)
-        return np.asarray(drawing)
+        return view.turned(np.asarray(drawing))
+
+    def own_size(self, path: str | os.PathLike) -> Size:
+        _, (wide, tall), _ = reading.entries(path, "people", _FORM)
+        return round(wide), round(tall)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return unit_scale(raw)
@@ -82,7 +92,7 @@ def _person(path: str | os.PathLike, number: int, entry: Any) -> np.ndarray:
         else:
             points = np.array([[*point, 1][:3] for point in entry], np.float64)
             valid = all(len(point) in (2, 3) for point in entry)
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         valid = False
     if not valid or not len(points) or not np.isfinite(points).all():
         raise UserError(
@@ -93,8 +103,14 @@ def _person(path: str | os.PathLike, number: int, entry: Any) -> np.ndarray:
 
 
 def _check_inside(path: str | os.PathLike, people: Sequence[np.ndarray], size: Size) -> None:
-    """Raise UserError when all visible points are outside the image; people may be outside in part."""
+    """Raise UserError when all visible points are outside the image, or one is far; people may be outside in part."""
     visible = [points[points[:, 2] > 0, :2] for points in people]
+    far = [np.abs(seen).max(initial=0) for seen in visible if np.abs(seen).max(initial=0) > _FAR * max(size)]
+    if far:
+        raise UserError(
+            f"{path}: got a point at {far[0]:g}, expected points in or near the image of {size[0]}x{size[1]} pixels "
+            "(width x height); correct the points or the size"
+        )
     if any(map(len, visible)) and not any(((seen >= 0) & (seen <= size)).all(1).any() for seen in visible):
         raise UserError(
             f"{path}: got all points outside the image of {size[0]}x{size[1]} pixels (width x height), expected at "
@@ -104,15 +120,15 @@ def _check_inside(path: str | os.PathLike, people: Sequence[np.ndarray], size: S
 
 def _skeleton(path: str | os.PathLike, content: Mapping[str, Any], points: np.ndarray) -> Sequence[Limb]:
     limbs = content.get("skeleton") or SKELETONS.get(len(points))
+    pairs = isinstance(limbs, Sequence) and all(isinstance(limb, Sequence) and len(limb) == 2 for limb in limbs)
     if limbs is None:
         raise UserError(
             f'{path}: got a person with {len(points)} points and no "skeleton", expected one for any number of points '
             f"but {', '.join(map(str, SKELETONS))}; add the pairs of points to join"
         )
-    joined = np.array(limbs)
-    if joined.ndim != 2 or joined.shape[1] != 2 or joined.min() < 0 or joined.max() >= len(points):
+    if not pairs or not all(type(end) is int and 0 <= end < len(points) for limb in limbs for end in limb):
         raise UserError(
-            f'{path}: got the "skeleton" {limbs}, expected a list of pairs of points 0 to {len(points) - 1}; correct '
-            "or remove it"
+            f'{path}: got the "skeleton" {brief(limbs)}, expected a list of pairs of points 0 to '
+            f"{len(points) - 1}; correct or remove it"
         )
-    return [(a, b) for a, b in joined.tolist()]
+    return [(a, b) for a, b in limbs]

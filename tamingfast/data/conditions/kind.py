@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from tamingfast.data.rgb import View
+from tamingfast.data.views import Picture, Size, View
 from tamingfast.errors import UserError
-
-Size = tuple[int, int]  # (width, height), as in Pillow
 
 #: What `Kind.read` returns and `Kind.picture` shows.
 Content = TypeVar("Content")
@@ -42,7 +39,7 @@ class Kind(Generic[Content]):
     def check(self, size: int) -> None:
         """Raise UserError when the settings do not suit images with sides of ``size`` pixels."""
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
         """The condition of the part of ``picture`` that ``view`` shows, as an entry of a batch.
 
         ``source`` is the file with the whole picture's condition; None for kinds without files.
@@ -64,15 +61,21 @@ class Kind(Generic[Content]):
 class Map(Kind[np.ndarray]):
     """An array over the image, float32 (H, W, C)."""
 
-    def read(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
+    def read(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         """The condition in a file, float32 (H, W, C), scaled to ``size``, by default at the file's own size.
 
-        Raises UserError naming the file when it is unreadable, out of range or of another aspect ratio than ``size``.
+        With ``view`` only that part of the scaled condition is made and returned. Raises UserError naming the file when
+        it is unreadable, out of range or of another aspect ratio than ``size``.
         """
-        return self.encode(self.raw(path, size))
+        return self.encode(self.raw(path, size, view))
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
-        """The content of a file, (H, W) or (H, W, C), as the input of `encode`."""
+    def own_size(self, path: str | os.PathLike) -> Size:
+        """The size of what `read` returns by default."""
+        height, width = self.raw(path).shape[:2]
+        return width, height
+
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
+        """The content of a file, (H, W) or (H, W, C), as the input of `encode`; ``size`` and ``view`` as in `read`."""
         raise UserError(f"{path}: got a file for {self.key}, expected none, because it is never read from a file")
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
@@ -89,15 +92,15 @@ class FromFile(Map):
 
     from_file = True
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
-        return self.encode(view.cut(self.raw(given(source), picture.size)))
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+        return self.read(given(source), picture.size, view)
 
 
 class Computed(Map):
     """Maps computed from the image's own pixels, without any weights."""
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
-        return self.compute(np.ascontiguousarray(view.cut(np.asarray(picture))))
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+        return self.compute(np.ascontiguousarray(picture.part(view)))
 
     def compute(self, pixels: np.ndarray) -> np.ndarray:
         """float32 (H, W, C) from uint8 (H, W, 3)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,15 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from tamingfast.data.checks import positive
+from tamingfast.data.checks import is_number, positive
 from tamingfast.data.conditions import reading
 from tamingfast.data.conditions.kind import Computed, FromFile, Map, Size
 from tamingfast.data.conditions.palette import label_colors
-from tamingfast.data.rgb import View, unit_scale
-from tamingfast.errors import UserError
+from tamingfast.data.rgb import read_rgb, unit_scale
+from tamingfast.data.views import Picture, View
+from tamingfast.errors import UserError, brief
 
+_MOST_LABELS = 1 << 16  # as many as files can hold
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -32,9 +35,9 @@ class _LabelMap(Map):
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
 
     def check(self, size: int) -> None:
-        positive("labels", self.labels)
+        positive("labels", self.labels, _MOST_LABELS)
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         values = reading.gray_png(path, indexed=True)
         wrong = int(values.max())
         if wrong >= self.labels:
@@ -42,7 +45,7 @@ class _LabelMap(Map):
                 f"{path}: got the label {wrong}, expected 0 to {self.labels - 1}; correct the map, or set data.labels "
                 f"to at least {wrong + 1}"
             )
-        return reading.nearest(values, reading.target_size(path, values, size))
+        return reading.nearest(values, reading.target_size(path, values, size), view)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return (raw[..., None] == np.arange(self.labels)).astype(np.float32)
@@ -91,10 +94,11 @@ class Depth(FromFile):
 
     def check(self, size: int) -> None:
         limits = self.depth_range
-        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
-            raise UserError(f"depth_range: got {limits!r}, expected [low, high] with low < high")
+        valid = isinstance(limits, Sequence) and len(limits) == 2 and all(map(is_number, limits))
+        if limits is not None and not (valid and limits[0] < limits[1]):
+            raise UserError(f"depth_range: got {brief(limits)}, expected [low, high] with low < high")
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
         values = reading.numbers(path) if Path(path).suffix.lower() == ".npy" else reading.gray_png(path)
         bad = ~np.isfinite(values)
         if bad.any():
@@ -105,9 +109,9 @@ class Depth(FromFile):
             )
         low, high = self.depth_range or (values.min(), values.max())
         values = np.clip((values.astype(np.float64) - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-        scaled = Image.fromarray((2 * values - 1).astype(np.float32))
         target = reading.target_size(path, values, size)
-        return np.asarray(scaled if scaled.size == target else scaled.resize(target, Image.Resampling.BILINEAR))
+        scaled = Picture(Image.fromarray((2 * values - 1).astype(np.float32)), target)
+        return scaled.part(view or View.whole(target), Image.Resampling.BILINEAR)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return np.array(raw[..., None], np.float32)
@@ -125,16 +129,18 @@ class Edges(Computed):
     suffixes: ClassVar[tuple[str, ...]] = _PICTURES
 
     def check(self, size: int) -> None:
-        if not isinstance(self.sigma, int | float) or self.sigma <= 0:
-            raise UserError(f"sigma: got {self.sigma!r}, expected a number above 0")
+        if not is_number(self.sigma) or not 0 < self.sigma <= size:
+            raise UserError(f"sigma: got {brief(self.sigma)}, expected a number above 0 and at most size={size}")
 
     def compute(self, pixels: np.ndarray) -> np.ndarray:
         feature = _skimage("feature")
         return self.encode(feature.canny(pixels.mean(axis=-1) / 255, sigma=self.sigma))
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
-        drawing = reading.rgb(path).convert("L")
-        return np.asarray(drawing.resize(reading.target_size(path, np.asarray(drawing), size))) >= 128
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
+        # What is transparent is no line.
+        drawing = read_rgb(path, background="black").convert("L")
+        target = reading.target_size(path, np.asarray(drawing), size)
+        return Picture(drawing, target).part(view or View.whole(target)) >= 128
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return np.where(raw[..., None], 1, -1).astype(np.float32)
@@ -160,12 +166,16 @@ class LowResolution(Computed):
         small = image.reduce(self.factor)
         return self.encode(np.asarray(small.resize(image.size, Image.Resampling.BICUBIC)))
 
-    def raw(self, path: str | os.PathLike, size: Size | None = None) -> np.ndarray:
-        small = reading.rgb(path)
+    def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
+        small = read_rgb(path)
         target = (small.width * self.factor, small.height * self.factor)
         if size is not None:
             reading.check_shape(path, target, size)
-        return np.asarray(small.resize(size or target, Image.Resampling.BICUBIC))
+        return Picture(small, size or target).part(view or View.whole(size or target))
+
+    def own_size(self, path: str | os.PathLike) -> Size:
+        small = read_rgb(path)
+        return small.width * self.factor, small.height * self.factor
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return unit_scale(raw)
@@ -181,14 +191,19 @@ class Coordinates(Map):
     key: ClassVar[str] = "coord"
     own_first_stage: ClassVar[bool] = False
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
-        left = picture.width - view.left - view.width if view.flipped else view.left
-        return dataclasses.replace(view, left=left, flipped=False).cut(self.whole(picture.size))
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+        left = picture.size[0] - view.left - view.width if view.flipped else view.left
+        return self._part(picture.size, dataclasses.replace(view, left=left))
 
     def whole(self, size: Size) -> np.ndarray:
         """The coordinates of a whole picture of ``size``: float32 (H, W, 1)."""
+        return self._part(size, View.whole(size))
+
+    def _part(self, size: Size, view: View) -> np.ndarray:
         width, height = size
-        return (np.arange(height * width) / (height * width)).reshape(height, width, 1).astype(np.float32)
+        rows = np.arange(view.top, view.top + view.height)[:, None]
+        columns = np.arange(view.left, view.left + view.width)
+        return ((rows * width + columns) / (height * width))[..., None].astype(np.float32)
 
     def picture(self, condition: np.ndarray) -> np.ndarray:
         return np.repeat(2 * condition - 1, 3, axis=-1)

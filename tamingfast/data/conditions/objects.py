@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
-from tamingfast.data.checks import positive
+from tamingfast.data.checks import flag, positive
 from tamingfast.data.conditions import reading, scenes
 from tamingfast.data.conditions.kind import Kind, Size, given
 from tamingfast.data.conditions.palette import label_colors
 from tamingfast.data.randomness import random_bits
-from tamingfast.data.rgb import View, unit_scale
-from tamingfast.errors import UserError
+from tamingfast.data.rgb import unit_scale
+from tamingfast.data.views import Picture, View
+from tamingfast.errors import UserError, brief
+
+_MOST_OBJECTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,21 @@ class Objects(Kind[scenes.Scene]):
     @functools.cached_property
     def rule(self) -> scenes.Rule:
         """How objects become tokens."""
+        if not isinstance(self.attributes, Sequence):
+            raise UserError(
+                f"attributes: got {brief(self.attributes)}, expected a list of {', '.join(scenes.ATTRIBUTES)}"
+            )
         attributes = (self.attributes,) if isinstance(self.attributes, str) else tuple(self.attributes)
         names = scenes.class_names(self.classes)
         return scenes.Rule(names, self.tokens, self.objects, self.corners, self.crop_tokens, attributes)
 
     def check(self, size: int) -> None:
-        positive("tokens", self.tokens)
-        positive("objects", self.objects)
+        positive("tokens", self.tokens, 1 << 31)
+        positive("objects", self.objects, _MOST_OBJECTS)
+        flag("crop_tokens", self.crop_tokens)
         _ = self.rule  # checks the other settings when it is made
 
-    def seen(self, picture: Image.Image, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
         """The tokens of what ``view`` shows, int64 (n,), in a new order each epoch, as in the original."""
         path = given(source)
         scene = scenes.read(path, self.rule)

@@ -10,7 +10,7 @@ from tamingfast.data.conditions.keypoints import Keypoints
 from tamingfast.data.conditions.kind import Kind
 from tamingfast.data.conditions.maps import Coordinates, Depth, Edges, LowResolution, Segmentation, Superpixels
 from tamingfast.data.conditions.objects import Boxes, Centers
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UserError, brief, nearest
 
 #: Values of ``data.kind``.
 KINDS: dict[str, type[Kind]] = {
@@ -38,8 +38,8 @@ TOKEN_KEYS = {name: kind.key for name, kind in KINDS.items() if not kind.spatial
 
 def make(name: str, options: Mapping[str, Any]) -> Kind:
     """The kind ``name`` with those ``options`` that are not None; UserError for unknown names and options."""
-    if name not in KINDS:
-        raise UserError(f"kind: got {name!r}, expected one of {', '.join(KINDS)}{nearest(str(name), KINDS)}")
+    if not isinstance(name, str) or name not in KINDS:
+        raise UserError(f"kind: got {brief(name)}, expected one of {', '.join(KINDS)}{nearest(str(name), KINDS)}")
     fields = {field.name: field for field in dataclasses.fields(KINDS[name])}
     values = {key: value for key, value in options.items() if value is not None}
     for key in values:

@@ -12,14 +12,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tamingfast.data.conditions.reading import entries, is_number
-from tamingfast.errors import UserError, nearest
+from tamingfast.data.checks import is_number
+from tamingfast.data.conditions.reading import entries
+from tamingfast.errors import UserError, brief, nearest
+from tamingfast.files import lines_of, read_text
 
 Box = tuple[float, float, float, float]  # left, top, width, height, as fractions of a picture's width and height
 
@@ -201,16 +202,13 @@ def _mirrored(box: Box) -> Box:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def class_names(given: str | os.PathLike | Iterable[str]) -> tuple[str, ...]:
+def class_names(given: str | os.PathLike | Sequence[str]) -> tuple[str, ...]:
     """Class names from a list of them, or from a text file with one per line."""
     if isinstance(given, str | os.PathLike):
-        try:
-            given = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"classes={given}: got a file that cannot be read ({error}), expected a text file with one class per "
-                "line, or a list of classes"
-            ) from error
+        text = read_text(given, "a text file with one class per line, or a list of classes")
+        given = [line.strip(" \t") for line in lines_of(text)]
+    if not isinstance(given, Sequence):
+        raise UserError(f"classes: got {brief(given)}, expected a list of names, or a text file with one per line")
     names = tuple(str(name) for name in given)
     if not names or len(set(names)) < len(names):
         raise UserError(
@@ -239,15 +237,15 @@ def _thing(which: str, path: str | os.PathLike, entry: Any, size: tuple[float, f
     if name not in rule.classes:
         first = f"{', '.join(rule.classes[:5])}{', ...' if len(rule.classes) > 5 else ''}"
         raise UserError(
-            f"{path}: got {which} of class {name!r}, expected one of the {len(rule.classes)} known classes ({first})"
-            f"{nearest(name, rule.classes)}"
+            f"{path}: got {which} of class {brief(name)}, expected one of the {len(rule.classes)} known classes "
+            f"({first}){nearest(name, rule.classes)}"
         )
     box = entry.get("box")
     if box is None and not rule.corners and isinstance(entry.get("center"), list):
         # A box of one pixel around the centre: a position with almost no size.
         box = [*(side - 0.5 for side in entry["center"] if is_number(side)), 1, 1]
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and box[2] > 0 and box[3] > 0):
-        raise UserError(f"{path}: got {which} with the box {box}, expected [x, y, width, height] in pixels")
+        raise UserError(f"{path}: got {which} with the box {brief(box)}, expected [x, y, width, height] in pixels")
     left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
     if min(left, top) < -TOLERANCE or right > size[0] + TOLERANCE or bottom > size[1] + TOLERANCE:
         raise UserError(
@@ -264,11 +262,11 @@ def _attributes(which: str, path: str | os.PathLike, entry: Mapping[str, Any]) -
         hint = nearest(str(key), ATTRIBUTES)
         if hint:  # otherwise the key is unrelated to attributes and ignored
             raise UserError(
-                f"{path}: got {which} with the attribute {key!r}, expected some of {', '.join(ATTRIBUTES)}{hint}"
+                f"{path}: got {which} with the attribute {brief(key)}, expected some of {', '.join(ATTRIBUTES)}{hint}"
             )
     for name in ATTRIBUTES:
         if not isinstance(entry.get(name, False), bool):
-            raise UserError(f"{path}: got {which} with {name!r}: {entry[name]!r}, expected true or false")
+            raise UserError(f"{path}: got {which} with {name!r}: {brief(entry[name])}, expected true or false")
     return tuple(name for name in ATTRIBUTES if entry.get(name))
 
 

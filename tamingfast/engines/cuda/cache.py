@@ -43,7 +43,7 @@ class Cache:
 
     def __init__(self, geometry: Geometry, device: Device) -> None:
         self.geometry, self.device = geometry, device
-        self._install(torch.empty(0), 0, 0)
+        self._install(torch.empty(0, dtype=device.number, device=device.place), 0, 0)
 
     def _install(self, tensor: Tensor, slots: int, capacity: int) -> None:
         self.tensor = tensor
@@ -131,7 +131,7 @@ class Cache:
         splits, heads, place = self._splits(rows, longest), self.geometry.heads, self.device.place
         if splits == 1:
             return Split(1)
-        partial = torch.empty(rows, heads, splits, self.geometry.stride + 2, device=place)
+        partial = torch.empty(rows, heads, splits, self.geometry.stride + 2, dtype=torch.float32, device=place)
         return Split(splits, partial, torch.zeros(rows, heads, dtype=torch.int32, device=place))
 
     def _splits(self, rows: int, longest: int) -> int:

@@ -41,7 +41,7 @@ class CudaEngine:
         device: of the weights, the cache and the results.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype, or parameters of other shapes than the GPT's config says.
         RuntimeError: the engine cannot run this GPT, see `refusal`; or a kernel could not be launched, with its name.
         MemoryError: the weights do not fit; the message states the bytes needed.
     """

@@ -29,7 +29,7 @@ class Passes:
         Raises MemoryError, with the bytes of the activations, if they do not fit.
         """
         if not spans:
-            return torch.empty(0, self.geometry.vocab_size, device=self.device.place)
+            return torch.empty(0, self.geometry.vocab_size, dtype=torch.float32, device=self.device.place)
         found, at = [], 0
         size = self.geometry.activation_bytes(min(len(tokens), _TOKENS_PER_PASS), self.device.number)
         with self.device.memory_for("activations", size):

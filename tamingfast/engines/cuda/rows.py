@@ -76,7 +76,7 @@ class Rows:
 
 def _sent(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values on the device, copied without waiting for it."""
-    sent = torch.tensor(values, dtype=dtype)
+    sent = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda" and sent.numel():
         sent = sent.pin_memory()
     return sent.to(device, non_blocking=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +32,6 @@ class Step:
         self.streaming = batch <= FEW and geometry.width % VECTOR == 0  # those kernels read whole vectors
         width, number, place = geometry.width, device.number, device.place
         with lasting_tensors():
-            empty = functools.partial(torch.empty, device=place)
             self.slot, self.at = torch.zeros(2, batch, dtype=torch.int32, device=place)
             self.sequence = torch.zeros(batch, self.length, dtype=torch.int64, device=place)
             self.wanted = torch.zeros(batch, self.length, dtype=torch.bool, device=place)
@@ -43,10 +41,14 @@ class Step:
                 len(device.kernels.options_bytes(True, 1, 0, 1, 0, 1)), dtype=torch.uint8, device=place
             )
             self.errors = torch.zeros(1, dtype=torch.int32, device=place)
-            self.x = empty(batch, width)
-            self.normed, self.y, self.joined = (empty(batch, width, dtype=number) for _ in range(3))
-            self.qkv, self.inner = empty(batch, 3 * width, dtype=number), empty(batch, 4 * width, dtype=number)
-            self.logits, self.widened = empty(batch, geometry.vocab_size), empty(batch, width)
+
+            def empty(columns: int, dtype: torch.dtype) -> Tensor:
+                return torch.empty(batch, columns, dtype=dtype, device=place)
+
+            self.x, self.widened = empty(width, torch.float32), empty(width, torch.float32)
+            self.logits = empty(geometry.vocab_size, torch.float32)
+            self.normed, self.y, self.joined = (empty(width, number) for _ in range(3))
+            self.qkv, self.inner = empty(3 * width, number), empty(4 * width, number)
             self.split = cache.split(batch, cache.capacity)
         self.position = _NOWHERE
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -65,14 +67,14 @@ class Step:
     def begin(self, request: DecodeRequest) -> None:
         """Copies the sequences, steps and options of a `decode` call to the device."""
         place = self.device.place
-        self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32))
+        self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32, device="cpu"))
         known = min(request.sequences.shape[1], self.length)
         self.sequence[:, :known] = request.sequences[:, :known]
-        steps = torch.tensor(request.steps, device=place)
+        steps = torch.tensor(request.steps, dtype=torch.int64, device=place)
         self.wanted.zero_()
         self.wanted[:, steps] = request.wanted.to(place)
-        self.places[:, steps] = torch.tensor([request.rows, request.columns], device=place)
-        self.images.copy_(torch.tensor(request.images))
+        self.places[:, steps] = torch.tensor([request.rows, request.columns], dtype=torch.int64, device=place)
+        self.images.copy_(torch.tensor(request.images, dtype=torch.int64, device="cpu"))
         options = self.device.kernels.options_bytes(**request.options(self.geometry.vocab_size))
         self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
         self.errors.zero_()

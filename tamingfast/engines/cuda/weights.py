@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tamingfast.engines.cuda.device import VECTOR
-from tamingfast.engines.networks import Transformer
+from tamingfast.engines.networks import Transformer, checked_parameters
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Weights:
     """Matrices in the engine's type, embeddings, biases and norms in float32, on the GPT's device."""
 
     def __init__(self, gpt: Transformer, number: torch.dtype) -> None:
-        named = dict(gpt.named_parameters())
+        named = checked_parameters(gpt)
         epsilon = gpt.ln_f.eps  # the same in all norms of a GPT
 
         def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
-            return value.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+            return value.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
         def linear(*names: str) -> Linear:
             weight, bias = (torch.cat([named[f"{name}.{part}"] for name in names]) for part in ("weight", "bias"))

@@ -1,0 +1,82 @@
+"""The CPU engine under the sanitizers of GCC: random sizes and histories, compared with plain loops in float64."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SOURCES = [
+    *sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "bindings.cpp"),
+    HERE / "engine_driver.cpp",
+    HERE / "openmp_threads.cpp",
+]
+HEADERS = sorted(path for ending in ("h", "inl") for path in (ROOT / "csrc").rglob(f"*.{ending}"))
+SANITIZERS = ["address,undefined", "thread"]
+
+
+@functools.cache
+def driver(sanitizer: str) -> Path:
+    """The program, built again when a source changes. Skips the test without a compiler that has the sanitizer."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ was not found")
+    command = [compiler, "-std=c++17", "-O1", "-g1", "-fopenmp", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all",
+               "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]  # fmt: skip
+    digest = hashlib.sha256(repr(command).encode())
+    for path in (*SOURCES, *HEADERS):
+        digest.update(path.read_bytes())
+    made = ROOT / "build" / f"sanitized-{digest.hexdigest()[:16]}"
+    if made.exists():
+        return made
+    made.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("int main() {}\n")
+        linked = subprocess.run(
+            [compiler, f"-fsanitize={sanitizer}", probe, "-o", f"{folder}/probe"], capture_output=True, text=True
+        )
+        if linked.returncode or subprocess.run([f"{folder}/probe"], capture_output=True).returncode:
+            pytest.skip(f"programs with -fsanitize={sanitizer} cannot be built or run here")
+        objects = [f"{folder}/{path.name}.o" for path in SOURCES]
+        for source, target in zip(SOURCES, objects, strict=True):
+            subprocess.run([*command, "-c", source, "-o", target], check=True)
+        # Without -fopenmp, so that openmp_threads.cpp takes the place of GCC's runtime.
+        subprocess.run(
+            [compiler, f"-fsanitize={sanitizer}", *objects, "-pthread", "-o", f"{folder}/linked"], check=True
+        )
+        Path(folder, "linked").replace(made)
+    return made
+
+
+def drive(sanitizer: str, seed: int, rounds: int) -> None:
+    quiet = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(
+        [driver(sanitizer), str(seed), str(rounds)],
+        env=os.environ | quiet,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0 and done.stdout == f"{rounds} rounds\n", f"from seed {seed}: {done.stderr[-6000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sanitizer", "rounds"), zip(SANITIZERS, (60, 20), strict=True))
+def test_random_engines_have_no_fault(sanitizer, rounds):
+    drive(sanitizer, 0, rounds)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("sanitizer", "rounds"), zip(SANITIZERS, (4000, 500), strict=True))
+def test_many_random_engines_have_no_fault(sanitizer, rounds):
+    drive(sanitizer, 1_000_000, rounds)
