@@ -57,9 +57,9 @@ clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
 
 # torch is installed first and alone, so that no other package decides which build of it is taken. The extension is built
-# without build isolation, so that a second build compiles only what has changed. lpips comes without its dependencies: it
-# requires torchvision, whose published builds cannot be imported beside a CPU-only torch. The last two packages are the
-# classifier whose features compare images if there is no Inception network.
+# without build isolation, so that a second build compiles only what has changed. lpips, with which tests compare our LPIPS,
+# comes without its dependencies: it requires torchvision, whose published builds cannot be imported beside a CPU-only
+# torch. The last two packages are the classifier whose features compare images if there is no Inception network.
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError, ExecError
 
@@ -109,7 +110,7 @@ class BuildExtension(build_ext):
         objects = [
             plan.compile("nvcc", source)
             if source.endswith(".cu")
-            else plan.compile("cxx", source, [*includes, *defines] if Path(source).name == "bindings.cpp" else [])
+            else plan.compile("cxx", source, [*includes, *defines] if Path(source).name.endswith("bindings.cpp") else [])
             for source in sorted(sources, key=lambda source: not source.endswith(".cu"))  # the slowest first
         ]
         # CXX in the environment changes the compile command but not the link command; only the latter's flags are kept.
@@ -127,6 +128,60 @@ class BuildExtension(build_ext):
             source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n")
             command = [*self.compiler.compiler_cxx, flag, str(source), "-o", str(Path(folder, "probe"))]
             return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
+
+
+# A module of editable installations, which a .pth file imports when Python starts.
+EDITABLE = '''"""Finds an editable tamingfast even from beside a clone of that name."""
+
+import sys
+from importlib.machinery import PathFinder
+
+
+class BeforeNamespaces:
+    """Prefers an editable package to a directory of its name without an ``__init__.py``, and nothing else to anything.
+
+    Python makes an empty namespace package of such a directory, in sys.path because the running script is beside it,
+    before it asks the finder of an editable installation.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "tamingfast":
+            return None
+        found = PathFinder.find_spec(name, path, target)
+        if found is None or found.origin is not None:
+            return found
+        later = sys.meta_path[sys.meta_path.index(PathFinder) + 1 :]
+        return next(filter(None, (finder.find_spec(name, path, target) for finder in later)), found)
+
+
+sys.meta_path.insert(0, BeforeNamespaces)
+'''
+
+
+class BuildEditable(Command):
+    """A part of ``build`` that adds `EDITABLE` to an editable wheel, and does nothing otherwise."""
+
+    editable_mode = False  # setuptools sets it
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        if self.editable_mode:
+            wheel = Path(self.get_finalized_command("install").install_lib)  # whatever is here gets into the wheel
+            (wheel / "_tamingfast_editable.py").write_text(EDITABLE, encoding="utf-8")
+            (wheel / "_tamingfast_editable.pth").write_text("import _tamingfast_editable\n", encoding="utf-8")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -277,9 +332,10 @@ def escape(path: str) -> str:
     return re.sub(r"([$ :])", r"$\1", path)
 
 
+build.sub_commands = [*build.sub_commands, ("build_editable", None)]
 setup(
     packages=[*find_packages(include=["tamingfast", "tamingfast.*"]), "tamingfast.kernels"],
     package_dir={"tamingfast": "tamingfast", "tamingfast.kernels": "kernels"},
     ext_modules=[Extension("tamingfast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES], language="c++")],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_editable": BuildEditable},
 )

@@ -17,16 +17,51 @@ from measuring import limits, seconds, synchronize
 from tamingfast.ops import backends, info
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "a look at every file, in about a minute for all: only cases marked `quick`, in few rounds"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick(**parameters): --quick runs the cases with these parameters")
+    config.option.reportchars += "s"  # the reasons of skips
+
+
 def pytest_report_header() -> list[str]:
     return info.describe().splitlines()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def is_quick(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("quick")
+    return marker is not None and all(item.callspec.params[name] == value for name, value in marker.kwargs.items())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
+        items[:] = [item for item in items if is_quick(item)]
     device = backends.gpu()
     if not device.available:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=device.reason))
+
+
+class Results:
+    """Shows what each benchmark prints as soon as it is done."""
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed and report.capstdout:
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"{report.nodeid}\n{report.capstdout.strip(chr(10))}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    plugins.register(Results(plugins.get_plugin("terminalreporter")))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -42,8 +77,14 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["tamingfast"] = backends.machine() | {"limits": {device: limits(device) for device in devices}}
 
 
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether a look is enough."""
+    return request.config.getoption("--quick")
+
+
 @pytest.fixture
-def compare(benchmark) -> Callable[..., None]:
+def compare(benchmark, quick) -> Callable[..., None]:
     """Time ``ours`` and ``rivals`` in turn, so that other load on the machine affects all of them equally.
 
     ``compare(ours, rivals, device, flop, size)``: ``rivals`` maps names to callables, which the caller has run and
@@ -71,7 +112,7 @@ def compare(benchmark) -> Callable[..., None]:
             ours()
             synchronize(device)
 
-        benchmark.pedantic(timed, setup=between_rounds, rounds=rounds)
+        benchmark.pedantic(timed, setup=between_rounds, rounds=2 if quick else rounds)
 
         mine = benchmark.stats.stats.median
         medians = {name: statistics.median(measured) for name, measured in times.items()}

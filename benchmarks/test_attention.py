@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tamingfast import ops
 from tamingfast.ops import reference
 
-pytestmark = pytest.mark.gpu
 GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width in the paper
 
 
@@ -79,6 +78,25 @@ def available(runs: dict, inputs: tuple, exact: tuple) -> dict:
     return found
 
 
+@pytest.mark.quick(prefix=True)
+@pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix"])
+def test_attention_on_a_cpu(compare, prefix):
+    """Forward in float32 against the original's matrix products and against torch's attention with a mask."""
+    length, (heads, width), n_unmasked = 512, GEOMETRY["GPT2-small"], 256 if prefix else 0
+    q, k, v = torch.randn(3, 1, heads, length, width)
+    mask = reference.attention_mask(length, n_unmasked, q.device)
+    ours = functools.partial(ops.causal_attention, q, k, v, n_unmasked=n_unmasked)
+    rivals = {
+        "original": functools.partial(reference.causal_attention, q, k, v, n_unmasked=n_unmasked),
+        "torch, mask": functools.partial(F.scaled_dot_product_attention, q, k, v, mask),
+    }
+    for rival in rivals.values():
+        torch.testing.assert_close(ours(), rival())
+    compare(ours, rivals, "cpu", flop=4 * heads * width * int(mask.sum()), size=4 * q.nbytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.quick(model="GPT2-small", length=256, batch=8)
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix"])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("length", [256, 512, 1024])

@@ -3,7 +3,7 @@
 A decoder with the f = 16 geometry of the paper's ImageNet model, a quarter of its width and random weights. Each of the
 two runs has a process of its own and reports by how much its peak resident memory grew. The deviation is measured if
 the image also fits whole, in units of 1/255 of the range of the whole image's values. TAMINGFAST_BENCH_PIXELS sets the
-side (default 1024), TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
+side (default 1024, or 512 with --quick), TAMINGFAST_BENCH_CH the width (default 32; the paper's is 128).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 
-SIDE = int(os.environ.get("TAMINGFAST_BENCH_PIXELS", "1024"))
+import pytest
+
 CH = int(os.environ.get("TAMINGFAST_BENCH_CH", "32"))
 #: Bytes per pixel at the paper's width, in bands and whole: 3 GiB and 48 GiB for 4096 x 4096 pixels.
 BYTES, WHOLE_BYTES = 192, 3072
@@ -48,17 +49,19 @@ def decode(side: int, memory: int, out) -> dict:
     return json.loads(run.stdout)
 
 
-def test_band_decode(benchmark, tmp_path):
+@pytest.mark.quick
+def test_band_decode(benchmark, tmp_path, quick):
     import torch
 
     from tamingfast.ops.backends import available_memory
 
-    memory = BYTES * SIDE**2 * CH // 128
-    found = benchmark.pedantic(lambda: decode(SIDE, memory, tmp_path / "bands.pt"), rounds=1)
-    benchmark.extra_info |= {"pixels": SIDE, "budget_bytes": memory} | found
-    text = f"{SIDE}x{SIDE}: {found['seconds']:.0f} s, {found['peak_bytes'] >> 20} MiB of {memory >> 20} allowed"
-    if available_memory(torch.device("cpu")) > WHOLE_BYTES * SIDE**2 * CH // 128:
-        whole = decode(SIDE, 1 << 50, tmp_path / "whole.pt")
+    side = int(os.environ.get("TAMINGFAST_BENCH_PIXELS", "512" if quick else "1024"))
+    memory = BYTES * side**2 * CH // 128
+    found = benchmark.pedantic(lambda: decode(side, memory, tmp_path / "bands.pt"), rounds=1)
+    benchmark.extra_info |= {"pixels": side, "budget_bytes": memory} | found
+    text = f"{side}x{side}: {found['seconds']:.0f} s, {found['peak_bytes'] >> 20} MiB of {memory >> 20} allowed"
+    if available_memory(torch.device("cpu")) > WHOLE_BYTES * side**2 * CH // 128:
+        whole = decode(side, 1 << 50, tmp_path / "whole.pt")
         image, expected = (torch.load(tmp_path / f"{name}.pt") for name in ("bands", "whole"))
         steps = (image - expected).abs() * 255 / (expected.max() - expected.min())
         benchmark.extra_info |= {

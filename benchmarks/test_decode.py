@@ -30,7 +30,7 @@ from tamingfast.ops import backends
 from tamingfast.ops.choice import choose, gumbel_noise
 
 TOKENS, ROUNDS = 256, 3
-PLACES, RUN = 16, 8  # number of lengths that are compared, and of our steps at each
+PLACES, QUICK_PLACES, RUN = 16, 3, 8  # number of lengths that are compared, and of our steps at each
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
@@ -127,12 +127,12 @@ def limit_of_step(engine: GPTEngine, dtype: str, batch: int, length: int, most: 
     }
 
 
-def compare(engine: GPTEngine, dtype: str, batch: int) -> dict:
-    """Ours and the rivals side by side at `PLACES` lengths: mean seconds per step, median ratios and shares."""
+def compare(engine: GPTEngine, dtype: str, batch: int, places: int) -> dict:
+    """Ours and the rivals side by side at so many lengths: mean seconds per step, median ratios and shares."""
     threads, best = torch.get_num_threads(), limits("cpu")
     spent: dict[str, list[float]] = {name: [] for name in ("ours", *rivals(batch))}
     shares, bandwidths = [], []
-    for length in torch.linspace(4, TOKENS - 5, PLACES).long().tolist():
+    for length in torch.linspace(4, TOKENS - 5, places).long().tolist():
         before = native.read_bandwidth(2**28, threads, 3)
         spent["ours"].append(our_step(engine, batch, length))
         bandwidths.append(max(before, native.read_bandwidth(2**28, threads, 3)) / 1e9)
@@ -153,16 +153,18 @@ def compare(engine: GPTEngine, dtype: str, batch: int) -> dict:
     }
 
 
+@pytest.mark.quick(batch=1)
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("dtype", GPTEngine.DTYPES)
-def test_decode(benchmark, dtype, batch):
+def test_decode(benchmark, quick, dtype, batch):
     engine = GPTEngine(small_gpt(), dtype)
     engine.reserve(batch, TOKENS)
     validate(engine, dtype, batch)
     sequences = torch.zeros(batch, TOKENS + 1, dtype=torch.int64)
     steps = range(1, TOKENS + 1)
-    found = compare(engine, dtype, batch)
-    benchmark.pedantic(lambda: engine.decode(request(sequences, steps)), warmup_rounds=1, rounds=ROUNDS)
+    found = compare(engine, dtype, batch, QUICK_PLACES if quick else PLACES)
+    rounds = 1 if quick else ROUNDS
+    benchmark.pedantic(lambda: engine.decode(request(sequences, steps)), warmup_rounds=rounds > 1, rounds=rounds)
     found["tokens_per_second"] = batch * TOKENS / benchmark.stats.stats.median
     benchmark.extra_info |= found
     ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in found["ratio"].items())

@@ -218,6 +218,7 @@ def compare(single: GPT, made: CudaEngine, candidates: dict[str, object], batch:
     }
 
 
+@pytest.mark.quick(name="GPT2-small", tokens=256, batch=8)
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 @pytest.mark.parametrize("tokens", [256, 512])
 @pytest.mark.parametrize("name", LAYERS)

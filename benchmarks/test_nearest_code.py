@@ -50,6 +50,7 @@ def validate(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> No
     torch.testing.assert_close(chosen, distance.min(1).values, rtol=1e-5, atol=0)
 
 
+@pytest.mark.quick(n=65536, k=512)
 @pytest.mark.parametrize(
     ("n", "k", "d"),
     [(256, 1024, 256), (65536, 1024, 256), (65536, 16384, 256), (65536, 512, 3)],
@@ -97,6 +98,7 @@ def sampled(run, z: torch.Tensor, codebook: torch.Tensor, tolerance: float) -> b
 
 
 @pytest.mark.gpu
+@pytest.mark.quick(n=65536, k=1024)
 @pytest.mark.parametrize(
     ("n", "k", "d"),
     [(4096, 1024, 256), (65536, 1024, 256), (262144, 1024, 256), (65536, 16384, 256), (262144, 16384, 16),

@@ -28,7 +28,7 @@ PREFIX = WINDOW * WINDOW
 GEOMETRY = dict(n_layer=12, n_head=16, n_embd=768)
 VOCABULARY = 1024
 #: Timed passes of the original, and seconds after which paper and scene are stopped.
-PASSES, SECONDS = 5, 40.0
+PASSES, SECONDS, QUICK_SECONDS = 5, 40.0, 4.0
 NATIVE = pytest.mark.skipif(backends.native()[0] is None, reason=f"no native engine: {backends.native()[1]}")
 #: Schedules and strides; the first two ignore the stride.
 CASES = [("paper", 8), ("scene", 8), ("strided", 8), ("strided", 4), ("block", 8)]
@@ -73,7 +73,9 @@ def original_seconds(gpt: GPT, condition: torch.Tensor) -> float:
     return times[len(times) // 2] * HEIGHT * WIDTH
 
 
-def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, engine: str) -> tuple[float, float]:
+def schedule_seconds(
+    gpt: GPT, condition: torch.Tensor, rule: str, stride: int, engine: str, longest: float
+) -> tuple[float, float]:
     """Seconds for the grid, and the share of its tokens whose sampling was timed."""
     whole = rule in ("strided", "block") or os.environ.get("TAMINGFAST_BENCH_WHOLE") == "1"
     begun, done = time.perf_counter(), 0
@@ -81,7 +83,7 @@ def schedule_seconds(gpt: GPT, condition: torch.Tensor, rule: str, stride: int, 
     def observe(tokens: torch.Tensor, pending: torch.Tensor) -> None:
         nonlocal done
         done = HEIGHT * WIDTH - int(pending.sum())
-        if not whole and time.perf_counter() - begun > SECONDS:
+        if not whole and time.perf_counter() - begun > longest:
             raise Stopped
 
     with contextlib.suppress(Stopped):
@@ -108,14 +110,18 @@ def planned(gpt: GPT, rule: str, stride: int) -> Waves:
     return plan_waves(gpt, make_schedule(HEIGHT, WIDTH, WINDOW, rule, stride), 1, PREFIX)
 
 
+@pytest.mark.quick(rule="paper", engine="native")
 @pytest.mark.parametrize(("rule", "stride"), CASES)
 @pytest.mark.parametrize(("device", "engine"), WAYS)
-def test_sliding_window(benchmark, gpt, condition, rule, stride, device, engine):
+def test_sliding_window(benchmark, quick, gpt, condition, rule, stride, device, engine):
     gpt = gpt.to(device)
     original = original_seconds(gpt, condition)
     waves = planned(gpt, rule, stride)
     computed, slots = waves.tokens_fed(PREFIX) / (HEIGHT * WIDTH), int(waves.slots.max()) + 1
-    seconds, share = benchmark.pedantic(lambda: schedule_seconds(gpt, condition, rule, stride, engine), rounds=1)
+    longest = QUICK_SECONDS if quick else SECONDS
+    seconds, share = benchmark.pedantic(
+        lambda: schedule_seconds(gpt, condition, rule, stride, engine, longest), rounds=1
+    )
     benchmark.extra_info |= {
         "seconds": seconds,
         "share_timed": share,

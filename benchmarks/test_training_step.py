@@ -1,4 +1,5 @@
-"""A training step of each stage with the Triton kernels and with torch's fused operators, both under autocast."""
+"""A training step of each stage: on a GPU with the Triton kernels and with torch's operators, both under autocast; on
+a CPU in float32 and under bfloat16 autocast, which is slower where the processor has no instructions for it."""
 
 from __future__ import annotations
 
@@ -7,12 +8,11 @@ from unittest import mock
 import gpu
 import pytest
 import torch
+from measuring import seconds
 
 from tamingfast.models.gpt import GPT
 from tamingfast.models.vqgan import VQModel
 from tamingfast.ops import backends
-
-pytestmark = pytest.mark.gpu
 
 
 def prior(n_unmasked: int) -> tuple:
@@ -21,10 +21,10 @@ def prior(n_unmasked: int) -> tuple:
     return model, lambda: torch.randint(1024, (12, 512), device="cuda"), lambda model, x: model(x, targets=x)[1]
 
 
-def first_stage() -> tuple:
+def first_stage(ch: int = 128) -> tuple:
     """The paper's f=16 VQGAN without its adversarial and perceptual losses, for which there are no kernels."""
     ddconfig = {
-        "double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": ch,
         "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0,
     }  # fmt: skip
     model = VQModel(ddconfig, {"target": "torch.nn.Identity"}, n_embed=1024, embed_dim=256)
@@ -39,6 +39,27 @@ def first_stage() -> tuple:
 CASES = {"prior": lambda: prior(0), "prior with a prefix": lambda: prior(256), "VQGAN": first_stage}
 
 
+@pytest.mark.quick
+def test_training_step_on_a_cpu(benchmark, quick):
+    """The first stage's step at a sixteenth of the pixels, a quarter of the width and batch 4."""
+    model, _, loss = first_stage(ch=32)
+    x = torch.rand(4, 3, 64, 64) * 2 - 1
+
+    def step(bfloat16: bool) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            value = loss(model, x)
+        value.backward()
+
+    step(True)
+    benchmark.pedantic(lambda: step(False), warmup_rounds=1, rounds=2 if quick else 10)
+    mine, theirs = benchmark.stats.stats.median, min(seconds(lambda: step(True), "cpu") for _ in range(2))
+    benchmark.extra_info |= {"bfloat16_seconds": theirs}
+    print(f"\n  {len(x) / mine:.1f} images/s in float32, {len(x) / theirs:.1f} images/s in bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.quick(case="prior", channels_last=False)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("case", CASES)
 def test_training_step(case, channels_last):

@@ -74,6 +74,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("gumbel_noise", &gumbel_noise, py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"),
              py::arg("vocab"), "The noise of tamingfast.ops.choice, to test csrc/philox.h.");
   tamingfast::bind_cpu(module);
+  tamingfast::bind_convolutions(module);
 #ifdef TAMINGFAST_CUDA
   py::module_ cuda =
       module.def_submodule("cuda", "Kernels of the CUDA engine; use them through tamingfast.engines.cuda.");

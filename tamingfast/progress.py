@@ -1,4 +1,7 @@
-"""Progress of long work: a bar on a terminal; anywhere else, such as in a log file, one line a minute."""
+"""Progress of long work: a bar on a terminal; anywhere else, such as in a log file, one line a minute.
+
+Nothing else in the package draws bars.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +43,27 @@ class Bar(tqdm):
 
 
 class Lines(Bar):
-    """A `Bar` that is not drawn but prints a line every `EVERY` seconds, for output that is not a terminal."""
+    """A `Bar` that is not drawn but prints lines, for output that is not a terminal.
+
+    All of a process together print a line every `EVERY` seconds, whether one of them lives for an hour or a thousand
+    for a second each.
+    """
+
+    last = time.monotonic()  # when a line was printed, or the process started
 
     def __init__(self, total: int | None = None, unit: str = "it", **options: Any) -> None:
         super().__init__(total=total, initial=options.get("initial", 0), disable=True)
         self._shown = {name: options.get(name) for name in ("initial", "unit_scale") if options.get(name)}
         self._shown |= {"unit": unit, "prefix": options.get("desc") or unit.strip()}
-        self._began = self._printed = time.monotonic()
+        self._began = time.monotonic()
         self.postfix = None
 
     def update(self, n: float | None = 1) -> None:
         """Add ``n`` and print a line when one is due."""
         self.n += n or 0
         now = time.monotonic()
-        if now - self._printed >= EVERY:
-            self._printed = now
+        if now - Lines.last >= EVERY:
+            Lines.last = now
             shape = _OPEN if self.total is None else _KNOWN
             options = self._shown | {"postfix": self.postfix, "bar_format": shape}
             line = self.format_meter(self.n, self.total or 0, now - self._began, **options)

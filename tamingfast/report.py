@@ -24,10 +24,21 @@ def write(out: Path, results: Mapping[str, Any], sections: Iterable[str]) -> Pat
 
 
 def provenance(results: Mapping[str, Any]) -> str:
-    """Sentences that state the data, the machine and the time taken."""
+    """Sentences that state the data, the machine, the time taken, and what can be expected of the preset."""
     return (
         f"Data: {results['data']}. Measured on {on(results['machine'])}. Everything below comes from this one run, "
-        f"which took {duration(results['seconds'])} of training and measuring."
+        f"which took {duration(results['seconds'])} of training and measuring." + _expectation(results["preset"])
+    )
+
+
+def _expectation(preset: str) -> str:
+    """What a reader may expect of a preset whose pictures would surprise; empty for the others."""
+    if preset != "smoke":
+        return ""
+    return (
+        "\n\n**What to expect.** The preset `smoke` trains tiny networks for seconds, to see that everything runs. Its "
+        "pictures do not resemble the photographs, completions not even the half that was kept, and its figures of "
+        "quality mean nothing. For pictures worth looking at, take the preset `cpu`, which trains for minutes."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 
 from tamingfast import cli
 from tamingfast.ops import backends
+
+# No test downloads, and none depends on what this machine has downloaded before.
+os.environ |= {"TAMINGFAST_OFFLINE": "1", "TAMINGFAST_CACHE": os.devnull}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

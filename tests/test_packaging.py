@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources as in a checkout."""
     for tool in TOOLS:
         pytest.importorskip(tool, reason=f"{tool} is needed for a build without isolation")
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tamingfast", ignore=IGNORED))
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tamingfast", symlinks=True, ignore=IGNORED))
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
@@ -130,6 +130,53 @@ def test_wheel_without_a_compiler_has_the_package_and_the_reason(source):
         assert not [name for name in names if name.startswith(("kernels", "tests", "benchmarks", "csrc"))]
         assert not [name for name in names if name.startswith("tamingfast/_C.") and not name.endswith(".txt")]
         assert "'no-such-compiler' was not found" in wheel.read("tamingfast/_C.failure.txt").decode()
+
+
+# --- editable installations -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory) -> Path:
+    """A directory of packages with an editable installation of ``source``, which is a clone named tamingfast."""
+    build = "import setuptools.build_meta as backend; print(backend.build_editable('dist'))"
+    environment = os.environ | {"TAMINGFAST_REQUIRE_NATIVE": "0", "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(source / "dist" / done.stdout.splitlines()[-1]) as wheel:
+        record = wheel.read(f"tamingfast-{tamingfast.__version__}.dist-info/RECORD").decode()
+        assert {line.split(",")[0] for line in record.splitlines()} == set(wheel.namelist())
+        wheel.extractall(site)
+    return site
+
+
+def imported_by(script: Path, editable: Path, **environment: str) -> list[Path]:
+    """The files of tamingfast and of its kernels, as a script imports them in a fresh interpreter."""
+    script.write_text(
+        f"import site; site.addsitedir({str(editable)!r}); from importlib.util import find_spec; "
+        "print(find_spec('tamingfast').origin, find_spec('tamingfast.kernels').origin, sep='\\n')"
+    )
+    found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    done = subprocess.run([sys.executable, "-S", str(script)], env=found, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [Path(line).resolve() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("folder", ["beside the clone", "in the clone", "elsewhere"])
+def test_an_editable_installation_is_found_from_everywhere(source, editable, tmp_path, folder):
+    script = {"beside the clone": source.parent, "in the clone": source, "elsewhere": tmp_path}[folder] / "script.py"
+    own = [source / "tamingfast" / "__init__.py", source / "kernels" / "__init__.py"]
+    assert imported_by(script, editable) == own
+
+
+def test_a_package_on_the_path_precedes_an_editable_installation(source, editable, tmp_path):
+    for package in ("tamingfast", "tamingfast/kernels"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    own = [tmp_path / package / "__init__.py" for package in ("tamingfast", "tamingfast/kernels")]
+    assert imported_by(source.parent / "script.py", editable, PYTHONPATH=str(tmp_path)) == own
 
 
 # --- the extension ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 
@@ -11,6 +14,15 @@ from tamingfast import progress
 @pytest.fixture
 def always(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, as a list of one number to set."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.Lines, "last", now[0])
+    return now
 
 
 def test_a_line_for_each_state(always, capsys):
@@ -38,6 +50,45 @@ def test_short_work_and_silent_counters_print_nothing(capsys, monkeypatch):
             bar.update(10)
             bar.moved(3, 20)
     assert not capsys.readouterr().err
+
+
+def test_long_work_prints_a_line_a_minute(clock, capsys):
+    with progress.bar("image", 600) as bar:
+        for _ in range(600):
+            clock[0] += 1.0
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "image: 60 of 600,  1.00image/s, 09:00 left"
+
+
+def test_many_short_counters_together_print_a_line_a_minute(clock, capsys):
+    for number in range(40):
+        with progress.bar(f"part {number}", 3) as outer, progress.bar("inner", 3) as inner:
+            for _ in range(3):
+                clock[0] += 1.0
+                inner.update()
+                outer.update()
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["inner", "inner"]
+
+
+def test_lines_have_no_control_characters(clock, capsys):
+    with progress.bar("step", None) as bar:
+        clock[0] += 61
+        bar.update()
+        bar.set_postfix({"loss": 0.5})
+        bar.refresh()
+        clock[0] += 61
+        bar.update()
+    error = capsys.readouterr().err
+    assert error.endswith("\n") and error.replace("\n", "").isprintable() and error.count("\n") == 2
+
+
+def test_nothing_else_draws_bars():
+    package = Path(progress.__file__).parent
+    users = {path for path in package.rglob("*.py") if re.search(r"^\s*(from|import) tqdm", path.read_text(), re.M)}
+    # The command line writes its messages above the bars.
+    assert users == {package / "progress.py", package / "cli" / "__init__.py"}
 
 
 def test_training_prints_its_steps_and_its_loss(always, capsys, tmp_path):

@@ -1,4 +1,4 @@
-// Binds the CPU's functions and the GPT engine to a module.
+// Binds the functions, the GPT engine and the convolutions of the CPU to a module.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,5 +6,6 @@
 namespace tamingfast {
 
 void bind_cpu(pybind11::module_& module);
+void bind_convolutions(pybind11::module_& module);
 
 }  // namespace tamingfast

@@ -9,6 +9,7 @@
 #define TF_LANES 16
 #define TF_DOT 0
 #include "kernels.inl"
+#include "convolution.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

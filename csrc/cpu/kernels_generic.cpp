@@ -2,3 +2,4 @@
 #define TF_LANES 4
 #define TF_DOT 0
 #include "kernels.inl"
+#include "convolution.inl"

@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert` and `info`: the contents of checkpoints, and what this machine can run."""
+"""`tamingfast inspect`, `convert`, `download` and `info`: checkpoints, and what this machine has and can run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def add_to(commands: Commands) -> None:
     added.add_argument("checkpoint", type=source)
     added.add_argument("out", type=output, help="file to write (.safetensors)")
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
+    added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
+    added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest")
 
 
@@ -33,7 +35,14 @@ def convert(arguments: argparse.Namespace) -> None:
     say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow))
 
 
+def download(arguments: argparse.Namespace) -> None:
+    from tamingfast.models import lpips_weights
+
+    say_written(lpips_weights.download())
+
+
 def info(arguments: argparse.Namespace) -> None:
+    from tamingfast.models import lpips_weights
     from tamingfast.ops import info
 
-    print(f"tamingfast {__version__}\n{info.describe()}")
+    print(f"tamingfast {__version__}\n{info.describe()}\nlpips      {lpips_weights.describe()}")

@@ -39,7 +39,7 @@ def add_to(commands: Commands) -> None:
         "--perceptual-weights",
         type=source,
         metavar="FILE",
-        help="VGG16 weights for LPIPS; default: from the lpips package",
+        help="VGG16 weights for LPIPS; default: downloaded on first use (64 MB)",
     )
     added.add_argument("--out", type=output, metavar="JSON", help="also write the report here")
     text = "the data set, e.g. name=photos size=32; default: the one that the model was trained on"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tamingfast import presets
 from tamingfast.cli.arguments import output_directory, source, whole
 from tamingfast.cli.options import ALLOW, DEVICE, RESUME, Commands, command
 from tamingfast.cli.progress import say_written
@@ -15,7 +16,8 @@ from tamingfast.errors import UserError
 
 def add_to(commands: Commands) -> None:
     text = "train a first stage or a prior"
-    stages = commands.add_parser("train", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
+    train = _with_presets(commands.add_parser("train", help=text, description=text), "vqgan", "prior")
+    stages = train.add_subparsers(required=True, metavar="STAGE")
     _command(stages, "vqgan", train_vqgan, "the first stage: images to tokens and back")
     added = _command(stages, "prior", train_prior, "the second stage: a transformer over the tokens")
     added.add_argument("--first-stage", type=source, help="run or checkpoint of the first stage")
@@ -35,7 +37,14 @@ def _command(
         "be left out, as the run has its own"
     )
     added.add_argument("overrides", nargs="*", metavar="CONFIG | key=value", help=text)
-    return added
+    return _with_presets(added, name)
+
+
+def _with_presets(parser: argparse.ArgumentParser, *stages: str) -> argparse.ArgumentParser:
+    """The parser, whose help ends with the table of presets of these stages."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = presets.table(*stages)
+    return parser
 
 
 def train_vqgan(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tamingfast.engines.feature_maps import FeatureMap, FeatureMaps, shape_of, too_little
 from tamingfast.engines.layers import (
     DOWNSAMPLE_PADDING,
+    REPORTED,
     Attention,
     Convolution,
     Downsample,
@@ -31,6 +32,7 @@ from tamingfast.engines.layers import (
     Shape,
     Upsample,
     shapes,
+    work,
 )
 from tamingfast.ops.backends import available_memory
 
@@ -49,7 +51,8 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
         network: an encoder or a decoder.
         x: (B, C, H, W).
         memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
-        progress: called as progress(done, total), in multiply-adds over all images; only while images run in bands.
+        progress: called as progress(done, total), in multiply-adds over all images, after each layer, band or part of
+            attention.
 
     Raises:
         UserError: ``memory`` is too small for bands of two rows, or the disk for the feature maps that exceed it.
@@ -59,12 +62,8 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
     sides = shapes(layers, shape_of(x))
     peaks = [_peak(layer, before, after) for layer, (before, after) in zip(layers, pairwise(sides), strict=True)]
     at_once = memory // (max(peaks) * x.element_size())
-    if at_once >= len(x):
-        return network(x)
-    if at_once:
-        return torch.cat([network(part) for part in x.split(at_once)])
-    work = [_work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
-    total, done = sum(work) * len(x), 0.0
+    costs = [work(layer, after) for layer, after in zip(layers, sides[1:], strict=True)]
+    total, done = sum(costs) * len(x), 0.0
 
     def advance(more: float) -> None:
         nonlocal done
@@ -72,8 +71,13 @@ def run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress:
         if progress is not None:
             progress(round(done), total)
 
-    images = [_one(layers, sides, image[None], memory, work, advance) for image in x]
-    return images[0] if len(images) == 1 else torch.cat(images)
+    if at_once and progress is None:
+        parts = [network(part) for part in x.split(at_once)]
+    elif at_once:
+        parts = [_whole(layers, part, costs, advance) for part in x.split(at_once)]
+    else:
+        parts = [_one(layers, sides, image[None], memory, costs, advance) for image in x]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _peak(layer: Layer, before: Shape, after: Shape) -> int:
@@ -82,12 +86,19 @@ def _peak(layer: Layer, before: Shape, after: Shape) -> int:
     return maps * max(math.prod(before), math.prod(after))
 
 
-def _work(layer: Layer, after: Shape) -> int:
-    """Multiply-adds of a layer."""
-    channels, height, width = after
-    pixels = height * width
-    weights = sum(conv.weight.numel() for conv in layer.convolutions)
-    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
+def _whole(layers: Sequence[Layer], x: Tensor, work: Sequence[int], advance: Callable[[float], None]) -> Tensor:
+    """Run images (B, C, H, W) through the layers, each whole."""
+    for layer, each in zip(layers, work, strict=True):
+        x = _reported(layer, x, len(x) * each, advance)
+    return x
+
+
+def _reported(layer: Layer, x: Tensor, work: int, advance: Callable[[float], None]) -> Tensor:
+    if isinstance(layer, Attention) and work > REPORTED:
+        return layer.attend(x, lambda share: advance(share * work))
+    out = layer(x)
+    advance(work)
+    return out
 
 
 def _one(
@@ -107,8 +118,9 @@ def _one(
         peak = _peak(layer, sides[i], sides[i + 1]) * size
         room = store.free + (current.charged if isinstance(current, FeatureMap) else 0)
         if peak <= room:
-            current = layer(current.whole() if isinstance(current, FeatureMap) else current)
-            advance(work[i])
+            current = _reported(
+                layer, current.whole() if isinstance(current, FeatureMap) else current, work[i], advance
+            )
         elif isinstance(layer, Attention):
             raise too_little(memory - room + peak, memory)
         else:

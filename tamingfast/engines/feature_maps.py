@@ -93,7 +93,12 @@ class FeatureMap:
         raise NotImplementedError
 
     def write(self, top: int, band: Tensor) -> None:
-        """Store rows from ``top`` on; writing row 0 starts the feature map anew."""
+        """`put` rows from ``top`` on and `count` them; writing row 0 starts the feature map anew."""
+        self.count(top, band)
+        self.put(top, band)
+
+    def put(self, top: int, band: Tensor) -> None:
+        """Store rows from ``top`` on."""
         raise NotImplementedError
 
     def whole(self) -> Tensor:
@@ -158,8 +163,7 @@ class MemoryMap(FeatureMap):
     def read(self, top: int, bottom: int) -> Tensor:
         return self.x[:, :, top:bottom].to(self.store.device).contiguous(memory_format=torch.channels_last)
 
-    def write(self, top: int, band: Tensor) -> None:
-        self.count(top, band)
+    def put(self, top: int, band: Tensor) -> None:
         self.x[:, :, top : top + band.shape[2]].copy_(band)
 
     def whole(self) -> Tensor:
@@ -191,8 +195,7 @@ class ScratchMap(FeatureMap):
         self._transfer(self.file.readinto, top, rows)
         return rows.permute(2, 0, 1)[None].to(self.store.device)
 
-    def write(self, top: int, band: Tensor) -> None:
-        self.count(top, band)
+    def put(self, top: int, band: Tensor) -> None:
         self._transfer(self.file.write, top, band[0].permute(1, 2, 0).cpu().contiguous())
 
     def whole(self) -> Tensor:

@@ -7,10 +7,12 @@ it on a whole feature map; its `shape` method gives the shape of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape: TypeAlias = tuple[int, int, int]  # channels, height, width
@@ -78,11 +80,17 @@ class Residual:
         return self.conv2.out_channels, before[1], before[2]
 
 
+#: Multiply-adds of attention after which `Attention.attend` reports: about a second of a CPU core.
+REPORTED = 2**34
+#: Queries that CPU kernels take at a time; a part is a multiple of it.
+_QUERIES = 512
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention:
     """``x + projection(softmax(q kᵀ / √C) v)`` over all pixels: one head of all C channels.
 
-    q, k and v are 1x1 convolutions of ``norm(x)``.
+    q, k and v are 1x1 convolutions of ``norm(x)``. Memory is proportional to the number of pixels, time to its square.
     """
 
     module: nn.Module
@@ -94,6 +102,20 @@ class Attention:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x)
+
+    def attend(self, x: Tensor, advance: Callable[[float], object] | None = None) -> Tensor:
+        """The layer's definition: x (B, C, H, W) -> (B, C, H, W).
+
+        ``advance`` is called with shares of the work, which add up to 1; the queries then go in parts, at most one a
+        second or so.
+        """
+        h = self.norm(x)
+        # Contiguous, because otherwise PyTorch's CPU attention stores all pairs of scores: 17 GB for 256 x 256 pixels.
+        q, k, v = (
+            conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.query, self.key, self.value)
+        )
+        h = mix(q, k, v, advance)
+        return x + self.projection(h[:, 0].transpose(1, 2).reshape(x.shape))
 
     @property
     def convolutions(self) -> tuple[nn.Conv2d, ...]:
@@ -167,6 +189,26 @@ def shapes(layers: Iterable[Layer], before: Shape) -> list[Shape]:
     for layer in layers:
         found.append(layer.shape(found[-1]))
     return found
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, advance: Callable[[float], object] | None = None) -> Tensor:
+    """``softmax(q kᵀ / √C) v`` of tensors (B, 1, pixels, C); ``advance`` as in `Attention.attend`."""
+    if advance is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(REPORTED // (2 * k.numel()) // _QUERIES, 1) * _QUERIES
+    parts = []
+    for part in q.split(rows, dim=2):
+        parts.append(F.scaled_dot_product_attention(part, k, v))
+        advance(part.shape[2] / q.shape[2])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def work(layer: Layer, after: Shape) -> int:
+    """Multiply-adds of a layer with an output of shape ``after``."""
+    channels, height, width = after
+    pixels = height * width
+    weights = sum(conv.weight.numel() for conv in layer.convolutions)
+    return pixels * (weights + (2 * pixels * channels if isinstance(layer, Attention) else 0))
 
 
 def _present(*convolutions: nn.Conv2d | None) -> tuple[nn.Conv2d, ...]:

@@ -45,7 +45,7 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
     It is kept with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the
     engine's constructor and `reserve` raise.
     """
-    state = _Snapshot(gpt)
+    state = Snapshot(gpt)
     kept = _kept.setdefault(gpt, {})
     known = kept.pop(dtype, None)
     if known is not None and known.state == state:
@@ -65,8 +65,8 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
         kept[dtype] = _Kept(state, engine)
 
 
-class _Snapshot:
-    """The state of a GPT's parameters at one time; two snapshots are equal if no write between them is noticed.
+class Snapshot:
+    """The state of a module's parameters at one time; two snapshots are equal if no write between them is noticed.
 
     A write by torch to a parameter, or to a detached view of it, changes the parameter's version; a tensor that
     replaces it has another address. Writes through `.data`, NumPy, DLPack or an extension change neither. They are
@@ -74,8 +74,8 @@ class _Snapshot:
     1024, and 512 to 1023 evenly spaced elements of a larger one.
     """
 
-    def __init__(self, gpt: Transformer) -> None:
-        values = list(gpt.parameters())
+    def __init__(self, module: torch.nn.Module | Transformer) -> None:
+        values = list(module.parameters())
         # Inference tensors have no version.
         versions = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
         self.identity = (backends.isa(), values[0].device, values[0].dtype, *versions)
@@ -84,7 +84,7 @@ class _Snapshot:
             self.sample = torch.cat(parts).view(torch.uint8)  # as bytes NaN equals itself
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Snapshot):
+        if not isinstance(other, Snapshot):
             return NotImplemented
         return self.identity == other.identity and torch.equal(self.sample, other.sample)
 
@@ -93,7 +93,7 @@ class _Snapshot:
 class _Kept:
     """An idle engine, and the state of its GPT when the engine was made."""
 
-    state: _Snapshot
+    state: Snapshot
     engine: Engine
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,11 +100,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        # Contiguous, because otherwise PyTorch's CPU attention stores all pairs of scores: 17 GB for 256 x 256 pixels.
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return self.layer().attend(x)
 
     def layer(self) -> layers.Attention:
         """The block's description for engines."""
@@ -240,7 +237,23 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(widths[-1], silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x has the type, the dtype and the shape of images for this encoder."""
+        side, channels, dtype = 2 ** (self.num_resolutions - 1), self.in_channels, self.conv_in.weight.dtype
+        if isinstance(x, Tensor):
+            # Autocast converts what the convolutions get, but floating point only.
+            fits = x.dtype == dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
+            if fits and x.ndim == 4 and x.shape[1] == channels and min(x.shape[2:]) >= side:
+                return
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        sides = f", H and W at least {side}" if side > 1 else ""
+        raise ValueError(
+            f"x: got {got}, expected a {dtype} tensor (B, {channels}, H, W) in [-1, 1]{sides}; from 8-bit pixels "
+            "(H, W, C): torch.as_tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)

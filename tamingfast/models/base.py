@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tamingfast.engines.bands import Progress
+from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import UserError
 
 #: ``(perplexity, one-hot codes, tokens int64)``; most quantisers give None for the first two.
@@ -116,7 +116,7 @@ class FirstStage(Module):
         """Images (B, C, H, W) -> tokens int64 (B, rows, columns), without gradients.
 
         A stage that can work in bands of rows does so if its feature maps exceed ``memory`` bytes (default: half of the
-        free memory), and then calls ``progress(done, total)``; see `tamingfast.engines.bands.run`. Other stages ignore
+        free memory), and calls ``progress(done, total)``; see `tamingfast.engines.first_stage.run`. Other stages ignore
         both arguments.
         """
         return _encode_grid(self, x)

@@ -33,9 +33,10 @@ class Labelator(nn.Module):
     def encode(self, c: Tensor) -> Encoded | Tensor:
         """Labels (B,) -> tokens (B, 1), returned as by `SOSProvider`.
 
-        Raises ValueError for a label outside 0 to n_classes - 1.
+        Raises ValueError for a label outside 0 to n_classes - 1, except in a compiled graph.
         """
-        if c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
+        # The check reads values, which would break the graph.
+        if not torch.compiler.is_compiling() and c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
             raise ValueError(f"class label: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_classes - 1}")
         c = c.reshape(-1, 1).long()
         return (c, None, (None, None, c)) if self.quantize_interface else c
@@ -58,11 +59,11 @@ class CoordStage(nn.Module):
     def encode(self, c: Tensor) -> Encoded:
         """c (B, 1, H, W) in [0, 1] -> the quantised map (B, 1, h, w) and int64 tokens of the same shape.
 
-        Raises ValueError for other shapes and for values outside [0, 1].
+        Raises ValueError for other shapes and, except in a compiled graph, for values outside [0, 1].
         """
         if c.ndim != 4 or c.shape[1] != 1:
             raise ValueError(f"coordinates: got shape {tuple(c.shape)}, expected (batch, 1, height, width)")
-        if not (c.min() >= 0.0 and c.max() <= 1.0):
+        if not torch.compiler.is_compiling() and not (c.min() >= 0.0 and c.max() <= 1.0):
             raise ValueError(f"coordinates: got {c.min():g} to {c.max():g}, expected values in [0, 1]")
         c = F.interpolate(c, scale_factor=1 / self.down_factor, mode="area").clamp(0.0, 1.0)
         quantised = (self.n_embed * c).round()

@@ -300,7 +300,7 @@ class GPT(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    return None if targets is None else F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+    return None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import plain
+from tamingfast.engines.first_stage import forward
 from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.base import FirstStage, Progress
 from tamingfast.models.quantize import Quantised, Quantizer, VectorQuantizer, as_grid
@@ -123,8 +124,8 @@ class HierarchicalVQModel(VQModel):
 
     def encode(self, x: Tensor) -> Quantised:
         """Images (B, C, H, W) -> ``(quant (B, embed_dim, 5h, w), codebook loss, (None, None, tokens (B, 5h, w)))``."""
-        features = self.encoder(x)
-        h_top = self.encoder_top(features)
+        features = forward(self.encoder, x)
+        h_top = forward(self.encoder_top, features)
         top, loss_top, (_, _, tokens_top) = self.quantize(self.quant_conv_top(h_top), "top")
         latents = self.quant_conv(torch.cat((self._decoded_top(top), features), 1))
         bottom, loss_bottom, (_, _, tokens_bottom) = self.quantize(latents, "bottom")
@@ -142,7 +143,7 @@ class HierarchicalVQModel(VQModel):
         return self.post_quant_conv(torch.cat((self._decoded_top(top), bottom), 1))
 
     def _decoded_top(self, top: Tensor) -> Tensor:
-        return self.decoder_top(self.post_quant_conv_top(top))
+        return forward(self.decoder_top, self.post_quant_conv_top(top))
 
     def decode_code(self, code_b: Tensor) -> Tensor:
         """Tokens (B, 5h, w) -> images (B, C, H, W).

@@ -197,13 +197,12 @@ class Net2NetTransformer(Module):
         return self._draw(logits, temperature, sample, top_k)[:, c.shape[1] - 1 :]
 
     def sample_images(self, cond: Tensor, height: int, width: int, **options: Any) -> Tensor:
-        """Images (B, 3, f*height, f*width) of a grid drawn with `tamingfast.sampling.sample_grid`.
+        """Images (B, 3, f*height, f*width) in [-1, 1] of a grid drawn with `tamingfast.sampling.sample_grid`.
 
-        As the decoder gives them: nominally in [-1, 1], not clipped. `tamingfast.images.to_uint8` clips and rounds.
         ``options`` are the arguments of `sample_grid` after the size. Height and width are in tokens.
         """
         canvas = sample_grid(self, cond, *self.canvas_size(height, width), **options)
-        return self.decode_grid(self.image_tokens(canvas))
+        return self.decode_grid(self.image_tokens(canvas)).clamp(-1, 1)
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) that `tamingfast.sampling.sample_grid` draws for an image of height x width tokens."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.weights import init_from_ckpt
-from tamingfast.engines import bands, layers
+from tamingfast.engines import first_stage, layers
 from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.base import FirstStage, Progress, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, Quantised, Quantizer, VectorQuantizer
@@ -93,15 +93,20 @@ class VQModel(FirstStage):
         init_from_ckpt(self, path, ignore_keys)
 
     def encode(self, x: Tensor) -> Quantised:
-        """Images (B, C, H, W) -> ``(quant (B, embed_dim, h, w), codebook loss, (_, _, indices int64))``."""
-        return self.quantize(self.quant_conv(self.encoder(x)))
+        """Images (B, C, H, W) -> ``(quant (B, embed_dim, h, w), codebook loss, (_, _, indices int64))``.
+
+        Raises ValueError for anything but a floating-point tensor of this shape, in the dtype of the weights.
+        """
+        return self.quantize(self.quant_conv(first_stage.forward(self.encoder, x)))
 
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
         if not isinstance(self.encoder, layers.LayeredNetwork):  # a caller's own network
             return super().encode_grid(x)
-        quant, _, (_, _, indices) = self.quantize(self.quant_conv(bands.run(self.encoder, x, memory, progress)))
+        if isinstance(self.encoder, Encoder):
+            self.encoder.check(x)
+        quant, _, (_, _, indices) = self.quantize(self.quant_conv(first_stage.run(self.encoder, x, memory, progress)))
         return indices.view(len(x), *quant.shape[2:])
 
     @torch.no_grad()
@@ -109,11 +114,11 @@ class VQModel(FirstStage):
         """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
         if not isinstance(self.decoder, layers.LayeredNetwork):  # a caller's own network
             return super().decode_grid(grid)
-        return bands.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
+        return first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""
-        return self.decoder(self.decoder_input(quant))
+        return first_stage.forward(self.decoder, self.decoder_input(quant))
 
     def decoder_input(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> the decoder's input (B, z_channels, h, w)."""
@@ -379,7 +384,7 @@ class GumbelVQ(VQModel):
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Images -> the quantiser's input (B, embed_dim, h, w)."""
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(first_stage.forward(self.encoder, x))
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Outputs:
         """As in `VQModel`, at the temperature of the current step."""

@@ -175,7 +175,7 @@ def _measured(study: Study, variant: Variant, validation: EpochDataset) -> dict[
     """A variant's row of the report. Everything is measured here but the steps and the time of the training."""
     prior = study.prior(variant.prior)
     stage, size, chosen = prior.first_stage_model, study.settings["data"]["size"], study.settings["evaluation"]
-    source = chosen["perceptual"]  # "lpips" is the package of that name
+    source = chosen["perceptual"]  # "lpips" downloads the weights
     perceptual = LPIPS(None if source == "lpips" else source) if source else None
     squares = crops.Crops(validation, variant.crop, tiles=True)
     grid = stage.grid(size, size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tamingfast.engines import bands
+from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import UserError
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
@@ -85,7 +85,7 @@ def _within_vocabulary(model: Net2NetTransformer, top_k: int | None) -> int | No
 
 
 @torch.no_grad()
-def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: bands.Progress | None = None) -> Tensor:
+def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: Progress | None = None) -> Tensor:
     """Tokens int64 (B, rows, columns) of images (B, 3, H, W) in [-1, 1].
 
     Raises UserError if a side is not a multiple of f, and for models that `check_windowed` refuses.
@@ -94,10 +94,11 @@ def photo_tokens(model: Net2NetTransformer, x: Tensor, progress: bands.Progress 
     return first_stage_of(model).encode_grid(x, progress=progress)
 
 
-def photo_canvas(model: Net2NetTransformer, x: Tensor, cond: Tensor, progress: bands.Progress | None = None) -> Canvas:
+def photo_canvas(model: Net2NetTransformer, x: Tensor, cond: Tensor, progress: Progress | None = None) -> Canvas:
     """A canvas of the tokens of images (B, 3, H, W) in [-1, 1] under condition tokens (B, c) or (B, rows, columns).
 
-    A single image is encoded once and repeated for all B conditions. ``progress`` as in `tamingfast.engines.bands.run`.
+    A single image is encoded once and repeated for all B conditions. ``progress`` as in
+    `tamingfast.engines.first_stage.run`.
     """
     tokens = photo_tokens(model, x, progress)
     return Canvas.of(tokens.expand(len(cond), -1, -1) if len(x) == 1 else tokens, cond)
@@ -115,11 +116,11 @@ def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) ->
 
 @torch.no_grad()
 def decoded(
-    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: bands.Progress | None = None
+    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: Progress | None = None
 ) -> Tensor:
     """Decode a canvas to images float32 (B, 3, H, W) on the CPU; pending areas are gray.
 
-    ``progress`` as in `tamingfast.engines.bands.run`; it restarts with each batch.
+    ``progress`` as in `tamingfast.engines.first_stage.run`; it restarts with each batch.
     """
     images = []
     grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)

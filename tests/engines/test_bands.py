@@ -14,6 +14,7 @@ from torch import nn
 from tamingfast import UserError, VQModel
 from tamingfast.engines import bands, feature_maps, layers
 from tamingfast.models.autoencoder import Decoder, Encoder
+from tamingfast.ops.backends import use
 
 GEOMETRY = dict(
     ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=32,
@@ -92,9 +93,10 @@ def test_first_stages_give_the_same_tokens_and_images():
     image = stage.decode_grid(tokens)
     assert torch.equal(image, stage.decode_code(tokens))
     z = torch.empty(1, 4, 24, 30)
-    in_bands = stage.decode_grid(tokens, peak(stage.decoder, z) // 2)
-    assert not torch.equal(in_bands, image)  # or it would have run whole
-    torch.testing.assert_close(in_bands, image, rtol=1e-4, atol=1e-5)
+    for backend in ("reference", None):  # torch, and whatever is chosen here
+        with use(backend):
+            in_bands = stage.decode_grid(tokens, peak(stage.decoder, z) // 2)
+            torch.testing.assert_close(in_bands, image, rtol=1e-4, atol=5e-5)
 
 
 @torch.no_grad()
@@ -121,6 +123,23 @@ def test_what_fits_runs_whole(monkeypatch):
     assert torch.equal(bands.run(model, z, peak(model, z)), model(z))
     two = inputs(Decoder, 2)
     assert torch.equal(bands.run(model, two, peak(model, z)), torch.cat([model(one[None]) for one in two]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [2.0, 1.0, 0.6], ids=["at once", "one at a time", "in bands"])
+def test_progress_moves_in_small_steps_to_the_end_and_changes_nothing(monkeypatch, share):
+    """Whole images report too, and attention over many places in parts."""
+    monkeypatch.setattr(layers, "REPORTED", 1)
+    monkeypatch.setattr(bands, "REPORTED", 1)
+    model, z = network(attn_resolutions=()), torch.randn(2, 4, 40, 48)
+    seen = []
+    memory = int(peak(model, z) * share)
+    out = bands.run(model, z, memory, lambda *progress: seen.append(progress))
+    assert seen == sorted(seen) and len({total for _, total in seen}) == 1
+    done, total = seen[-1]
+    assert done == pytest.approx(total, rel=1e-6)
+    assert max(after - before for (before, _), (after, _) in zip([(0, 0), *seen], seen, strict=False)) < total / 4
+    torch.testing.assert_close(out, bands.run(model, z, memory), rtol=1e-5, atol=1e-6)
 
 
 def test_too_little_memory():
@@ -150,6 +169,7 @@ SCRIPT = """
 import resource, sys, torch
 from tamingfast.engines import bands
 from tamingfast.models.autoencoder import Decoder, Encoder
+from tamingfast.ops.backends import use
 torch.set_num_threads(1)
 kind = Decoder if sys.argv[1] == "decode" else Encoder
 model = kind(ch=32, in_channels=3, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_resolutions=(16,),

@@ -196,7 +196,9 @@ def test_no_arguments_crash(data):
 
 # --- other compilers ------------------------------------------------------------------------------
 
-ENGINE_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "bindings.cpp")
+ENGINE_SOURCES = sorted(
+    str(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.name.endswith("bindings.cpp")
+)
 
 
 def compiler(name: str) -> str:

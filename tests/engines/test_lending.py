@@ -67,13 +67,13 @@ def test_unchanged_weights_are_those_they_were():
     with torch.inference_mode():
         gpt = random_gpt(vocab=500, width=48)
         gpt.head.weight[3, 3] = float("nan")
-    snapshot = lending._Snapshot(gpt)
+    snapshot = lending.Snapshot(gpt)
     assert len(snapshot.sample) < 4 * sum(value.numel() for value in gpt.parameters())
-    assert snapshot == lending._Snapshot(gpt)
+    assert snapshot == lending.Snapshot(gpt)
     with torch.inference_mode():
         gpt.pos_emb.mul_(2)
-    assert snapshot != lending._Snapshot(gpt)
-    assert lending._Snapshot(random_gpt()) != lending._Snapshot(random_gpt().double())
+    assert snapshot != lending.Snapshot(gpt)
+    assert lending.Snapshot(random_gpt()) != lending.Snapshot(random_gpt().double())
 
 
 @needs_native

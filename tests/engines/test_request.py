@@ -113,7 +113,7 @@ DECODINGS = {
     "no choices": (dict(choices=0), "choices: got 0, expected 1 to 24"),
     "temperature": (
         dict(temperature=0.0),
-        "temperature: got 0.0, expected a positive float32; for 0 use greedy",
+        "temperature: got 0.0, expected 1.2e-38 to 3.4e+38; for 0 use greedy",
     ),
     "top_k": (dict(top_k=0), "top_k: got 0, expected an integer of at least 1, or None to keep all tokens"),
     "top_p": (

@@ -206,10 +206,5 @@ def test_the_command_reads_a_folder(runs, tmp_path, capsys):
     assert "5 image files as 8x8" in capsys.readouterr().out
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_downloaded(monkeypatch):
-    monkeypatch.setattr("tamingfast.models.lpips._package", _refuse)
-
-
 def _refuse(*arguments):
     raise UserError("it is not here")

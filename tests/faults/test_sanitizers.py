@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SOURCES = [
-    *sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "bindings.cpp"),
+    *sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.name.endswith("bindings.cpp")),
     HERE / "engine_driver.cpp",
     HERE / "openmp_threads.cpp",
 ]

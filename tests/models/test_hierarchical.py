@@ -134,6 +134,14 @@ class TestRuns:
         assert cli.main(["sample", str(runs / "prior"), "-n", "2", "--out", str(out), "--size", "8x8"]) == 0
         assert Image.open(out).size == (2 * 10 + 2, 10 + 2)
 
+    def test_a_block_without_a_position_for_the_last_token_will_do(self, runs):
+        model = tamingfast.load_model(runs / "prior")
+        gpt = model.transformer
+        gpt.pos_emb = torch.nn.Parameter(gpt.pos_emb[:, :20])
+        gpt.block_size = gpt.config.block_size = 20
+        (grid,) = tasks.draw(model, tasks.conditions(model, 1), *tasks.grid_size(model, 8, 8))
+        assert grid.shape == (1, 10, 2)
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

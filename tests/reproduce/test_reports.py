@@ -18,6 +18,13 @@ def test_numbers_in_words():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("preset", "warned"), [("smoke", True), ("cpu", False), ("paper", False)])
+def test_the_smoke_preset_says_what_can_be_expected_of_it(preset, warned):
+    machine = {"cpu": "a processor", "threads": 2, "gpu": "no GPU", "torch": "2.13", "python": "3.11"}
+    text = report.provenance({"data": "photographs", "machine": machine, "seconds": 5.0, "preset": preset})
+    assert ("**What to expect.**" in text and "preset `cpu`" in text) == warned
+
+
 @pytest.mark.parametrize(("whole_run", "trusted"), [(1.05, True), (2.0, False)])
 def test_a_ratio_to_an_unreliable_time_is_not_reported(whole_run, trusted):
     row = {"seconds_per_image": 1.0, "tokens_per_second": 4.0, "tokens": 4, "batch": 1, "integrated": True}

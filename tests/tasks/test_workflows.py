@@ -159,7 +159,6 @@ def test_evaluate(runs, monkeypatch):
     def refuse(*arguments):
         raise UserError("it is not here")
 
-    monkeypatch.setattr("tamingfast.models.lpips._package", refuse)
     monkeypatch.setattr("tamingfast.evaluation.run.load_features", refuse)
     found = evaluation.evaluate_model(runs / "prior", limit=4, samples=2)
     assert found["likelihood"]["images"] == found["reconstruction"]["images"] == 4

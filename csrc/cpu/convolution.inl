@@ -1,0 +1,317 @@
+// Included once per instruction set after kernels.inl, whose vectors it uses; the rules of that file hold here too.
+#include "convolution_kernels.h"
+
+namespace tamingfast {
+namespace TF_ISA {
+namespace {
+
+constexpr int kProductPieces = 2;                       // vectors per row of a product's tile
+constexpr int kProductRows = kLanes == 16 ? 8 : 6;      // so that a tile's sums fill the registers
+constexpr int kProductPanel = kProductPieces * kLanes;  // output channels per panel
+constexpr int64_t kProductDepth = 256;                  // inner dimension per pass: a panel of it stays in L1
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+template <int Rows, bool Add>
+[[gnu::always_inline]] inline void product_tile(const float* a, int64_t lda, const float* panel, int64_t k, float* c,
+                                                int64_t ldc) {
+  Floats sum[Rows][kProductPieces];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kProductPieces; ++v) sum[r][v] = Add ? load(c + r * ldc + v * kLanes) : Floats{};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < k; ++i) {
+    Floats b[kProductPieces];
+    for (int v = 0; v < kProductPieces; ++v) b[v] = load(panel + i * kProductPanel + v * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const Floats x = spread(a[r * lda + i]);
+      for (int v = 0; v < kProductPieces; ++v) sum[r][v] = fused(x, b[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kProductPieces; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+}
+
+template <bool Add>
+void product_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, float* c, int64_t ldc) {
+  switch (rows) {
+    case 1:
+      return product_tile<1, Add>(a, lda, panel, k, c, ldc);
+    case 2:
+      return product_tile<2, Add>(a, lda, panel, k, c, ldc);
+    case 3:
+      return product_tile<3, Add>(a, lda, panel, k, c, ldc);
+    case 4:
+      return product_tile<4, Add>(a, lda, panel, k, c, ldc);
+    case 5:
+      return product_tile<5, Add>(a, lda, panel, k, c, ldc);
+    case 6:
+      return product_tile<6, Add>(a, lda, panel, k, c, ldc);
+#if TF_LANES == 16
+    case 7:
+      return product_tile<7, Add>(a, lda, panel, k, c, ldc);
+    case 8:
+      return product_tile<8, Add>(a, lda, panel, k, c, ldc);
+#endif
+  }
+}
+
+void product(const ProductParams& p) {
+  const int64_t tiles = (p.rows + kProductRows - 1) / kProductRows;
+  for (int64_t first = 0; first < p.k; first += kProductDepth) {
+    const int64_t depth = p.k - first < kProductDepth ? p.k - first : kProductDepth;
+    for (int64_t panel = 0; panel < p.count; ++panel) {
+      const float* b = p.panels + panel * p.panel_stride + first * kProductPanel;
+      for (int64_t tile = 0; tile < tiles; ++tile) {  // of almost equal numbers of rows
+        const int64_t top = p.rows * tile / tiles, rows = p.rows * (tile + 1) / tiles - top;
+        const float* a = p.a + top * p.lda + first;
+        float* c = p.c + top * p.ldc + panel * kProductPanel;
+        if (first == 0)
+          product_rows<false>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc);
+        else
+          product_rows<true>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc);
+      }
+    }
+  }
+}
+
+// --- pixels of a block
+// ------------------------------------------------------------------------------------------------
+
+// x * sigmoid(x).
+inline Floats silu(Floats x) {
+  const Floats clipped = pick(x < -88.0f, spread(-88.0f), x);
+  return x / (1.0f + exponential(-clipped));
+}
+
+inline Floats activated(const StageParams& p, const float* x, int64_t channel) {
+  Floats v = load(x + channel);
+  if (!p.scale) return v;
+  v = fused(v, load(p.scale + channel), load(p.shift + channel));
+  return p.silu ? silu(v) : v;
+}
+
+inline void stage_pixel(const StageParams& p, const float* x, float* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= p.channels; c += kLanes) store(out + c, activated(p, x, c));
+  if (c == p.channels) return;
+  // The last channels, one vector that reads and writes nothing beyond them.
+  float from[3][kLanes] = {};
+  const int64_t bytes = (p.channels - c) * static_cast<int64_t>(sizeof(float));
+  memcpy(from[0], x + c, bytes);
+  StageParams rest = p;
+  if (p.scale) {
+    memcpy(from[1], p.scale + c, bytes);
+    memcpy(from[2], p.shift + c, bytes);
+    rest.scale = from[1];
+    rest.shift = from[2];
+  }
+  store(from[0], activated(rest, from[0], 0));
+  memcpy(out + c, from[0], bytes);
+}
+
+void stage(const StageParams& p) {
+  for (int64_t r = 0; r < p.rows; ++r)
+    for (int64_t c = 0; c < p.columns; ++c) {
+      const int64_t y = p.top + r, x = p.left + c;
+      float* out = p.out + (r * p.columns + c) * p.ldo;
+      if (y < 0 || y >= p.height || x < 0 || x >= p.shown_width)
+        memset(out, 0, p.channels * sizeof(float));
+      else
+        stage_pixel(p, p.x + (((y >> p.doubling) - p.first) * p.width + (x >> p.doubling)) * p.channels, out);
+    }
+}
+
+// --- transforms of Winograd's filtering
+// --------------------------------------------------------------------------------
+//
+// M outputs of a 3-tap filter from M + 2 inputs d: Y = A' [(G g) * (B' d)], by interpolation at M + 1 points and
+// infinity. Row i of B' holds the coefficients of the product of (x - p) over the other points p; of A', the powers of
+// the points. M = 2: points 0, 1, -1. M = 4: points 0, +-a, +-b with a^2 = 1/2, b^2 = 2, whose rounding errors are
+// smaller than those of the customary 0, +-1, +-2.
+
+constexpr float kA = 0.70710678f, kB = 1.41421356f;  // a * b = 1
+
+template <int M>
+[[gnu::always_inline]] inline void transform_input(const Floats* d, Floats* out) {
+  if constexpr (M == 2) {
+    out[0] = d[2] - d[0];
+    out[1] = d[1] + d[2];
+    out[2] = d[2] - d[1];
+    out[3] = d[3] - d[1];
+  } else {
+    const Floats even_a = fused(spread(-2.0f), d[2], d[4]), odd_a = kA * fused(spread(-2.0f), d[1], d[3]);
+    const Floats even_b = fused(spread(-0.5f), d[2], d[4]), odd_b = kB * fused(spread(-0.5f), d[1], d[3]);
+    out[0] = fused(spread(-2.5f), d[2], d[0] + d[4]);
+    out[1] = even_a + odd_a;
+    out[2] = even_a - odd_a;
+    out[3] = even_b + odd_b;
+    out[4] = even_b - odd_b;
+    out[5] = fused(spread(-2.5f), d[3], d[1] + d[5]);
+  }
+}
+
+template <int M>
+[[gnu::always_inline]] inline void transform_output(const Floats* m, Floats* out) {
+  if constexpr (M == 2) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] + m[3];
+  } else {
+    const Floats sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    out[0] = m[0] + sum_a + sum_b;
+    out[1] = fused(spread(kA), difference_a, kB * difference_b);
+    out[2] = fused(spread(0.5f), sum_a, 2.0f * sum_b);
+    out[3] = fused(spread(0.5f * kA), difference_a, fused(spread(2.0f * kB), difference_b, m[5]));
+  }
+}
+
+template <int M>
+void input_transform_of(const TileParams& p) {
+  constexpr int kSide = M + 2;
+  const int64_t columns = M * p.tile_columns + 2;
+  float* values = p.values;
+  for (int64_t ty = 0; ty < p.tile_rows; ++ty)
+    for (int64_t tx = 0; tx < p.tile_columns; ++tx, values += p.channels) {
+      const float* pixels = p.staged + (ty * M * columns + tx * M) * p.lds;
+      for (int64_t c = 0; c < p.channels; c += kLanes) {
+        Floats half[kSide][kSide];  // [row of the transform][column of the tile]
+#pragma GCC unroll 6
+        for (int x = 0; x < kSide; ++x) {
+          Floats d[kSide], out[kSide];
+#pragma GCC unroll 6
+          for (int y = 0; y < kSide; ++y) d[y] = load(pixels + (y * columns + x) * p.lds + c);
+          transform_input<M>(d, out);
+#pragma GCC unroll 6
+          for (int y = 0; y < kSide; ++y) half[y][x] = out[y];
+        }
+#pragma GCC unroll 6
+        for (int y = 0; y < kSide; ++y) {
+          Floats out[kSide];
+          transform_input<M>(half[y], out);
+#pragma GCC unroll 6
+          for (int x = 0; x < kSide; ++x) store(values + (y * kSide + x) * p.position_stride + c, out[x]);
+        }
+      }
+    }
+}
+
+void input_transform(int m, const TileParams& p) { m == 4 ? input_transform_of<4>(p) : input_transform_of<2>(p); }
+
+// --- the way out
+// ------------------------------------------------------------------------------------------------------
+
+// Moments of one vector of channels while the pixels of a block pass by.
+struct Moments {
+  float* at;  // (3, channels), or null
+  int64_t channels;
+  Floats pivot, sum, square;
+
+  [[gnu::always_inline]] inline void begin(float* moments, int64_t all, int64_t channel, bool first, Floats value) {
+    at = moments ? moments + channel : nullptr;
+    channels = all;
+    pivot = first || !at ? value : load(at);
+    sum = first || !at ? Floats{} : load(at + channels);
+    square = first || !at ? Floats{} : load(at + 2 * channels);
+  }
+  [[gnu::always_inline]] inline void add(Floats value) {
+    const Floats centred = value - pivot;
+    sum += centred;
+    square = fused(centred, centred, square);
+  }
+  [[gnu::always_inline]] inline void end() const {
+    if (!at) return;
+    store(at, pivot);
+    store(at + channels, sum);
+    store(at + 2 * channels, square);
+  }
+};
+
+// Adds the residual to the last channels of a pixel and stores them; there are fewer than a vector holds.
+inline void store_last(const StoreParams& p, Floats value, int64_t offset, int64_t count) {
+  float lane[kLanes];
+  store(lane, value);
+  for (int64_t i = 0; i < count; ++i) p.out[offset + i] = lane[i] + (p.residual ? p.residual[offset + i] : 0.0f);
+}
+
+template <int M>
+void output_transform_of(const TileParams& t, const StoreParams& p) {
+  constexpr int kSide = M + 2;
+  const float* values = t.values;
+  for (int64_t ty = 0; ty < t.tile_rows; ++ty)
+    for (int64_t tx = 0; tx < t.tile_columns; ++tx, values += t.channels) {
+      const int64_t rows = p.rows - ty * M < M ? p.rows - ty * M : M;
+      const int64_t columns = p.columns - tx * M < M ? p.columns - tx * M : M;
+      const int64_t corner = ty * M * p.row_stride + tx * M * p.channels;
+      const bool first = ty == 0 && tx == 0;
+      for (int64_t c = 0; c < p.channels; c += kLanes) {
+        Floats half[M][kSide];
+#pragma GCC unroll 6
+        for (int x = 0; x < kSide; ++x) {
+          Floats m[kSide], out[M];
+#pragma GCC unroll 6
+          for (int y = 0; y < kSide; ++y) m[y] = load(values + (y * kSide + x) * t.position_stride + c);
+          transform_output<M>(m, out);
+#pragma GCC unroll 6
+          for (int y = 0; y < M; ++y) half[y][x] = out[y];
+        }
+        const Floats bias = load(p.bias + c);
+        const int64_t last = p.channels - c;
+        Moments moments{};
+#pragma GCC unroll 6
+        for (int y = 0; y < M; ++y) {
+          if (y >= rows) break;
+          Floats out[M];
+          transform_output<M>(half[y], out);
+#pragma GCC unroll 6
+          for (int x = 0; x < M; ++x) {
+            if (x >= columns) break;
+            const int64_t offset = corner + y * p.row_stride + x * p.channels + c;
+            Floats value = out[x] + bias;
+            if (last < kLanes) {
+              store_last(p, value, offset, last);
+              continue;
+            }
+            if (p.residual) value += load(p.residual + offset);
+            store(p.out + offset, value);
+            if (y == 0 && x == 0) moments.begin(p.moments, p.channels, c, first, value);
+            moments.add(value);
+          }
+        }
+        moments.end();
+      }
+    }
+}
+
+void output_transform(int m, const TileParams& t, const StoreParams& p) {
+  m == 4 ? output_transform_of<4>(t, p) : output_transform_of<2>(t, p);
+}
+
+void store_pixels(const float* values, int64_t ldv, const StoreParams& p) {
+  for (int64_t c = 0; c < p.channels; c += kLanes) {
+    const Floats bias = load(p.bias + c);
+    const int64_t last = p.channels - c;
+    Moments moments{};
+    for (int64_t y = 0; y < p.rows; ++y)
+      for (int64_t x = 0; x < p.columns; ++x) {
+        const int64_t offset = y * p.row_stride + x * p.channels + c;
+        Floats value = load(values + (y * p.columns + x) * ldv + c) + bias;
+        if (last < kLanes) {
+          store_last(p, value, offset, last);
+          continue;
+        }
+        if (p.residual) value += load(p.residual + offset);
+        store(p.out + offset, value);
+        if (y == 0 && x == 0) moments.begin(p.moments, p.channels, c, true, value);
+        moments.add(value);
+      }
+    moments.end();
+  }
+}
+
+}  // namespace
+
+const ConvolutionKernels convolution_kernels = {
+    kProductPanel, kLanes, product, stage, input_transform, output_transform, store_pixels,
+};
+
+}  // namespace TF_ISA
+}  // namespace tamingfast

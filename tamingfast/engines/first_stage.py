@@ -1,0 +1,189 @@
+"""Chooses what runs an encoder or a decoder: the CPU engine, or torch, whole or in bands of rows."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tamingfast.engines import bands
+from tamingfast.engines.cpu_first_stage import FirstStageEngine
+from tamingfast.engines.cpu_maps import LANES
+from tamingfast.engines.feature_maps import BAND_MAPS, FeatureMaps, shape_of
+from tamingfast.engines.layers import (
+    Attention,
+    Convolution,
+    Downsample,
+    Layer,
+    LayeredNetwork,
+    Norm,
+    Residual,
+    shapes,
+)
+from tamingfast.engines.lending import Snapshot
+from tamingfast.errors import UserError
+from tamingfast.ops import backends
+
+#: "native": the CPU engine; "torch": torch's own operations; "auto": the engine where it can run.
+ENGINES = ("auto", "native", "torch")
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]
+
+
+def forward(network: nn.Module, x: Tensor) -> Tensor:
+    """``network(x)``, by the engine if it can run and no gradient can be asked for.
+
+    With gradients enabled, in training mode, under autocast, while being compiled or traced, it is torch's own.
+    """
+    special = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type)
+    if special or torch.is_grad_enabled() or not isinstance(network, LayeredNetwork) or type(x) is not Tensor:
+        return network(x)
+    return network(x) if _chosen(network, x, "auto") is None else run(network, x)
+
+
+@torch.no_grad()
+def run(
+    network: LayeredNetwork,
+    x: Tensor,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """``network(x)``: several images at a time if memory allows, in bands if not even one fits.
+
+    Args:
+        network: an encoder or a decoder.
+        x: (B, C, H, W).
+        memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
+        progress: called as progress(done, total) in multiply-adds over all images, by the engine, and by torch while
+            images run in bands.
+        engine: one of `ENGINES`.
+
+    Raises:
+        UserError: ``memory`` is too small for bands, or the disk for the feature maps that exceed it, or ``engine`` is
+            "native" and cannot run.
+    """
+    chosen = _chosen(network, x, engine)
+    if chosen is None:
+        return bands.run(network, x, memory, progress)
+    memory = backends.available_memory(x.device) // 2 if memory is None else memory
+    return _run(chosen, x, memory, progress)
+
+
+def _run(engine: FirstStageEngine, x: Tensor, memory: int, progress: Progress | None) -> Tensor:
+    work = engine.work(shape_of(x))
+    total, done = sum(work) * len(x), 0.0
+
+    def advance(images: int, layer: int, part: float) -> None:
+        nonlocal done
+        done += work[layer] * part * images
+        if progress is not None:
+            progress(min(round(done), total), total)
+
+    result = 4 * engine.result(shape_of(x))
+    at_once = min(len(x), memory // (engine.peak(shape_of(x)) + result))
+    if at_once:
+        parts = [engine(part, advance=functools.partial(advance, len(part))) for part in x.split(at_once)]
+    else:
+        parts = []
+        for image in x.split(1):
+            store = FeatureMaps(memory, result, engine.band(shape_of(x)) // (BAND_MAPS // 4), x)
+            parts.append(engine(image, store, functools.partial(advance, 1)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chosen(network: LayeredNetwork, x: Tensor, engine: str) -> FirstStageEngine | None:
+    """The engine that runs the network on ``x``, None for torch."""
+    if engine not in ENGINES:
+        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+    if engine == "torch" or (engine == "auto" and backends.requested() not in (None, "native")):
+        return None
+    reason = refusal(network, x)
+    if reason is None:
+        return engine_for(network)
+    if engine == "native":
+        raise UserError(f"engine: got 'native', which cannot run here ({reason}), expected one that can; use 'auto'")
+    return None
+
+
+def refusal(network: LayeredNetwork, x: Tensor) -> str | None:
+    """Why the engine cannot run this network on images like ``x``, or None when it can."""
+    module, reason = backends.native()
+    if module is None:
+        return reason
+    if not isinstance(network, nn.Module) or not isinstance(network, LayeredNetwork):
+        return "the network does not describe its layers"
+    sides = shapes(network.layers(), shape_of(x)) if x.ndim == 4 else [(0, 0, 0)]
+    if not x.numel() or min(map(min, sides)) < 1 or x.shape[1] != network.layers()[0].convolutions[0].in_channels:
+        return f"it runs images of the network's channels, and these are {tuple(x.shape)}"  # torch says what is wrong
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"it runs on float32 images on the CPU, and these are {x.dtype} on {x.device}"
+    if network.training:
+        return "the network is in training mode"
+    for parameter in network.parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            return f"it runs float32 weights on the CPU, and one is {parameter.dtype} on {parameter.device}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return "a module has hooks"
+    refused = next(filter(None, map(_layer_refusal, network.layers())), None)
+    if refused is not None:
+        _log_once(f"An encoder or decoder runs in torch instead of the CPU engine: {refused}.")
+    return refused
+
+
+def _layer_refusal(layer: Layer) -> str | None:
+    stride = 2 if isinstance(layer, Downsample) else 1
+    for conv in layer.convolutions:
+        reach = conv.kernel_size[0] // 2 if stride == 1 else 0
+        plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.groups == 1
+        fits = conv.kernel_size in ((1, 1), (3, 3)) and conv.stride == (stride, stride) and conv.dilation == (1, 1)
+        if not plain or not fits or conv.padding != (reach, reach):
+            return f"it has no {conv}"
+    for norm in _norms(layer):
+        if len(norm.weight) % LANES:
+            return f"it normalises multiples of {LANES} channels, and a norm has {len(norm.weight)}"
+    return None
+
+
+def _norms(layer: Layer) -> tuple[Norm, ...]:
+    if isinstance(layer, Residual):
+        return layer.norm1, layer.norm2
+    if isinstance(layer, Attention):
+        return (layer.norm,)
+    return (layer.norm,) if isinstance(layer, Convolution) and layer.norm is not None else ()
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def engine_for(network: LayeredNetwork) -> FirstStageEngine:
+    """The engine of this network; it is kept, and its weights are packed again only after they have changed."""
+    assert isinstance(network, nn.Module)
+    state = Snapshot(network)
+    known = _kept.get(network)
+    if known is not None and known.state == state:
+        return known.engine
+    _kept.pop(network, None)  # before its successor needs the memory
+    kept = _Kept(state, FirstStageEngine(network))
+    _kept[network] = kept
+    return kept.engine
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An engine, and the state of its network when the engine was made."""
+
+    state: Snapshot
+    engine: FirstStageEngine
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()

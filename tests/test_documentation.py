@@ -1,0 +1,61 @@
+"""What the documentation shows works: the walk of the first day runs, commands exist, snippets define what they use."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tamingfast import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WALK = ROOT / "docs" / "first-day.md"
+
+
+def code(page: Path, language: str) -> str:
+    """All code blocks of a page in a language."""
+    return "\n".join(re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S))
+
+
+def commands(page: Path) -> list[str]:
+    lines = code(page, "bash").replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("tamingfast ") and "..." not in line.partition("#")[0]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_commands_have_these_options(page):
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[1:]
+        if "--help" not in words:
+            assert cli._parse(words).run, line
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", WALK], ids=lambda page: page.name)
+def test_snippets_define_every_name_that_they_use(page):
+    tree = ast.parse(code(page, "python"))
+    defined = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+    assert {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} <= defined
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_walk_of_the_first_day(tmp_path):
+    pytest.importorskip("skimage")
+    walk = [sys.executable, str(WALK.with_name("first_day.py")), "--quick", "--offline", "--directory", str(tmp_path)]
+    done = subprocess.run(walk, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr  # no bars where there is no terminal
+    for name in ("reconstructed", "samples", "wide", "completed", "wider", "edited", "drawn"):
+        assert (tmp_path / f"{name}.png").is_file()
