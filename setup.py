@@ -110,9 +110,7 @@ class BuildExtension(build_ext):
         objects = [
             plan.compile("nvcc", source)
             if source.endswith(".cu")
-            else plan.compile(
-                "cxx", source, [*includes, *defines] if Path(source).name.endswith("bindings.cpp") else []
-            )
+            else plan.compile("cxx", source, [*includes, *defines] if source.endswith("bindings.cpp") else [])
             for source in sorted(sources, key=lambda source: not source.endswith(".cu"))  # the slowest first
         ]
         # CXX in the environment changes the compile command but not the link command; only the latter's flags are kept.

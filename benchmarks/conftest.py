@@ -55,8 +55,7 @@ class Results:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed and report.capstdout:
-            self.reporter.ensure_newline()
-            self.reporter.write_line(f"{report.nodeid}\n{report.capstdout.strip(chr(10))}")
+            self.reporter.write_line(f"\n{report.nodeid}\n{report.capstdout.strip(chr(10))}")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

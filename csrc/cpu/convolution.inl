@@ -1,5 +1,7 @@
-// Included once per instruction set after kernels.inl, whose vectors it uses; the rules of that file hold here too.
+// Included once per instruction set, in place of kernels.inl, whose vectors it uses; the rules of that file hold here
+// too.
 #include "convolution_kernels.h"
+#include "kernels.inl"
 
 namespace tamingfast {
 namespace TF_ISA {

@@ -7,7 +7,6 @@
 #define TF_ISA avx2
 #define TF_LANES 8
 #define TF_DOT 0
-#include "kernels.inl"
 #include "convolution.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,7 +8,6 @@
 #define TF_ISA avx512
 #define TF_LANES 16
 #define TF_DOT 0
-#include "kernels.inl"
 #include "convolution.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,4 @@
 #define TF_ISA generic
 #define TF_LANES 4
 #define TF_DOT 0
-#include "kernels.inl"
 #include "convolution.inl"

@@ -111,18 +111,17 @@ def begun(out: Path) -> bool:
 
 
 def exists(out: Path) -> bool:
-    """Whether there is a state in ``out`` to continue from, sound or damaged.
+    """Whether there is a state in ``out`` to continue from, sound or damaged."""
+    return os.path.lexists(out / STATE)
 
-    Raises UserError if there are weights alone, since a run writes its state first.
-    """
-    if os.path.lexists(out / STATE):
-        return True
-    if os.path.lexists(out / WEIGHTS):
+
+def check_not_lost(out: Path) -> None:
+    """Raise UserError if there are weights in ``out`` without a state, which a training run writes first."""
+    if os.path.lexists(out / WEIGHTS) and not exists(out):
         raise UserError(
             f"{out / STATE}: got no file beside {WEIGHTS}, expected the state of the run; restore a copy of it, or "
             "start a new run in another directory"
         )
-    return False
 
 
 def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.checkpoints.values import check_types
 from tamingfast.data import cifar10, conditioned, folders, photos, tokens
@@ -91,13 +93,21 @@ def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset
             "data.path=DIRECTORY"
         )
     try:
-        train = as_epoch_dataset(instantiate_from_config(described["train"]))
-        if not described["validation"]:
-            return train, None
-        return train, as_epoch_dataset(instantiate_from_config(described["validation"]))
+        train, validation = (_made(described[split], split) for split in SPLITS)
     except UserError as error:
         problem = str(error).partition(";")[0]
         raise UserError(f"{problem}; give data.name=folder data.path=DIRECTORY to train on a directory") from error
+    assert train is not None
+    return train, validation
+
+
+def _made(described: Mapping[str, Any], split: str) -> EpochDataset | None:
+    if not described:
+        return None
+    made = instantiate_from_config(described)
+    if not isinstance(made, Dataset) or type(made).__getitem__ is Dataset.__getitem__ or not hasattr(made, "__len__"):
+        raise UserError(f"data.{split}.target: got {described['target']}, expected a data set with items and a length")
+    return as_epoch_dataset(made)
 
 
 def _names() -> str:

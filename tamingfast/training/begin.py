@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tamingfast.checkpoints import run_directory
-from tamingfast.checkpoints.config import instantiate_from_config, load_yaml, plain
+from tamingfast.checkpoints.config import at, instantiate_from_config, load_yaml, plain
 from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.data import loader
 from tamingfast.data.base import EpochDataset
@@ -74,7 +74,9 @@ def begin(
 
 def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str, Any] | None:
     """The config of the run to resume, None for a new run; UserError where `begin` says."""
+    run_directory.check_not_lost(out)
     if not resume:
+        _check_apart(config, out)
         if run_directory.exists(out):
             raise UserError(
                 f"{out}: got a directory that already holds a training run, expected a new one; continue the run with "
@@ -84,6 +86,16 @@ def _check_begun(config: Mapping[str, Any], out: Path, resume: bool) -> dict[str
     began = plain(load_yaml(run_directory.config_file(out)))
     _check_same_run(began, config, out)
     return began
+
+
+def _check_apart(config: Mapping[str, Any], out: Path) -> None:
+    """Raise UserError for a run directory that is its data's: the pictures that the run writes would join them."""
+    for key in ("path", "validation_path"):
+        path = at(config, "data", key)
+        if isinstance(path, str) and Path(path).expanduser().resolve() == out.resolve():
+            raise UserError(
+                f"{out}: got the directory of data.{key}, expected one for the run alone; give another --out"
+            )
 
 
 def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World) -> dict[str, Any]:

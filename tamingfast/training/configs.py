@@ -27,6 +27,7 @@ from tamingfast.training.keys import (
     parameters_of,
 )
 from tamingfast.training.original_layout import MODEL_KEYS, UNUSED_PARAMS, check_original_data, translated
+from tamingfast.training.prior_config import MODEL
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 
 logger = logging.getLogger(__name__)
@@ -174,10 +175,17 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:
-    """Raise UserError when the config is one for the other stage."""
+    """Raise UserError when the config is one for the other stage, or for what is no stage at all."""
     target = (config.get("model") or {}).get("target")
-    is_prior = "prior" in config or (target and "transformer_config" in (parameters_of(class_of(target)) or ()))
+    network = class_of(target, "model.target") if target else None
+    is_prior = "prior" in config or (network and "transformer_config" in (parameters_of(network) or ()))
     if is_prior and not prior:
         raise UserError("config: got one for a prior, expected one for a first stage; use `tamingfast train prior`")
     if prior and target and not is_prior:
         raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
+    needed = ("token_logits", "encode_to_z") if prior else ("encode", "decode", "loss_of")
+    if network and not all(hasattr(network, name) for name in needed):
+        raise UserError(
+            f"model.target: got '{target}', expected a {'prior' if prior else 'first stage'}, such as "
+            f"{MODEL if prior else 'taming.models.vqgan.VQModel'}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ def grid_of(dataset: Dataset[dict[str, Any]], stage: FirstStage, key: str = "ima
 def check_images(dataset: Dataset[dict[str, Any]], key: str) -> None:
     """Raise UserError unless the items of a data set hold images (H, W[, C]) under ``key``."""
     item = dataset[0]
+    if not isinstance(item, Mapping):
+        raise UserError(
+            f"data.train: got items of type {type(item).__name__}, expected mappings with images under {key!r}"
+        )
     images = [name for name, value in item.items() if np.ndim(value) in (2, 3)]
     if key not in images:
         raise UserError(

@@ -18,7 +18,9 @@ import torch
 
 from tamingfast import UserError, cli
 from tamingfast.checkpoints import run_directory
+from tamingfast.data import build
 from tamingfast.models.vqgan import VQModel
+from tamingfast.training.colors import fit_color_clusters
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +229,19 @@ class TestMetrics:
     def test_missing(self, tmp_path):
         with pytest.raises(UserError, match="metrics.jsonl: got 'No such file or directory', expected an"):
             run_directory.read_metrics(tmp_path)
+
+
+def test_colours_are_a_run_without_a_state(tmp_path, capsys):
+    out = fit_color_clusters(build(tiny.CROPS)[0], 8, 0, tmp_path / "colors", tiny.CROPS)
+    assert run_directory.begun(out) and not run_directory.exists(out)
+    before = runs.contents(out)
+    assert cli.main(list(map(str, runs.begin(runs.config_file(tmp_path), out)))) == cli.USAGE_ERROR
+    assert "state.pt: got no file beside weights.safetensors" in capsys.readouterr().err
+    assert runs.contents(out) == before
+
+
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_a_lock_that_cannot_be_held(run, capsys, kind):
+    lock = run / run_directory.LOCK
+    lock.mkdir() if kind == "directory" else lock.symlink_to("/dev/zero")
+    assert str(run) in refused(run, capsys)

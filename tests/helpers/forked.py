@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,22 +135,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function(rank, *arguments)`` returns in each of ``count`` joined processes.
+def on_ranks(count: int, function: Callable[[int], Any], patience: float = 60.0) -> list[Any]:
+    """What ``function(rank)``, of a module in tests/helpers, returns in each of ``count`` joined processes.
 
-    The function has to be one of a module in tests/helpers.
+    ``patience`` is how many seconds they wait for an answer of another.
     """
     with _CONTEXT.Pool(count) as pool:
         port = free_port()
-        return pool.starmap(_joined, [(rank, count, port, function, arguments) for rank in range(count)], chunksize=1)
+        return pool.starmap(_joined, [(rank, count, port, function, patience) for rank in range(count)], chunksize=1)
 
 
-def _joined(rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _joined(rank: int, count: int, port: int, function: Callable[[int], Any], patience: float) -> Any:
     import torch
 
     from tamingfast.training import distributed
 
     torch.set_num_threads(1)
+    distributed._TO_ANSWER = timedelta(seconds=patience)
     os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with distributed.world("cpu"):
-        return function(rank, *arguments)
+        return function(rank)

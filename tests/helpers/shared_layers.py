@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -31,3 +33,9 @@ def actnorm(rank: int) -> list[np.ndarray]:
     layer = ActNorm(4)
     layer(latents(rank).movedim(-1, 1)[..., None])
     return [value.detach().numpy() for value in (layer.loc, layer.scale, layer.initialized)]
+
+
+def silent(rank: int) -> None:
+    """The second process does not answer the first for a while."""
+    time.sleep(8 * rank)
+    codebook(rank)

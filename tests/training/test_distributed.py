@@ -96,6 +96,11 @@ def test_what_layers_learn_from_their_inputs_is_the_same_on_all_processes():
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_silent_process_does_not_hold_the_others_for_ever():
+    with pytest.raises(UserError, match="^RANK: got no answer from another of the 2 processes"):
+        on_ranks(2, shared_layers.silent, patience=2.0)
+
+
 class TestTwoProcesses:
     @pytest.fixture
     def config(self, tmp_path):

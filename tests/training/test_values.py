@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 from tamingfast import UserError, cli
 from tamingfast.checkpoints.config import plain
@@ -219,3 +220,36 @@ def test_a_resumed_run_with_other_settings(override, said, begun, tmp_path, caps
     before = (begun / "config.yaml").read_bytes()
     assert said in attempt(capsys, "--resume", "--out", begun, override)
     assert (begun / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("inside", ["", "../photos", "a/.."])
+def test_a_run_is_not_written_into_its_data(inside, tmp_path, capsys):
+    data = tmp_path / "photos"
+    data.mkdir()
+    for number, pixels in enumerate(tiny.photographs(4, 8)):
+        Image.fromarray(pixels).save(data / f"{number}.png")
+    content = tiny.config(tiny.VQGAN, steps=1) | {"data": {"name": "folder", "path": str(data), "size": 8}}
+    (tmp_path / "c.yaml").write_text(json.dumps(content))
+    before = sorted(data.rglob("*"))
+    assert "the directory of data.path" in attempt(capsys, tmp_path / "c.yaml", "--out", data / inside)
+    assert sorted(data.rglob("*")) == before
+    assert attempt(capsys, tmp_path / "c.yaml", "--out", tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1}}}, "model.target"),
+        ({"model": {"target": "taming.modules.transformer.mingpt.GPT", "params": {"vocab_size": 3}}}, "model.target"),
+        ({"model": {"target": "torch.utils.data.TensorDataset"}}, "model.target"),
+        ({"data": {"train": {"target": "torch.utils.data.TensorDataset"}}}, "data.train"),
+        ({"data": {"train": {"target": "torch.utils.data.Dataset"}}}, "data.train.target"),
+        ({"data": {"train": {"target": "torch.utils.data.IterableDataset"}}}, "IterableDataset"),
+        ({"data": {"train": {"target": "torch.nn.Identity"}}}, "data.train.target"),
+    ],
+    ids=str,
+)
+def test_classes_in_the_place_of_others(change, said, config, tmp_path, capsys):
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert said in attempt(capsys, config, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
