@@ -285,7 +285,7 @@ class GuessedWaves:
             asked.append(span.stop - first)
             total, rows = total + span.count, rows + asked[-1]
         found.append(self.engine.feed(torch.cat(tokens), spans, asked))
-        own = torch.tensor([choice.row for choice in choices], device=found[0].device)
+        own = _integers([choice.row for choice in choices], found[0].device)
         return torch.cat(found)[own, : self.known.vocab]
 
     def _span(self, slot: int, inside: list[_Choice]) -> tuple[Span, Tensor]:
@@ -350,11 +350,11 @@ class GuessedWaves:
             if self.left[entry] == 0:
                 finished.append(self.cells[entry])
         device = self.canvas.device
-        indices = torch.tensor([index for _, index, _ in stand], device=device)
-        cells = torch.tensor([self.cells[entry] for entry, _, _ in stand], device=device)
-        self.canvas[indices, cells] = torch.tensor([token for _, _, token in stand], device=device)
+        indices = _integers([index for _, index, _ in stand], device)
+        cells = _integers([self.cells[entry] for entry, _, _ in stand], device)
+        self.canvas[indices, cells] = _integers([token for _, _, token in stand], device)
         if finished:
-            self.after(torch.tensor(finished, device=device))
+            self.after(_integers(finished, device))
 
     def _fail(self, scores: list[float], guesses: bool) -> None:
         """A row has no token. In torch a guess whose values are NaN spoils rows before it, so all are fed again."""
@@ -371,7 +371,11 @@ class _Known:
 
     def __init__(self, batch: int, width: int, vocab: int, device: torch.device) -> None:
         self.vocab = vocab
-        self.logits = torch.zeros(batch, width, vocab, device=device) if batch * width * vocab <= KEPT else None
+        self.logits = (
+            torch.zeros(batch, width, vocab, dtype=torch.float32, device=device)
+            if batch * width * vocab <= KEPT
+            else None
+        )
         self.known = np.zeros((batch, width), dtype=bool)
 
     def keep(self, images: list[int], columns: list[int], logits: Tensor) -> None:
@@ -389,3 +393,7 @@ class _Known:
         share = torch.from_numpy((weights / np.maximum(total, 1)).astype(np.float32)).to(self.logits.device)
         mean = share[0, :, None] * self.logits[images, left] + share[1, :, None] * self.logits[images, above]
         return mean, (total > 0).tolist()
+
+
+def _integers(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
