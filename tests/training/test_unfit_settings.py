@@ -49,7 +49,7 @@ def refused(capsys, *words: object) -> str:
         ("model.params.ddconfig.z_channels=0", "z_channels: got 0"),
         ("model.params.ddconfig.num_res_blocks=-1", "num_res_blocks: got -1"),
         ("model.params.ddconfig.ch_mult=[]", "do not fit"),
-        ("model.params.ddconfig.in_channels=1", "on the first training image .*to have 1 channels"),
+        ("model.params.ddconfig.in_channels=1", r"on the first training image \(x: got .* of shape \(1, 3, 8, 8\)"),
         (
             "model.params.lossconfig.params.disc_in_channels=1",
             "on the first training image .*to have 1 channels",
