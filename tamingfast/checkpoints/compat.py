@@ -189,11 +189,23 @@ class _StandIn(types.ModuleType):
         path = self.__name__
         if name in NAMES.get(path, {}):
             return resolve(f"{path}.{name}")
+        if name == "__file__" and (file := self._file()) is not None:
+            return file
         # Programs ask every module for names such as __file__; that must not run the original's code.
         original = None if name.startswith("__") else self._load_original()
         if original is not None and hasattr(original, name):
             return getattr(original, name)
         raise AttributeError(f"tamingfast has no counterpart of {path}.{name}, and no copy of the original has it")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *NAMES.get(self.__name__, {}), *dir(vars(self).get("_original"))})
+
+    def _file(self) -> str | None:
+        """The original's file, beside which programs look for others, if it can be found; nothing is run."""
+        if "_original" in vars(self):
+            return getattr(vars(self)["_original"], "__file__", None)
+        spec = _original_spec(self.__name__)
+        return spec.origin if spec is not None and spec.has_location else None
 
     def _load_original(self) -> types.ModuleType | None:
         """The original's module, run on first use under its own name, but not registered under it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def build(
     else:
         held_root = existing_directory("validation_path", validation_path)
         train, (validation, held_skipped) = files, scan(held_root)
+        # A disk of macOS may hold the names of one of both folders in another form of Unicode.
+        names = {_composed(label): label for label in classes}
+        validation = [(name, names.get(_composed(label), label) if label else None) for name, label in validation]
         _check_classes(held_root, validation, classes)
     number: dict[str | None, int] = {label: place for place, label in enumerate(classes)}
     warn_skipped(skipped + held_skipped)
@@ -148,6 +152,10 @@ def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[s
     if len(chosen) == len(names):
         return chosen - {max(names, key=place.__getitem__)}
     return chosen
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _hash_to_unit(name: str) -> float:

@@ -10,11 +10,15 @@ from tamingfast.data.rgb import check_headers
 from tamingfast.errors import UserError
 from tamingfast.files import lines_of, read_text
 
+#: Around paths: spaces of all kinds, byte-order marks of joined files, and the end of a file on DOS.
+_UNSEEN = " \t\u00a0\u200b\u3000\ufeff\x1a"
+
 
 class ImageList(ImageFiles):
     """The images whose paths a text file lists, one per line; relative paths start at the working directory.
 
-    The text may have been saved on Windows: with a byte-order mark, in UTF-16, with its ends of lines.
+    The text may have been saved on Windows: with a byte-order mark, in UTF-16, with its ends of lines, quotes around
+    paths and backslashes in them.
 
     Raises UserError when the file cannot be read, lists nothing, or lists no image that can be opened.
     """
@@ -29,7 +33,7 @@ class ImageList(ImageFiles):
     ) -> None:
         paths_file = path_of("list of images", paths_file)
         text = read_text(paths_file, "a text file with one image path per line", errors="surrogateescape")
-        paths = [_existing(line) for line in lines_of(text)]
+        paths = [_existing(line) for line in lines_of(text) if line.strip(_UNSEEN)]
         if not paths:
             raise UserError(f"{paths_file}: got an empty file, expected one image path per line")
         good, broken = check_headers(paths)
@@ -44,9 +48,14 @@ class ImageList(ImageFiles):
 
 
 def _existing(line: str) -> str:
-    """The line, without the spaces around it if only that is the path of a file."""
-    stripped = line.strip(" \t")
-    return stripped if not os.path.lexists(line) and os.path.lexists(stripped) else line
+    """The line, or what it stands for where only that is the path of a file.
+
+    Programs on Windows write quotes around paths, backslashes in them, and marks that cannot be seen beside them.
+    """
+    bare = line.strip(_UNSEEN)
+    plain = bare.strip('"')
+    meant = (line, bare, plain, plain.replace("\\", "/"))
+    return next(filter(os.path.lexists, meant), line)
 
 
 class CustomTrain(ImageList):

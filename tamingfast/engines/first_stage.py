@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tamingfast.engines import bands
 from tamingfast.engines.cpu_first_stage import FirstStageEngine
@@ -24,6 +28,7 @@ from tamingfast.engines.layers import (
     Norm,
     Residual,
     shapes,
+    undescribed,
 )
 from tamingfast.engines.lending import Snapshot
 from tamingfast.errors import UserError
@@ -40,12 +45,27 @@ Progress = Callable[[int, int], object]
 def forward(network: nn.Module, x: Tensor) -> Tensor:
     """``network(x)``, by the engine if it can run and no gradient can be asked for.
 
-    With gradients enabled, in training mode, under autocast, while being compiled or traced, it is torch's own.
+    With gradients enabled, in training mode, under autocast, and while torch's operations are compiled, traced,
+    transformed or watched, it is torch's own, and so it is for networks that a program has changed.
     """
-    special = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type)
-    if special or torch.is_grad_enabled() or not isinstance(network, LayeredNetwork) or type(x) is not Tensor:
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or _observed():
+        return network(x)
+    if not isinstance(network, LayeredNetwork):
         return network(x)
     return network(x) if _chosen(network, x, "auto") is None else run(network, x)
+
+
+def _observed() -> bool:
+    """Whether torch's operations do more than compute in float32: are traced, transformed, counted or autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or bool(_get_current_dispatch_mode_stack())
+        or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
 
 
 @torch.no_grad()
@@ -120,22 +140,31 @@ def refusal(network: LayeredNetwork, x: Tensor) -> str | None:
         return reason
     if not isinstance(network, nn.Module) or not isinstance(network, LayeredNetwork):
         return "the network does not describe its layers"
+    refused = undescribed(network) or next(filter(None, map(_layer_refusal, network.layers())), None)
+    if refused is not None:
+        _log_once(f"An encoder or decoder runs in torch instead of the CPU engine: {refused}.")
+        return refused
     sides = shapes(network.layers(), shape_of(x)) if x.ndim == 4 else [(0, 0, 0)]
     if not x.numel() or min(map(min, sides)) < 1 or x.shape[1] != network.layers()[0].convolutions[0].in_channels:
         return f"it runs images of the network's channels, and these are {tuple(x.shape)}"  # torch says what is wrong
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return f"it runs on float32 images on the CPU, and these are {x.dtype} on {x.device}"
-    if network.training:
+    if any(module.training for module in network.modules()):
         return "the network is in training mode"
-    for parameter in network.parameters():
-        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
-            return f"it runs float32 weights on the CPU, and one is {parameter.dtype} on {parameter.device}"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
-        return "a module has hooks"
-    refused = next(filter(None, map(_layer_refusal, network.layers())), None)
-    if refused is not None:
-        _log_once(f"An encoder or decoder runs in torch instead of the CPU engine: {refused}.")
-    return refused
+    for value in (x, *_weights(network)):
+        if value.device.type != "cpu" or value.dtype != torch.float32 or value.layout != torch.strided:
+            return (
+                f"it runs dense float32 tensors on the CPU, and one is {value.layout} {value.dtype} on {value.device}"
+            )
+        if type(value) not in (Tensor, nn.Parameter):
+            return f"it runs plain tensors, and one is a {type(value).__name__}"
+    return None
+
+
+def _weights(network: LayeredNetwork) -> list[Tensor]:
+    """All that the engine reads of the network: parameters, or what stands in their place."""
+    layers = network.layers()
+    modules: list[nn.Conv2d | Norm] = [conv for layer in layers for conv in layer.convolutions]
+    modules += [norm for layer in layers for norm in _norms(layer)]
+    return [value for module in modules for value in (module.weight, module.bias) if value is not None]
 
 
 def _layer_refusal(layer: Layer) -> str | None:
@@ -146,7 +175,11 @@ def _layer_refusal(layer: Layer) -> str | None:
         fits = conv.kernel_size in ((1, 1), (3, 3)) and conv.stride == (stride, stride) and conv.dilation == (1, 1)
         if not plain or not fits or conv.padding != (reach, reach):
             return f"it has no {conv}"
+        if conv.weight.shape != (conv.out_channels, conv.in_channels, *conv.kernel_size):
+            return f"the weights of {conv} are {tuple(conv.weight.shape)}"
     for norm in _norms(layer):
+        if norm.weight is None or norm.bias is None:
+            return "a norm has no weights"
         if len(norm.weight) % LANES:
             return f"it normalises multiples of {LANES} channels, and a norm has {len(norm.weight)}"
     return None
@@ -168,20 +201,22 @@ def _log_once(message: str) -> None:
 def engine_for(network: LayeredNetwork) -> FirstStageEngine:
     """The engine of this network; it is kept, and its weights are packed again only after they have changed."""
     assert isinstance(network, nn.Module)
-    state = Snapshot(network)
+    state = Snapshot(_weights(network))
+    modules = tuple(map(id, network.modules()))
     known = _kept.get(network)
-    if known is not None and known.state == state:
+    if known is not None and known.modules == modules and known.state == state:
         return known.engine
     _kept.pop(network, None)  # before its successor needs the memory
-    kept = _Kept(state, FirstStageEngine(network))
+    kept = _Kept(modules, state, FirstStageEngine(network))
     _kept[network] = kept
     return kept.engine
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """An engine, and the state of its network when the engine was made."""
+    """An engine, and the modules, which it keeps alive, and weights of its network when the engine was made."""
 
+    modules: tuple[int, ...]
     state: Snapshot
     engine: FirstStageEngine
 

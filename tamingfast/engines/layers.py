@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _GLOBAL_HOOKS
+
+from tamingfast.engines.networks import Transformer
 
 Shape: TypeAlias = tuple[int, int, int]  # channels, height, width
 
@@ -181,6 +184,37 @@ class LayeredNetwork(Protocol):
 
     def layers(self) -> list[Layer]:
         """The layers in the order in which they run."""
+
+
+_Class = TypeVar("_Class", bound=type[nn.Module])
+#: Classes of which a description says all that they compute; not their subclasses.
+_DESCRIBED: set[type[nn.Module]] = {nn.Conv2d, nn.Dropout, nn.ModuleList}
+
+
+def described(kind: _Class) -> _Class:
+    """A decorator of module classes that compute what the description of their network says, and nothing else."""
+    _DESCRIBED.add(kind)
+    return kind
+
+
+def undescribed(network: nn.Module) -> str | None:
+    """Why a network may compute something else than its description says, or None."""
+    for module in network.modules():
+        if type(module) not in _DESCRIBED:
+            return f"it does not know {type(module).__name__}"
+    return altered(network)
+
+
+def altered(network: nn.Module | Transformer) -> str | None:
+    """Why a module may compute something else than its class says, for a program has hooked in; or None."""
+    if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
+        return "all modules have hooks"
+    for module in network.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a module has hooks"
+        if "forward" in vars(module):
+            return f"the forward of a {type(module).__name__} was replaced"
+    return None
 
 
 def shapes(layers: Iterable[Layer], before: Shape) -> list[Shape]:

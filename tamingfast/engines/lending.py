@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
+from tamingfast.engines.layers import altered
 from tamingfast.engines.networks import Transformer
 from tamingfast.ops import backends
 
 Engine = GPTEngine | CudaEngine
 #: The engines by type of device.
 ENGINES: dict[str, type[GPTEngine] | type[CudaEngine]] = {"cpu": GPTEngine, "cuda": CudaEngine}
-#: Only a sample of the elements is compared if a parameter has at least twice as many as this.
-_SAMPLED = 512
+#: 64-bit words of a parameter that one sum stands for: odd and few, so that values that change places are noticed.
+_SUMMED = 31
+_SMALL = 4096  # elements
 
 
 def refusal(gpt: Transformer) -> str | None:
@@ -29,7 +32,7 @@ def refusal(gpt: Transformer) -> str | None:
     device = _device_type(gpt)
     if device not in ENGINES:
         return f"it runs on CPUs and CUDA devices, and the transformer is on {device}"
-    return ENGINES[device].refusal(gpt)
+    return ENGINES[device].refusal(gpt) or altered(gpt)
 
 
 def dtypes(gpt: Transformer) -> tuple[str, ...]:
@@ -50,7 +53,7 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
     It is kept with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the
     engine's constructor and `reserve` raise.
     """
-    state = Snapshot(gpt)
+    state = Snapshot(list(gpt.parameters()))
     kept = _kept.setdefault(gpt, {})
     known = kept.pop(dtype, None)
     if known is not None and known.state == state:
@@ -71,27 +74,38 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
 
 
 class Snapshot:
-    """The state of a module's parameters at one time; two snapshots are equal if no write between them is noticed.
+    """The state of parameters at one time; two snapshots are equal if nothing was written between them.
 
     A write by torch to a parameter, or to a detached view of it, changes the parameter's version; a tensor that
-    replaces it has another address. Writes through `.data`, NumPy, DLPack or an extension change neither. They are
-    noticed only if they change an element that is compared bit by bit: every element of a parameter with fewer than
-    1024, and 512 to 1023 evenly spaced elements of a larger one.
+    replaces it has another address. Writes through `.data`, NumPy, DLPack or an extension change neither, but the sums
+    of the bits, which are read at the speed of memory.
     """
 
-    def __init__(self, module: torch.nn.Module | Transformer) -> None:
-        values = list(module.parameters())
+    def __init__(self, values: Sequence[Tensor]) -> None:
         # Inference tensors have no version.
         versions = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
         self.identity = (backends.isa(), values[0].device, values[0].dtype, *versions)
-        with torch.no_grad():  # one concatenation instead of a comparison per parameter
-            parts = [value.flatten()[:: max(1, value.numel() // _SAMPLED)] for value in values]
-            self.sample = torch.cat(parts).view(torch.uint8)  # as bytes NaN equals itself
+        with torch.no_grad():
+            small = [value.flatten() for value in values if value.numel() < _SMALL]
+            parts = [torch.cat(small)] if small else []  # one operation instead of one per parameter
+            parts += [value.detach() for value in values if value.numel() >= _SMALL]
+            self.sums = torch.cat([_sums(part) for part in parts])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):
             return NotImplemented
-        return self.identity == other.identity and torch.equal(self.sample, other.sample)
+        return self.identity == other.identity and torch.equal(self.sums, other.sums)
+
+
+def _sums(value: Tensor) -> Tensor:
+    """Sums of a tensor's bits as 64-bit integers, each over `_SUMMED` of them; int64 (n,)."""
+    flat = value.contiguous().flatten()
+    if flat.storage_offset() * flat.itemsize % 8:
+        flat = flat.clone()
+    content = flat.view(torch.uint8)
+    words = content[: content.numel() // 8 * 8].view(torch.int64)
+    rows = words[: words.numel() // _SUMMED * _SUMMED].view(-1, _SUMMED)
+    return torch.cat([rows.sum(1), words[rows.numel() :], content[8 * words.numel() :].long()])
 
 
 @dataclass(frozen=True)

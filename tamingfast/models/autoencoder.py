@@ -30,6 +30,7 @@ def _check_relatives(ignored: Mapping[str, Any]) -> None:
             )
 
 
+@layers.described
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with 32 groups and eps 1e-6, fused with the activation x * sigmoid(x) if ``silu``."""
 
@@ -46,6 +47,7 @@ def Normalize(in_channels: int) -> GroupNorm:
     return GroupNorm(in_channels)
 
 
+@layers.described
 class ResnetBlock(nn.Module):
     """Two rounds of `GroupNorm`, SiLU and 3x3 convolution, plus a shortcut: a convolution if the width changes."""
 
@@ -88,6 +90,7 @@ class ResnetBlock(nn.Module):
         )
 
 
+@layers.described
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, with 1x1 convolutions as projections."""
 
@@ -109,6 +112,7 @@ class AttnBlock(nn.Module):
         )
 
 
+@layers.described
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution if ``with_conv``."""
 
@@ -127,6 +131,7 @@ class Upsample(nn.Module):
         return layers.Upsample(module=self, conv=self.conv if self.with_conv else None)
 
 
+@layers.described
 class Downsample(nn.Module):
     """Downsampling by 2: a strided 3x3 convolution padded on the right and at the bottom only, or an average."""
 
@@ -147,6 +152,7 @@ class Downsample(nn.Module):
 _Part: TypeAlias = ResnetBlock | AttnBlock | Upsample | Downsample
 
 
+@layers.described
 class _Level(nn.Module):
     """The blocks of one resolution, each followed by attention if ``attention``, then the change of resolution."""
 
@@ -176,6 +182,7 @@ class _Level(nn.Module):
         return x
 
 
+@layers.described
 class _Middle(nn.Module):
     """The blocks at the lowest resolution."""
 
@@ -193,6 +200,7 @@ class _Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+@layers.described
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> latents (B, z_channels, H/f, W/f), f = 2^(len(ch_mult)-1).
 
@@ -266,6 +274,7 @@ class Encoder(nn.Module):
         return [layers.Convolution(self.conv_in), *blocks, layers.Convolution(self.conv_out, self.norm_out)]
 
 
+@layers.described
 class Decoder(nn.Module):
     """The encoder reversed: latents (B, z_channels, h, w) -> images (B, out_ch, f*h, f*w).
 

@@ -106,6 +106,9 @@ def test_ours_does_not_run_theirs(checkout):
         inspect.getmodule(inspect.currentframe())
         stand_ins = [module for name, module in sys.modules.items() if name.startswith("taming.")]
         assert not any(hasattr(module, "__wrapped__") for module in stand_ins)
+        import os, taming.models.vqgan
+        assert os.path.samefile(taming.models.vqgan.__file__, "taming/models/vqgan.py")
+        assert os.path.samefile(os.path.dirname(taming.__file__), "taming")
         from taming.models.vqgan import *
     """
     run(checkout, PATH + INSTALL + OURS + textwrap.dedent(code))
@@ -145,5 +148,18 @@ def test_installing_again_reloading_and_finding(checkout):
         del sys.modules["taming.models.vqgan"]
         from taming.models.vqgan import VQModel as again, Extra
         assert again is VQModel
+    """
+    run(checkout, PATH + INSTALL + OURS + textwrap.dedent(code))
+
+
+def test_modules_list_names_and_files_of_both(checkout):
+    code = """
+        import inspect, taming.models.vqgan as module
+        assert "VQModel" in dir(module)
+    """
+    run(checkout, INSTALL + OURS + textwrap.dedent(code) + "assert not hasattr(module, '__file__')\n")
+    code += """
+        from taming.models.vqgan import Extra
+        assert "Extra" in dir(module) and inspect.getsource(Extra).startswith("class Extra")
     """
     run(checkout, PATH + INSTALL + OURS + textwrap.dedent(code))

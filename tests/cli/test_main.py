@@ -29,7 +29,7 @@ def test_help_answers_without_torch():
 
 def test_a_closed_pipe_is_no_error():
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "tamingfast.cli", "inspect", str(golden.checkpoint("net2net_seg"))]
+    command = [sys.executable, "-m", "tamingfast", "inspect", str(golden.checkpoint("net2net_seg"))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()

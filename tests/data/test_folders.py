@@ -192,3 +192,14 @@ def test_decoders_that_start_programs_are_not_used(tmp_path):
     (tmp_path / "c.png").write_bytes(buffer.getvalue())
     train, _ = build({"name": "folder", "path": tmp_path, "size": 4})
     assert "c.png (not an image in a known format)" in train.report()
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    """As macOS and Linux write it."""
+    for folder, name in (("train", "caf\u00e9"), ("held", "cafe\u0301"), ("train", "the"), ("held", "the")):
+        save(tmp_path / folder / name / "0.png", (8, 8))
+    train, validation = build(
+        {"name": "folder", "path": tmp_path / "train", "validation_path": tmp_path / "held", "size": 8}
+    )
+    assert train.classes == ["caf\u00e9", "the"]
+    assert sorted(item["class_label"] for item in validation) == [0, 1]

@@ -33,3 +33,31 @@ def test_lists_of_paths_serve_the_originals_data_configs(tmp_path, monkeypatch):
         ImageList("empty.txt")
     with pytest.raises(UserError, match="expected a text file with one image path per line"):
         ImageList("nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '"{}"', '"{}" ', "{}\u00a0", "\ufeff{}", "{}\u200b", "\u3000{}\t", "{}\x1a",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_what_windows_writes_around_a_path_is_no_part_of_it(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b c.png"):
+        save(tmp_path / "pictures" / name, (30, 20))
+    lines = [written.format(path) for path in ("pictures/a.png", "pictures\\b c.png")]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "\x1a"]), encoding="utf-8")
+    listed = ImageList("list.txt", 16)
+    assert listed.paths == ["pictures/a.png", "pictures/b c.png"]
+    assert not listed.report()
+
+
+def test_a_file_of_the_very_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ['"a.png"', "a.png", "b\\c.png", "b/c.png", "\ufeffd.png", "d.png"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / "new.png", (30, 20), seed=number).rename(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(names), encoding="utf-8")
+    assert ImageList("list.txt").paths == names

@@ -10,10 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from tamingfast import UserError, VQModel
 from tamingfast.engines import cpu_first_stage, feature_maps, first_stage
-from tamingfast.models.autoencoder import Decoder, Encoder
+from tamingfast.models.autoencoder import Decoder, Encoder, ResnetBlock
 from tamingfast.models.hierarchical import HierarchicalVQModel
 from tamingfast.ops import backends
 
@@ -113,6 +118,115 @@ def test_an_engine_that_cannot_run_says_why():
     assert torch.equal(first_stage.run(model, x), model(x))
     with pytest.raises(UserError, match="engine: got 'fast', expected one of auto, native, torch"):
         first_stage.run(model, x, engine="fast")
+
+
+class Doubled(nn.Module):
+    """A module around another, as adapters are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+class Shifted(Decoder):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class ShiftedBlock(ResnetBlock):
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        return super().forward(x, temb) + 1
+
+
+def replace_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 2
+
+
+def with_plain_weight(model: nn.Module) -> None:
+    weight = model.conv_in.weight.detach().clone()
+    del model.conv_in._parameters["weight"]
+    model.conv_in.weight = weight
+
+
+#: What programs do to a network that they were given.
+CHANGES = {
+    "a replaced forward": lambda model: replace_forward(model),
+    "a replaced forward of a block": lambda model: replace_forward(model.mid.block_1),
+    "a replaced forward of a convolution": lambda model: replace_forward(model.conv_out),
+    "another block": lambda model: setattr(model.mid, "block_1", ShiftedBlock(in_channels=64).eval()),
+    "a wrapped convolution": lambda model: setattr(model, "conv_out", Doubled(model.conv_out)),
+    "a wrapped block": lambda model: setattr(model.mid, "block_2", Doubled(model.mid.block_2)),
+    "no attention": lambda model: setattr(model.mid, "attn_1", nn.Identity()),
+    "no norm": lambda model: setattr(model, "norm_out", nn.Identity()),
+    "torch's norm": lambda model: setattr(model.mid.block_1, "norm1", nn.GroupNorm(32, 64)),
+    "another activation": lambda model: setattr(model.mid.block_1, "dropout", nn.Tanh()),
+    "a norm with another eps": lambda model: setattr(model.mid.block_1.norm1, "eps", 1.0),
+    "a norm without its activation": lambda model: setattr(model.mid.block_1.norm1, "silu", False),
+    "blocks in another order": lambda model: setattr(model.mid, "block_1", model.mid.block_2),
+    "more channels": lambda model: setattr(model.conv_out, "weight", nn.Parameter(torch.ones(3, 32, 3, 3))),
+    "a weight that is no parameter": with_plain_weight,
+    "a weight seen negated": lambda model: setattr(
+        model.conv_in, "weight", nn.Parameter(torch.full((64, 4, 3, 3), 1j).conj().imag)
+    ),
+    "a parametrization": lambda model: parametrizations.weight_norm(model.conv_in),
+    "a pruned norm": lambda model: prune.l1_unstructured(model.norm_out, "weight", 0.5),
+    "a channel that is zeroed": lambda model: model.mid.block_1.conv1.weight.data[:, 5].zero_(),
+    "a weight written by NumPy": lambda model: model.conv_in.weight.detach().numpy().__setitem__((0, 3, 1, 1), 50),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_a_program_has_changed_computes_what_it_computes_in_torch(change):
+    model = network()
+    x = inputs(model)
+    first_stage.forward(model, x)
+    CHANGES[change](model)
+    torch.testing.assert_close(first_stage.forward(model, x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_subclass_computes_what_it_computes_in_torch():
+    model = Shifted(**GEOMETRY).eval()
+    torch.testing.assert_close(first_stage.forward(model, inputs(model)), model(inputs(model)), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_dropout_that_was_left_on_takes_part():
+    model = network(dropout=0.5)
+    model.mid.block_1.dropout.train()
+    x = inputs(model)
+    first, second = (first_stage.forward(model, x) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_whoever_watches_torch_sees_the_network():
+    model = network()
+    x, z = inputs(model), inputs(model)[:, None]
+    plain = model(x)
+    torch.testing.assert_close(torch.func.vmap(lambda x: first_stage.forward(model, x))(z)[:, 0], plain)
+    with FlopCounterMode(display=False) as counted:
+        first_stage.forward(model, x)
+    assert counted.get_total_flops() > 0
+    traced = make_fx(lambda x: first_stage.forward(model, x))(x)
+    torch.testing.assert_close(traced(x + 1), model(x + 1))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert first_stage.forward(model, torch.empty(x.shape)).shape == plain.shape
+    with torch.device("meta"):
+        described = Decoder(**GEOMETRY).eval()
+        assert first_stage.forward(described, torch.empty(x.shape)).shape == plain.shape
+    seen = []
+    handle = register_module_forward_hook(lambda module, given, out: seen.append(module))
+    try:
+        first_stage.forward(model, x)
+    finally:
+        handle.remove()
+    assert model.conv_in in seen
 
 
 @needs_extension

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
 from engine_cases import HostEngine, cpu_engine
 from gpts import random_gpt
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tamingfast.engines import GPTEngine, lending
 from tamingfast.models.gpt import GPT
@@ -47,6 +49,7 @@ def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
         lambda: setattr(gpt.head.weight, "data", gpt.head.weight.data * 2),
         lambda: stepped(gpt, torch.optim.AdamW(gpt.parameters(), lr=0.1, foreach=True)),
         lambda: gpt.blocks[0].mlp[0].bias.data[1:2].add_(5),
+        lambda: gpt.head.weight.detach().numpy().__setitem__((3, 1), 9.0),
     ):
         before = len(packed)
         change()
@@ -67,13 +70,55 @@ def test_unchanged_weights_are_those_they_were():
     with torch.inference_mode():
         gpt = random_gpt(vocab=500, width=48)
         gpt.head.weight[3, 3] = float("nan")
-    snapshot = lending.Snapshot(gpt)
-    assert len(snapshot.sample) < 4 * sum(value.numel() for value in gpt.parameters())
-    assert snapshot == lending.Snapshot(gpt)
+    snapshot = lending.Snapshot(list(gpt.parameters()))
+    assert len(snapshot.sums) < sum(value.numel() for value in gpt.parameters()) / 10
+    assert snapshot == lending.Snapshot(list(gpt.parameters()))
     with torch.inference_mode():
         gpt.pos_emb.mul_(2)
-    assert snapshot != lending.Snapshot(gpt)
-    assert lending.Snapshot(random_gpt()) != lending.Snapshot(random_gpt().double())
+    assert snapshot != lending.Snapshot(list(gpt.parameters()))
+    single, double = random_gpt(), random_gpt().double()
+    assert lending.Snapshot(list(single.parameters())) != lending.Snapshot(list(double.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (64, 64, 3, 3)], ids=str)
+def test_every_bit_of_a_weight_counts(shape, dtype):
+    """Also where torch keeps no version of it: writes through `.data`, into a view that begins anywhere."""
+    whole = torch.randn(1 + math.prod(shape)).to(dtype)
+    weight = whole[1:].view(shape)
+    snapshot = lending.Snapshot([weight])
+    for place in {0, weight.numel() // 2, weight.numel() - 1}:
+        was = weight.data.flatten()[place].item()
+        whole.data[1 + place] = was + 1
+        assert snapshot != lending.Snapshot([weight])
+        whole.data[1 + place] = was
+        assert snapshot == lending.Snapshot([weight])
+    if weight.ndim == 4:
+        weight.data.copy_(weight.data[:, [1, 0, *range(2, 64)]])  # the same values in another order
+        assert snapshot != lending.Snapshot([weight])
+
+
+@needs_native
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "hook of all modules", "forward"])
+def test_what_a_program_hooks_into_a_transformer_takes_part(change):
+    gpt, cond = random_gpt(std=0.3), torch.tensor([[3]])
+    before, block = sample_grid(gpt, cond, 4, 4, seed=1), gpt.blocks[0]
+    forward = block.forward
+    handles = {
+        "hook": lambda: block.register_forward_hook(lambda block, given, out: out * -1),
+        "pre-hook": lambda: block.register_forward_pre_hook(lambda block, given: (given[0] * -1, *given[1:])),
+        "hook of all modules": lambda: register_module_forward_hook(
+            lambda module, given, out: out * -1 if module is block else None
+        ),
+        "forward": lambda: setattr(block, "forward", lambda *given, **named: forward(*given, **named) * -1),
+    }
+    handle = handles[change]()
+    try:
+        changed = sample_grid(gpt, cond, 4, 4, seed=1)
+        assert torch.equal(changed, sample_grid(gpt, cond, 4, 4, seed=1, engine="torch"))
+    finally:
+        handle.remove() if handle is not None else block.__dict__.pop("forward")
+    assert torch.equal(sample_grid(gpt, cond, 4, 4, seed=1), before)
 
 
 @needs_native

@@ -1,0 +1,5 @@
+import sys
+
+from tamingfast.cli import main
+
+sys.exit(main())
