@@ -102,6 +102,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     # latent-diffusion's class of this name differs in how it is trained only; `VQModelInterface` encodes differently.
     "ldm.models.autoencoder": {"VQModel": f"{_MODELS}.vqgan:VQModel"},
+    "ldm.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "main": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
     "taming.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
 }
@@ -129,7 +130,7 @@ def is_ours(target: str, package: str = "models") -> bool:
 def _home(target: str) -> tuple[str, str]:
     """Module and name that a dotted name stands for, without importing anything."""
     module, _, name = target.rpartition(".")
-    if module in NAMES:
+    if name in NAMES.get(module, {}):
         module, name = NAMES[module][name].split(":")
     elif module.startswith("taming."):
         raise KeyError(target)

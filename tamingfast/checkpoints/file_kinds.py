@@ -84,8 +84,10 @@ def _text(head: bytes) -> str | None:
         return None
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in text):
         return None
-    if text.startswith("version https://git-lfs.github.com/spec/"):
+    if text.startswith(("version https://git-lfs.github.com/spec/", "version https://hawser.github.com/spec/")):
         return "a pointer of git-lfs to the real file (which git lfs pull gets)"
+    if text.startswith("/annex/objects/"):
+        return "a pointer of git-annex to the real file (which git annex get gets)"
     lower = text.lower()
     if lower.startswith(("<!doctype html", "<html", "<head", "<!--")):
         return "a web page"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tamingfast.checkpoints.unpickling import Foreign, Name
-from tamingfast.checkpoints.weights import shown, unwrapped
+from tamingfast.checkpoints.weights import prefixed, shown, unwrapped
 from tamingfast.errors import UserError
 
 #: Keys by which weights of a first stage and of a prior are recognised.
@@ -64,7 +64,8 @@ def _params(state: Mapping[str, Tensor], gumbel: bool) -> dict[str, Any]:
     def shape(key: str, *expected: int | None) -> tuple[int, ...]:
         """The shape of a weight, which must have these sizes (None: any)."""
         if key not in state:
-            raise _OtherNetworkError(f"without '{key}'")
+            elsewhere = prefixed(state, key)
+            raise _OtherNetworkError(f"without '{key}'" + (f" but {elsewhere}" if elsewhere else ""))
         found = tuple(state[key].shape)
         if len(found) != len(expected) or any(n not in (None, have) for n, have in zip(expected, found, strict=True)):
             sizes = " x ".join("n" if n is None else str(n) for n in expected)

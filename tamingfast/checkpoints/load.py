@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tamingfast.checkpoints import compat
 from tamingfast.checkpoints.config import (
     at,
     check_config_values,
@@ -67,8 +68,9 @@ def load_model(
     path = weights_path(Path(checkpoint))
     found = read_checkpoint(path)
     check_real(found.state, path)
-    settings = _settings(found, config)
-    check_targets(settings["model"], "model", None if isinstance(config, Mapping) else allow)
+    allowed = None if isinstance(config, Mapping) else allow  # a mapping is the caller's own, and may name any class
+    settings = _settings(found, config, allowed)
+    check_targets(settings["model"], "model", allowed)
     check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
     load_into(model, found.state, path, optional=_OPTIONAL)
@@ -84,7 +86,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _settings(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, config: Any, allow: Collection[str] | None) -> dict[str, Any]:
     """The given config, else the one found with the weights, else the inferred one, without files that it names."""
     path = checkpoint.path
     if isinstance(config, str | os.PathLike):
@@ -104,11 +106,20 @@ def _settings(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
             f"config of {path}: got no 'target' in a section 'model', expected the config of this model; give the one "
             "that it was trained with"
         )
-    _keep_what_is_used(model, checkpoint)
+    _keep_what_is_used(model, checkpoint, allow)
     return settings
 
 
-def _keep_what_is_used(model: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _is_of_relatives(lossconfig: Any, allow: Collection[str] | None) -> bool:
+    """Whether a loss is none, or one of another project, which is not needed and not run."""
+    target = "torch.nn.Identity" if lossconfig is None else str(at(lossconfig, "target"))
+    if target.startswith(_LDM) or target == "torch.nn.Identity":
+        return True
+    named = allow is None or target in allow or compat.is_ours(target)
+    return "losses" in target.split(".")[:-1] and not named
+
+
+def _keep_what_is_used(model: Mapping[str, Any], checkpoint: Checkpoint, allow: Collection[str] | None) -> None:
     """Remove from the config what using a first stage does not need, and what its weights say without a file."""
     state = unwrapped(checkpoint.state, KNOWN)
     for name, prefix in _STAGES.items():
@@ -118,8 +129,7 @@ def _keep_what_is_used(model: Mapping[str, Any], checkpoint: Checkpoint) -> None
             continue
         if f"{prefix}quantize.used" in state:
             params.pop("remap", None)
-        loss = str(at(params, "lossconfig", "target"))
-        if loss.startswith(_LDM) or loss == "torch.nn.Identity":
+        if "lossconfig" in params and _is_of_relatives(params["lossconfig"], allow):
             params["lossconfig"] = dict(_DUMMY_LOSS)
         if str(at(stage, "target")).startswith(_LDM):
             for key in _LDM_TRAINING:

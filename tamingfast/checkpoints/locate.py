@@ -19,6 +19,8 @@ from tamingfast.errors import UserError
 # Where the original saves checkpoints, and where its published models have them.
 _CHECKPOINT_FOLDERS = ("checkpoints", "ckpts")
 _CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth")
+# What trainers call the number of steps that they record.
+_STEPS = ("global_step", "step", "steps", "iteration", "iter")
 _DEEPEST_CONFIG = 64  # levels of sections; those of real configs have about ten
 
 
@@ -32,26 +34,31 @@ def weights_path(path: Path) -> Path:
     if (path / WEIGHTS).exists():
         return path / WEIGHTS
     for folder in _CHECKPOINT_FOLDERS:
-        found = [file for file in (path / folder).glob("*") if file.suffix in _CHECKPOINTS and file.is_file()]
-        if found:
-            return found[0] if len(found) == 1 else max(found, key=_progress)
+        found = [file for file in (path / folder).glob("[!.]*") if file.suffix.lower() in _CHECKPOINTS]
+        # One that is a link to nothing is returned if there is no other, so that it is named.
+        usable = [file for file in found if file.is_file()] or [file for file in found if file.is_symlink()]
+        if usable:
+            return usable[0] if len(usable) == 1 else max(usable, key=_progress)
     raise UserError(
         f"{path}: got a directory without {WEIGHTS} or checkpoints/last.ckpt, expected a run directory; give the --out "
         "of a training run"
     )
 
 
-def _progress(path: Path) -> tuple[int, int, int, bool, int]:
+def _progress(path: Path) -> tuple[int, int, int, bool, list[int], int]:
     """What is larger for a later checkpoint: its steps and epochs, then the numbers in its name, then its time."""
     checkpoint = read_checkpoint(path, tensors=False)
-    recorded = [checkpoint.number(*names) for names in (("global_step", "step"), ("epoch",))]
-    named = {name: int(number) for name, number in re.findall(r"(step|epoch)[=_-]?(\d{1,15})", path.stem)}
+    recorded = [checkpoint.number(*names) for names in (_STEPS, ("epoch",))]
+    stem = path.stem.lower()
+    named = {name: int(number) for name, number in re.findall(r"(step|epoch)[=_ -]?(\d{1,15})", stem)}
     step, epoch = (
         named.get(name, -1) if number is None else number
         for name, number in zip(("step", "epoch"), recorded, strict=True)
     )
-    version = re.search(r"-v(\d{1,15})$", path.stem)  # Lightning's, where a name was taken
-    return step, epoch, int(version[1]) if version else 0, path.stem == "last", path.stat().st_mtime_ns
+    version = re.search(r"-v(\d{1,15})$", stem)  # Lightning's, where a name was taken
+    # Numbers with a point are measures, not counts.
+    counts = [int(number) for number in re.findall(r"\d{1,15}", re.sub(r"\d*\.\d+", "", stem))]
+    return step, epoch, int(version[1]) if version else 0, stem == "last", counts, path.stat().st_mtime_ns
 
 
 def embedded_config(path: Path) -> dict[str, Any] | None:
@@ -95,7 +102,7 @@ def neighbouring_config(path: Path) -> Any:
     """The OmegaConf config that either project puts beside the weights at ``path``, None if there is none."""
     run = path.parent.parent if path.parent.name in _CHECKPOINT_FOLDERS else path.parent
     # The original writes one config per start of a run; later ones override earlier ones.
-    projects = sorted((run / "configs").glob("*project.yaml"))
+    projects = sorted((run / "configs").glob("[!.]*project.yaml"))
     if projects:
         return OmegaConf.merge(*map(load_yaml, projects))
     for candidate in (path.with_suffix(".yaml"), path.parent / CONFIG, run / "configs" / "model.yaml"):

@@ -27,7 +27,10 @@ from tamingfast.files import atomic_write, open_regular
 logger = logging.getLogger(__name__)
 
 #: Prefixes of keys in training checkpoints that do not belong to a model; such keys are dropped on loading.
-TRAINING_ONLY = ("loss.perceptual_loss.", "first_stage_model.loss.", "cond_stage_model.loss.", "model_ema.")
+TRAINING_ONLY = (
+    "loss.perceptual_loss.", "first_stage_model.loss.", "cond_stage_model.loss.", "model_ema.",
+    "n_averaged",  # of torch.optim.swa_utils.AveragedModel
+)  # fmt: skip
 # Wrappers of torch around a module or a part of it, as they appear in keys.
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DEEPEST = 8  # parts of a shared prefix that are looked at
@@ -64,6 +67,8 @@ class Checkpoint:
 
 
 def _count(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
         value = int(value)
     return value if type(value) is int and 0 <= value < 1 << 63 else None
@@ -122,7 +127,8 @@ def opened(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: got no file, expected a checkpoint; give the path of an existing one") from None
+        found = f"a link to {shown(os.readlink(path))}, which is missing" if path.is_symlink() else "no file"
+        raise UserError(f"{path}: got {found}, expected a checkpoint; give the path of an existing one") from None
     except (OSError, ValueError) as error:  # a ValueError for a path that no system call takes
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: got '{reason}', expected a checkpoint that can be read") from error
@@ -162,7 +168,7 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
     """The tensors in the ``state_dict`` of a checkpoint, in the ``model`` of our ``state.pt``, or in the mapping."""
     content = file.content
     places = [content.get(name) for name in _STATES if name in content] if isinstance(content, Mapping) else []
-    named = next((place for place in (*places, content) if _holds_tensors(place)), None)
+    named = next((place for place in places if _tensors(place)), None) or _only_state(content, path)
     if named is None:
         raise UserError(
             f"{path}: got no weights but {_described((*places, content)[0])}, expected a checkpoint with a "
@@ -181,9 +187,36 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
     return {key: file.tensor(value) for key, value in stored.items()}
 
 
-def _holds_tensors(value: Any) -> bool:
+def _only_state(content: Any, path: Path) -> Mapping[Any, Any] | None:
+    """The one mapping of tensors at most two levels down in ``content``; UserError if there are several.
+
+    It is ``content`` itself if that has as many tensors: beside other weights, single ones are counts, such as "step".
+    """
+    level: list[tuple[str, Any]] = [("", content)]
+    states: dict[str, Mapping[Any, Any]] = {}
+    for _ in range(2):
+        level = [
+            (f"{name}.{key}" if name else str(key), inside)
+            for name, value in level
+            if isinstance(value, Mapping) and not isinstance(value, Foreign)
+            for key, inside in value.items()
+        ]
+        states |= {name: value for name, value in level if _tensors(value)}
+    if _tensors(content) >= max(map(_tensors, states.values()), default=1):
+        return content
+    if len(states) > 1:
+        some = ", ".join(shown(name) for name in list(states)[:4])
+        raise UserError(
+            f"{path}: got several networks or copies of one ({some}), expected one; save that of the model as "
+            "'state_dict'"
+        )
+    return next(iter(states.values()), None)
+
+
+def _tensors(value: Any) -> int:
+    """How many tensors with a name a value holds."""
     pairs = value.items() if isinstance(value, Mapping) else ()
-    return any(isinstance(key, str) and isinstance(entry, StoredTensor | Unusable) for key, entry in pairs)
+    return sum(isinstance(key, str) and isinstance(entry, StoredTensor | Unusable) for key, entry in pairs)
 
 
 def _described(value: Any) -> str:
@@ -236,6 +269,11 @@ def unwrapped(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, 
     return {name.removeprefix(prefix): value for name, value in zip(names, state.values(), strict=True)}
 
 
+def prefixed(state: Mapping[str, Tensor], key: str) -> str:
+    """The first keys of ``state`` that are ``key`` behind a prefix, as messages name them; empty if there are none."""
+    return " and ".join(itertools.islice((shown(found) for found in state if found.endswith(f".{key}")), 3))
+
+
 def load_into(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -264,6 +302,8 @@ def load_into(
     unexpected = [key for key in unexpected if not key.startswith(optional)]
     if missing or unexpected:
         first = f"no {shown(missing[0])}" if missing else f"{shown(unexpected[0])}, which the model lacks"
+        if missing and (elsewhere := prefixed(state, missing[0])):
+            first, advice = f"{first} but {elsewhere}", "save the weights under that prefix alone, without it"
         raise UserError(
             f"{source}: got {first} ({len(missing)} keys missing, {len(unexpected)} left over), expected the keys of "
             f"the model; {advice}"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, first_line
+from tamingfast.files import check_regular
 from tamingfast.models.base import Info, at_least
 from tamingfast.models.shared import sum_over_processes
 
@@ -34,7 +35,7 @@ class Quantizer(nn.Module):
     def _init_remap(self, n: int, remap: str | os.PathLike | None, unknown_index: str | int) -> None:
         self.re_embed, self._entries, self._unknown = n, n, unknown_index
         if remap is not None:
-            self._restrict(torch.as_tensor(np.load(remap)), remap)
+            self._restrict(_entries_of(remap, n), remap)
         self.register_load_state_dict_pre_hook(_adopt_used)
 
     def _restrict(self, used: Tensor, remap: str | os.PathLike) -> None:
@@ -72,6 +73,26 @@ class Quantizer(nn.Module):
         """Positions in ``used`` -> codebook indices; the extra position stands for entry 0 of ``used``."""
         used = self.used.to(inds)
         return used[torch.where(inds < len(used), inds, torch.zeros_like(inds))]
+
+
+def _entries_of(remap: str | os.PathLike, n: int) -> Tensor:
+    """The entries of a codebook of ``n`` that a file lists, int64 (used,). UserError for a file of anything else."""
+    check_regular(remap, "a .npy file of codebook entries")
+    try:
+        # Mapped, a file is no larger than it is, whatever it says, and holds no objects.
+        used = np.load(remap, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"remap: got '{remap}', which is no file, expected a .npy file of codebook entries") from None
+    except Exception as error:  # the parser raises errors of many types for other content
+        raise UserError(
+            f"remap: got '{remap}', which holds no numbers ({first_line(error)[:60]}), expected a .npy file of "
+            "codebook entries"
+        ) from error
+    if not (isinstance(used, np.ndarray) and used.ndim == 1 and len(used) and used.dtype.kind in "iuf"):
+        raise UserError(f"remap: got '{remap}' of other values, expected a .npy file of a list of codebook entries")
+    if not ((used >= 0) & (used < n) & (used == used.astype(np.int64))).all():
+        raise UserError(f"remap: got entries in '{remap}' that the codebook lacks, expected numbers from 0 to {n - 1}")
+    return torch.from_numpy(used.astype(np.int64))
 
 
 def _adopt_used(quantizer: Quantizer, state: dict[str, Tensor], prefix: str, *args: Any) -> None:

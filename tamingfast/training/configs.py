@@ -79,6 +79,8 @@ def _parsed(override: str) -> DictConfig:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override: got '{override}', expected key=value, such as training.steps=1000")
+    if not text.strip():
+        raise UserError(f"override: got '{override}' without a value, expected key=value; write {key}=null for none")
     try:
         change = OmegaConf.from_dotlist([override])
         if is_path(key) and not OmegaConf.is_config(OmegaConf.select(change, key)) and text != "null":

@@ -7,6 +7,8 @@ is dropped; anything else would change the training, and is refused by name.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ from tamingfast.data import SPLITS
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys, check_mapping
 from tamingfast.training.settings import check_setting
+
+logger = logging.getLogger(__name__)
 
 #: Keys of a model in the original's layout.
 MODEL_KEYS = ("base_learning_rate", "target", "params")
@@ -46,10 +50,10 @@ _WITHOUT_COUNTERPART: dict[str, tuple[Any, ...]] = {
     "stochastic_weight_avg": (False,), "sync_batchnorm": (False,), "train_percent_check": (1.0,),
     "truncated_bptt_steps": (), "use_distributed_sampler": (True,), "val_percent_check": (1.0,),
 }  # fmt: skip
-#: Callbacks of Lightning that change what is trained, or for how long.
-_TRAINING_CALLBACKS = (
-    "EarlyStopping", "GradientAccumulationScheduler", "StochasticWeightAveraging", "Timer", "LambdaCallback",
-)  # fmt: skip
+#: What is in the names of callbacks, Lightning's and others', that change what is trained, or for how long.
+_TRAINING_CALLBACKS = re.compile(
+    "earlystop|accumulat|averag|ema$|emacallback|timer|lambda|finetun|prun|quantiz|(batchsize|learningrate|lr)finder|freez"
+)
 _PRECISIONS = {
     "32": "float32", "32-true": "float32", "float32": "float32",
     "bf16": "bfloat16", "bf16-mixed": "bfloat16", "bfloat16": "bfloat16",
@@ -133,7 +137,7 @@ def translated(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
                 "data.path=DIRECTORY to train on a directory"
             )
         if isinstance(config.get("model"), Mapping):
-            config["model"] = {key: value for key, value in config["model"].items() if key in MODEL_KEYS}
+            config["model"] = _model(config["model"])
         params = data.get("params") or {}
         check_mapping(params, "data.params", "batch_size")
         check_keys(params, (*_DATA_PARAMS, *SPLITS, *UNUSED_PARAMS), "data.params")
@@ -146,6 +150,14 @@ def translated(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     if found:
         config["training"] = _training(config.get("training") or {}, found, overrides)
     return config
+
+
+def _model(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The model without keys that the original does not read either, such as notes, which are named in a warning."""
+    unread = ", ".join(f"model.{key}" for key in section if key not in MODEL_KEYS)
+    if unread:
+        logger.warning("%s: nothing reads this", unread)
+    return {key: value for key, value in section.items() if key in MODEL_KEYS}
 
 
 def _training(
@@ -215,8 +227,10 @@ def _check_callbacks(callbacks: Any, where: str) -> None:
         raise UserError(f"{where}: got {callbacks!r}, expected keys below it")
     described = callbacks.items() if isinstance(callbacks, Mapping) else enumerate(callbacks)
     for name, callback in described:
-        target = str(callback.get("target", name)) if isinstance(callback, Mapping) else str(callback)
-        if target.rpartition(".")[2] in _TRAINING_CALLBACKS:
+        given = callback if isinstance(callback, Mapping) else {"target": callback}
+        target = str(next((given[key] for key in ("target", "class_path", "_target_") if key in given), name))
+        plain_name = re.sub(r"[\W_]", "", target.rpartition(".")[2]).lower()
+        if _TRAINING_CALLBACKS.search(plain_name):
             raise UserError(
                 f"{where}.{name}: got {target}, which has no counterpart here, expected callbacks that change no "
                 "training; remove it"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tamingfast
 from tamingfast import checkpoints
-from tamingfast.checkpoints.locate import embedded_config, weights_path
+from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
 from tamingfast.errors import UserError
 
 
@@ -57,12 +57,43 @@ def test_the_steps_recorded_inside_decide(names, newest, tmp_path):
         (["last.ckpt", "last-v1.ckpt", "last-v2.ckpt"], "last-v2.ckpt"),
         (["last-v9.ckpt", "last-v10.ckpt"], "last-v10.ckpt"),
         (["other.ckpt", "last.ckpt"], "last.ckpt"),
+        (["model_9.pth", "model_10.pth", "model_2.pth"], "model_10.pth"),
+        (["2.ckpt", "10.ckpt", "9.ckpt"], "10.ckpt"),
+        (["N-Step-9.ckpt", "N-Step-10.ckpt"], "N-Step-10.ckpt"),
+        (["best-9-loss=0.30.ckpt", "best-10-loss=0.05.ckpt"], "best-10-loss=0.05.ckpt"),
+        (["EPOCH=9.CKPT", "epoch=3.ckpt"], "EPOCH=9.CKPT"),
     ],
 )
 def test_without_records_names_decide(names, newest, tmp_path):
     for made in (names, names[::-1]):
         folder = run(tmp_path / made[0], {name: {} for name in made})
         assert weights_path(folder).name == newest
+
+
+@pytest.mark.parametrize("key", ["step", "steps", "iteration", "iter"])
+@pytest.mark.parametrize("kind", [int, float])
+def test_other_trainers_record_steps_under_other_names(key, kind, tmp_path):
+    files = {name: {key: kind(count)} for name, count in {"b.ckpt": 9, "a.ckpt": 10, "c.ckpt": 1}.items()}
+    assert weights_path(run(tmp_path / "run", files)).name == "a.ckpt"
+
+
+def test_hidden_files_are_no_checkpoints_and_no_configs(tmp_path):
+    folder = run(tmp_path / "run", {"a.ckpt": {}})
+    (folder / "configs").mkdir()
+    (folder / "configs" / "2021-project.yaml").write_text("model: {target: x}")
+    for name in ("checkpoints/._last.ckpt", "checkpoints/.last.ckpt.x.ckpt", "configs/._2022-project.yaml"):
+        (folder / name).write_bytes(b"\0\5\x16\7" + bytes(80))
+    assert weights_path(folder).name == "a.ckpt"
+    assert neighbouring_config(folder / "checkpoints" / "a.ckpt").model.target == "x"
+
+
+def test_links_to_nothing(tmp_path):
+    folder = run(tmp_path / "run", {"epoch=1.ckpt": {}})
+    (folder / "checkpoints" / "last.ckpt").symlink_to("gone.ckpt")
+    assert weights_path(folder).name == "epoch=1.ckpt"
+    (folder / "checkpoints" / "epoch=1.ckpt").unlink()
+    with pytest.raises(UserError, match=r"last\.ckpt: got a link to 'gone\.ckpt', which is missing"):
+        tamingfast.load_model(folder)
 
 
 def test_without_names_times_decide(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -83,6 +84,31 @@ def test_used_entries_that_cannot_be(entries, tmp_path):
         tamingfast.load_model(tmp_path / "vq.ckpt")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", np.array([{}], dtype=object),
+     np.zeros((2, 2)), np.array([0, 16]), np.array([-1]), np.array([0.5]), np.array([], dtype=int), np.array(["a"])],
+)  # fmt: skip
+def test_remap_files_that_cannot_be(content, tmp_path):
+    path = tmp_path / "used.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=r"remap: got .*used\.npy.*, expected [^\n]*$"):
+        tiny.build({"model": config(remap=str(path))})
+
+
+def test_a_remap_file_that_says_it_is_huge_or_is_a_pipe(tmp_path):
+    np.save(tmp_path / "used.npy", np.arange(8))
+    content = (tmp_path / "used.npy").read_bytes()
+    (tmp_path / "used.npy").write_bytes(content.replace(b"(8,), }          ", b"(8000000000000,),"))
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("used.npy", "pipe.npy"):
+        with pytest.raises(UserError, match=name):
+            tiny.build({"model": config(remap=str(tmp_path / name))})
+
+
 def test_a_run_begins_with_the_used_entries_of_a_file(used, tmp_path):
     made = tiny.build({"model": config(remap=str(used))})
     torch.save(made.state_dict(), tmp_path / "vq.ckpt")
@@ -123,6 +149,24 @@ def test_other_classes_of_latent_diffusion_are_refused(name, tmp_path):
     write(tmp_path / "vq.ckpt", tiny.build({"model": config()}).state_dict(), config(f"ldm.models.autoencoder.{name}"))
     with pytest.raises(UserError, match=name):
         tamingfast.load_model(tmp_path / "vq.ckpt")
+
+
+@pytest.mark.parametrize("target", ["losses.my.Loss", "movqgan.modules.losses.vqperceptual.WithDiscriminator", None])
+def test_losses_of_relatives_are_not_needed(target, tmp_path):
+    state = dict(tiny.build({"model": config()}).state_dict())
+    described = config() if target else config(lossconfig=None)
+    if target:
+        described["params"]["lossconfig"] = {"target": target, "params": {"n_classes": 3}}
+    write(tmp_path / "vq.ckpt", state, described)
+    assert type(tamingfast.load_model(tmp_path / "vq.ckpt").loss).__name__ == "DummyLoss"
+
+
+def test_schedules_of_latent_diffusion_are_the_originals(tmp_path):
+    schedule = {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": dict.fromkeys(
+        ("warm_up_steps", "max_decay_steps", "lr_start", "lr_max", "lr_min"), 1)}  # fmt: skip
+    described = config("taming.models.vqgan.GumbelVQ", temperature_scheduler_config=schedule)
+    write(tmp_path / "vq.ckpt", tiny.build({"model": described}).state_dict(), described)
+    assert type(tamingfast.load_model(tmp_path / "vq.ckpt")) is tamingfast.GumbelVQ
 
 
 @pytest.mark.parametrize("target", ["os.system", "torch.nn.Linear", "ldm2.x", "sys.exit"])

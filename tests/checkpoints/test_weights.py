@@ -98,6 +98,27 @@ def test_the_prefix_that_goes_is_the_one_that_makes_keys_known(keys, known, expe
     assert list(unwrapped(dict.fromkeys(keys), known)) == expected
 
 
+@pytest.mark.parametrize("others", [{"discriminator.main.weight": torch.ones(2)}, {"ema.": None}])
+def test_a_prefix_that_other_keys_lack_is_named(others, tmp_path):
+    state = vqgan(7).state_dict()
+    if "ema." in others:
+        others = {"ema." + key: value + 1 for key, value in state.items()}
+    path = tmp_path / "wrapped.ckpt"
+    torch.save({"generator." + key: value for key, value in state.items()} | others, path)
+    config = {"model": copy.deepcopy(tiny.VQGAN["model"])}
+    for given in (config, None):
+        refused(
+            lambda given=given: tamingfast.load_model(path, given), "wrapped.ckpt", "'generator.encoder.conv_in.weight'"
+        )
+
+
+def test_averaged_models_are_unwrapped(tmp_path):
+    state = vqgan(7).state_dict()
+    path = tmp_path / "averaged.ckpt"
+    torch.save({"module." + key: value for key, value in state.items()} | {"n_averaged": torch.tensor(3)}, path)
+    assert same(tamingfast.load_model(path), state) and same(vqgan(0, ckpt_path=str(path)), state)
+
+
 def test_a_wrapped_prior(tmp_path):
     path = golden.checkpoint("net2net_class")
     state = read_state_dict(path)
@@ -295,6 +316,28 @@ def test_files_without_a_state_dict_say_what_they_hold(content, words, zipped, t
     refused(lambda: read_state_dict(tmp_path / "x.ckpt"), "x.ckpt: got no weights but", words)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda state: {"state_dict_ema": state}, lambda state: {"params_ema": state, "step": torch.ones(())},
+        lambda state: {"module": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        lambda state: {"model": {"state_dict": state}}, lambda state: {"state_dict": {"model": state}, "epoch": 3},
+        lambda state: {"model": "vqgan", "weights": state}, lambda state: {**state, "extra": {"c": torch.ones(1)}},
+        lambda state: state | {"n_averaged": torch.ones(())},
+    ],
+)  # fmt: skip
+def test_the_only_weights_of_a_file_are_meant(place, tmp_path):
+    torch.save(place({"a": torch.ones(2), "b": torch.zeros(1)}), tmp_path / "x.ckpt")
+    assert [key for key in read_state_dict(tmp_path / "x.ckpt") if key != "n_averaged"] == ["a", "b"]
+
+
+def test_of_several_networks_none_is_taken(tmp_path):
+    state = {"a": torch.ones(2)}
+    for content in ({"net": state, "net_ema": state}, {"model": {"net": state, "discriminator": state}}):
+        torch.save(content, tmp_path / "x.ckpt")
+        refused(lambda: read_state_dict(tmp_path / "x.ckpt"), "x.ckpt: got several networks", "net")
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_where_weights_are_kept(key, tmp_path):
     torch.save({key: {"a": torch.ones(2)}, "epoch": 3, "other": torch.zeros(1)}, tmp_path / "x.ckpt")
@@ -304,6 +347,7 @@ def test_where_weights_are_kept(key, tmp_path):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(5, 5), ("5", 5), (0, 0), (True, None), (-1, None), (2**70, None), ("9" * 5000, None), ("x", None), (1.5, None),
+     (5.0, 5), (float("inf"), None), (float("nan"), None),
      (np.int64(3), None), ([[]], None), (None, None), ("٣", None)],
 )  # fmt: skip
 def test_counts_are_read_carefully(value, expected, tmp_path):

@@ -191,6 +191,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 # What a file is, and the words that say so.
 OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a pointer of git-lfs": (lambda: POINTER, "pointer of git-lfs"),
+    "a pointer of its first version": (lambda: POINTER.replace(b"git-lfs", b"hawser"), "pointer of git-lfs"),
+    "a pointer of git-annex": (lambda: b"/annex/objects/SHA256E-s5--a.ckpt\n", "pointer of git-annex"),
     "a web page": (lambda: b"\n  <!DOCTYPE html>\n<html>", "web page"),
     "a web page with a byte-order mark": (lambda: b"\xef\xbb\xbf<HTML>", "web page"),
     "an XML answer": (lambda: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),

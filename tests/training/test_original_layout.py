@@ -130,6 +130,34 @@ def test_sections_of_another_shape(write, lightning, said):
         load_config(write(lightning))
 
 
+@pytest.mark.parametrize(
+    "callback",
+    [
+        {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}, {"_target_": "x.EarlyStopping"}, "x.EarlyStopping",
+        {"target": "mine.EMACallback"}, {"target": "mine.EMA"}, {"target": "x.WeightAveraging"},
+        {"target": "x.BackboneFinetuning"}, {"target": "x.ModelPruning"}, {"target": "x.BatchSizeFinder"},
+        {"target": "x.QuantizationAwareTraining"}, {"target": "x.FreezeEncoder"},
+    ],
+)  # fmt: skip
+def test_callbacks_that_train_are_refused_however_they_are_written(write, callback):
+    for callbacks in ({"some": callback}, [callback]):
+        with pytest.raises(UserError, match=r"lightning\.callbacks\.(some|0): got "):
+            load_config(write({"callbacks": callbacks}))
+    with pytest.raises(UserError, match=r"lightning\.callbacks\.early_stopping: got "):
+        load_config(write({"callbacks": {"early_stopping": {"params": {"patience": 3}}}}))
+
+
+def test_keys_of_the_model_that_nothing_reads_are_named(write, caplog):
+    load_config(write(model=tiny.VQGAN["model"] | {"learning_rate": 1.0, "notes": "x"}))
+    assert "model.learning_rate, model.notes: nothing reads this" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["training.steps", "lightning.trainer.max_steps", "model.base_learning_rate"])
+def test_overrides_without_a_value(write, key):
+    with pytest.raises(UserError, match=rf"override: got '{key}= *' without a value, .*{key}=null"):
+        load_config(write({"trainer": {"max_steps": 4}}), [f"{key}= "])
+
+
 def test_callbacks_and_loggers_may_be_ignored(write):
     section = {
         "callbacks": {"image_logger": {"target": "main.ImageLogger", "params": {"batch_frequency": 750}}},
