@@ -5,11 +5,12 @@ from __future__ import annotations
 import tiny
 import torch
 
+from tamingfast.data.base import as_epoch_dataset
 from tamingfast.training import distributed, feed, settings
 
 
 def test_each_epoch_sees_each_image_once_and_ranks_share_them():
-    made, data = settings.Training(steps=1, batch_size=2, accumulate=2), tiny.Noise(17)
+    made, data = settings.Training(steps=1, batch_size=2, accumulate=2), as_epoch_dataset(tiny.Noise(17))
 
     def paths(rank, size, start, steps):
         batches = feed.step_batches(data, made, distributed.World(rank, size, torch.device("cpu")), start)
