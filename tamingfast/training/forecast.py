@@ -25,8 +25,8 @@ class Forecast:
     def after(self, reading: float, whole: float, steps: int | None, seconds: float | None) -> str | None:
         """The sentence that is due after a step of ``whole`` seconds, ``reading`` of which it waited for data, or None.
 
-        ``steps`` and ``seconds`` are what is left of the run, None where nothing ends it. The median of the times counts, because
-        first steps prepare what later ones only use.
+        ``steps`` and ``seconds`` are what is left of the run, None where nothing ends it. The median of the times
+        counts, because first steps prepare what later ones only use.
         """
         if self._told:
             return None

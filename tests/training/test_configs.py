@@ -27,10 +27,26 @@ def test_every_preset_loads_and_builds():
     ("override", "said"),
     [
         ("trainig.steps=3", "trainig: got a key that nothing reads, expected .*did you mean 'training'"),
-        ("training.stpes=3", "training.stpes: .*did you mean 'steps'"),
-        ("model.params.n_embd=3", "did you mean 'n_embed'"),
-        ("model.params.ddconfig.ch_mul=[1]", "did you mean 'ch_mult'"),
-        ("model.params.lossconfig.params.disc_strt=1", "did you mean 'disc_start'"),
+        ("training.stpes=3", "training.stpes: .*did you mean 'training.steps'"),
+        ("model.params.n_embd=3", "did you mean 'model.params.n_embed'"),
+        ("model.params.ddconfig.ch_mul=[1]", "did you mean 'model.params.ddconfig.ch_mult'"),
+        ("model.params.lossconfig.params.disc_strt=1", "did you mean 'model.params.lossconfig.params.disc_start'"),
+        ("data.lenght=3", "did you mean 'data.length'"),
+        # Keys that stand elsewhere.
+        ("perceptual_weights=random", "did you mean 'model.params.lossconfig.params.perceptual_weights'"),
+        ("steps=3", "^steps: got a key that nothing reads, .*did you mean 'training.steps'"),
+        ("data.batch_size=3", "did you mean 'training.batch_size'"),
+        ("training.base_learning_rate=1", "did you mean 'model.base_learning_rate'"),
+        ("model.ch_mult=[1]", "did you mean 'model.params.ddconfig.ch_mult'"),
+        ("training.size=64", "did you mean 'data.size'"),
+        ("flavour=3", "flavour: got a key that nothing reads, expected one of model, data, training, prior$"),
+        # Of another data set.
+        (
+            "data.path=pictures",
+            "^data.path: got a key that data.name=photos does not have, expected it with "
+            "data.name=folder or .*; add data.name=folder, or leave it out$",
+        ),
+        ("data.kind=edges", "add data.name=conditions"),
         ("model.target=taming.models.vqgan.VQModl", "did you mean"),
         ("steps", "key=value"),
     ],
@@ -75,6 +91,18 @@ def test_a_config_of_the_other_stage_is_refused(tmp_path):
         vqgan.train(load_config("tiny"), tmp_path / "run", device="cpu")
     with pytest.raises(UserError, match="config: got one for a first stage"):
         prior.train(load_config("photos32_vqgan"), tmp_path / "first", tmp_path / "run", device="cpu")
+
+
+def test_faults_of_the_data_name_the_whole_key(tmp_path):
+    for override, said in (
+        ("data.path=missing", "^data.path=missing: got a path that does not exist"),
+        ("data.size=-1", "^data.size: got -1"),
+        ("data.validation_fraction=2", "^data.validation_fraction: got 2"),
+    ):
+        Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+        config = load_config("folder_vqgan", [f"data.path={tmp_path}", override])
+        with pytest.raises(UserError, match=said):
+            vqgan.train(config, tmp_path / "run", device="cpu")
 
 
 def test_unknown_presets_name_the_nearest():
