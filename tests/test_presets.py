@@ -14,7 +14,7 @@ from torch import nn
 
 from tamingfast import presets
 from tamingfast.checkpoints.config import instantiate_from_config
-from tamingfast.engines import bands, layers
+from tamingfast.engines import layers
 from tamingfast.models.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def computed(config: dict[str, Any]) -> tuple[int | None, int | None, float, flo
 def work(network: list[layers.Layer], shape: layers.Shape) -> int:
     """Multiply-adds of the layers."""
     return sum(
-        bands._work(layer, after) for layer, after in zip(network, layers.shapes(network, shape)[1:], strict=True)
+        layers.work(layer, after) for layer, after in zip(network, layers.shapes(network, shape)[1:], strict=True)
     )
 
 
