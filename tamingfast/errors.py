@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Iterable
 
+#: From which likeness on a name may be meant, and what keys of the same section have ahead of others.
+_LIKE, _NEIGHBOUR = 0.6, 0.15
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "std::bad_alloc")
 
 
@@ -20,6 +22,22 @@ class UserError(ValueError):
 
 class Stopped(UserError):
     """A training run was asked to stop, and saved a state to resume from."""
+
+
+class UnknownKey(UserError):
+    """A key of a config that nothing reads.
+
+    ``sentence`` says so; the message ends with the key nearest to ``name`` among ``valid``, all of them whole keys.
+    """
+
+    def __init__(self, name: str, sentence: str, valid: Iterable[str]) -> None:
+        self.name, self.sentence, self.valid = name, sentence, list(valid)
+        found = _nearest_key(name, self.valid)
+        super().__init__(sentence + (f"; did you mean '{found}'?" if found else ""))
+
+    def among(self, valid: Iterable[str]) -> UnknownKey:
+        """The same error, with more keys that may have been meant."""
+        return UnknownKey(self.name, self.sentence, [*self.valid, *valid])
 
 
 class SettingError(RuntimeError):
@@ -155,5 +173,17 @@ def lacks_memory(error: BaseException) -> bool:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the valid name closest to ``name``, or an empty string when none is close."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=_LIKE)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def _nearest_key(name: str, valid: Iterable[str]) -> str | None:
+    """The whole key whose last part is most like that of ``name``; None without a likely one, above all elsewhere."""
+    section, _, last = name.rpartition(".")
+
+    def likeness(key: str) -> float:
+        place, _, word = key.rpartition(".")
+        return difflib.SequenceMatcher(None, last, word).ratio() + (_NEIGHBOUR if place == section else 0.0)
+
+    found = max(valid, key=likeness, default=None)
+    return found if found is not None and likeness(found) >= _LIKE + _NEIGHBOUR else None

@@ -43,7 +43,10 @@ class Preset:
 
 _FOLDER, _PAIRS, _STAGE = "a folder", "images/ + conditions/", "the first stage's"
 PRESETS = {
-    "photos32_vqgan": Preset("vqgan", "packaged photographs", 32, 2, 0.737, 0.05867, "a first try, on a CPU"),
+    "photos32_vqgan": Preset(
+        "vqgan", "packaged photographs", 32, 2, 0.737, 0.05867, "a first try without data of yours, on a CPU"
+    ),
+    "folder64_vqgan": Preset("vqgan", _FOLDER, 64, 4, 1.003, 0.03317, "your images, on a CPU"),
     "landscapes_vqgan": Preset("vqgan", _FOLDER, 64, 4, 1.003, 0.1866, "landscapes wider than the crops, on a CPU"),
     "folder_vqgan": Preset("vqgan", _FOLDER, 256, 16, 72.14, 1408.0, "your images, on a GPU: the original's model"),
     "photos256_vqgan": Preset(

@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
             return INTERRUPTED
+        except Stopped as error:
+            print(f"tamingfast: {one_line(str(error))}", file=sys.stderr)
+            return INTERRUPTED
         except BrokenPipeError as error:
             # The reader has closed the pipe, as `| head` does.
             return 0 if error.filename == streams.OUTPUT else _failed(error)
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None:
                 return _failed(error)
             print(f"tamingfast: error: {one_line(as_typed(message, arguments, words))}", file=sys.stderr)
-            return INTERRUPTED if isinstance(error, Stopped) else USAGE_ERROR
+            return USAGE_ERROR
     return 0
 
 

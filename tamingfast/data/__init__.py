@@ -16,7 +16,7 @@ from tamingfast.data.checks import whole
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
 from tamingfast.data.loading import Loader, loader, shuffled
-from tamingfast.errors import UserError, brief, nearest
+from tamingfast.errors import UnknownKey, UserError, brief, nearest
 
 __all__ = ["Loader", "build", "loader", "shuffled"]
 
@@ -31,6 +31,8 @@ _OTHERS: dict[str, Callable[..., tuple[EpochDataset, EpochDataset | None]]] = {
     "tokens": tokens.build,
 }
 _FACTORIES = _IMAGES | _OTHERS
+#: What is meant by a path, unless another data set is named.
+_USUAL = "folder"
 #: Keys of the two data sets in the original's layout.
 SPLITS = ("train", "validation")
 #: Settings that runs on token files keep from the images that were encoded.
@@ -50,18 +52,16 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
     wrong with the data themselves.
     """
-    options = dict(config)
-    originals = {split: options.pop(split, None) for split in SPLITS}
-    name = options.pop("name", None)
+    originals = {split: config[split] for split in SPLITS if split in config}
+    name = config.get("name")
     if name is None:
         return _originals(originals)
-    if not isinstance(name, str) or name not in _FACTORIES:
-        raise UserError(f"data.name: got {brief(name)}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
-    crop, seed = options.pop("crop", None), whole("seed", options.get("seed", 0))
-    if name == "tokens":
-        options = {key: value for key, value in options.items() if key not in _OF_ENCODED_IMAGES}
-    _check_keys(name, options, inspect.signature(_FACTORIES[name]).parameters)
+    check_name(name)
+    check_keys(config)
+    options = _options(config)
+    _check_given(name, options)
     check_types(options, _FACTORIES[name], "data")
+    crop, seed = config.get("crop"), whole("seed", config.get("seed", 0))
     if crop is None:
         return _FACTORIES[name](**options)
     if name not in _IMAGES:
@@ -72,28 +72,60 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     return cut(_IMAGES[name](**options), crop, seed)
 
 
-def _check_keys(name: str, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    for key in options:
-        if key not in parameters:
-            valid = [*parameters, "crop"]
+def check_name(name: object) -> None:
+    """Raise UserError unless there is a data set of this name."""
+    if not isinstance(name, str) or name not in _FACTORIES:
+        raise UserError(f"data.name: got {brief(name)}, expected one of {_names()}{nearest(str(name), _FACTORIES)}")
+
+
+def keys(name: object) -> list[str]:
+    """The keys that the ``data:`` section of this data set may have; of all data sets if there is none of this name."""
+    names = [name] if isinstance(name, str) and name in _FACTORIES else list(_FACTORIES)
+    return ["name", *dict.fromkeys(key for each in names for key in _parameters(each)), "crop"]
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a key of a ``data:`` section that the data set of its name does not have."""
+    name = config["name"]
+    for key in _options(config):
+        if key in _parameters(name):
+            continue
+        owners = sorted((each for each in _FACTORIES if key in _parameters(each)), key=lambda each: each != _USUAL)
+        if owners:
             raise UserError(
-                f"data.{key}: got a key that data.name={name} does not have, expected one of "
-                f"{', '.join(sorted(valid))}{nearest(str(key), valid)}"
+                f"data.{key}: got a key that data.name={name} does not have, expected it with "
+                f"data.name={' or '.join(owners)}; add data.name={owners[0]}, or leave it out"
             )
-    for key, parameter in parameters.items():
+        valid = sorted(keys(name)[1:])
+        sentence = f"data.{key}: got a key that data.name={name} does not have, expected one of {', '.join(valid)}"
+        raise UnknownKey(f"data.{key}", sentence, [f"data.{each}" for each in valid])
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_FACTORIES[name]).parameters
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a data set's ``build``."""
+    others = ("name", "crop", *SPLITS, *(_OF_ENCODED_IMAGES if config["name"] == "tokens" else ()))
+    return {key: value for key, value in config.items() if key not in others}
+
+
+def _check_given(name: str, options: Mapping[str, Any]) -> None:
+    for key, parameter in _parameters(name).items():
         if parameter.default is parameter.empty and options.get(key) is None:
             raise UserError(f"data.{key}: got none, expected a value for data.name={name}; add data.{key}=...")
 
 
 def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
     """Data sets from {target, params}; validation may be missing."""
-    if not described["train"]:
+    if not described.get("train"):
         raise UserError(
             f"data.name: got none, expected one of {_names()}; give data.name=photos, or data.name=folder "
             "data.path=DIRECTORY"
         )
     try:
-        train, validation = (_made(described[split], split) for split in SPLITS)
+        train, validation = (_made(described.get(split), split) for split in SPLITS)
     except UserError as error:
         problem = str(error).partition(";")[0]
         raise UserError(f"{problem}; give data.name=folder data.path=DIRECTORY to train on a directory") from error
@@ -101,7 +133,7 @@ def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset
     return train, validation
 
 
-def _made(described: Mapping[str, Any], split: str) -> EpochDataset | None:
+def _made(described: Mapping[str, Any] | None, split: str) -> EpochDataset | None:
     if not described:
         return None
     made = instantiate_from_config(described)

@@ -42,6 +42,7 @@ class EpochDataset(Dataset[dict[str, Any]]):
         vocab_size: number of codes of token grids; None for images.
         metadata: what a token file records about its origin; empty for images.
         condition: what a token file records about the condition tokens that it holds; None without them.
+        decodes: whether each item is decoded from a file, which other processes can do ahead.
     """
 
     epoch: int = 0
@@ -51,6 +52,7 @@ class EpochDataset(Dataset[dict[str, Any]]):
     vocab_size: int | None = None
     metadata: Mapping[str, str] = {}
     condition: ConditionRecord | None = None
+    decodes: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError

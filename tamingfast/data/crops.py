@@ -43,7 +43,7 @@ class Crops(ArrayDataset):
             self._columns = width // side
             squares = np.arange(len(self.images) * (height // side) * self._columns)
             self._order = np.argsort(random_bits(0, 0, squares), kind="stable")
-        self.classes = self.images.classes
+        self.classes, self.decodes = self.images.classes, self.images.decodes
 
     @property
     def description(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.checks import flag, side
@@ -17,11 +18,12 @@ from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.data.rgb import UNKNOWN, endings, read_rgb, scaled_size, to_unit_scale
 from tamingfast.data.views import Picture, Size, View
 from tamingfast.errors import UserError
+from tamingfast.ops.machine import available_memory
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of decoded pictures that a dataset keeps in memory, in each worker process.
-KEPT_BYTES = 128 * 2**20
+#: Share of the free memory that a dataset's decoded pictures may take, in all processes that read it together.
+KEPT_SHARE = 1 / 32
 _NAMED = 10
 
 
@@ -32,11 +34,13 @@ class ImageFiles(EpochDataset):
     ``size`` is cropped at the centre or at random; without ``size``, images keep their shape. ``class_label`` is
     ``labels[index]``, or 0 without ``labels``. A file whose pixels turn out to be unreadable is replaced by the next
     readable one; `warn_broken` logs it, and ``report`` counts and names such files together with the (path, reason)
-    pairs in ``broken``, which were found and logged earlier. Decoded pictures stay in memory up to `KEPT_BYTES`, so
-    files must not change while in use.
+    pairs in ``broken``, which were found and logged earlier. Decoded and scaled pictures stay in memory up to
+    `KEPT_SHARE`, so files must not change while in use.
 
     Indexing raises UserError when no file at all can be read.
     """
+
+    decodes = True
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class ImageFiles(EpochDataset):
         self._skipped = list(broken)
         self._reported: set[str] = set()
         self._kept: dict[int, Image.Image] = {}
-        self._room = KEPT_BYTES
+        self._room: float | None = None
         # Shared memory, so that the process that reports broken files sees those that worker processes find.
         self._unreadable = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
 
@@ -114,6 +118,8 @@ class ImageFiles(EpochDataset):
         if image is None:
             image = read_rgb(self.paths[number], self.short_side)
             size = 3 * image.width * image.height
+            if self._room is None:
+                self._room = _room()
             if size <= self._room:
                 self._kept[number] = image
                 self._room -= size
@@ -139,6 +145,12 @@ class ImageFiles(EpochDataset):
                 int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
             )
         return View(left, top, self.size, self.size, flipped, int(other[0]))
+
+
+def _room() -> float:
+    """Bytes for decoded pictures in this process."""
+    worker = get_worker_info()
+    return KEPT_SHARE * available_memory(torch.device("cpu")) / (1 if worker is None else worker.num_workers)
 
 
 def warn_skipped(broken: Iterable[tuple[str, str]]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.randomness import random_bits
 from tamingfast.errors import UserError
+from tamingfast.ops.machine import processors
 
 
 def shuffled(count: int, seed: int, epoch: int = 0) -> np.ndarray:
@@ -43,49 +43,66 @@ def loader(
     """
     items = as_epoch_dataset(dataset)
     order = np.arange(len(items)) if order is None else order
-    return Loader(_Batches(items, batch_size, order, epoch, drop_last), workers, start_batch)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    if drop_last and len(order) < batch_size:
+        raise UserError(
+            f"batch_size: got {batch_size}, expected at most {len(order)}, the number of items; lower it, or give more "
+            "data"
+        )
+    if workers < 0:
+        raise ValueError(f"workers: got {workers}, expected at least 0")
+    order = order[: len(order) // batch_size * batch_size] if drop_last else order
+    parts = [(epoch, order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
+    if not 0 <= start_batch <= len(parts):
+        raise ValueError(f"start_batch: got {start_batch}, expected 0 to {len(parts)}, the number of batches")
+    return Loader(items, parts[start_batch:], workers)
+
+
+#: (epoch, the numbers of the items) of a batch.
+Part = tuple[int, np.ndarray]
 
 
 class Loader:
-    """An iterable over the batches from ``start_batch`` on; see `loader`."""
+    """An iterable over batches; see `loader`."""
 
-    def __init__(self, batches: _Batches, workers: int, start_batch: int) -> None:
-        if not 0 <= start_batch <= len(batches):
-            raise ValueError(f"start_batch: got {start_batch}, expected 0 to {len(batches)}, the number of batches")
-        if workers < 0:
-            raise ValueError(f"workers: got {workers}, expected at least 0")
-        # More processes than processors would only wait for one another.
-        self._batches, self._workers = batches, min(workers, _processors())
-        self._numbers = range(start_batch, len(batches))
+    def __init__(self, dataset: EpochDataset, parts: Sequence[Part], workers: int) -> None:
+        self._dataset, self._parts, self._workers = dataset, parts, workers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._parts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
-            yield from self._read()
+            yield from read(self._dataset, self._parts, self._workers if self._parts else 0)
         finally:  # also when the reader stops early and closes this generator
-            self._batches.dataset.warn_broken()
+            self._dataset.warn_broken()
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if not self._workers or not self._numbers:
-            for number in self._numbers:
-                yield self._batches[number]
-            return
-        batches = DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=self._numbers,
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # without one, DataLoader draws from torch's global generator
-        )
-        try:
-            yield from batches
-        except UserError as error:
-            # A worker's error arrives with its whole traceback as the message.
-            own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
-            raise UserError(own.strip()) from error
+
+def read(dataset: EpochDataset, parts: Iterable[Part], workers: int = 0) -> Iterator[dict[str, Any]]:
+    """The batches ``parts``, of which there may be no end.
+
+    ``workers`` processes, at most one for each processor, read ahead. They live as long as the iterator, and so does
+    what a data set keeps in memory.
+    """
+    batches = _Batches(dataset)
+    if not workers:
+        yield from map(batches.__getitem__, parts)
+        return
+    made = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=parts,
+        num_workers=min(workers, processors()),  # more would only wait for one another
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # without one, DataLoader draws from torch's global generator
+    )
+    try:
+        yield from made
+    except UserError as error:
+        # A worker's error arrives with its whole traceback as the message.
+        own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+        raise UserError(own.strip()) from error
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -96,33 +113,16 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processors() -> int:
-    """Number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Batches(Dataset[dict[str, Any]]):
-    """A map-style data set whose item ``b`` is the ``b``-th batch of another one."""
+    """A map-style data set whose items are batches of another one."""
 
-    def __init__(self, dataset: EpochDataset, batch_size: int, order: np.ndarray, epoch: int, drop_last: bool) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        if drop_last and len(order) < batch_size:
-            raise UserError(
-                f"batch_size: got {batch_size}, expected at most {len(order)}, the number of items; lower it, or give "
-                "more data"
-            )
-        self.dataset, self.batch_size, self.epoch = dataset, batch_size, epoch
-        self.order = order[: len(order) // batch_size * batch_size] if drop_last else order
+    def __init__(self, dataset: EpochDataset) -> None:
+        self.dataset = dataset
 
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, part: Part) -> dict[str, Any]:
         # Set for every batch, because two loaders may take turns on one data set and workers hold copies of it.
-        self.dataset.set_epoch(self.epoch)
-        indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
-        return self.dataset.batch(indices)
+        self.dataset.set_epoch(part[0])
+        return self.dataset.batch(part[1])
 
 
 def _unchanged(batch: Any) -> Any:

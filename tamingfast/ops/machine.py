@@ -160,22 +160,46 @@ def cuda() -> Availability:
 _FEATURES = re.compile(
     r"\b(avx|avx2|fma|f16c|avx512(?:f|bw|dq|vl|_vnni|_bf16|_fp16)|avx_vnni|amx_\w+|asimd\w*|sve\w*|i8mm|bf16)\b"
 )
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The processor's name, and its instruction sets; none where the system does not list them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return (
+        name.group(1).strip() if name else platform.processor() or platform.machine(),
+        sorted(set(_FEATURES.findall(flags.group(1)))) if flags else [],
+    )
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; without them it is slower than float32, on a CPU several times."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not _BFLOAT16.isdisjoint(_cpu()[1])
+
+
+def processors() -> int:
+    """Number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def facts() -> Facts:
     """Versions, processor with its vector instructions, threads and GPU: print them beside any measurement."""
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    name, features = _cpu()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "cpu": name.group(1).strip() if name else platform.processor() or platform.machine(),
-        "cpu_features": sorted(set(_FEATURES.findall(flags.group(1)))) if flags else [],
+        "cpu": name,
+        "cpu_features": features,
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu().reason,

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from tamingfast import data
 from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import at, load_yaml, plain
 from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
 from tamingfast.checkpoints.values import is_number
-from tamingfast.errors import UserError, first_line, nearest
+from tamingfast.errors import UnknownKey, UserError, first_line, nearest
 from tamingfast.training.keys import (
     DEFAULT_TARGETS,
     check_keys,
@@ -24,6 +25,7 @@ from tamingfast.training.keys import (
     check_params,
     check_paths,
     is_path,
+    keys_of_params,
     parameters_of,
 )
 from tamingfast.training.original_layout import MODEL_KEYS, UNUSED_PARAMS, check_original_data, translated
@@ -59,19 +61,38 @@ def load_config(
     """
     config = load_yaml(_locate(name_or_path))
     given = OmegaConf.create()
-    for override in overrides:
-        change = _parsed(override)
-        config, given = (_merged(each, change, override) for each in (config, given))
-    settled = plain(config)
+    try:
+        for override in overrides:
+            change = _parsed(override)
+            config, given = (_merged(each, change, override) for each in (config, given))
+        return _settled(plain(config), cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)), allow)
+    except UnknownKey as error:
+        raise error.among(valid_keys(cast(dict[str, Any], OmegaConf.to_container(config, resolve=False)))) from None
+
+
+def _settled(settled: dict[str, Any], given: Mapping[str, Any], allow: Collection[str] | None) -> DictConfig:
+    """The checked config in our layout."""
     if at(settled, "data", "name") is None:  # these are not built, but who runs a config with them means harm
         unused = {key: at(settled, "data", "params", key) for key in UNUSED_PARAMS}
         check_targets({"params": unused}, "data", allow)
-    settled = translated(settled, cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)))
+    settled = translated(settled, given)
     check_paths(settled)
     for section in ("model", "data"):
         check_targets(settled.get(section), section, allow)
     check_config(settled)
     return OmegaConf.create(settled)
+
+
+def valid_keys(config: Mapping[str, Any]) -> list[str]:
+    """The whole keys that a config with these classes and this data set can have."""
+    model, sections = config.get("model"), (
+        ("model", ("base_learning_rate",)),
+        ("data", data.keys(at(config, "data", "name"))),
+        ("training", [field.name for field in fields(Training)]),
+        ("prior", _PRIOR_KEYS),
+    )  # fmt: skip
+    found = [f"{section}.{key}" for section, keys in sections for key in keys]
+    return [*found, *keys_of_params(model, "model", DEFAULT_TARGETS["model"])]
 
 
 def _parsed(override: str) -> DictConfig:
@@ -156,16 +177,19 @@ def _locate(name_or_path: str | os.PathLike) -> Path:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise UserError for the first key that nothing reads; `tamingfast.data.build` checks those below ``data``."""
+    """Raise UserError for the first key that nothing reads."""
     check_keys(config, _SECTIONS, "")
     sections = {name: {} if config.get(name) is None else config[name] for name in _SECTIONS}
-    model, data = sections["model"], sections["data"]
+    model, section = sections["model"], sections["data"]
     check_keys(model, MODEL_KEYS, "model")
     check_keys(sections["prior"], _PRIOR_KEYS, "prior")
     check_keys(sections["training"], [field.name for field in fields(Training)], "training")
-    check_mapping(data, "data", "name")
-    if data.get("name") is None and data.get("train") is not None:
-        check_original_data(data)
+    check_mapping(section, "data", "name")
+    if section.get("name") is not None:
+        data.check_name(section["name"])
+        data.check_keys(section)
+    elif section.get("train") is not None:
+        check_original_data(section)
     rate = model.get("base_learning_rate")
     if rate is not None and not (is_number(rate) and rate > 0):
         raise UserError(f"model.base_learning_rate: got {rate!r}, expected a number above 0")

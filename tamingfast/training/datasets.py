@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch.utils.data import Dataset
 
 from tamingfast.checkpoints.config import plain
-from tamingfast.data import build
+from tamingfast.data import build, keys
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
+from tamingfast.errors import UserError
 
 #: (training, validation): our data sets, or any map-style data sets of torch.
 Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]
@@ -18,6 +20,14 @@ Datasets: TypeAlias = tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]] | N
 def datasets_of(config: Mapping[str, Any], given: Datasets | None = None) -> tuple[EpochDataset, EpochDataset | None]:
     """The ``given`` data sets, or those of the config."""
     if given is None:
-        return build(plain(config.get("data")) or {})
+        section = plain(config.get("data")) or {}
+        try:
+            return build(section)
+        except UserError as error:  # of a data set, which does not know where its arguments were written
+            named = re.match(r"\w+(?=[:=])", str(error))
+            if named is None or named[0] not in keys(section.get("name")):
+                raise
+            whole = f"data.{error}"
+            raise UserError(whole) from error
     training, validation = given
     return as_epoch_dataset(training), None if validation is None else as_epoch_dataset(validation)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tamingfast.checkpoints.targets import class_of
 from tamingfast.checkpoints.values import check_types
-from tamingfast.errors import UserError, nearest
+from tamingfast.errors import UnknownKey, UserError
 from tamingfast.models.prior import FIRST_STAGE, UNCONDITIONAL
 from tamingfast.training.prior_config import GPT, MODEL
 
@@ -25,9 +26,13 @@ def check_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> 
     check_mapping(section, where, known[0])
     for key in section:
         if key not in known:
-            name = f"{where}.{key}" if where else key
-            hint = nearest(str(key), known)
-            raise UserError(f"{name}: got a key that nothing reads, expected one of {', '.join(known)}{hint}")
+            name, valid = _below(where, str(key)), [_below(where, each) for each in known]
+            raise UnknownKey(name, f"{name}: got a key that nothing reads, expected one of {', '.join(known)}", valid)
+
+
+def _below(where: str, key: str) -> str:
+    """The whole key of ``key`` in the section ``where``."""
+    return f"{where}.{key}" if where else key
 
 
 def check_mapping(section: object, where: str, key: str) -> None:
@@ -60,7 +65,7 @@ def check_params(config: Mapping[str, Any], where: str, default: str | None = No
     """
     params = config.get("params") or {}
     check_mapping(params, f"{where}.params", "lossconfig")
-    network = class_of(config.get("target", default), f"{where}.target")
+    network = _class(config, where, default)
     names = parameters_of(network)
     if names is not None:
         check_keys(params, names, f"{where}.params")
@@ -79,10 +84,33 @@ def check_params(config: Mapping[str, Any], where: str, default: str | None = No
         elif key == "cond_stage_config" and isinstance(value, str) and value not in (FIRST_STAGE, UNCONDITIONAL):
             raise UserError(f"{inside}: got {value!r}, expected {FIRST_STAGE}, {UNCONDITIONAL}, or keys below it")
         elif key == "ddconfig" and isinstance(value, Mapping):
-            coders = [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
-            check_keys(value, [name for coder in coders for name in parameters_of(coder) or ()], inside)
-            for coder in coders:
+            check_keys(value, [name for coder in _coders() for name in parameters_of(coder) or ()], inside)
+            for coder in _coders():
                 check_types(value, coder, inside)
+
+
+def keys_of_params(config: object, where: str, default: str | None = None) -> Iterator[str]:
+    """The whole keys that ``config``, with a target and params, can have; none of a part that cannot be understood."""
+    if not isinstance(config, Mapping):
+        return
+    with contextlib.suppress(UserError):
+        yield from (f"{where}.params.{name}" for name in parameters_of(_class(config, where, default)) or ())
+    params = config.get("params")
+    for key, value in params.items() if isinstance(params, Mapping) else ():
+        inside = f"{where}.params.{key}"
+        if key == "ddconfig":
+            yield from (f"{inside}.{name}" for coder in _coders() for name in parameters_of(coder) or ())
+        else:
+            yield from keys_of_params(value, inside, DEFAULT_TARGETS.get(str(key)))
+
+
+def _class(config: Mapping[str, Any], where: str, default: str | None) -> type:
+    return class_of(config.get("target", default), f"{where}.target")
+
+
+def _coders() -> list[type]:
+    """The classes that read ``ddconfig``."""
+    return [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
 
 
 def parameters_of(target: Callable[..., Any]) -> list[str] | None:

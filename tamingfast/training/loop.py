@@ -23,6 +23,7 @@ from tamingfast.images import save_rows
 from tamingfast.progress import bar
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps, step_batches, validation_batches
+from tamingfast.training.forecast import Forecast
 from tamingfast.training.health import Monitor
 from tamingfast.training.interrupts import Interrupts
 from tamingfast.training.seeds import seed_for
@@ -32,6 +33,8 @@ from tamingfast.training.step import rate_factor, step
 
 #: Images in each row of the pictures that a run writes.
 IMAGES_SHOWN = 8
+#: Without ``validate_every``, the least number of steps between validations at the ends of epochs.
+BETWEEN_VALIDATIONS = 100
 
 
 def run(
@@ -66,7 +69,7 @@ class _Run:
         self.training, self.validation = datasets
         self.per_epoch = epoch_steps(self.training, settings, among.size)
         self.last = settings.last_step(self.per_epoch)
-        self.validate_every = settings.validate_every or self.per_epoch
+        self.validate_every = settings.validate_every or -(-BETWEEN_VALIDATIONS // self.per_epoch) * self.per_epoch
         self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
         self.step, self.seconds, self.kept = 0, 0.0, 0
         if progress is not None:
@@ -74,13 +77,14 @@ class _Run:
         self.saved = run_directory.exported(out) if self.step else None
         self.resumed = progress is not None
         self.metrics: run_directory.Metrics | None = None
+        self.forecast = Forecast(among.device.type)
         self.rates = [group["lr"] for group in self.groups()]
 
     def train(self) -> Path:
         # A run that had finished may have validated and drawn after its last checkpoint.
         self.had_finished = self.spent() and self.resumed
         with contextlib.ExitStack() as stack:
-            interrupts = stack.enter_context(Interrupts())
+            interrupts = stack.enter_context(Interrupts(quiet=self.among.rank > 0))
             if self.among.rank == 0:
                 self.metrics = run_directory.Metrics(self.out, self.kept, self.step if self.had_finished else None)
                 stack.callback(self.metrics.close)
@@ -112,14 +116,17 @@ class _Run:
         """One step, and whatever is due after it."""
         began = time.perf_counter()
         epoch, mine = next(batches)
+        reading = time.perf_counter() - began
         self.stage.model.train()
         self.stage.model.global_step = self.step
         torch.manual_seed(seed_for(self.settings.seed, self.step, self.among.rank))
         self.set_rates()
         values = self.move(mine)
-        self.seconds += time.perf_counter() - began
+        whole = time.perf_counter() - began
+        self.seconds += whole
         self.step += 1
         self.bar.update()
+        self.tell(reading, whole)
         if self.step % self.settings.log_every == 0:
             self.record(epoch, "train", self.among.mean(values))
         if self.due(self.validate_every):
@@ -128,6 +135,14 @@ class _Run:
             self.draw()
         if self.due(self.settings.checkpoint_every):
             self.save()
+
+    def tell(self, reading: float, whole: float) -> None:
+        """Say after the first steps how long the rest will take."""
+        steps = None if self.last is None else self.last - self.step
+        seconds = None if self.settings.seconds is None else max(0.0, self.settings.seconds - self.seconds)
+        said = self.forecast.after(reading, whole, steps, seconds)
+        if said is not None and self.among.rank == 0:
+            self.bar.write(f"{self.out.name}: {said}", file=sys.stderr)
 
     def set_rates(self) -> None:
         factor = rate_factor(self.settings, self.step)
@@ -187,7 +202,7 @@ class _Run:
             return
         torch.manual_seed(seed_for(self.settings.seed, "validate"))
         with self.evaluating():
-            values = self.stage.validate(validation_batches(self.validation, self.settings, self.among.device))
+            values = self.stage.validate(validation_batches(self.validation, self.settings, self.among))
         self.record(epoch, "validation", values)
         for hint in self.monitor.hints(values):
             self.bar.write(f"warning: {hint}", file=sys.stderr)
@@ -197,7 +212,7 @@ class _Run:
         if self.among.rank:
             return
         shown = self.validation if self.validation is not None and len(self.validation) else self.training
-        first = next(iter(validation_batches(shown, self.settings, self.among.device)))
+        first = next(iter(validation_batches(shown, self.settings, self.among)))
         with self.evaluating():
             rows = self.stage.images({name: value[:IMAGES_SHOWN] for name, value in first.items()})
         if self.metrics is not None:

@@ -24,6 +24,7 @@ from tamingfast.training import distributed, loop
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
+from tamingfast.training.fitting import fitted
 from tamingfast.training.prior_config import completed_data, prior_config
 from tamingfast.training.prior_stage import PriorStage
 from tamingfast.training.settings import training_settings
@@ -72,6 +73,7 @@ def train(
         frozen, condition = _first_stage(first_stage, allow), _first_stage(cond_stage, allow)
         config["data"] = _data_section(config, frozen, condition, allow)
         training, validation = datasets_of(config, datasets)
+        settings = fitted(settings, training, among)
         if training.condition is not None:
             config["data"] |= training.condition.get("data") or {}  # so that sampling knows the run's condition
         objects = training.kind if isinstance(training.kind, Objects) else None

@@ -14,7 +14,9 @@ from tamingfast.checkpoints.values import LARGEST, is_number
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys
 
-PRECISIONS = ("float32", "bfloat16")
+#: What the machine decides, see `fitting.fitted`.
+AUTO = "auto"
+PRECISIONS = (AUTO, "float32", "bfloat16")
 #: Integers that may be 0; the others are at least 1.
 _MAY_BE_ZERO = ("seed", "workers", "warmup_steps")
 _Number = int | float
@@ -26,10 +28,12 @@ class Training:
 
     ``steps``, ``epochs`` (passes over the training images) and ``seconds`` (of training proper, without validation and
     checkpoints) end the run, whichever comes first; without any it continues until it is stopped. ``validate_every``
-    None validates after each epoch; ``image_every`` None writes no images.
+    None validates after each epoch, after several if they are short (`loop.BETWEEN_VALIDATIONS`); ``image_every`` None
+    writes no images.
     ``learning_rate`` None follows the paper: accumulate * devices * batch_size * model.base_learning_rate. The paper
     keeps it constant; ``warmup_steps`` raises it linearly first, ``decay_steps`` lowers it to zero along a cosine.
-    ``batch_size`` is images per device and forward pass. Two settings depart from the original to shorten runs:
+    ``batch_size`` is images per device and forward pass. ``precision`` and ``workers``, the processes that read data,
+    can be "auto". Two settings depart from the original to shorten runs:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
 
     Raises UserError for values of the wrong type or out of range.
@@ -53,7 +57,7 @@ class Training:
     validation_batches: int | None = 32
     image_every: int | None = None
     checkpoint_every: int = 1000
-    workers: int = 0
+    workers: int | str = AUTO
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -85,6 +89,8 @@ def check_setting(name: str, value: object, key: str | None = None) -> None:
     types = _types(name)
     if name == "precision":
         valid, expected = value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
+    elif name == "workers" and value == AUTO:
+        valid, expected = True, ""
     elif bool in types:
         valid, expected = isinstance(value, bool), "true or false"
     elif float in types:
@@ -92,7 +98,7 @@ def check_setting(name: str, value: object, key: str | None = None) -> None:
     else:
         least = 0 if name in _MAY_BE_ZERO else 1
         valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
-        expected = f"an integer of at least {least}"
+        expected = f"an integer of at least {least}{f', or {AUTO}' * (str in types)}"
     or_null = NoneType in types
     if not (valid or (value is None and or_null)):
         raise UserError(f"{key or f'training.{name}'}: got {value!r}, expected {expected}{', or null' * or_null}")

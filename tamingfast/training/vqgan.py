@@ -23,6 +23,7 @@ from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.feed import step_batches
+from tamingfast.training.fitting import fitted
 from tamingfast.training.keys import parameters_of
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import training_settings
@@ -57,6 +58,7 @@ def train(
     check_loss(described)
     with distributed.world(device) as among:
         training, validation = datasets_of(config, datasets)
+        settings = fitted(settings, training, among)
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
         model = cast(VQModel, new_model(described, settings.seed))
         check_images(training, model.image_key)

@@ -113,10 +113,11 @@ def test_other_refusals(monkeypatch, error, name):
     assert len(refused("info", names=name).splitlines()) == 1
 
 
-def test_a_stopped_run_counts_as_interrupted(monkeypatch, capsys):
-    raising(monkeypatch, errors.Stopped("run: got SIGTERM, expected to finish"))
+def test_a_stopped_run_counts_as_interrupted_not_as_an_error(monkeypatch, capsys):
+    raising(monkeypatch, errors.Stopped("stopped after step 3 (SIGTERM); --resume continues from there"))
     assert run("info") == cli.INTERRUPTED
-    assert said_in(capsys.readouterr().err) == ["tamingfast: error: run: got SIGTERM, expected to finish"]
+    said = said_in(capsys.readouterr().err)
+    assert said == ["tamingfast: stopped after step 3 (SIGTERM); --resume continues from there"]
 
 
 def test_arguments_are_named_as_options():

@@ -50,7 +50,7 @@ class TestEncodeAndTrain:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["photos32_vqgan", "training.step=3"], "did you mean 'steps'"),
+            (["photos32_vqgan", "training.step=3"], "did you mean 'training.steps'"),
             (["photos32_vqgan", "data.name=fotos"], "photos"),
             (["nonsense"], "expected a YAML file or a preset, one of"),
         ],

@@ -220,7 +220,7 @@ class TestMistakes:
             ("lowres", {"factor": 7}, "expected a multiple of factor=7"),
             ("edges", {"sigma": -1}, "sigma: got -1"),
             ("edges", {"short_side": 8}, "short_side: got 8"),
-            ("edges", {"labls": 8}, "did you mean 'labels'"),
+            ("edges", {"labls": 8}, "did you mean 'data.labels'"),
         ],
     )
     def test_settings(self, folder, kind, options, message):

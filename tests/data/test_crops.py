@@ -65,7 +65,7 @@ def test_crop_is_a_setting_of_every_dataset_of_images():
     [
         ({"name": "photos", "size": 64, "crop": 65}, "crop: got 65"),
         ({"name": "photos", "size": 64, "crop": 0}, "at least 1"),
-        ({"name": "photos", "size": 64, "crops": 8}, "did you mean 'crop'"),
+        ({"name": "photos", "size": 64, "crops": 8}, "did you mean 'data.crop'"),
         ({"name": "conditions", "path": ".", "kind": "edges", "crop": 8}, "short_side"),
     ],
 )

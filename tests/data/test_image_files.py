@@ -95,7 +95,7 @@ def test_pictures_stay_in_memory_as_far_as_there_is_room(tmp_path, monkeypatch):
         return read_rgb(path, short_side)
 
     monkeypatch.setattr(image_files, "read_rgb", read)
-    monkeypatch.setattr(image_files, "KEPT_BYTES", 2 * 3 * 24 * 16 + 100)
+    monkeypatch.setattr(image_files, "_room", lambda: 2 * 3 * 24 * 16 + 100)
     dataset = ImageFiles(paths, 16, random_crop=True)
     before = [dataset[number]["image"] for number in range(3)]
     again = [dataset[number]["image"] for number in range(3)]

@@ -183,7 +183,7 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
         ({}, "data.name: got none, expected one of cifar10, conditions"),
         (
             {"name": "photos", "sise": 32},
-            "data.sise: got a key that .* does not have, expected .*; did you mean 'size'",
+            "data.sise: got a key that .* does not have, expected .*; did you mean 'data.size'",
         ),
         ({"name": "folder"}, "data.path: got none"),
         ({"name": "tokens", "path": "x", "crop": 4}, "data.crop: got 4 for data.name=tokens, expected images without"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from picture_files import save
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from tamingfast.data.image_files import ImageFiles
 from tamingfast.data.rgb import read_rgb
@@ -97,3 +98,20 @@ def test_every_colour_mode_becomes_rgb(tmp_path, image, suffix, expected, tolera
     converted = read_rgb(path)
     assert converted.mode == "RGB"
     assert np.abs(np.asarray(converted).astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("side", "decoded"),
+    [(32, (200, 120)), (64, (400, 240)), (240, (800, 480)), (256, (1600, 960)), (None, (1600, 960))],
+)
+def test_jpegs_are_decoded_at_twice_the_wanted_size_or_more(tmp_path, monkeypatch, side, decoded):
+    save(tmp_path / "photo.jpg", (1600, 960))
+    sizes, load = set(), JpegImageFile.load
+
+    def noted(self):
+        sizes.add(self.size)
+        return load(self)
+
+    monkeypatch.setattr(JpegImageFile, "load", noted)
+    read_rgb(tmp_path / "photo.jpg", side)
+    assert sizes == {decoded}

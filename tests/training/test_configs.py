@@ -27,10 +27,26 @@ def test_every_preset_loads_and_builds():
     ("override", "said"),
     [
         ("trainig.steps=3", "trainig: got a key that nothing reads, expected .*did you mean 'training'"),
-        ("training.stpes=3", "training.stpes: .*did you mean 'steps'"),
-        ("model.params.n_embd=3", "did you mean 'n_embed'"),
-        ("model.params.ddconfig.ch_mul=[1]", "did you mean 'ch_mult'"),
-        ("model.params.lossconfig.params.disc_strt=1", "did you mean 'disc_start'"),
+        ("training.stpes=3", "training.stpes: .*did you mean 'training.steps'"),
+        ("model.params.n_embd=3", "did you mean 'model.params.n_embed'"),
+        ("model.params.ddconfig.ch_mul=[1]", "did you mean 'model.params.ddconfig.ch_mult'"),
+        ("model.params.lossconfig.params.disc_strt=1", "did you mean 'model.params.lossconfig.params.disc_start'"),
+        ("data.lenght=3", "did you mean 'data.length'"),
+        # Keys that stand elsewhere.
+        ("perceptual_weights=random", "did you mean 'model.params.lossconfig.params.perceptual_weights'"),
+        ("steps=3", "^steps: got a key that nothing reads, .*did you mean 'training.steps'"),
+        ("data.batch_size=3", "did you mean 'training.batch_size'"),
+        ("training.base_learning_rate=1", "did you mean 'model.base_learning_rate'"),
+        ("model.ch_mult=[1]", "did you mean 'model.params.ddconfig.ch_mult'"),
+        ("training.size=64", "did you mean 'data.size'"),
+        ("flavour=3", "flavour: got a key that nothing reads, expected one of model, data, training, prior$"),
+        # Of another data set.
+        (
+            "data.path=pictures",
+            "^data.path: got a key that data.name=photos does not have, expected it with "
+            "data.name=folder or .*; add data.name=folder, or leave it out$",
+        ),
+        ("data.kind=edges", "add data.name=conditions"),
         ("model.target=taming.models.vqgan.VQModl", "did you mean"),
         ("steps", "key=value"),
     ],
@@ -47,15 +63,15 @@ def test_unknown_keys_name_the_nearest(override, said):
         ({"batch_size": 2.5}, "training.batch_size: got 2.5, expected an integer of at least 1$"),
         ({"batch_size": "3"}, "training.batch_size: got '3', expected an integer"),
         ({"batch_size": None}, "training.batch_size: got None, expected an integer"),
-        ({"workers": -1}, "training.workers: got -1, expected an integer of at least 0$"),
+        ({"workers": -1}, "training.workers: got -1, expected an integer of at least 0, or auto$"),
         ({"steps": True}, "training.steps: got True, expected an integer of at least 1, or null$"),
-        ({"precision": "float8"}, "training.precision: got 'float8', expected one of float32, bfloat16$"),
+        ({"precision": "float8"}, "training.precision: got 'float8', expected one of auto, float32, bfloat16$"),
         ({"precision": 32}, "training.precision: got 32, expected one of"),
         ({"shared_forward": "yes"}, "training.shared_forward: got 'yes', expected true or false$"),
         ({"shared_forward": 1}, "training.shared_forward: got 1, expected true or false$"),
         ({"grad_clip": -1.0}, "training.grad_clip: got -1.0, expected a number above 0, or null$"),
         ({"seconds": "long"}, "training.seconds: got 'long', expected a number above 0, or null$"),
-        ({"batch_size": 100}, "data: got 13 training images, expected at least 100 for one step"),
+        ({"accumulate": 100}, "data: got 13 training images, expected at least 100 for one step"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, changed, said):
@@ -75,6 +91,18 @@ def test_a_config_of_the_other_stage_is_refused(tmp_path):
         vqgan.train(load_config("tiny"), tmp_path / "run", device="cpu")
     with pytest.raises(UserError, match="config: got one for a first stage"):
         prior.train(load_config("photos32_vqgan"), tmp_path / "first", tmp_path / "run", device="cpu")
+
+
+def test_faults_of_the_data_name_the_whole_key(tmp_path):
+    for override, said in (
+        ("data.path=missing", "^data.path=missing: got a path that does not exist"),
+        ("data.size=-1", "^data.size: got -1"),
+        ("data.validation_fraction=2", "^data.validation_fraction: got 2"),
+    ):
+        Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+        config = load_config("folder_vqgan", [f"data.path={tmp_path}", override])
+        with pytest.raises(UserError, match=said):
+            vqgan.train(config, tmp_path / "run", device="cpu")
 
 
 def test_unknown_presets_name_the_nearest():
@@ -124,7 +152,7 @@ def test_a_config_of_the_original_trains_as_it_is(tmp_path):
     recorded = plain(load_yaml(out / "config.yaml"))
     assert recorded["training"]["batch_size"] == 3 and recorded["training"]["accumulate"] == 2
     assert (
-        len(run_directory.read_metrics(out, "train")) == 2 and len(run_directory.read_metrics(out, "validation")) == 2
+        len(run_directory.read_metrics(out, "train")) == 2 and len(run_directory.read_metrics(out, "validation")) == 1
     )
 
 

@@ -1,15 +1,21 @@
-"""Which images each step of each process sees."""
+"""Which images each step of each process sees, how often files are read, and when a run validates."""
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
+from picture_files import save
 
-from tamingfast.training import distributed, feed, settings
+from tamingfast.checkpoints import run_directory
+from tamingfast.data import image_files
+from tamingfast.data.base import as_epoch_dataset
+from tamingfast.data.rgb import read_rgb
+from tamingfast.training import distributed, feed, loop, settings
 
 
 def test_each_epoch_sees_each_image_once_and_ranks_share_them():
-    made, data = settings.Training(steps=1, batch_size=2, accumulate=2), tiny.Noise(17)
+    made, data = settings.Training(steps=1, batch_size=2, accumulate=2), as_epoch_dataset(tiny.Noise(17))
 
     def paths(rank, size, start, steps):
         batches = feed.step_batches(data, made, distributed.World(rank, size, torch.device("cpu")), start)
@@ -26,3 +32,32 @@ def test_each_epoch_sees_each_image_once_and_ranks_share_them():
         paths(0, 2, 0, 2), paths(1, 2, 0, 2), [alone[0] + alone[1], alone[2] + alone[3]], strict=True
     ):
         assert not set(mine) & set(yours) and set(mine) | set(yours) == set(both)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_file_is_decoded_once_however_many_epochs(tmp_path, monkeypatch, workers):
+    log = tmp_path / "log"
+
+    def read(path, short_side):
+        with open(log, "a") as stream:
+            stream.write(f"{path}\n")
+        return read_rgb(path, short_side)
+
+    monkeypatch.setattr(image_files, "read_rgb", read)
+    paths = [str(save(tmp_path / f"{number}.jpg", (40, 30))) for number in range(5)]
+    data = image_files.ImageFiles(paths, 8, random_crop=True)
+    made = settings.Training(steps=1, batch_size=2, workers=workers)
+    batches = feed.step_batches(data, made, distributed.World(0, 1, torch.device("cpu")), 0)
+    epochs = [next(batches)[0] for _ in range(12)]
+    batches.close()
+    decoded = log.read_text().split()
+    assert epochs == [number // 2 for number in range(12)] and sorted(decoded) == paths
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "validated"), [(6, [4, 7]), (2, [6, 7]), (1, [6, 7])], ids=["of 1", "of 3", "of 6"]
+)
+def test_short_epochs_are_not_validated_one_by_one(tmp_path, monkeypatch, accumulate, validated):
+    monkeypatch.setattr(loop, "BETWEEN_VALIDATIONS", 4)
+    out = tiny.train("vqgan", tmp_path / "run", steps=7, accumulate=accumulate)
+    assert [line["step"] for line in run_directory.read_metrics(out, "validation")] == validated

@@ -49,7 +49,7 @@ def refused(capsys, *words: object) -> str:
         ("model.params.ddconfig.z_channels=0", "z_channels: got 0"),
         ("model.params.ddconfig.num_res_blocks=-1", "num_res_blocks: got -1"),
         ("model.params.ddconfig.ch_mult=[]", "do not fit"),
-        ("model.params.ddconfig.in_channels=1", r"on the first training image \(x: got .* of shape \(1, 3, 8, 8\)"),
+        ("model.params.ddconfig.in_channels=1", r"on the first training image \(x: got .*\(1, 3, 8, 8\), expected"),
         (
             "model.params.lossconfig.params.disc_in_channels=1",
             "on the first training image .*to have 1 channels",
@@ -131,6 +131,6 @@ def test_no_more_workers_than_processors(monkeypatch):
             super().__init__(*args, num_workers=0, **options)
 
     monkeypatch.setattr("tamingfast.data.loading.DataLoader", Noted)
-    monkeypatch.setattr("tamingfast.data.loading._processors", lambda: 2)
+    monkeypatch.setattr("tamingfast.data.loading.processors", lambda: 2)
     batches = list(loader(tiny.Noise(4), 2, workers=64))
     assert asked == [2] and len(batches) == 2
