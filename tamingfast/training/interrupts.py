@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until the current step is done."""
+"""Ctrl-C, SIGTERM and the end of the terminal, held back until the current step is done."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from types import FrameType, TracebackType
 _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
+def _signals() -> list[signal.Signals]:
+    closed = [each for each in signal.Signals if each.name == "SIGHUP"]  # Windows has none
+    heard = [each for each in closed if signal.getsignal(each) != signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *heard]
+
+
 class Interrupts:
-    """Records the first Ctrl-C or SIGTERM inside the block in ``received``; a second one acts as usual.
+    """Records the first Ctrl-C, SIGTERM or SIGHUP inside the block in ``received``; a second one acts as usual.
+
+    SIGHUP stays ignored where it is, as under ``nohup``.
 
     Outside the main thread, where Python allows no signal handlers, signals act as usual from the start.
     """
@@ -22,7 +30,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _signals():
                 self._before[number] = signal.signal(number, self._record)
         return self
 
