@@ -94,7 +94,8 @@ def complete(arguments: argparse.Namespace) -> None:
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
     found = tasks.complete(
         load(arguments), _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
-        label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of, options=options, bars=progress_bar,
+        label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of, options=options,
+        bars=progress_bar,
     )  # fmt: skip
     shown = [] if found.conditions is None else [found.conditions]
     images.save_rows(arguments.out, [*shown, found.images, *found.completed])
