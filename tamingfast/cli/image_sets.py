@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
@@ -21,6 +23,7 @@ from tamingfast.cli.options import (
     size_of,
 )
 from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.errors import UserError
 from tamingfast.files import check_png
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
 
@@ -64,12 +67,21 @@ def _command(
     return added
 
 
+def _pictures(arguments: argparse.Namespace, option: str, written: str | None) -> list[Path]:
+    """The given pictures and those in given directories; UserError if writing would replace one of them."""
+    found = tasks.image_files(arguments.images)
+    for path in found:
+        if written and os.path.exists(written) and os.path.exists(path) and os.path.samefile(path, written):
+            raise UserError(f"{option}: got {written}, expected another file than the images, which are kept")
+    return found
+
+
 def reconstruct(arguments: argparse.Namespace) -> None:
     from tamingfast import images
 
     check_png(arguments.out)
     size = size_of(arguments)
-    found = tasks.reconstruct(load(arguments), arguments.images, size=size)
+    found = tasks.reconstruct(load(arguments), _pictures(arguments, "--out", arguments.out), size=size)
     images.save_rows(arguments.out, [found.images, found.reconstructed])
     print(json.dumps(found.figures))
     say_written(arguments.out)
@@ -81,8 +93,9 @@ def complete(arguments: argparse.Namespace) -> None:
     check_png(arguments.out)
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
     found = tasks.complete(
-        load(arguments), arguments.images, arguments.times, size=size, label=arguments.label,
-        conditions=arguments.condition, conditions_of=arguments.condition_of, options=options, bars=progress_bar,
+        load(arguments), _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
+        label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of, options=options,
+        bars=progress_bar,
     )  # fmt: skip
     shown = [] if found.conditions is None else [found.conditions]
     images.save_rows(arguments.out, [*shown, found.images, *found.completed])
@@ -96,7 +109,8 @@ def likelihood(arguments: argparse.Namespace) -> None:
         check_png(arguments.plot)
     size = size_of(arguments)
     costs = tasks.likelihood(
-        load(arguments), arguments.images, size=size, label=arguments.label, conditions=arguments.condition,
+        load(arguments), _pictures(arguments, "--plot", arguments.plot), size=size, label=arguments.label,
+        conditions=arguments.condition,
         conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=progress_bar,
     )  # fmt: skip
     rows = [asdict(cost) for cost in costs]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: answered at once, held back until the current step is done."""
+"""Ctrl-C, SIGTERM and the end of the terminal: answered at once, held back until the current step is done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from types import FrameType, TracebackType
 
 _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: Exit status after a second signal, the same as of every interrupted command.
 STOPPED_NOW = 130
 #: Seconds within which signals count as one: a launcher passes on what the terminal sends to all its processes, too.
@@ -21,8 +20,16 @@ _STANDARD_ERROR = 2
 _END = b"\0"  # no signal has this number
 
 
+def _signals() -> list[signal.Signals]:
+    closed = [each for each in signal.Signals if each.name == "SIGHUP"]  # Windows has none
+    heard = [each for each in closed if signal.getsignal(each) != signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *heard]
+
+
 class Interrupts:
-    """Answers the first Ctrl-C or SIGTERM inside the block and records it in ``received``; a second ends the process.
+    """Answers the first Ctrl-C, SIGTERM or SIGHUP inside the block and records it; a second ends the process.
+
+    SIGHUP stays ignored where it is, as under ``nohup``.
 
     Python runs its signal handlers between two instructions of the main thread, of which a backward pass is one. So a
     thread answers instead. The second signal ends the process as a kill does, which no file that is written atomically
@@ -40,7 +47,8 @@ class Interrupts:
             self._reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
             self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            for number in SIGNALS:
+            self._heard = _signals()
+            for number in self._heard:
                 self._before[number] = signal.signal(number, self._record)
             self._thread = threading.Thread(target=self._answer, name="interrupts", daemon=True)
             self._thread.start()
@@ -70,7 +78,7 @@ class Interrupts:
     def _answer(self) -> None:
         first: float | None = None
         while (number := os.read(self._reading, 1)) != _END:
-            if ord(number) not in SIGNALS:
+            if ord(number) not in self._heard:
                 continue
             now = time.monotonic()
             if first is None:

@@ -46,6 +46,18 @@ class TestImages:
     def test_a_directory_of_images(self, runs, photo, tmp_path):
         assert run("reconstruct", runs / "vqgan", photo.parent, "--out", tmp_path / "out" / "r.png") == 0
 
+    @pytest.mark.parametrize(
+        ("command", "model", "option"),
+        [("reconstruct", "vqgan", "--out"), ("complete", "prior", "--out"), ("likelihood", "prior", "--plot")],
+    )
+    def test_an_image_of_a_directory_is_never_replaced(self, runs, photo, tmp_path, capsys, command, model, option):
+        kept = tmp_path / "photos" / "deep" / "0.png"
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(photo.read_bytes())
+        assert run(command, runs / model, tmp_path / "photos", option, kept) == cli.USAGE_ERROR
+        assert f"{option}: got {kept}, expected another file" in capsys.readouterr().err
+        assert kept.read_bytes() == photo.read_bytes()
+
     @pytest.mark.parametrize(("name", "content"), [("none.png", None), ("text.png", b"not an image")])
     def test_unreadable_images_are_named(self, runs, tmp_path, capsys, name, content):
         if content is not None:

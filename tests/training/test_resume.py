@@ -66,7 +66,7 @@ def test_killed_in_mid_epoch(stage, first_stage, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_asked_to_stop(stage, number, first_stage, unbroken, tmp_path, monkeypatch):
     def asked(self, index, read=tiny.Noise.__getitem__):
         # The fifth image of the second epoch, in its third step.
