@@ -73,6 +73,13 @@ def device(text: str) -> str:
     return text
 
 
+def classes(text: str) -> str:
+    """The type of options that name classes; which there are is known with the model."""
+    if not text.strip() or text.startswith("-"):
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected the name or the number of a class")
+    return text
+
+
 def source(text: str) -> str:
     """The type of options that name what is read, a file or a directory."""
     if not text or "\0" in text:

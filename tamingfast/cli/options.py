@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tamingfast.cli.arguments import device, number, source, whole
+from tamingfast.cli.arguments import classes, device, number, source, whole
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
@@ -101,8 +101,10 @@ def condition_options(**several: str) -> argparse.ArgumentParser:
             "--class",
             {
                 "dest": "label",
-                "type": whole(0),
-                "help": "class index, for class-conditional priors; default: cycle through all",
+                "type": classes,
+                "metavar": "CLASS",
+                "help": "name or number, or several separated by commas, for class-conditional priors; default: cycle "
+                "through all",
             },
         ),
         (

@@ -13,7 +13,7 @@ from tamingfast import tasks
 from tamingfast.checkpoints.config import plain
 from tamingfast.data import build, folders
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.models.lpips import LPIPS, RANDOM
@@ -97,8 +97,16 @@ def _data(
 def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     side = tasks.image_size(model)[0]
     dataset = folders.build(folder, side, validation_path=folder)[1]
-    classes, found = tasks.classes_of(model), len(dataset.classes or ())
-    if classes is not None and found != classes:
+    classes, names, found = tasks.classes_of(model), tasks.class_names_of(model), len(dataset.classes or ())
+    if names is not None and dataset.classes is not None:
+        unknown = next((name for name in dataset.classes if name not in names), None)
+        if unknown is not None:
+            raise UserError(
+                f"{folder}: got {unknown!r}, expected folders named after the model's classes"
+                f"{nearest(unknown, names)}"
+            )
+        dataset.name_classes(names)
+    elif classes is not None and found != classes:
         raise UserError(
             f"{folder}: got {found} class folders, expected {classes}, one for each class of the model; give a "
             "directory whose class folders, sorted by name, are in the model's order"

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from tamingfast.tasks.encoding import check_encodable as check_encodable
     from tamingfast.tasks.encoding import encode as encode
     from tamingfast.tasks.inspection import inspect as inspect
+    from tamingfast.tasks.labels import class_names_of as class_names_of
+    from tamingfast.tasks.labels import labels_of as labels_of
     from tamingfast.tasks.models import check_prior as check_prior
     from tamingfast.tasks.models import check_windowed as check_windowed
     from tamingfast.tasks.models import classes_of as classes_of
@@ -79,6 +81,7 @@ _HOMES = {
     "editing": ("edit", "outpaint"),
     "encoding": ("check_encodable", "encode"),
     "inspection": ("inspect",),
+    "labels": ("class_names_of", "labels_of"),
     "models": (
         "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale",
         "is_spatial", "opened",

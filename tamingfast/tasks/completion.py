@@ -17,6 +17,7 @@ from tamingfast.tasks.conditioning import (
     tokens_of_each,
 )
 from tamingfast.tasks.drawing import PAPER, at_least_one, completed
+from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, opened
 from tamingfast.tasks.options import TIMES, DrawingOptions
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
@@ -43,7 +44,7 @@ def complete(
     times: int = TIMES,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
     options: DrawingOptions = PAPER,

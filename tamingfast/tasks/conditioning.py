@@ -20,6 +20,7 @@ from tamingfast.data.views import View
 from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
+from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
 from tamingfast.tasks.pictures import Picture, as_image, cover, named
 from tamingfast.tasks.sizes import grid_size, window_of
@@ -74,11 +75,11 @@ def given_each(
     return found or [Given()] * count
 
 
-def conditions(model: Net2NetTransformer, count: int, label: int | None = None) -> Tensor:
+def conditions(model: Net2NetTransformer, count: int, label: Label | None = None) -> Tensor:
     """Condition tokens int64 (count, 1) for an unconditional or class-conditional prior.
 
-    Without ``label`` the images cycle through the classes. Raises UserError for an unknown label, and for priors with a
-    spatial condition.
+    The images cycle through the classes of ``label`` or, without it, through all. Raises UserError for an unknown
+    class, and for priors with a spatial condition.
     """
     if model.be_unconditional:
         if label is not None:
@@ -90,10 +91,9 @@ def conditions(model: Net2NetTransformer, count: int, label: int | None = None) 
             f"condition: got none, expected one, as the model is conditioned on '{model.cond_stage_key}'; give a file "
             "with condition, or its tokens to tamingfast.sampling.sample_grid"
         )
-    if label is not None and not 0 <= label < classes:
-        raise UserError(f"label: got class {label}, expected 0 to {classes - 1}")
-    labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
-    return labels[:, None].to(model.device)
+    chosen = list(range(classes)) if label is None else labels_of(model, label)
+    labels = torch.tensor(chosen, dtype=torch.int64, device=model.device)
+    return labels[torch.arange(count, device=model.device) % len(chosen)][:, None]
 
 
 def kind_of(model: Net2NetTransformer) -> kinds.Kind:
@@ -214,7 +214,7 @@ def own_condition(model: Net2NetTransformer, size: tuple[int, int], photo: Pictu
 
 
 def tokens_under(
-    model: Net2NetTransformer, count: int, condition: Condition | None, label: int | None = None
+    model: Net2NetTransformer, count: int, condition: Condition | None, label: Label | None = None
 ) -> Tensor:
     """Condition tokens for ``count`` images of one spatial condition or, if that is None, of a class or nothing."""
     if condition is None:
@@ -227,7 +227,7 @@ def tokens_under(
     return condition_tokens(model, condition, count)
 
 
-def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: int | None) -> Tensor:
+def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: Label | None) -> Tensor:
     """Condition tokens for ``count`` images, one spatial condition each or, without any, all of ``label``."""
     if not found:
         return tokens_under(model, count, None, label)

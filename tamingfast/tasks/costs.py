@@ -14,6 +14,7 @@ from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_t
 from tamingfast.sampling.plan import plan_grid
 from tamingfast.tasks.conditioning import ConditionSource, conditions_of_each, given_each, tokens_of_each
 from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
+from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, opened
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
@@ -40,7 +41,7 @@ def likelihood(
     images: Pictures,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
     strides: Sequence[int] = STRIDES,

@@ -24,6 +24,7 @@ from tamingfast.tasks.conditioning import (
     tokens_under,
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, photo_canvas
+from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, opened
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import Picture, named, read_mask, read_photo
@@ -39,7 +40,7 @@ def edit(
     mask: Picture,
     count: int | None = None,
     *,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
@@ -90,7 +91,7 @@ def outpaint(
     bottom: int = 0,
     count: int | None = None,
     *,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
@@ -159,7 +160,7 @@ def _opened(
     source: PhotoOrCanvas,
     count: int | None,
     given: Given,
-    label: int | None,
+    label: Label | None,
     bars: Bars,
     added: Added = Added(),
 ) -> _Opening:
@@ -183,7 +184,7 @@ def _opened(
 
 
 def _opened_canvas(
-    model: Net2NetTransformer, canvas: Canvas, given: Given, label: int | None, added: Added
+    model: Net2NetTransformer, canvas: Canvas, given: Given, label: Label | None, added: Added
 ) -> _Opening:
     check_condition(model, canvas)
     _, rows, columns = canvas.tokens.shape

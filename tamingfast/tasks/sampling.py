@@ -21,6 +21,7 @@ from tamingfast.tasks.conditioning import (
     tokens_under,
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, begun
+from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_prior, is_spatial, opened
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
@@ -32,7 +33,7 @@ def sample(
     count: int | None = None,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     photo: Picture | None = None,
@@ -49,7 +50,8 @@ def sample(
         model: a prior, or the path of its run or checkpoint.
         count: number of images; default: 16 or, on resuming, that of the canvas.
         size: (height, width) in pixels; default: the size of the condition or, without one, of the training images.
-        label: the class of all images, for class-conditional priors; by default the images cycle through the classes.
+        label: the class of the images, for class-conditional priors, by number or by name; the images cycle through
+            several, by default through all.
         condition: the spatial condition of all images, for priors that have one: a file, an array, or a PIL image.
         condition_of: a photo to compute the condition from, for kinds that can be computed.
         photo, scales: start from the ``scales`` coarsest scales of this photo, for multiscale priors.
@@ -82,7 +84,7 @@ def _blank(
     model: Net2NetTransformer,
     count: int,
     condition: Condition | None,
-    label: int | None,
+    label: Label | None,
     size: tuple[int, int] | None,
     start: Tensor | None,
     scales: int | None,
