@@ -13,6 +13,7 @@ from tamingfast.cli.options import (
     ALLOW,
     DEVICE,
     DRAWING,
+    RECONSTRUCT,
     Commands,
     command,
     condition_options,
@@ -33,6 +34,7 @@ def add_to(commands: Commands) -> None:
     text = "keep the upper half of images and redraw the lower half"
     added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
     added.add_argument("--out", type=output, default="completed.png", help="PNG to write (default: %(default)s)")
+    added.add_argument("--reconstruct", action="store_true", help=RECONSTRUCT)
     added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")
 
     text = "measure what each schedule costs, in nats per token of real images"
@@ -60,7 +62,8 @@ def _command(
     added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
     added.add_argument("model", type=source, help="run directory or checkpoint")
     added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
-    added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")
+    whole = "the training size" if name == "likelihood" else "each whole, its sides rounded down to multiples of f"
+    added.add_argument("--size", help=f"HEIGHTxWIDTH in pixels to scale and cut them to; default: {whole}")
     return added
 
 
@@ -69,7 +72,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     check_png(arguments.out)
     size = size_of(arguments)
-    found = tasks.reconstruct(load(arguments), arguments.images, size=size)
+    found = tasks.reconstruct(load(arguments), arguments.images, size=size, bars=progress_bar)
     images.save_rows(arguments.out, [found.images, found.reconstructed])
     print(json.dumps(found.figures))
     say_written(arguments.out)
@@ -82,10 +85,11 @@ def complete(arguments: argparse.Namespace) -> None:
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
     found = tasks.complete(
         load(arguments), arguments.images, arguments.times, size=size, label=arguments.label,
-        conditions=arguments.condition, conditions_of=arguments.condition_of, options=options, bars=progress_bar,
+        conditions=arguments.condition, conditions_of=arguments.condition_of, own_pixels=not arguments.reconstruct,
+        options=options, bars=progress_bar,
     )  # fmt: skip
     shown = [] if found.conditions is None else [found.conditions]
-    images.save_rows(arguments.out, [*shown, found.images, *found.completed])
+    images.save_rows(arguments.out, [*shown, found.images, *zip(*found.completed, strict=True)])
     say_written(arguments.out)
 
 

@@ -64,6 +64,7 @@ ALLOW = options((
         "help": "a class that is not ours, but which the model's config may name; can be repeated",
     },
 ))  # fmt: skip
+RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(

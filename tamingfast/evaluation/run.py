@@ -102,8 +102,7 @@ def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
         unknown = next((name for name in dataset.classes if name not in names), None)
         if unknown is not None:
             raise UserError(
-                f"{folder}: got {unknown!r}, expected folders named after the model's classes"
-                f"{nearest(unknown, names)}"
+                f"{folder}: got {unknown!r}, expected folders named after the model's classes{nearest(unknown, names)}"
             )
         dataset.name_classes(names)
     elif classes is not None and found != classes:

@@ -18,7 +18,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
 from tamingfast.sampling.canvas import Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
-from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted
+from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted, token_unit
 from tamingfast.tasks.models import is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
@@ -78,7 +78,8 @@ class Painter:
             canvas = painted(model, begun, **options.deciding())
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
-        with self.bars("tokens", None) as counter:
+        _, rows, columns = canvas.tokens.shape
+        with self.bars(token_unit(model, rows, columns, canvas.cond), None) as counter:
             return canvas.sample(
                 model, batch=options.batch, path=self.canvas, preview=self._shown(model, options.batch),
                 progress=counter.moved, **options.running(),

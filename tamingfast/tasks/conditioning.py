@@ -22,7 +22,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
-from tamingfast.tasks.pictures import Picture, as_image, cover, named
+from tamingfast.tasks.pictures import Picture, as_image, cover, multiples_of, named
 from tamingfast.tasks.sizes import grid_size, window_of
 
 #: A spatial condition: a map over the image, float32 (H, W, C), or the objects in it.
@@ -235,12 +235,18 @@ def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count:
 
 
 def conditions_of_each(
-    model: Net2NetTransformer, given: Sequence[Given], pictures: Sequence[Picture], size: tuple[int, int]
+    model: Net2NetTransformer, given: Sequence[Given], x: Tensor, whole: bool = False
 ) -> list[Condition]:
-    """The spatial condition of each picture, given or else from `own_condition`; empty for priors without one."""
-    found = []
-    for one, picture in zip(given, pictures, strict=True):
-        condition = one.read(model, size)
+    """The spatial condition of each picture of ``x`` (B, 3, H, W), given or else from `own_condition`.
+
+    It is scaled to cover the picture and cut at the centre; if the pictures are ``whole``, a condition of their own
+    size is only cut, as they were. Empty for priors without a spatial condition.
+    """
+    size, found = (x.shape[2], x.shape[3]), []
+    for one, picture in zip(given, x, strict=True):
+        condition = one.read(model) if whole else None
+        if condition is None or tuple(condition.shape[:2]) != size:
+            condition = one.read(model, size)
         if condition is None:
             condition = own_condition(model, size, picture)
         found += [] if condition is None else [condition]
@@ -309,13 +315,7 @@ def _as_batch(pixels: np.ndarray) -> Tensor:
 
 
 def _multiples(model: Net2NetTransformer, height: int, width: int, name: str | os.PathLike[str]) -> tuple[int, int]:
-    factor = first_stage_of(model).factor
-    if min(height, width) < factor:
-        raise UserError(
-            f"{name}: got {height}x{width} pixels, expected at least {factor}x{factor}, one token; give a larger "
-            "picture, or a size to scale it to"
-        )
-    return height // factor * factor, width // factor * factor
+    return multiples_of(first_stage_of(model).factor, height, width, name)
 
 
 def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -64,9 +64,9 @@ def likelihood(
     """
     at_least_one(batch, "batch")
     prior = check_windowed(opened(model))
-    pictures, x, size = batch_of(prior, images, size)
-    given = given_each(len(pictures), conditions, conditions_of)
-    found = conditions_of_each(prior, given, pictures, size)
+    _, x, _ = batch_of(prior, images, size)
+    given = given_each(len(x), conditions, conditions_of)
+    found = conditions_of_each(prior, given, x)
     cond = tokens_of_each(prior, found, len(x), label)
     with bars("schedules", None) as counter:
         return schedule_costs(prior, x.to(prior.device), cond, strides, batch, counter.moved)
