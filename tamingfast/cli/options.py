@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tamingfast.cli.arguments import classes, device, number, source, whole
 from tamingfast.errors import UserError
-from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
 
 if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
-    from torch import nn
+    from tamingfast.tasks.models import Unread
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +149,8 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return section
 
 
-def load(arguments: argparse.Namespace) -> nn.Module:
-    """The model named on the command line, on the device of --device."""
-    from tamingfast.checkpoints import load_model
+def load(arguments: argparse.Namespace) -> Unread:
+    """The model named on the command line, for the device of --device; it is read when it is needed."""
+    from tamingfast.tasks import Unread
 
-    return load_model(arguments.model, device=pick_device(arguments.device), allow=arguments.allow)
+    return Unread(arguments.model, arguments.device, arguments.allow)

@@ -60,8 +60,9 @@ def evaluate_model(
     """
     at_least_one(samples, "samples")
     at_least_one(1 if limit is None else limit, "limit")
-    network = tasks.opened(model)
-    training_set, dataset = _data(network, data)
+    source = tasks.unread(model)
+    training_set, dataset = _data(source.outline, data)
+    network = source.model
     seen, perceptual, missing = _networks(network, features, inception_weights, perceptual_weights)
     length = len(dataset)
     if seen is not None and min(samples, limit or length, length) < 2:

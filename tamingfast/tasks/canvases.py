@@ -43,7 +43,8 @@ class Painter:
         bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: the preview is a path without the suffix .png, or ``resume`` is given without ``canvas``.
+        UserError: the preview is a path without the suffix .png, ``resume`` is given without ``canvas``, or ``canvas``
+            is an unfinished drawing that is not to be resumed.
     """
 
     options: DrawingOptions | None
@@ -57,6 +58,8 @@ class Painter:
             check_png(self.preview)
         if self.resume and self.canvas is None:
             raise UserError("canvas: got none, expected the file of the drawing to resume")
+        if self.canvas is not None and not self.resume:
+            check_nothing_lost(self.canvas)
 
     def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
         """Finish the canvas ``begun`` or, on resuming, the saved one, and return it.

@@ -15,6 +15,7 @@ from tamingfast.progress import Bars, silent
 from tamingfast.sampling.canvas import keep_pixels
 from tamingfast.tasks.conditioning import (
     ConditionSource,
+    check_label,
     condition_picture,
     conditions_of_each,
     given_each,
@@ -22,7 +23,7 @@ from tamingfast.tasks.conditioning import (
 )
 from tamingfast.tasks.drawing import PAPER, at_least_one, draw, lower_half, photo_tokens, token_unit
 from tamingfast.tasks.labels import Label
-from tamingfast.tasks.models import Model, check_windowed, first_stage_of, opened
+from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import TIMES, DrawingOptions
 from tamingfast.tasks.pictures import Picture, Pictures, batches, sized
 from tamingfast.tasks.sizes import fixed_size
@@ -78,13 +79,16 @@ def complete(
             memory with their completions.
     """
     at_least_one(times, "times")
-    prior = check_windowed(opened(model))
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    check_label(outline, label)
     whole = size is None
-    if whole and (fixed := fixed_size(prior)) is not None:
+    if whole and (fixed := fixed_size(outline)) is not None:
         size, whole = fixed, False
         logger.warning("scaled and cut to %dx%d pixels, the only size that this prior draws", *fixed)
-    pictures = sized(prior, images, size, copies=1 + times)
+    pictures = sized(outline, images, size, copies=1 + times)
     given = given_each(len(pictures), conditions, conditions_of)
+    prior = check_windowed(source.model)
     shown: list[Tensor] = []
     made = Completion([], [], None)
     for part, x in batches(pictures, first_stage_of(prior).factor):

@@ -75,15 +75,25 @@ def given_each(
     return found or [Given()] * count
 
 
+def check_label(model: Net2NetTransformer, label: Label | None) -> None:
+    """Raise UserError for a class given to a prior that has none, and for one that it does not have."""
+    if label is None:
+        return
+    if classes_of(model) is not None:
+        labels_of(model, label)
+        return
+    what = "unconditional" if model.be_unconditional else f"conditioned on '{model.cond_stage_key}'"
+    raise UserError(f"label: got class {label}, expected none, as the model is {what}; leave it out")
+
+
 def conditions(model: Net2NetTransformer, count: int, label: Label | None = None) -> Tensor:
     """Condition tokens int64 (count, 1) for an unconditional or class-conditional prior.
 
     The images cycle through the classes of ``label`` or, without it, through all. Raises UserError for an unknown
     class, and for priors with a spatial condition.
     """
+    check_label(model, label)
     if model.be_unconditional:
-        if label is not None:
-            raise UserError(f"label: got class {label}, expected none, as the model is unconditional; leave it out")
         return torch.full((count, 1), model.sos_token, device=model.device)
     classes = classes_of(model)
     if classes is None:
@@ -219,11 +229,7 @@ def tokens_under(
     """Condition tokens for ``count`` images of one spatial condition or, if that is None, of a class or nothing."""
     if condition is None:
         return conditions(model, count, label)
-    if label is not None:
-        raise UserError(
-            f"label: got class {label}, expected none, as the model is conditioned on '{model.cond_stage_key}'; leave "
-            "it out"
-        )
+    check_label(model, label)
     return condition_tokens(model, condition, count)
 
 

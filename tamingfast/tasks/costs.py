@@ -12,10 +12,10 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 from tamingfast.sampling.plan import plan_grid
-from tamingfast.tasks.conditioning import ConditionSource, conditions_of_each, given_each, tokens_of_each
+from tamingfast.tasks.conditioning import ConditionSource, check_label, conditions_of_each, given_each, tokens_of_each
 from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
 from tamingfast.tasks.labels import Label
-from tamingfast.tasks.models import Model, check_windowed, opened
+from tamingfast.tasks.models import Model, check_windowed, unread
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
 
@@ -63,9 +63,12 @@ def likelihood(
         UserError: an argument out of range, or one that does not apply to this model.
     """
     at_least_one(batch, "batch")
-    prior = check_windowed(opened(model))
-    _, x, _ = batch_of(prior, images, size)
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    check_label(outline, label)
+    _, x, _ = batch_of(outline, images, size)
     given = given_each(len(x), conditions, conditions_of)
+    prior = check_windowed(source.model)
     found = conditions_of_each(prior, given, x)
     cond = tokens_of_each(prior, found, len(x), label)
     with bars("schedules", None) as counter:

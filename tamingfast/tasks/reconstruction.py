@@ -12,7 +12,7 @@ from tamingfast.images import to_uint8
 from tamingfast.models.base import FirstStage
 from tamingfast.progress import Bars, silent
 from tamingfast.tasks.figures import l1, psnr
-from tamingfast.tasks.models import Model, first_stage_of, opened
+from tamingfast.tasks.models import Model, first_stage_of, unread
 from tamingfast.tasks.pictures import Pictures, batches, sized
 
 
@@ -55,8 +55,9 @@ def reconstruct(
     Raises:
         UserError: the model has no first stage, a picture cannot be read, or the pictures do not fit into memory.
     """
-    stage = first_stage_of(opened(model))
-    pictures = sized(stage, images, size, copies=2)
+    source = unread(model)
+    pictures = sized(first_stage_of(source.outline), images, size, copies=2)
+    stage = first_stage_of(source.model)
     real: list[Tensor] = []
     made: list[Tensor] = []
     codes = torch.zeros(0, dtype=torch.int64, device=stage.device)

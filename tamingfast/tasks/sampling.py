@@ -16,13 +16,14 @@ from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
     Given,
+    check_label,
     condition_pictures,
     own_condition,
     tokens_under,
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, begun
 from tamingfast.tasks.labels import Label
-from tamingfast.tasks.models import Model, check_prior, is_spatial, opened
+from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
 from tamingfast.tasks.sizes import grid_size, image_size
@@ -67,11 +68,14 @@ def sample(
             would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
-    prior = check_prior(opened(model))
+    source = unread(model)
+    outline = check_prior(source.outline)
     if count is not None:
         at_least_one(count, "count")
-    found = _condition(prior, Given(condition, condition_of), size, resume)
-    start = _scales_of(prior, photo, scales, size)
+    check_label(outline, label)
+    found = _condition(outline, Given(condition, condition_of), size, resume)
+    start = _scales_of(outline, photo, scales, size)
+    prior = check_prior(source.model)
     blank = None
     if not resume or any(value is not None for value in (found, start, label, size)):
         blank = _blank(prior, count or COUNT, found, label, size, start, scales)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tamingfast.checkpoints.config import trained_side
 from tamingfast.errors import UserError
 from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.models.orderings import Identity
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
-from tamingfast.sampling.plan import describe
 from tamingfast.tasks.models import config_of, first_stage_of
 
 #: Side in tokens of the largest window, the paper's; a grid that fits into the block gets one window of its own size.
@@ -35,8 +35,8 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
 
     A window can only slide over a grid that is read row by row.
     """
-    order = describe(model).order if isinstance(model, Net2NetTransformer) else None
-    return None if order is None or (order[:-1] < order[1:]).all() else image_size(model)
+    slides = not isinstance(model, Net2NetTransformer) or isinstance(model.permuter, Identity)
+    return None if slides else image_size(model)
 
 
 def image_size(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
