@@ -142,7 +142,7 @@ def as_typed(message: str, arguments: argparse.Namespace | None, words: Sequence
     typed = {word.partition("=")[0] for word in words}
 
     def option(name: str) -> str:
-        known = [each for each in arguments.parser._actions if name in (each.dest, f"{each.dest}s")]
+        known = [each for each in arguments.parser._actions if name.rstrip("s") == each.dest.rstrip("s")]
         options = [option for action in known for option in action.option_strings]
         return next((each for each in options if each in typed), name_of(known[0]) if options else name)
 

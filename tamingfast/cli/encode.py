@@ -7,7 +7,7 @@ import argparse
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import ALLOW, DEVICE, Commands, command, data_settings, load
-from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 
@@ -31,6 +31,6 @@ def encode(arguments: argparse.Namespace) -> None:
         cond_stage = tasks.Unread(arguments.cond_stage, arguments.device, arguments.allow)
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
-        batch=arguments.batch, bars=progress_bar,
+        batch=arguments.batch, bars=bars_of(arguments),
     )  # fmt: skip
     say_written(arguments.out, f"{count} images")

@@ -21,7 +21,7 @@ from tamingfast.cli.options import (
     load,
     size_of,
 )
-from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.files import check_png
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
 
@@ -72,7 +72,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     check_png(arguments.out)
     size = size_of(arguments)
-    found = tasks.reconstruct(load(arguments), arguments.images, size=size, bars=progress_bar)
+    found = tasks.reconstruct(load(arguments), arguments.images, size=size, bars=bars_of(arguments))
     images.save_rows(arguments.out, [found.images, found.reconstructed])
     print(json.dumps(found.figures))
     say_written(arguments.out)
@@ -86,7 +86,7 @@ def complete(arguments: argparse.Namespace) -> None:
     found = tasks.complete(
         load(arguments), arguments.images, arguments.times, size=size, label=arguments.label,
         conditions=arguments.condition, conditions_of=arguments.condition_of, own_pixels=not arguments.reconstruct,
-        options=options, bars=progress_bar,
+        options=options, bars=bars_of(arguments),
     )  # fmt: skip
     shown = [] if found.conditions is None else [found.conditions]
     images.save_rows(arguments.out, [*shown, found.images, *zip(*found.completed, strict=True)])
@@ -101,7 +101,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     size = size_of(arguments)
     costs = tasks.likelihood(
         load(arguments), arguments.images, size=size, label=arguments.label, conditions=arguments.condition,
-        conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=progress_bar,
+        conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=bars_of(arguments),
     )  # fmt: skip
     rows = [asdict(cost) for cost in costs]
     for row in rows:

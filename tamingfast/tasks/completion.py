@@ -16,6 +16,7 @@ from tamingfast.sampling.canvas import keep_pixels
 from tamingfast.tasks.conditioning import (
     ConditionSource,
     check_label,
+    check_schedule,
     condition_picture,
     conditions_of_each,
     given_each,
@@ -26,7 +27,7 @@ from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import TIMES, DrawingOptions
 from tamingfast.tasks.pictures import Picture, Pictures, batches, sized
-from tamingfast.tasks.sizes import fixed_size
+from tamingfast.tasks.sizes import fixed_size, grid_size
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def complete(
         logger.warning("scaled and cut to %dx%d pixels, the only size that this prior draws", *fixed)
     pictures = sized(outline, images, size, copies=1 + times)
     given = given_each(len(pictures), conditions, conditions_of)
+    for one in {picture.size for picture in pictures}:
+        check_schedule(outline, *grid_size(outline, *one), options.schedule, options.stride)
     prior = check_windowed(source.model)
     shown: list[Tensor] = []
     made = Completion([], [], None)

@@ -18,12 +18,14 @@ from tamingfast.data import conditions as kinds
 from tamingfast.data.conditions import Scene
 from tamingfast.data.views import View
 from tamingfast.errors import UserError
+from tamingfast.models.condition_stages import DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
+from tamingfast.sampling.schedule import make_schedule
 from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
 from tamingfast.tasks.pictures import Picture, as_image, cover, multiples_of, named
-from tamingfast.tasks.sizes import grid_size, window_of
+from tamingfast.tasks.sizes import grid_size, window_of, window_under
 
 #: A spatial condition: a map over the image, float32 (H, W, C), or the objects in it.
 Condition: TypeAlias = np.ndarray | Scene
@@ -84,6 +86,15 @@ def check_label(model: Net2NetTransformer, label: Label | None) -> None:
         return
     what = "unconditional" if model.be_unconditional else f"conditioned on '{model.cond_stage_key}'"
     raise UserError(f"label: got class {label}, expected none, as the model is {what}; leave it out")
+
+
+def check_schedule(model: Net2NetTransformer, rows: int, columns: int, schedule: str, stride: int) -> None:
+    """Raise UserError if the windows that ``model`` draws a grid in cannot be placed so; its weights are not used."""
+    shape = (1, 1) if not is_spatial(model) else (1, rows, columns)
+    if isinstance(model.cond_stage_model, DummyCondStage):
+        shape = (*shape, _objects(model).rule.length)
+    window = window_under(model, rows, columns, torch.empty(shape, device="meta", dtype=torch.int64))
+    make_schedule(rows, columns, window, schedule, stride)
 
 
 def conditions(model: Net2NetTransformer, count: int, label: Label | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from tamingfast.tasks.conditioning import (
     ConditionSource,
     Given,
     check_label,
+    check_schedule,
     condition_pictures,
     own_condition,
     tokens_under,
@@ -72,7 +73,7 @@ def edit(
     painter = Painter(options, canvas, resume, preview, bars)
     source = unread(model)
     outline = check_windowed(source.outline)
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options)
     factor = first_stage_of(outline).factor
     height, width = kept.rows * factor, kept.columns * factor
     tokens = token_mask(read_mask(mask, height, width), factor)
@@ -129,7 +130,7 @@ def outpaint(
     if not any(sides.values()):
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
     added = Added(*(pixels // factor for pixels in sides.values()))
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label, added)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, added)
     prior = check_windowed(source.model)
     opening = _opened(prior, kept, bars)
     if opening.photo is not None:
@@ -190,7 +191,23 @@ def _kept(
     count: int | None,
     given: Given,
     label: Label | None,
+    options: DrawingOptions | None,
     added: Added = Added(),
+) -> _Kept:
+    kept = _read(outline, source, count, given, label, added)
+    rows, columns = (kept.rows + added.top + added.bottom, kept.columns + added.left + added.right)
+    if options is not None:
+        check_schedule(outline, rows, columns, options.schedule, options.stride)
+    return kept
+
+
+def _read(
+    outline: Net2NetTransformer,
+    source: PhotoOrCanvas,
+    count: int | None,
+    given: Given,
+    label: Label | None,
+    added: Added,
 ) -> _Kept:
     check_label(outline, label)
     canvas = _kept_canvas(source)

@@ -17,6 +17,7 @@ from tamingfast.tasks.conditioning import (
     ConditionSource,
     Given,
     check_label,
+    check_schedule,
     condition_pictures,
     own_condition,
     tokens_under,
@@ -75,6 +76,9 @@ def sample(
     check_label(outline, label)
     found = _condition(outline, Given(condition, condition_of), size, resume)
     start = _scales_of(outline, photo, scales, size)
+    if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):
+        drawn = image_size(outline, size) if found is None else (found.shape[0], found.shape[1])
+        check_schedule(outline, *grid_size(outline, *drawn), options.schedule, options.stride)
     prior = check_prior(source.model)
     blank = None
     if not resume or any(value is not None for value in (found, start, label, size)):
