@@ -185,6 +185,8 @@ def check_stage(config: Mapping[str, Any], prior: bool) -> None:
         raise UserError("config: got one for a prior, expected one for a first stage; use `tamingfast train prior`")
     if prior and target and not is_prior:
         raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
+    if config.get("classes") and not prior:
+        raise UserError("classes: got names for a first stage, expected none, as only priors have classes")
     needed = ("token_logits", "encode_to_z") if prior else ("encode", "decode", "loss_of")
     if network and not all(hasattr(network, name) for name in needed):
         raise UserError(

@@ -104,7 +104,7 @@ def train(
                 condition.path,
                 optional=_NOT_NEEDED,
             )
-        config |= _class_names(model, training.classes)
+        config |= _class_names(model, training.classes, config.get("classes"))
         with begin(config, out, resume, settings, training, among, stage) as progress:
             return loop.run(stage, settings, (training, validation), out, among, progress)
 
@@ -119,11 +119,17 @@ def _first_stage(path: str | os.PathLike | None, allow: Collection[str]) -> _Tra
     return _Trained(path, model, model.config)
 
 
-def _class_names(model: Net2NetTransformer, classes: Sequence[str] | None) -> dict[str, Any]:
-    """The entry ``classes`` of the run's config: the names of the model's classes, where the data have them."""
-    names = [str(name) for name in classes or ()]
-    known = isinstance(model.cond_stage_model, Labelator) and model.cond_stage_model.n_classes == len(names)
-    return {"classes": names} if known and sum(map(len, names)) + 8 * len(names) < _MOST_NAMES else {}
+def _class_names(
+    model: Net2NetTransformer, classes: Sequence[str] | None, given: Sequence[str] | None
+) -> dict[str, Any]:
+    """The entry ``classes`` of the run's config: the names of the model's classes, ``given`` or else the data's."""
+    stage = model.cond_stage_model
+    count = stage.n_classes if isinstance(stage, Labelator) else 0
+    if given and len(given) != count:
+        raise UserError(f"classes: got {len(given)} names, expected {count}, as many as the prior has classes")
+    names = [str(name) for name in given or classes or ()]
+    known = count and len(names) == count
+    return {"classes": names} if known and sum(map(len, names)) + 8 * count < _MOST_NAMES else {}
 
 
 def _warn_untrained(described: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from refusals import refused
 from tamingfast import UserError, checkpoints, load_model, tasks
 from tamingfast.data.tokens import write_tokens
 from tamingfast.evaluation.run import _folder
-from tamingfast.training import prior
+from tamingfast.training import prior, vqgan
 
 NAMES = ["cat", "dog", "red fox, old", "7"]
 
@@ -72,6 +72,15 @@ def test_a_resumed_run_keeps_them_and_a_wrong_number_of_them_is_named(named, tmp
     model.config["classes"] = NAMES[:2]
     with pytest.raises(UserError, match="classes: got 2, expected 4 names"):
         tasks.labels_of(model, "cat")
+
+
+def test_names_that_nothing_would_read_are_refused(runs, tmp_path):
+    data = {"data": tiny.CROPS, "classes": ["a", "b"]}
+    first, second = tiny.config(tiny.VQGAN, steps=1) | data, tiny.config(tiny.PRIOR, steps=1) | data
+    with pytest.raises(UserError, match="classes: got names for a first stage"):
+        vqgan.train(first, tmp_path / "a", device="cpu")
+    with pytest.raises(UserError, match="classes: got 2 names, expected 0, as many as"):
+        prior.train(second | {"prior": {"condition": "none"}}, runs / "vqgan", tmp_path / "b", device="cpu")
 
 
 def test_a_model_without_names_says_so(named):
