@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -68,16 +69,34 @@ def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int
     save_png(path, grid(images, columns))
 
 
-def save_rows(path: str | os.PathLike, rows: Sequence[Tensor], names: Sequence[str] = (), scale: int = 1) -> None:
-    """Write batches (B, C, H, W) of the same length as the rows of one PNG, such as images above reconstructions.
+def table(rows: Sequence[Tensor | Sequence[Tensor]], padding: int = 2) -> np.ndarray:
+    """Images (C, H, W) in [-1, 1] in rows and columns, uint8 (height, width, 3), ``padding`` white pixels apart.
 
-    ``names`` are written to the left of their rows; ``scale`` is as in `save_png`. Raises ValueError for batches of
-    different lengths.
+    A row is as high as its highest image, a column as wide as its widest. Raises ValueError for rows of different
+    lengths and for no images.
     """
     lengths = {len(row) for row in rows}
-    if len(lengths) != 1:
-        raise ValueError(f"rows: got batches of {sorted(lengths)} images, expected the same number in each row")
-    sheet = magnified(grid(torch.cat([row.detach().float().cpu() for row in rows]), columns=lengths.pop()), scale)
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(f"rows: got {sorted(lengths)} images, expected the same number in each row, at least one")
+    pixels = [[to_uint8(image) for image in row] for row in rows]
+    heights = [max(image.shape[0] for image in row) for row in pixels]
+    widths = [max(row[column].shape[1] for row in pixels) for column in range(lengths.pop())]
+    tops, lefts = (list(accumulate((side + padding for side in sides), initial=padding)) for sides in (heights, widths))
+    sheet = np.full((tops[-1], lefts[-1], 3), 255, np.uint8)
+    for top, row in zip(tops, pixels, strict=False):
+        for left, image in zip(lefts, row, strict=False):
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def save_rows(
+    path: str | os.PathLike, rows: Sequence[Tensor | Sequence[Tensor]], names: Sequence[str] = (), scale: int = 1
+) -> None:
+    """Write images (C, H, W), or batches of them, as the rows of one PNG, such as images above reconstructions.
+
+    ``names`` are written to the left of their rows; ``scale`` is as in `save_png`. Raises what `table` raises.
+    """
+    sheet = magnified(table(rows), scale)
     save_png(path, labelled(sheet, names) if names else sheet)
 
 

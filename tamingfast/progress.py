@@ -5,6 +5,7 @@ Nothing else in the package draws bars.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +14,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 #: Seconds between printed lines.
 EVERY = 60.0
+#: Seconds of work before an estimate of the rest, and seconds of the rest that are worth one.
+MEASURED, LONG = 5.0, 60.0
 _KNOWN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 _OPEN = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} elapsed{postfix}"
 
@@ -68,6 +73,44 @@ class Lines(Bar):
             options = self._shown | {"postfix": self.postfix, "bar_format": shape}
             line = self.format_meter(self.n, self.total or 0, now - self._began, **options)
             print(line, file=sys.stderr, flush=True)
+
+
+class Estimated:
+    """A counter of long work that logs once how long the rest will take, and what would shorten it.
+
+    It does so when `MEASURED` seconds of the work have shown that more than `LONG` seconds are left.
+    """
+
+    def __init__(self, counter: Bar, work: str, advice: str, told: set[str]) -> None:
+        self._counter, self._work, self._advice, self._told = counter, work, advice, told
+        self._began, self._first = time.monotonic(), counter.n
+
+    def update(self, n: float | None = 1) -> None:
+        """Count ``n`` more."""
+        self._counter.update(n)
+        self._estimate()
+
+    def moved(self, done: int, total: int) -> None:
+        """Set the count to ``done`` and the total to ``total``."""
+        self._counter.moved(done, total)
+        self._estimate()
+
+    def _estimate(self) -> None:
+        done, spent = self._counter.n - self._first, time.monotonic() - self._began
+        if self._work in self._told or not self._counter.total or done <= 0 or spent < MEASURED:
+            return
+        left = spent / done * (self._counter.total - self._counter.n)
+        if left > LONG:
+            self._told.add(self._work)
+            logger.warning("%s: about %s left at this pace%s", self._work, duration(left), self._advice)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there are at least two, such as "3 minutes"."""
+    for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{round(seconds / length)} {name}"
+    return f"{round(seconds)} seconds"
 
 
 def bar(unit: str, total: int | None = None, **options: Any) -> Bar:

@@ -78,6 +78,28 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Module | None:
+    """The model that `load_model` gives, on the meta device, as its config describes it: no weights are read.
+
+    None where that takes the weights, such as for a checkpoint without a config. Raises UserError for a missing file
+    and for a config that may not be built.
+    """
+    path = weights_path(Path(checkpoint))
+    found = read_checkpoint(path, tensors=False)
+    if embedded_config(path) is None and neighbouring_config(path) is None:
+        return None
+    settings = _settings(found, None)
+    check_targets(settings["model"], "model", allow)
+    check_sizes(settings["model"], "model")
+    try:
+        with torch.device("meta"):
+            model = instantiate_from_config(settings["model"])
+    except UserError:  # such as for a remapping that the weights contain, but no file
+        return None
+    model.config, model.allow = settings, frozenset(allow)
+    return model.eval()
+
+
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(found, torch.dtype) or found not in FLOATS:

@@ -13,6 +13,7 @@ from typing import IO
 
 from tamingfast.errors import UserError
 from tamingfast.files import open_regular
+from tamingfast.progress import bar
 
 _NAME, _BLANK = "sha256", "0" * 64
 #: Metadata to write into a file that `seal` completes.
@@ -63,6 +64,9 @@ def _digest(stream: IO[bytes], place: int) -> str:
     state.update(stream.read(place))
     state.update(_BLANK.encode())
     stream.seek(place + len(_BLANK))
-    while chunk := stream.read(1 << 20):
-        state.update(chunk)
+    size = os.fstat(stream.fileno()).st_size
+    with bar("B", size, desc="checksum", unit_scale=True, delay=1, leave=False) as progress:
+        while chunk := stream.read(1 << 20):
+            state.update(chunk)
+            progress.update(len(chunk))
     return state.hexdigest()

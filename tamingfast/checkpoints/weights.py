@@ -23,6 +23,7 @@ from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_fi
 from tamingfast.checkpoints.unpickling import Foreign, StoredTensor, Unusable
 from tamingfast.errors import UserError, first_line
 from tamingfast.files import atomic_write, open_regular
+from tamingfast.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,12 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: got tensors of {asked} bytes in a file of {size}, expected at most {_SHARED} times it"
         )
-    return {key: file.tensor(value) for key, value in stored.items()}
+    state = {}
+    with bar(" tensors", len(stored), desc="reading weights", delay=1, leave=False) as progress:
+        for key, value in stored.items():
+            state[key] = file.tensor(value)
+            progress.update()
+    return state
 
 
 def _only_state(content: Any, path: Path) -> Mapping[Any, Any] | None:

@@ -73,6 +73,13 @@ def device(text: str) -> str:
     return text
 
 
+def classes(text: str) -> str:
+    """The type of options that name classes; which there are is known with the model."""
+    if not text.strip() or text.startswith("-"):
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected the name or the number of a class")
+    return text
+
+
 def source(text: str) -> str:
     """The type of options that name what is read, a file or a directory."""
     if not text or "\0" in text:
@@ -125,15 +132,22 @@ def _given(arguments: argparse.Namespace, kind: Callable[[str], str]) -> Iterato
 
 
 def as_typed(message: str, arguments: argparse.Namespace | None, words: Sequence[str]) -> str:
-    """The message of a task, which begins with the name of an argument, about the option that stands for it."""
-    name, colon, rest = message.partition(": ")
-    known = arguments.parser._actions if arguments is not None and colon else []
-    options = [action for action in known if action.option_strings and name in (action.dest, f"{action.dest}s")]
-    if not options:
+    """The message of a task, which names its arguments, with the options that stand for them.
+
+    An argument is what a message begins with, and what it says to do something "with".
+    """
+    names, colon, rest = message.partition(": ")
+    if arguments is None or not colon:
         return message
     typed = {word.partition("=")[0] for word in words}
-    names = [*(option for action in options for option in action.option_strings if option in typed)]
-    return f"{names[0] if names else name_of(options[0])}: {rest}"
+
+    def option(name: str) -> str:
+        known = [each for each in arguments.parser._actions if name.rstrip("s") == each.dest.rstrip("s")]
+        options = [option for action in known for option in action.option_strings]
+        return next((each for each in options if each in typed), name_of(known[0]) if options else name)
+
+    rest = re.sub(r"(?<=\bwith )[a-z_]+\b", lambda found: option(found[0]), rest)
+    return f"{', '.join(map(option, names.split(', ')))}: {rest}"
 
 
 def name_of(action: argparse.Action) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from tamingfast import tasks
 from tamingfast.cli.arguments import output
 from tamingfast.cli.options import given_options, options
-from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import check_png
 from tamingfast.tasks.options import DrawingOptions
@@ -46,7 +46,7 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
             tasks.check_unused(canvas)
     names = ("count", "label", "condition", "condition_of", "resume", "preview")
     shared = {name: getattr(arguments, name) for name in names}
-    return shared | {"options": drawing, "canvas": canvas, "bars": progress_bar}
+    return shared | {"options": drawing, "canvas": canvas, "bars": bars_of(arguments)}
 
 
 def canvas_file(arguments: argparse.Namespace) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
-from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, condition_options, load
+from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, RECONSTRUCT, Commands, command, condition_options, load
 
 SIDES = ("left", "right", "top", "bottom")
 
@@ -38,9 +38,7 @@ def _command(
     added.add_argument("photo", type=source, help="image file, or a canvas saved with --canvas")
     added.add_argument("-n", "--count", type=whole(1), help="number of versions; default: 1, or that of the canvas")
     added.add_argument("--out", type=output, default=f"{name}ed.png", help="PNG to write (default: %(default)s)")
-    added.add_argument(
-        "--reconstruct", action="store_true", help="show the first stage's reconstruction of the kept part"
-    )
+    added.add_argument("--reconstruct", action="store_true", help=RECONSTRUCT)
     return added
 
 

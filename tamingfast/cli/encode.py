@@ -7,8 +7,7 @@ import argparse
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import ALLOW, DEVICE, Commands, command, data_settings, load
-from tamingfast.cli.progress import progress_bar, say_written
-from tamingfast.ops.backends import pick_device
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 
@@ -27,13 +26,11 @@ def add_to(commands: Commands) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    from tamingfast.checkpoints import load_model
-
     cond_stage = None
     if arguments.cond_stage:
-        cond_stage = load_model(arguments.cond_stage, device=pick_device(arguments.device), allow=arguments.allow)
+        cond_stage = tasks.Unread(arguments.cond_stage, arguments.device, arguments.allow)
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
-        batch=arguments.batch, bars=progress_bar,
+        batch=arguments.batch, bars=bars_of(arguments),
     )  # fmt: skip
     say_written(arguments.out, f"{count} images")

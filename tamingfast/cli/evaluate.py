@@ -6,7 +6,7 @@ import argparse
 
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, data_settings, given_options, load
-from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import write_json
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     found = evaluation.evaluate_model(
         load(arguments), arguments.data or data_settings(arguments), limit=arguments.limit, samples=arguments.samples,
         features=arguments.features, inception_weights=arguments.inception_weights,
-        perceptual_weights=arguments.perceptual_weights, options=options, bars=progress_bar,
+        perceptual_weights=arguments.perceptual_weights, options=options, bars=bars_of(arguments),
     )  # fmt: skip
     found["model"] = arguments.model
     print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")

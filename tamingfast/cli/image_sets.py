@@ -15,6 +15,7 @@ from tamingfast.cli.options import (
     ALLOW,
     DEVICE,
     DRAWING,
+    RECONSTRUCT,
     Commands,
     command,
     condition_options,
@@ -22,7 +23,7 @@ from tamingfast.cli.options import (
     load,
     size_of,
 )
-from tamingfast.cli.progress import progress_bar, say_written
+from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import check_png
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
@@ -36,6 +37,7 @@ def add_to(commands: Commands) -> None:
     text = "keep the upper half of images and redraw the lower half"
     added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
     added.add_argument("--out", type=output, default="completed.png", help="PNG to write (default: %(default)s)")
+    added.add_argument("--reconstruct", action="store_true", help=RECONSTRUCT)
     added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")
 
     text = "measure what each schedule costs, in nats per token of real images"
@@ -63,7 +65,8 @@ def _command(
     added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
     added.add_argument("model", type=source, help="run directory or checkpoint")
     added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
-    added.add_argument("--size", help="HEIGHTxWIDTH in pixels to scale and cut them to; default: the training size")
+    whole = "the training size" if name == "likelihood" else "each whole, its sides rounded down to multiples of f"
+    added.add_argument("--size", help=f"HEIGHTxWIDTH in pixels to scale and cut them to; default: {whole}")
     return added
 
 
@@ -81,7 +84,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     check_png(arguments.out)
     size = size_of(arguments)
-    found = tasks.reconstruct(load(arguments), _pictures(arguments, "--out", arguments.out), size=size)
+    pictures = _pictures(arguments, "--out", arguments.out)
+    found = tasks.reconstruct(load(arguments), pictures, size=size, bars=bars_of(arguments))
     images.save_rows(arguments.out, [found.images, found.reconstructed])
     print(json.dumps(found.figures))
     say_written(arguments.out)
@@ -94,11 +98,11 @@ def complete(arguments: argparse.Namespace) -> None:
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
     found = tasks.complete(
         load(arguments), _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
-        label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of, options=options,
-        bars=progress_bar,
+        label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of,
+        own_pixels=not arguments.reconstruct, options=options, bars=bars_of(arguments),
     )  # fmt: skip
     shown = [] if found.conditions is None else [found.conditions]
-    images.save_rows(arguments.out, [*shown, found.images, *found.completed])
+    images.save_rows(arguments.out, [*shown, found.images, *zip(*found.completed, strict=True)])
     say_written(arguments.out)
 
 
@@ -110,8 +114,8 @@ def likelihood(arguments: argparse.Namespace) -> None:
     size = size_of(arguments)
     costs = tasks.likelihood(
         load(arguments), _pictures(arguments, "--plot", arguments.plot), size=size, label=arguments.label,
-        conditions=arguments.condition,
-        conditions_of=arguments.condition_of, strides=arguments.strides, batch=arguments.batch, bars=progress_bar,
+        conditions=arguments.condition, conditions_of=arguments.condition_of, strides=arguments.strides,
+        batch=arguments.batch, bars=bars_of(arguments),
     )  # fmt: skip
     rows = [asdict(cost) for cost in costs]
     for row in rows:

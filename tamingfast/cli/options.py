@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tamingfast.cli.arguments import device, number, source, whole
+from tamingfast.cli.arguments import classes, device, number, source, whole
 from tamingfast.errors import UserError
-from tamingfast.ops.backends import pick_device
 from tamingfast.tasks.options import DrawingOptions
 
 if TYPE_CHECKING:  # imports torch, which `tamingfast --help` does without
-    from torch import nn
+    from tamingfast.tasks.models import Unread
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ ALLOW = options((
         "help": "a class that is not ours, but which the model's config may name; can be repeated",
     },
 ))  # fmt: skip
+RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
@@ -109,8 +109,10 @@ def condition_options(**several: str) -> argparse.ArgumentParser:
             "--class",
             {
                 "dest": "label",
-                "type": whole(0),
-                "help": "class index, for class-conditional priors; default: cycle through all",
+                "type": classes,
+                "metavar": "CLASS",
+                "help": "name or number, or several separated by commas, for class-conditional priors; default: cycle "
+                "through all",
             },
         ),
         (
@@ -155,8 +157,8 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return section
 
 
-def load(arguments: argparse.Namespace) -> nn.Module:
-    """The model named on the command line, on the device of --device."""
-    from tamingfast.checkpoints import load_model
+def load(arguments: argparse.Namespace) -> Unread:
+    """The model named on the command line, for the device of --device; it is read when it is needed."""
+    from tamingfast.tasks import Unread
 
-    return load_model(arguments.model, device=pick_device(arguments.device), allow=arguments.allow)
+    return Unread(arguments.model, arguments.device, arguments.allow)

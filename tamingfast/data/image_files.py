@@ -92,6 +92,12 @@ class ImageFiles(EpochDataset):
         found = torch.nonzero(self._unreadable).flatten().tolist()
         return [(self.paths[index], "its pixels cannot be read") for index in found]
 
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """Number the labels by these names, which must contain those of the data."""
+        own = self.classes or []
+        self.labels = [classes.index(own[label]) for label in self.labels]
+        self.classes = list(classes)
+
     def __len__(self) -> int:
         return len(self.paths)
 

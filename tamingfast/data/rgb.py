@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from tamingfast.data import png
 from tamingfast.errors import UserError
@@ -122,6 +122,15 @@ def read_rgb(path: str | os.PathLike, short_side: int | None = None, background:
     if short_side and min(rgb.size) > short_side:
         rgb = rgb.resize(scaled_size(rgb.size, short_side), Image.Resampling.BICUBIC)
     return rgb
+
+
+def upright_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of the image that `read_rgb` gives, from the file's header. Raises UserError as that does."""
+    with opened(path) as image:
+        turned = False
+        with contextlib.suppress(Exception):  # of a damaged EXIF block
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

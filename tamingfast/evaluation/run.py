@@ -13,7 +13,7 @@ from tamingfast import tasks
 from tamingfast.checkpoints.config import plain
 from tamingfast.data import build, folders
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.models.lpips import LPIPS, RANDOM
@@ -60,8 +60,9 @@ def evaluate_model(
     """
     at_least_one(samples, "samples")
     at_least_one(1 if limit is None else limit, "limit")
-    network = tasks.opened(model)
-    training_set, dataset = _data(network, data)
+    source = tasks.unread(model)
+    training_set, dataset = _data(source.outline, data)
+    network = source.model
     seen, perceptual, missing = _networks(network, features, inception_weights, perceptual_weights)
     length = len(dataset)
     if seen is not None and min(samples, limit or length, length) < 2:
@@ -97,8 +98,15 @@ def _data(
 def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     side = tasks.image_size(model)[0]
     dataset = folders.build(folder, side, validation_path=folder)[1]
-    classes, found = tasks.classes_of(model), len(dataset.classes or ())
-    if classes is not None and found != classes:
+    classes, names, found = tasks.classes_of(model), tasks.class_names_of(model), len(dataset.classes or ())
+    if names is not None and dataset.classes is not None:
+        unknown = next((name for name in dataset.classes if name not in names), None)
+        if unknown is not None:
+            raise UserError(
+                f"{folder}: got {unknown!r}, expected folders named after the model's classes{nearest(unknown, names)}"
+            )
+        dataset.name_classes(names)
+    elif classes is not None and found != classes:
         raise UserError(
             f"{folder}: got {found} class folders, expected {classes}, one for each class of the model; give a "
             "directory whose class folders, sorted by name, are in the model's order"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,14 @@ def negative_log_likelihood(
     window: int = 16,
     schedule: str = "paper",
     stride: int = 8,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each token of real images, in nats, given the true tokens before it in its window.
 
     Args:
         transformer, cond, window, schedule, stride: as in `sample_grid`.
         tokens: int64 (B, height, width).
+        progress: called with the number of tokens scored since the last call.
 
     Returns:
         float32 (B, height, width). Its mean is the cross entropy per token; exp of its sum is the likelihood of an
@@ -57,6 +61,8 @@ def negative_log_likelihood(
             scored = torch.from_numpy(group).to(device)
             predicted = logits[:, i, torch.from_numpy(layout.steps[group]).to(device)]
             out[:, scored] = F.cross_entropy(predicted.float().transpose(1, 2), flat[:, scored], reduction="none")
+        if progress is not None:
+            progress(batch * sum(map(len, groups[part])))
     return out.view(batch, height, width)
 
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from tamingfast.tasks.encoding import check_encodable as check_encodable
     from tamingfast.tasks.encoding import encode as encode
     from tamingfast.tasks.inspection import inspect as inspect
+    from tamingfast.tasks.labels import class_names_of as class_names_of
+    from tamingfast.tasks.labels import labels_of as labels_of
+    from tamingfast.tasks.models import Unread as Unread
     from tamingfast.tasks.models import check_prior as check_prior
     from tamingfast.tasks.models import check_windowed as check_windowed
     from tamingfast.tasks.models import classes_of as classes_of
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.models import is_multiscale as is_multiscale
     from tamingfast.tasks.models import is_spatial as is_spatial
     from tamingfast.tasks.models import opened as opened
+    from tamingfast.tasks.models import unread as unread
     from tamingfast.tasks.options import DrawingOptions as DrawingOptions
     from tamingfast.tasks.pictures import image_files as image_files
     from tamingfast.tasks.pictures import load_images as load_images
@@ -79,9 +83,10 @@ _HOMES = {
     "editing": ("edit", "outpaint"),
     "encoding": ("check_encodable", "encode"),
     "inspection": ("inspect",),
+    "labels": ("class_names_of", "labels_of"),
     "models": (
-        "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of", "is_multiscale",
-        "is_spatial", "opened",
+        "Unread", "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of",
+        "is_multiscale", "is_spatial", "opened", "unread",
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),

@@ -18,7 +18,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
 from tamingfast.sampling.canvas import Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
-from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted
+from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted, token_unit
 from tamingfast.tasks.models import is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
@@ -43,7 +43,8 @@ class Painter:
         bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: the preview is a path without the suffix .png, or ``resume`` is given without ``canvas``.
+        UserError: the preview is a path without the suffix .png, ``resume`` is given without ``canvas``, or ``canvas``
+            is an unfinished drawing that is not to be resumed.
     """
 
     options: DrawingOptions | None
@@ -57,6 +58,8 @@ class Painter:
             check_png(self.preview)
         if self.resume and self.canvas is None:
             raise UserError("canvas: got none, expected the file of the drawing to resume")
+        if self.canvas is not None and not self.resume:
+            check_nothing_lost(self.canvas)
 
     def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
         """Finish the canvas ``begun`` or, on resuming, the saved one, and return it.
@@ -78,7 +81,8 @@ class Painter:
             canvas = painted(model, begun, **options.deciding())
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
-        with self.bars("tokens", None) as counter:
+        _, rows, columns = canvas.tokens.shape
+        with self.bars(token_unit(model, rows, columns, canvas.cond), None) as counter:
             return canvas.sample(
                 model, batch=options.batch, path=self.canvas, preview=self._shown(model, options.batch),
                 progress=counter.moved, **options.running(),

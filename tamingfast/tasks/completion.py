@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.sampling.canvas import keep_pixels
 from tamingfast.tasks.conditioning import (
     ConditionSource,
+    check_label,
+    check_schedule,
     condition_picture,
     conditions_of_each,
     given_each,
     tokens_of_each,
 )
-from tamingfast.tasks.drawing import PAPER, at_least_one, completed
-from tamingfast.tasks.models import Model, check_windowed, opened
+from tamingfast.tasks.drawing import PAPER, at_least_one, draw, lower_half, photo_tokens, token_unit
+from tamingfast.tasks.labels import Label
+from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import TIMES, DrawingOptions
-from tamingfast.tasks.pictures import Picture, Pictures, batch_of
+from tamingfast.tasks.pictures import Picture, Pictures, batches, sized
+from tamingfast.tasks.sizes import fixed_size, grid_size
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """Images and their completions, all float32 in [-1, 1] on the CPU.
+    """Images and their completions, all float32 in [-1, 1] on the CPU, each image in a size of its own.
 
     Attributes:
-        images: (B, 3, H, W), the input, scaled and cut to the size.
-        completed: (times, B, 3, H, W).
-        conditions: (B, 3, H, W), pictures of the spatial conditions; None for priors without one.
+        images: (3, H, W) each, as they were completed.
+        completed: (times, 3, H, W) of each.
+        conditions: (3, H, W) each, pictures of the spatial conditions; None for priors without one.
     """
 
-    images: Tensor
-    completed: Tensor
-    conditions: Tensor | None
+    images: list[Tensor]
+    completed: list[Tensor]
+    conditions: list[Tensor] | None
 
 
 def complete(
@@ -43,9 +53,10 @@ def complete(
     times: int = TIMES,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
+    own_pixels: bool = True,
     options: DrawingOptions = PAPER,
     bars: Bars = silent,
 ) -> Completion:
@@ -55,29 +66,70 @@ def complete(
         model: a prior, or the path of its run or checkpoint.
         images: pictures, or directories of them.
         times: completions of each image.
-        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: a tensor's own
-            size; for other pictures, the size that the model was trained on.
+        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: each image
+            whole, cut to multiples of f; the training size for priors whose window cannot slide.
         label: as in `sample`.
         conditions, conditions_of: one per image; see ``condition`` and ``condition_of`` of `sample`. Default: computed
             from the image, if that kind of condition can be.
+        own_pixels: as in `edit`.
         options: how tokens are drawn.
         bars: as in `sample`.
 
     Raises:
-        UserError: an argument out of range, or one that does not apply to this model.
+        UserError: an argument out of range, or one that does not apply to this model; or images that do not fit into
+            memory with their completions.
     """
     at_least_one(times, "times")
-    prior = check_windowed(opened(model))
-    pictures, x, size = batch_of(prior, images, size)
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    check_label(outline, label)
+    whole = size is None
+    if whole and (fixed := fixed_size(outline)) is not None:
+        size, whole = fixed, False
+        logger.warning("scaled and cut to %dx%d pixels, the only size that this prior draws", *fixed)
+    pictures = sized(outline, images, size, copies=1 + times)
     given = given_each(len(pictures), conditions, conditions_of)
-    found = conditions_of_each(prior, given, pictures, size)
-    cond = tokens_of_each(prior, found, len(x), label)
-    how = options.deciding() | options.running() | {"batch": options.batch}
+    for one in {picture.size for picture in pictures}:
+        check_schedule(outline, *grid_size(outline, *one), options.schedule, options.stride)
+    prior = check_windowed(source.model)
+    shown: list[Tensor] = []
+    made = Completion([], [], None)
+    for part, x in batches(pictures, first_stage_of(prior).factor):
+        found = conditions_of_each(prior, given[part], x, whole)
+        cond = tokens_of_each(prior, found, part.stop, label)[-len(x) :]
+        shown += [condition_picture(prior, condition)[0] for condition in found]
+        numbers = [again * len(pictures) + part.start for again in range(times)]
+        made.images.extend(x)
+        made.completed.extend(_completions(prior, x, cond, numbers, own_pixels, options, bars).unbind(1))
+    return Completion(made.images, made.completed, shown or None)
+
+
+def _completions(
+    model: Net2NetTransformer,
+    x: Tensor,
+    cond: Tensor,
+    numbers: Sequence[int],
+    own_pixels: bool,
+    options: DrawingOptions,
+    bars: Bars,
+) -> Tensor:
+    """Completions (times, B, 3, H, W) of images (B, 3, H, W).
+
+    ``numbers`` are those of the first image in each completion: they key the noise, so that each has its own.
+    """
+    with bars("multiply-adds of encoding", None) as counter:
+        start = photo_tokens(model, x.to(model.device), counter.moved)
+    _, rows, columns = start.shape
+    mask = lower_half(rows, columns)
+    how: dict[str, Any] = options.deciding() | options.running() | {"batch": options.batch}
     drawn = []
-    for again in range(times):
-        with bars("tokens", None) as counter:
-            first = again * len(x)  # numbers the images on, so that each completion has its own noise
-            part = completed(prior, x.to(prior.device), cond, first_image=first, progress=counter.moved, **how)
-        drawn.append(part.clamp(-1, 1).cpu())
-    shown = torch.cat([condition_picture(prior, condition) for condition in found]) if found else None
-    return Completion(x, torch.stack(drawn), shown)
+    for first in numbers:
+        with bars(token_unit(model, rows, columns, cond), None) as counter:
+            grids = draw(
+                model, cond, rows, columns, start=start, mask=mask, first_image=first, progress=counter.moved, **how
+            )
+            tokens = torch.cat(list(grids))
+        with bars("multiply-adds of decoding", None) as counter:
+            pixels = model.decode_grid(tokens, progress=counter.moved).cpu()
+        drawn.append((keep_pixels(pixels, x, mask[None]) if own_pixels else pixels).clamp(-1, 1))
+    return torch.stack(drawn)

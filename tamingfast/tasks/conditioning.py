@@ -18,11 +18,14 @@ from tamingfast.data import conditions as kinds
 from tamingfast.data.conditions import Scene
 from tamingfast.data.views import View
 from tamingfast.errors import UserError
+from tamingfast.models.condition_stages import DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
+from tamingfast.sampling.schedule import make_schedule
+from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import classes_of, config_of, first_stage_of, is_spatial
-from tamingfast.tasks.pictures import Picture, as_image, cover, named
-from tamingfast.tasks.sizes import grid_size, window_of
+from tamingfast.tasks.pictures import Picture, as_image, cover, multiples_of, named
+from tamingfast.tasks.sizes import grid_size, window_of, window_under
 
 #: A spatial condition: a map over the image, float32 (H, W, C), or the objects in it.
 Condition: TypeAlias = np.ndarray | Scene
@@ -74,15 +77,34 @@ def given_each(
     return found or [Given()] * count
 
 
-def conditions(model: Net2NetTransformer, count: int, label: int | None = None) -> Tensor:
+def check_label(model: Net2NetTransformer, label: Label | None) -> None:
+    """Raise UserError for a class given to a prior that has none, and for one that it does not have."""
+    if label is None:
+        return
+    if classes_of(model) is not None:
+        labels_of(model, label)
+        return
+    what = "unconditional" if model.be_unconditional else f"conditioned on '{model.cond_stage_key}'"
+    raise UserError(f"label: got class {label}, expected none, as the model is {what}; leave it out")
+
+
+def check_schedule(model: Net2NetTransformer, rows: int, columns: int, schedule: str, stride: int) -> None:
+    """Raise UserError if the windows that ``model`` draws a grid in cannot be placed so; its weights are not used."""
+    shape = (1, 1) if not is_spatial(model) else (1, rows, columns)
+    if isinstance(model.cond_stage_model, DummyCondStage):
+        shape = (*shape, _objects(model).rule.length)
+    window = window_under(model, rows, columns, torch.empty(shape, device="meta", dtype=torch.int64))
+    make_schedule(rows, columns, window, schedule, stride)
+
+
+def conditions(model: Net2NetTransformer, count: int, label: Label | None = None) -> Tensor:
     """Condition tokens int64 (count, 1) for an unconditional or class-conditional prior.
 
-    Without ``label`` the images cycle through the classes. Raises UserError for an unknown label, and for priors with a
-    spatial condition.
+    The images cycle through the classes of ``label`` or, without it, through all. Raises UserError for an unknown
+    class, and for priors with a spatial condition.
     """
+    check_label(model, label)
     if model.be_unconditional:
-        if label is not None:
-            raise UserError(f"label: got class {label}, expected none, as the model is unconditional; leave it out")
         return torch.full((count, 1), model.sos_token, device=model.device)
     classes = classes_of(model)
     if classes is None:
@@ -90,10 +112,9 @@ def conditions(model: Net2NetTransformer, count: int, label: int | None = None) 
             f"condition: got none, expected one, as the model is conditioned on '{model.cond_stage_key}'; give a file "
             "with condition, or its tokens to tamingfast.sampling.sample_grid"
         )
-    if label is not None and not 0 <= label < classes:
-        raise UserError(f"label: got class {label}, expected 0 to {classes - 1}")
-    labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
-    return labels[:, None].to(model.device)
+    chosen = list(range(classes)) if label is None else labels_of(model, label)
+    labels = torch.tensor(chosen, dtype=torch.int64, device=model.device)
+    return labels[torch.arange(count, device=model.device) % len(chosen)][:, None]
 
 
 def kind_of(model: Net2NetTransformer) -> kinds.Kind:
@@ -214,20 +235,16 @@ def own_condition(model: Net2NetTransformer, size: tuple[int, int], photo: Pictu
 
 
 def tokens_under(
-    model: Net2NetTransformer, count: int, condition: Condition | None, label: int | None = None
+    model: Net2NetTransformer, count: int, condition: Condition | None, label: Label | None = None
 ) -> Tensor:
     """Condition tokens for ``count`` images of one spatial condition or, if that is None, of a class or nothing."""
     if condition is None:
         return conditions(model, count, label)
-    if label is not None:
-        raise UserError(
-            f"label: got class {label}, expected none, as the model is conditioned on '{model.cond_stage_key}'; leave "
-            "it out"
-        )
+    check_label(model, label)
     return condition_tokens(model, condition, count)
 
 
-def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: int | None) -> Tensor:
+def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count: int, label: Label | None) -> Tensor:
     """Condition tokens for ``count`` images, one spatial condition each or, without any, all of ``label``."""
     if not found:
         return tokens_under(model, count, None, label)
@@ -235,12 +252,18 @@ def tokens_of_each(model: Net2NetTransformer, found: Sequence[Condition], count:
 
 
 def conditions_of_each(
-    model: Net2NetTransformer, given: Sequence[Given], pictures: Sequence[Picture], size: tuple[int, int]
+    model: Net2NetTransformer, given: Sequence[Given], x: Tensor, whole: bool = False
 ) -> list[Condition]:
-    """The spatial condition of each picture, given or else from `own_condition`; empty for priors without one."""
-    found = []
-    for one, picture in zip(given, pictures, strict=True):
-        condition = one.read(model, size)
+    """The spatial condition of each picture of ``x`` (B, 3, H, W), given or else from `own_condition`.
+
+    It is scaled to cover the picture and cut at the centre; if the pictures are ``whole``, a condition of their own
+    size is only cut, as they were. Empty for priors without a spatial condition.
+    """
+    size, found = (x.shape[2], x.shape[3]), []
+    for one, picture in zip(given, x, strict=True):
+        condition = one.read(model) if whole else None
+        if condition is None or tuple(condition.shape[:2]) != size:
+            condition = one.read(model, size)
         if condition is None:
             condition = own_condition(model, size, picture)
         found += [] if condition is None else [condition]
@@ -309,13 +332,7 @@ def _as_batch(pixels: np.ndarray) -> Tensor:
 
 
 def _multiples(model: Net2NetTransformer, height: int, width: int, name: str | os.PathLike[str]) -> tuple[int, int]:
-    factor = first_stage_of(model).factor
-    if min(height, width) < factor:
-        raise UserError(
-            f"{name}: got {height}x{width} pixels, expected at least {factor}x{factor}, one token; give a larger "
-            "picture, or a size to scale it to"
-        )
-    return height // factor * factor, width // factor * factor
+    return multiples_of(first_stage_of(model).factor, height, width, name)
 
 
 def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:

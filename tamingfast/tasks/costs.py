@@ -6,17 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.sampling.canvas import Canvas
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 from tamingfast.sampling.plan import plan_grid
-from tamingfast.tasks.conditioning import ConditionSource, conditions_of_each, given_each, tokens_of_each
+from tamingfast.tasks.conditioning import (
+    ConditionSource,
+    check_label,
+    check_schedule,
+    conditions_of_each,
+    given_each,
+    tokens_of_each,
+)
 from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
-from tamingfast.tasks.models import Model, check_windowed, opened
+from tamingfast.tasks.labels import Label
+from tamingfast.tasks.models import Model, check_windowed, unread
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES
 from tamingfast.tasks.pictures import Picture, Pictures, batch_of
+from tamingfast.tasks.sizes import grid_size
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def likelihood(
     images: Pictures,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
     strides: Sequence[int] = STRIDES,
@@ -62,37 +71,43 @@ def likelihood(
         UserError: an argument out of range, or one that does not apply to this model.
     """
     at_least_one(batch, "batch")
-    prior = check_windowed(opened(model))
-    pictures, x, size = batch_of(prior, images, size)
-    given = given_each(len(pictures), conditions, conditions_of)
-    found = conditions_of_each(prior, given, pictures, size)
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    check_label(outline, label)
+    _, x, _ = batch_of(outline, images, size)
+    given = given_each(len(x), conditions, conditions_of)
+    rules = [("paper", "paper", 1), ("scene", "scene", 1)]
+    rules += [(f"{rule} {stride}", rule, stride) for rule in ("strided", "block") for stride in strides]
+    for _, rule, stride in rules:
+        check_schedule(outline, *grid_size(outline, x.shape[2], x.shape[3]), rule, stride)
+    prior = check_windowed(source.model)
+    found = conditions_of_each(prior, given, x)
     cond = tokens_of_each(prior, found, len(x), label)
-    with bars("schedules", None) as counter:
-        return schedule_costs(prior, x.to(prior.device), cond, strides, batch, counter.moved)
+    with bars("multiply-adds of encoding", None) as counter:
+        canvas = painted(prior, photo_canvas(prior, x.to(prior.device), cond, counter.moved))
+    with bars("tokens", len(rules) * canvas.tokens.numel()) as counter:
+        return schedule_costs(prior, canvas, rules, batch, counter.update)
 
 
 @torch.no_grad()
 def schedule_costs(
     model: Net2NetTransformer,
-    x: Tensor,
-    cond: Tensor,
-    strides: Sequence[int],
+    canvas: Canvas,
+    rules: Sequence[tuple[str, str, int]],
     batch: int,
-    progress: Callable[[int, int], object],
+    progress: Callable[[int], object],
 ) -> list[ScheduleCost]:
-    """`likelihood` of images (B, 3, H, W) in [-1, 1] given condition tokens (B, c) or (B, rows, columns)."""
-    canvas = painted(model, photo_canvas(model, x, cond))
+    """`likelihood` of the tokens of a canvas under ``rules``: (name, schedule, stride)."""
+    cond = canvas.cond
     _, rows, columns = canvas.tokens.shape
     window = canvas.settings["window"]
     prefix = plan_grid(model, cond, rows, columns, window).context.length
-    rules = [("paper", "paper", 1), ("scene", "scene", 1)]
-    rules += [(f"{rule} {stride}", rule, stride) for rule in ("strided", "block") for stride in strides]
     found = []
-    for done, (name, rule, stride) in enumerate(rules, start=1):
+    for name, rule, stride in rules:
         nats = []
         for part, tokens in zip(cond.split(batch), canvas.tokens.split(batch), strict=True):
-            nats.append(negative_log_likelihood(model, part, tokens, window=window, schedule=rule, stride=stride))
+            how = {"window": window, "schedule": rule, "stride": stride}
+            nats.append(negative_log_likelihood(model, part, tokens, **how, progress=progress))
         work = tokens_per_token(rows, columns, prefix, window=window, schedule=rule, stride=stride)
         found.append(ScheduleCost(name, float(torch.cat(nats).mean()), work))
-        progress(done, len(rules))
     return found

@@ -73,6 +73,12 @@ def draw(
         )  # fmt: skip
 
 
+def token_unit(model: Net2NetTransformer, rows: int, columns: int, cond: Tensor) -> str:
+    """What a counter of tokens of such a grid counts."""
+    slides = window_under(model, rows, columns, cond) < max(rows, columns)
+    return "tokens in sliding windows" if slides else "tokens"
+
+
 def painted(model: Net2NetTransformer, canvas: Canvas, top_k: int | None = TOP_K, **settings: Any) -> Canvas:
     """The canvas with these ``settings`` of `sample_grid` and a window that fits the model's block size."""
     _, rows, columns = canvas.tokens.shape
@@ -139,11 +145,16 @@ def completed(model: Net2NetTransformer, x: Tensor, cond: Tensor, **options: Any
     ``cond`` are condition tokens (B, c) or (B, rows, columns); ``options`` go to `draw`.
     """
     start = photo_tokens(model, x)
-    rows, columns = start.shape[1:]
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    mask[rows // 2 :] = True
-    grids = torch.cat(list(draw(model, cond, rows, columns, start=start, mask=mask, **options)))
+    mask = lower_half(*start.shape[1:])
+    grids = torch.cat(list(draw(model, cond, *start.shape[1:], start=start, mask=mask, **options)))
     return model.decode_grid(grids)
+
+
+def lower_half(rows: int, columns: int) -> Tensor:
+    """A mask bool (rows, columns) that is True in the lower half of a grid."""
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
+    mask[rows // 2 :] = True
+    return mask
 
 
 def at_least_one(value: int, name: str) -> int:

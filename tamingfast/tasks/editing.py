@@ -19,12 +19,15 @@ from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
     Given,
+    check_label,
+    check_schedule,
     condition_pictures,
     own_condition,
     tokens_under,
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, photo_canvas
-from tamingfast.tasks.models import Model, check_windowed, first_stage_of, opened
+from tamingfast.tasks.labels import Label
+from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import Picture, named, read_mask, read_photo
 from tamingfast.tasks.sizes import grid_size
@@ -39,7 +42,7 @@ def edit(
     mask: Picture,
     count: int | None = None,
     *,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
@@ -68,16 +71,19 @@ def edit(
             canvas that would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
-    prior = check_windowed(opened(model))
-    opening = _opened(prior, photo, count, Given(condition, condition_of), label, bars)
-    factor = first_stage_of(prior).factor
-    height, width = (side * factor for side in opening.canvas.tokens.shape[1:])
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options)
+    factor = first_stage_of(outline).factor
+    height, width = kept.rows * factor, kept.columns * factor
     tokens = token_mask(read_mask(mask, height, width), factor)
     if not tokens.any():
         raise UserError(
             f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint what is to change white, "
             "on black or on nothing"
         )
+    prior = check_windowed(source.model)
+    opening = _opened(prior, kept, bars)
     return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
 
 
@@ -90,7 +96,7 @@ def outpaint(
     bottom: int = 0,
     count: int | None = None,
     *,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
@@ -114,8 +120,9 @@ def outpaint(
             would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
-    prior = check_windowed(opened(model))
-    factor = first_stage_of(prior).factor
+    source = unread(model)
+    outline = check_windowed(source.outline)
+    factor = first_stage_of(outline).factor
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     for side, pixels in sides.items():
         if not isinstance(pixels, int) or pixels < 0 or pixels % factor:
@@ -123,7 +130,9 @@ def outpaint(
     if not any(sides.values()):
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
     added = Added(*(pixels // factor for pixels in sides.values()))
-    opening = _opened(prior, photo, count, Given(condition, condition_of), label, bars, added)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, added)
+    prior = check_windowed(source.model)
+    opening = _opened(prior, kept, bars)
     if opening.photo is not None:
         opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))
     return _painted(painter, prior, opening, count, own_pixels)
@@ -154,46 +163,86 @@ class _Opening:
     condition: Condition | None
 
 
-def _opened(
-    model: Net2NetTransformer,
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What the caller gave to start from, checked and read before the model's weights are.
+
+    Attributes:
+        start: the photo (1, 3, H, W), or a canvas.
+        rows, columns: its size in tokens.
+        condition: the spatial condition of the larger image, as in `_Opening`.
+        label: as given.
+        count: the number of versions.
+        added: tokens to add around it.
+    """
+
+    start: Tensor | Canvas
+    rows: int
+    columns: int
+    condition: Condition | None
+    label: Label | None
+    count: int
+    added: Added
+
+
+def _kept(
+    outline: Net2NetTransformer,
     source: PhotoOrCanvas,
     count: int | None,
     given: Given,
-    label: int | None,
-    bars: Bars,
+    label: Label | None,
+    options: DrawingOptions | None,
     added: Added = Added(),
-) -> _Opening:
-    kept = _kept_canvas(source)
-    if kept is not None:
-        return _opened_canvas(model, _repeated(kept, count, named(source, "photo")), given, label, added)
+) -> _Kept:
+    kept = _read(outline, source, count, given, label, added)
+    rows, columns = (kept.rows + added.top + added.bottom, kept.columns + added.left + added.right)
+    if options is not None:
+        check_schedule(outline, rows, columns, options.schedule, options.stride)
+    return kept
+
+
+def _read(
+    outline: Net2NetTransformer,
+    source: PhotoOrCanvas,
+    count: int | None,
+    given: Given,
+    label: Label | None,
+    added: Added,
+) -> _Kept:
+    check_label(outline, label)
+    canvas = _kept_canvas(source)
+    if canvas is not None:
+        canvas = _repeated(canvas, count, named(source, "photo"))
+        count, rows, columns = canvas.tokens.shape
+        condition = _of_size(given, outline, _grown(outline, rows, columns, added))
+        if condition is None and added != Added():
+            condition = own_condition(outline, _grown(outline, rows, columns, added))
+        return _Kept(canvas, rows, columns, condition, label, count, added)
     assert not isinstance(source, Canvas)  # _kept_canvas returns a canvas as it is
     count = at_least_one(1 if count is None else count, "count")
     photo = read_photo(source)
-    height, width = photo.shape[2:]
-    rows, columns = grid_size(model, height, width, named(source, "photo"))
-    size = _grown(model, rows, columns, added)
-    condition = _of_size(given, model, size)
+    rows, columns = grid_size(outline, photo.shape[2], photo.shape[3], named(source, "photo"))
+    size = _grown(outline, rows, columns, added)
+    condition = _of_size(given, outline, size)
     if condition is None:
-        condition = own_condition(model, size, source if added == Added() else None)
-    cond = tokens_under(model, count, condition, label)
-    part = cond if cond.ndim == 2 else cond[:, added.top : added.top + rows, added.left : added.left + columns]
+        condition = own_condition(outline, size, source if added == Added() else None)
+    return _Kept(photo, rows, columns, condition, label, count, added)
+
+
+def _opened(model: Net2NetTransformer, kept: _Kept, bars: Bars) -> _Opening:
+    added, start = kept.added, kept.start
+    around = (added.left, added.right, added.top, added.bottom)
+    if isinstance(start, Canvas):
+        check_condition(model, start)
+        keep = kept.condition is None and kept.label is None
+        cond = None if keep else tokens_under(model, kept.count, kept.condition, kept.label)
+        return _Opening(start.outpaint(*around, cond), None, kept.condition)
+    cond = tokens_under(model, kept.count, kept.condition, kept.label)
+    rows, columns = slice(added.top, added.top + kept.rows), slice(added.left, added.left + kept.columns)
+    part = cond if cond.ndim == 2 else cond[:, rows, columns]
     with bars("multiply-adds of encoding", None) as counter:
-        canvas = photo_canvas(model, photo.to(model.device), part, counter.moved)
-    return _Opening(canvas.outpaint(added.left, added.right, added.top, added.bottom, cond), photo, condition)
-
-
-def _opened_canvas(
-    model: Net2NetTransformer, canvas: Canvas, given: Given, label: int | None, added: Added
-) -> _Opening:
-    check_condition(model, canvas)
-    _, rows, columns = canvas.tokens.shape
-    size = _grown(model, rows, columns, added)
-    condition = _of_size(given, model, size)
-    if condition is None and added != Added():
-        condition = own_condition(model, size)
-    keep = condition is None and label is None
-    cond = None if keep else tokens_under(model, len(canvas.tokens), condition, label)
-    return _Opening(canvas.outpaint(added.left, added.right, added.top, added.bottom, cond), None, condition)
+        canvas = photo_canvas(model, start.to(model.device), part, counter.moved)
+    return _Opening(canvas.outpaint(*around, cond), start, kept.condition)
 
 
 def _kept_canvas(source: PhotoOrCanvas) -> Canvas | None:

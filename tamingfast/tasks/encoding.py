@@ -23,7 +23,7 @@ from tamingfast.models.condition_stages import CoordStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
 from tamingfast.tasks.drawing import at_least_one
-from tamingfast.tasks.models import Model, data_of, first_stage_of, is_spatial, opened
+from tamingfast.tasks.models import Model, data_of, first_stage_of, is_spatial, unread
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 from tamingfast.tasks.sizes import grid_size
 
@@ -61,11 +61,12 @@ def encode(
             encodes, or images whose sides are not multiples of f.
     """
     at_least_one(batch, "batch")
-    network = opened(model)
-    stage_of_conditions = None if cond_stage is None else first_stage_of(opened(cond_stage))
+    sources = [unread(each) for each in (model, cond_stage) if each is not None]
     if data is None:
-        data = data_of(network if stage_of_conditions is None else stage_of_conditions)
+        data = data_of(sources[-1].outline)
     dataset = _made(data, split) if isinstance(data, Mapping) else as_epoch_dataset(data)
+    network = sources[0].model
+    stage_of_conditions = None if cond_stage is None else first_stage_of(sources[1].model)
     conditions = _conditions_of(network, dataset, stage_of_conditions)
     with bars("images", len(dataset)) as counter:
         return _write(network, dataset, conditions, out, batch, counter)

@@ -70,6 +70,7 @@ def _of_config(path: Path) -> dict[str, Any]:
         found |= {
             "transformer": transformer,
             "condition": None if unconditional else at(params, "cond_stage_key"),
+            "classes": at(config, "classes") or at(params, "cond_stage_config", "params", "n_classes"),
             "ordering": at(params, "permuter_config", "target"),
             "scales": at(params, "scales"),
         }

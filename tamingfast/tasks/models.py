@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints.load import load_model, outline
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
@@ -17,8 +18,43 @@ from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.ops.backends import pick_device
 
-#: A loaded model, or the path of a run directory or checkpoint.
-Model: TypeAlias = str | os.PathLike[str] | nn.Module
+
+class Unread:
+    """A model at a path, whose weights are read when they are needed, so that cheap checks can come before.
+
+    ``device`` None is the GPU if there is one; ``allow`` is as for `tamingfast.load_model`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: str | None = None, allow: Collection[str] = ()) -> None:
+        self.path, self.device, self.allow = path, device, allow
+
+    def __str__(self) -> str:
+        return os.fspath(self.path)
+
+    @cached_property
+    def outline(self) -> nn.Module:
+        """The model as its config describes it, without weights; the model itself where that takes the weights."""
+        return outline(self.path, allow=self.allow) or self.model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, read once. Raises UserError as `tamingfast.load_model` does."""
+        return load_model(self.path, device=pick_device(self.device), allow=self.allow)
+
+
+#: A loaded model, the path of a run directory or checkpoint, or a path whose model is read when it is needed.
+Model: TypeAlias = str | os.PathLike[str] | nn.Module | Unread
+
+
+def unread(model: Model) -> Unread:
+    """A model whose weights may not be read yet; of a loaded model, model and outline are that itself."""
+    if isinstance(model, Unread):
+        return model
+    if not isinstance(model, nn.Module):
+        return Unread(model)
+    found = Unread("")
+    found.outline = found.model = model
+    return found
 
 
 def opened(model: Model) -> nn.Module:
@@ -26,7 +62,7 @@ def opened(model: Model) -> nn.Module:
 
     To choose the device, load the model with `tamingfast.load_model`. Raises UserError as that does.
     """
-    return model if isinstance(model, nn.Module) else load_model(model, device=pick_device(None))
+    return unread(model).model
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

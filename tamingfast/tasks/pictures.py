@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,9 +19,16 @@ from torch import Tensor, nn
 from tamingfast import images
 from tamingfast.data.folders import scan
 from tamingfast.data.image_files import warn_skipped
-from tamingfast.data.rgb import read_rgb, to_rgb
+from tamingfast.data.rgb import read_rgb, to_rgb, upright_size
 from tamingfast.errors import UserError
+from tamingfast.ops.backends import available_memory
+from tamingfast.tasks.models import first_stage_of
 from tamingfast.tasks.sizes import image_size
+
+logger = logging.getLogger(__name__)
+
+#: Pixels of pictures that are processed together, and bytes of a pixel in float32.
+_PIXELS, _BYTES = 2**21, 12
 
 #: An image file, a PIL image, an array uint8 (H, W) or (H, W, 3), or a tensor float (3, H, W) or (1, 3, H, W) in
 #: [-1, 1].
@@ -94,6 +105,84 @@ def load_images(pictures: Sequence[Picture], height: int, width: int) -> Tensor:
     return torch.cat([_fitted(picture, height, width) for picture in pictures])
 
 
+def own_size(source: Picture) -> tuple[int, int]:
+    """(height, width) of a picture; of a file only the header is read. Raises UserError as `read_photo` does."""
+    if isinstance(source, str | os.PathLike):
+        return upright_size(source)
+    if isinstance(source, Tensor):
+        _, _, height, width = _checked(source).shape
+        return height, width
+    image = as_image(source)
+    return image.height, image.width
+
+
+@dataclass(frozen=True, eq=False)
+class Sized:
+    """A picture, and the (height, width) in pixels that it is processed in: its own cut to multiples, or another."""
+
+    picture: Picture
+    size: tuple[int, int]
+
+    def read(self, factor: int) -> Tensor:
+        """The pixels, float32 (1, 3, height, width), cut out of the middle, or of the picture scaled to cover them."""
+        x = read_photo(self.picture)
+        beyond = [own - side for own, side in zip(x.shape[2:], self.size, strict=True)]
+        if not all(0 <= more < factor for more in beyond):
+            return load_images([self.picture], *self.size)
+        top, left = (more // 2 for more in beyond)
+        return x[..., top : top + self.size[0], left : left + self.size[1]]
+
+
+def sized(model: nn.Module, pictures: Pictures, size: tuple[int, int] | None, copies: int) -> list[Sized]:
+    """The pictures, each in ``size`` or, without it, whole: cut to multiples of f, which a warning says.
+
+    Raises UserError for a picture that cannot be read or is smaller than a token, for a ``size`` that is no multiple of
+    f, and where ``copies`` of them all do not fit into memory.
+    """
+    several, factor = listed(pictures), first_stage_of(model).factor
+    if size is not None:
+        found = [Sized(picture, image_size(model, size)) for picture in several]
+    else:
+        found, cut = [], []
+        for picture in several:
+            height, width = own_size(picture)
+            whole = multiples_of(factor, height, width, named(picture, "picture"))
+            found.append(Sized(picture, whole))
+            if whole != (height, width):
+                cut.append(f"{named(picture, 'a picture')} from {height}x{width} to {whole[0]}x{whole[1]}")
+        if cut:
+            more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            logger.warning("cut to multiples of f = %d pixels: %s%s", factor, cut[0], more)
+    needed, free = _BYTES * copies * sum(math.prod(one.size) for one in found), available_memory(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"memory: got {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB for {len(found)} pictures and "
+            "what is made of them; give fewer or a smaller size"
+        )
+    return found
+
+
+def batches(pictures: Sequence[Sized], factor: int) -> Iterator[tuple[slice, Tensor]]:
+    """The pictures (b, 3, H, W) with their places in the list: as many of one size as are small, in order."""
+    first = 0
+    while first < len(pictures):
+        room = max(1, _PIXELS // math.prod(pictures[first].size))
+        _, alike = next(groupby(pictures[first : first + room], key=lambda one: one.size))
+        x = torch.cat([one.read(factor) for one in alike])
+        yield slice(first, first + len(x)), x
+        first += len(x)
+
+
+def multiples_of(factor: int, height: int, width: int, name: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) rounded down to multiples of ``factor``; UserError about ``name`` if less than one is left."""
+    if min(height, width) < factor:
+        raise UserError(
+            f"{name}: got {height}x{width} pixels, expected at least {factor}x{factor}, one token; give a larger "
+            "picture, or a size to scale it to"
+        )
+    return height // factor * factor, width // factor * factor
+
+
 def batch_of(
     model: nn.Module, pictures: Pictures, size: tuple[int, int] | None
 ) -> tuple[list[Picture], Tensor, tuple[int, int]]:
@@ -104,7 +193,9 @@ def batch_of(
     """
     if size is None and isinstance(pictures, Tensor) and pictures.ndim == 4:
         size = (pictures.shape[2], pictures.shape[3])
-    several, size = listed(pictures), image_size(model, size)
+    several, given, size = listed(pictures), size, image_size(model, size)
+    if given is None and (other := next((one for one in several if own_size(one) != size), None)) is not None:
+        logger.warning("scaled and cut to %dx%d pixels, the training size: %s", *size, named(other, "a picture"))
     return several, load_images(several, *size), size
 
 

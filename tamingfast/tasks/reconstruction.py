@@ -9,25 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from tamingfast.images import to_uint8
+from tamingfast.models.base import FirstStage
+from tamingfast.progress import Bars, silent
 from tamingfast.tasks.figures import l1, psnr
-from tamingfast.tasks.models import Model, first_stage_of, opened
-from tamingfast.tasks.pictures import Pictures, batch_of
+from tamingfast.tasks.models import Model, first_stage_of, unread
+from tamingfast.tasks.pictures import Pictures, batches, sized
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Images and their reconstructions by the first stage, float32 (B, 3, H, W) in [-1, 1] on the CPU.
+    """Images and their reconstructions by the first stage, float32 (3, H, W) each, in [-1, 1] on the CPU.
 
     Attributes:
-        images: the input, scaled and cut to the size.
+        images: the input, as it was encoded.
         reconstructed: decoded from the tokens of ``images``.
-        l1: mean absolute difference.
+        l1: mean absolute difference, the mean over images.
         psnr: in dB on 8-bit pixels, the mean over images; infinite if an image is reproduced exactly.
         codes: number of different codes among the tokens.
     """
 
-    images: Tensor
-    reconstructed: Tensor
+    images: list[Tensor]
+    reconstructed: list[Tensor]
     l1: float
     psnr: float
     codes: int
@@ -38,25 +40,35 @@ class Reconstruction:
         return {"l1": self.l1, "psnr": self.psnr, "codes": self.codes}
 
 
-def reconstruct(model: Model, images: Pictures, *, size: tuple[int, int] | None = None) -> Reconstruction:
+def reconstruct(
+    model: Model, images: Pictures, *, size: tuple[int, int] | None = None, bars: Bars = silent
+) -> Reconstruction:
     """Encode images with the first stage and decode them again.
 
     Args:
         model: a first stage or a prior, or the path of its run or checkpoint.
         images: pictures, or directories of them.
-        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: a tensor's own
-            size; for other pictures, the size that the model was trained on.
+        size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: each image
+            whole, cut to multiples of f.
+        bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: the model has no first stage, or a picture cannot be read.
+        UserError: the model has no first stage, a picture cannot be read, or the pictures do not fit into memory.
     """
-    network = opened(model)
-    _, x, _ = batch_of(network, images, size)
-    tokens, out = _through(network, x.to(first_stage_of(network).device))
-    out = out.cpu()
-    pairs = zip(to_uint8(x), to_uint8(out), strict=True)
-    found = float(np.mean([psnr(real, made) for real, made in pairs]))
-    return Reconstruction(x, out, float(l1(x, out).mean()), found, int(tokens.unique().numel()))
+    source = unread(model)
+    pictures = sized(first_stage_of(source.outline), images, size, copies=2)
+    stage = first_stage_of(source.model)
+    real: list[Tensor] = []
+    made: list[Tensor] = []
+    codes = torch.zeros(0, dtype=torch.int64, device=stage.device)
+    for _, x in batches(pictures, stage.factor):
+        tokens, out = _through(stage, x.to(stage.device), bars)
+        codes = torch.cat([codes, tokens.flatten()]).unique()
+        real.extend(x)
+        made.extend(out.cpu())
+    differences = [float(l1(x[None], out[None])) for x, out in zip(real, made, strict=True)]
+    ratios = [psnr(to_uint8(x), to_uint8(out)) for x, out in zip(real, made, strict=True)]
+    return Reconstruction(real, made, float(np.mean(differences)), float(np.mean(ratios)), len(codes))
 
 
 def reconstructed(model: nn.Module, x: Tensor) -> Tensor:
@@ -64,11 +76,12 @@ def reconstructed(model: nn.Module, x: Tensor) -> Tensor:
 
     Large images are processed in bands of rows; see `tamingfast.engines.bands`.
     """
-    return _through(model, x)[1]
+    return _through(first_stage_of(model), x, silent)[1]
 
 
 @torch.no_grad()
-def _through(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    stage = first_stage_of(model)
-    tokens = stage.encode_grid(x)
-    return tokens, stage.decode_grid(tokens).clamp(-1, 1)
+def _through(stage: FirstStage, x: Tensor, bars: Bars) -> tuple[Tensor, Tensor]:
+    with bars("multiply-adds of encoding", None) as counter:
+        tokens = stage.encode_grid(x, progress=counter.moved)
+    with bars("multiply-adds of decoding", None) as counter:
+        return tokens, stage.decode_grid(tokens, progress=counter.moved).clamp(-1, 1)

@@ -16,12 +16,15 @@ from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
     Given,
+    check_label,
+    check_schedule,
     condition_pictures,
     own_condition,
     tokens_under,
 )
 from tamingfast.tasks.drawing import Drawing, at_least_one, begun
-from tamingfast.tasks.models import Model, check_prior, is_spatial, opened
+from tamingfast.tasks.labels import Label
+from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
 from tamingfast.tasks.sizes import grid_size, image_size
@@ -32,7 +35,7 @@ def sample(
     count: int | None = None,
     *,
     size: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: Label | None = None,
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     photo: Picture | None = None,
@@ -49,7 +52,8 @@ def sample(
         model: a prior, or the path of its run or checkpoint.
         count: number of images; default: 16 or, on resuming, that of the canvas.
         size: (height, width) in pixels; default: the size of the condition or, without one, of the training images.
-        label: the class of all images, for class-conditional priors; by default the images cycle through the classes.
+        label: the class of the images, for class-conditional priors, by number or by name; the images cycle through
+            several, by default through all.
         condition: the spatial condition of all images, for priors that have one: a file, an array, or a PIL image.
         condition_of: a photo to compute the condition from, for kinds that can be computed.
         photo, scales: start from the ``scales`` coarsest scales of this photo, for multiscale priors.
@@ -65,11 +69,17 @@ def sample(
             would be overwritten.
     """
     painter = Painter(options, canvas, resume, preview, bars)
-    prior = check_prior(opened(model))
+    source = unread(model)
+    outline = check_prior(source.outline)
     if count is not None:
         at_least_one(count, "count")
-    found = _condition(prior, Given(condition, condition_of), size, resume)
-    start = _scales_of(prior, photo, scales, size)
+    check_label(outline, label)
+    found = _condition(outline, Given(condition, condition_of), size, resume)
+    start = _scales_of(outline, photo, scales, size)
+    if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):
+        drawn = image_size(outline, size) if found is None else (found.shape[0], found.shape[1])
+        check_schedule(outline, *grid_size(outline, *drawn), options.schedule, options.stride)
+    prior = check_prior(source.model)
     blank = None
     if not resume or any(value is not None for value in (found, start, label, size)):
         blank = _blank(prior, count or COUNT, found, label, size, start, scales)
@@ -82,7 +92,7 @@ def _blank(
     model: Net2NetTransformer,
     count: int,
     condition: Condition | None,
-    label: int | None,
+    label: Label | None,
     size: tuple[int, int] | None,
     start: Tensor | None,
     scales: int | None,

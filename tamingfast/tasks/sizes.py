@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tamingfast.checkpoints.config import trained_side
 from tamingfast.errors import UserError
 from tamingfast.models.multiscale import MultiscaleTransformer
+from tamingfast.models.orderings import Identity
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.tasks.models import config_of, first_stage_of
@@ -27,6 +28,15 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
         return side, side
     # The published VQGANs were trained on 16 x 16 tokens.
     return (WINDOW * factor, WINDOW * factor) if isinstance(first_stage_of(model), VQModel) else None
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) in pixels of the only size that a prior draws; None for one whose window slides over any.
+
+    A window can only slide over a grid that is read row by row.
+    """
+    slides = not isinstance(model, Net2NetTransformer) or isinstance(model.permuter, Identity)
+    return None if slides else image_size(model)
 
 
 def image_size(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tamingfast.checkpoints.config import at, load_yaml, plain
 from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
 from tamingfast.checkpoints.values import is_number
-from tamingfast.errors import UnknownKey, UserError, first_line, nearest
+from tamingfast.errors import UnknownKey, UserError, brief, first_line, nearest
 from tamingfast.training.keys import (
     DEFAULT_TARGETS,
     check_keys,
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 PRESETS = Path(__file__).parents[1] / "configs"
 
 #: Keys of sections that are not the parameters of a class.
-_SECTIONS = ("model", "data", "training", "prior")
+_SECTIONS = ("model", "data", "training", "prior", "classes")
 _PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
 
 
@@ -193,6 +193,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     rate = model.get("base_learning_rate")
     if rate is not None and not (is_number(rate) and rate > 0):
         raise UserError(f"model.base_learning_rate: got {rate!r}, expected a number above 0")
+    if not isinstance(sections["classes"] or [], list):
+        raise UserError(f"classes: got {brief(sections['classes'])}, expected a list of the names of classes")
     classes = sections["prior"].get("classes")
     if classes is not None and not (type(classes) is int and classes > 0):
         raise UserError(f"prior.classes: got {classes!r}, expected an integer of at least 1, or null")
@@ -209,6 +211,8 @@ def check_stage(config: Mapping[str, Any], prior: bool) -> None:
         raise UserError("config: got one for a prior, expected one for a first stage; use `tamingfast train prior`")
     if prior and target and not is_prior:
         raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
+    if config.get("classes") and not prior:
+        raise UserError("classes: got names for a first stage, expected none, as only priors have classes")
     needed = ("token_logits", "encode_to_z") if prior else ("encode", "decode", "loss_of")
     if network and not all(hasattr(network, name) for name in needed):
         raise UserError(

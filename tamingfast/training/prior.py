@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from tamingfast.checkpoints.weights import load_into
 from tamingfast.data.conditions import Objects
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
+from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training import distributed, loop
 from tamingfast.training.begin import begin, new_model
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Weights of a first stage that a prior does not need.
 _NOT_NEEDED = ("loss.", "colorize")
+#: Letters of class names, and of what YAML adds to each, that a config may hold.
+_MOST_NAMES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def train(
                 condition.path,
                 optional=_NOT_NEEDED,
             )
+        config |= _class_names(model, training.classes, config.get("classes"))
         with begin(config, out, resume, settings, training, among, stage) as progress:
             return loop.run(stage, settings, (training, validation), out, among, progress)
 
@@ -115,6 +119,19 @@ def _first_stage(path: str | os.PathLike | None, allow: Collection[str]) -> _Tra
     if not isinstance(model, FirstStage):
         raise UserError(f"{path}: got a {type(model).__name__}, expected a first stage; give the run of `train vqgan`")
     return _Trained(path, model, model.config)
+
+
+def _class_names(
+    model: Net2NetTransformer, classes: Sequence[str] | None, given: Sequence[str] | None
+) -> dict[str, Any]:
+    """The entry ``classes`` of the run's config: the names of the model's classes, ``given`` or else the data's."""
+    stage = model.cond_stage_model
+    count = stage.n_classes if isinstance(stage, Labelator) else 0
+    if given and len(given) != count:
+        raise UserError(f"classes: got {len(given)} names, expected {count}, as many as the prior has classes")
+    names = [str(name) for name in given or classes or ()]
+    known = count and len(names) == count
+    return {"classes": names} if known and sum(map(len, names)) + 8 * count < _MOST_NAMES else {}
 
 
 def _warn_untrained(described: Mapping[str, Any]) -> None:

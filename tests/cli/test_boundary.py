@@ -127,6 +127,8 @@ def test_arguments_are_named_as_options():
         ("conditions: got 2", [], "--condition: got 2"), ("engine: got x", ["--backend", "x"], "--backend: got x"),
         ("engine: got x", ["--engine=x"], "--engine: got x"), ("model: got x", [], "model: got x"),
         ("data.path: got x", [], "data.path: got x"), ("no colon", [], "no colon"),
+        ("condition, label: got 0; give it with condition_of", [],
+         "--condition, --class: got 0; give it with --condition-of"),
     ):  # fmt: skip
         assert arguments.as_typed(message, given, words) == wanted
     assert arguments.as_typed("top_k: got 1", None, []) == "top_k: got 1"

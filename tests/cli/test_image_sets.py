@@ -17,15 +17,30 @@ from tamingfast import cli
 class TestImages:
     def test_reconstruct(self, runs, photo, tmp_path, capsys):
         out = tmp_path / "r.png"
-        assert run("reconstruct", runs / "vqgan", photo, photo, "--out", out) == 0
+        assert run("reconstruct", runs / "vqgan", photo, photo, "--out", out, "--size", 8) == 0
         figures = json.loads(capsys.readouterr().out.splitlines()[0])
         assert figures["l1"] > 0 and figures["psnr"] > 0 and figures["codes"] >= 1
         assert Image.open(out).size == (2 * 10 + 2, 2 * 10 + 2)
 
+    def test_whole_pictures_of_different_sizes(self, runs, photo, square, tmp_path, caplog):
+        Image.open(photo).crop((0, 0, 69, 35)).save(tmp_path / "odd.png")
+        out = tmp_path / "r.png"
+        assert run("reconstruct", runs / "vqgan", photo, square, tmp_path / "odd.png", "--out", out) == 0
+        assert "odd.png from 35x69 to 34x68" in caplog.text
+        sheet = Image.open(out)
+        assert sheet.size == (2 + 72 + 34 + 70, 2 + 52 + 52)
+        photo_pixels = np.asarray(Image.open(photo))
+        assert (np.asarray(sheet)[2:52, 2:72] == photo_pixels).all() and (np.asarray(sheet)[40:52, 76:] == 255).all()
+        options = ["--schedule", "block", "--stride", 2, "--times", 1, "--out", out]
+        assert run("complete", runs / "prior", square, tmp_path / "odd.png", *options) == 0
+        found = np.asarray(Image.open(out)).astype(int)
+        assert abs(found[2:14, 2:34] - found[38:50, 2:34]).max() <= 1  # the kept half has its own pixels
+        assert (found[2:34, 2:34][20:] != found[38:70, 2:34][20:]).any()
+
     def test_completion_keeps_the_upper_half(self, runs, photo, tmp_path):
         out = tmp_path / "c.png"
         prior = runs / "prior_pixels"  # pixels as tokens: what is kept is kept to the colour
-        assert run("complete", prior, photo, "--out", out, "--times", 2, "--size", "8x8") == 0
+        assert run("complete", prior, photo, "--out", out, "--times", 2, "--size", "8x8", "--reconstruct") == 0
         sheet = np.asarray(Image.open(out)).astype(int)
         given, *completed = (sheet[2 + i * 10 : 10 + i * 10, 2:10] for i in range(3))
         model = tamingfast.load_model(prior).first_stage_model

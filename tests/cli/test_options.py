@@ -33,7 +33,7 @@ COMMANDS = {
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
 }
-MAY_BE_ZERO = {"top_k", "seed", "label", "left", "right", "top", "bottom", "scales"}
+MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
 NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "9" * 5000, str(2**64))
 NO_NUMBERS = {
     "temperature": ("nan", "inf", "-1", "0", "1e39", "1e-50", "warm", ""),
@@ -43,6 +43,8 @@ NO_NUMBERS = {
 NAMES = {"schedule", "engine", "dtype", "device", "split", "preset"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
+#: Names of classes are known with the model.
+NO_CLASSES = ("", " ", "-1", "-")
 NO_SIZES = ("0", "0x0", "16x0", "0x16", "-1", "16x", "x16", "16x16x16", "1e2", "nan", "", "²", "٣x٣", "9" * 5000, "big")
 
 
@@ -91,8 +93,8 @@ def wrong_values(action: argparse.Action) -> tuple[str, ...]:
         return "", "a\0b"
     if action.dest in NO_NUMBERS:
         return NO_NUMBERS[action.dest]
-    if action.dest == "size":
-        return NO_SIZES
+    if action.dest in ("size", "label"):
+        return NO_SIZES if action.dest == "size" else NO_CLASSES
     if action.dest in NAMES:
         return "nonsense", ""
     return NO_WHOLE_NUMBERS if action.dest in MAY_BE_ZERO else (*NO_WHOLE_NUMBERS, "0")

@@ -76,7 +76,7 @@ class TestEveryCondition:
             words += condition_of(data, kind)
         else:
             assert run(*words) == cli.USAGE_ERROR
-            assert f"give its file with condition{'' if kind in FROM_FILE else ', or'}" in capsys.readouterr().err
+            assert f"give its file with --condition{'' if kind in FROM_FILE else ', or'}" in capsys.readouterr().err
             named = condition_of(data, kind) or ["--condition-of", photo]
             assert run(*words, *named) == cli.USAGE_ERROR
             assert "got a condition of 40x48 pixels, expected 40x72, the size of the canvas" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_mistakes_in_sampling(trained, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     if kind not in ("coord", "class"):
-        assert "give its file with condition" in said()
+        assert "give its file with --condition" in said()
         assert "leave it out" in said(*(condition_of(data, kind) or ["--condition-of", photo]), "--class", 1)
         assert "multiples of 8" in said("--condition", photo, "--size", "30x30")
         assert "expected one of them" in said("--condition", photo, "--condition-of", photo)

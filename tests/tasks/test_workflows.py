@@ -13,6 +13,7 @@ from tamingfast import UserError, evaluation, load_model, progress, tasks
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.sampling import Canvas
 from tamingfast.tasks import DrawingOptions
+from tamingfast.training import prior as training_prior
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_label_map_is_a_condition_from_memory():
     with pytest.raises(UserError, match="condition: got a condition of .* the size of the canvas"):
         tasks.outpaint(model, photo, right=factor, condition=values)
     completion = tasks.complete(model, [photo], 1, size=size, conditions=[values])
-    assert completion.completed.shape == (1, 1, 3, *size) and completion.conditions.shape == (1, 3, *size)
+    assert completion.completed[0].shape == (1, 3, *size) and completion.conditions[0].shape == (3, *size)
 
 
 def test_an_interrupted_drawing_is_resumed(prior, tmp_path):
@@ -125,15 +126,54 @@ def test_an_interrupted_drawing_is_resumed(prior, tmp_path):
 def test_complete(prior, pixels):
     batch = torch.from_numpy(np.stack(tiny.photographs(2, 8)) / 127.5 - 1).permute(0, 3, 1, 2).float()
     completion = tasks.complete(prior, batch, 2)
-    assert completion.images.shape == (2, 3, 8, 8) and completion.completed.shape == (2, 2, 3, 8, 8)
-    assert torch.equal(completion.images, batch) and completion.conditions is None
-    assert not torch.equal(completion.completed[0], completion.completed[1])
-    assert tasks.complete(prior, [pixels, Image.fromarray(pixels)], 1).completed.shape == (1, 2, 3, 8, 8)
+    assert [image.shape for image in completion.completed] == [(2, 3, 8, 8)] * 2
+    assert torch.equal(torch.stack(completion.images), batch) and completion.conditions is None
+    assert not torch.equal(completion.completed[0][0], completion.completed[0][1])
+    sized = tasks.complete(prior, [pixels, Image.fromarray(pixels)], 1, size=(8, 8))
+    assert [image.shape for image in sized.completed] == [(1, 3, 8, 8)] * 2
+
+
+def test_pictures_of_different_sizes_stay_whole(prior, pixels, caplog):
+    """Each is completed as it would be alone, but for the number that keys its noise."""
+    several = [pixels, pixels[:7, :11], pixels[1:8, :11], pixels[:2]]
+    options = DrawingOptions(seed=1, greedy=True)
+    found = tasks.complete(prior, several, 1, options=options)
+    assert [tuple(image.shape) for image in found.images] == [(3, 16, 12), (3, 6, 10), (3, 6, 10), (3, 2, 12)]
+    assert "cut to multiples of f = 2 pixels: a picture from 7x11 to 6x10 and 1 more" in caplog.text
+    for picture, completed, image in zip(several, found.completed, found.images, strict=True):
+        alone = tasks.complete(prior, [picture], 1, options=options)
+        assert torch.allclose(alone.completed[0], completed, atol=1e-5) and torch.equal(alone.images[0], image)
+    whole = found.completed[0][0]
+    assert torch.allclose(whole[:, :6], found.images[0][:, :6]) and not torch.equal(
+        whole[:, 9:], found.images[0][:, 9:]
+    )
+    plain = tasks.complete(prior, several[:1], 1, options=options, own_pixels=False).completed[0][0]
+    assert not torch.allclose(plain[:, :6], found.images[0][:, :6])
+    assert torch.allclose(plain[:, 8:], whole[:, 8:], atol=1e-5)
+    again = tasks.reconstruct(prior, several)
+    assert [image.shape for image in again.reconstructed] == [image.shape for image in found.images]
+    with pytest.raises(UserError, match="picture: got 1x12 pixels, expected at least 2x2, one token"):
+        tasks.reconstruct(prior, [pixels[:1]])
+
+
+def test_pictures_beyond_the_memory_are_refused_before_they_are_read(prior, pixels, monkeypatch):
+    monkeypatch.setattr("tamingfast.tasks.pictures.available_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="memory: got .* GiB for 1 pictures"):
+        tasks.reconstruct(prior, [pixels])
+
+
+def test_a_prior_of_one_size_completes_that_size_and_says_so(runs, pixels, tmp_path, caplog):
+    settings = tiny.config(tiny.PRIOR, steps=1) | {"data": tiny.CROPS}
+    settings |= {"prior": {"condition": "none", "ordering": "z_curve"}}
+    run = training_prior.train(settings, runs / "vqgan", tmp_path / "run", device="cpu")
+    found = tasks.complete(run, [pixels], 1)
+    assert found.completed[0].shape == (1, 3, 8, 8)
+    assert "scaled and cut to 8x8 pixels, the only size that this prior draws" in caplog.text
 
 
 def test_reconstruct_and_its_figures(runs, pixels):
     found = tasks.reconstruct(runs / "vqgan", [pixels], size=(16, 12))
-    assert found.reconstructed.shape == (1, 3, 16, 12) and found.figures.keys() == {"l1", "psnr", "codes"}
+    assert found.reconstructed[0].shape == (3, 16, 12) and found.figures.keys() == {"l1", "psnr", "codes"}
     made = ((found.reconstructed[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
     assert found.psnr == pytest.approx(10 * np.log10(255**2 / np.mean((made - pixels) ** 2)))
 
