@@ -88,7 +88,7 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
     found = read_checkpoint(path, tensors=False)
     if embedded_config(path) is None and neighbouring_config(path) is None:
         return None
-    settings = _settings(found, None)
+    settings = _settings(found, None, allow)
     check_targets(settings["model"], "model", allow)
     check_sizes(settings["model"], "model")
     try:
