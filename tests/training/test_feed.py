@@ -59,5 +59,5 @@ def test_each_file_is_decoded_once_however_many_epochs(tmp_path, monkeypatch, wo
 )
 def test_short_epochs_are_not_validated_one_by_one(tmp_path, monkeypatch, accumulate, validated):
     monkeypatch.setattr(loop, "BETWEEN_VALIDATIONS", 4)
-    out = tiny.train("vqgan", tmp_path / "run", steps=7, accumulate=accumulate)
+    out = tiny.train("vqgan", tmp_path / "run", steps=7, accumulate=accumulate, validate_every=None)
     assert [line["step"] for line in run_directory.read_metrics(out, "validation")] == validated
