@@ -88,6 +88,11 @@ def train(
             rule = None if objects is None else objects.rule
             config = prior_config(frozen.config, config, grid, classes, cond_config, rule)
         described = config.get("model") or {}
+        if "prior" in config and "first_stage_config" in (described.get("params") or {}):
+            raise UserError(
+                f"prior: got {config['prior']!r} beside a complete model, expected one of them; give --first-stage "
+                "too, or change the settings below model.params"
+            )
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
         if frozen is None and not resume:
             _warn_untrained(described)

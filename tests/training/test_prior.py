@@ -19,7 +19,7 @@ from tamingfast import UserError, load_model
 from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import plain
 from tamingfast.data.tokens import write_tokens
-from tamingfast.training import prior
+from tamingfast.training import load_config, prior
 from tamingfast.training.colors import fit_color_clusters
 from tamingfast.training.prior_stage import PriorStage
 from tamingfast.training.step import step
@@ -180,3 +180,10 @@ def test_two_processes_take_the_steps_of_one(first_stage, tmp_path):
     expected = load_model(alone).state_dict()
     for name, value in load_model(both).state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=5e-5, rtol=1e-4)
+
+
+def test_settings_of_a_prior_beside_a_complete_model_are_refused(first_stage, tmp_path):
+    out = tiny.train("prior", tmp_path / "run", first_stage, steps=1)
+    complete = load_config(out / "config.yaml", ["prior.condition=none"])
+    with pytest.raises(UserError, match="prior: got .*'none'.* beside a complete model"):
+        prior.train(complete, None, tmp_path / "other", device="cpu")
