@@ -93,7 +93,7 @@ DRAWING = options(
     (
         "--lookahead",
         {
-            "type": int,
+            "type": whole(1),
             "help": "tokens guessed and checked at a time; it does not change the images; 1 guesses none; "
             "default: what is fastest",
         },

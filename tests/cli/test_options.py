@@ -32,6 +32,7 @@ COMMANDS = {
     "encode": ["encode", "model", "--out", "out.safetensors"],
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
+    "download": ["download", "lpips"],
 }
 MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
 NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "9" * 5000, str(2**64))
@@ -40,7 +41,7 @@ NO_NUMBERS = {
     "top_p": ("nan", "inf", "-0.1", "0", "1.01", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"schedule", "engine", "dtype", "device", "split", "preset"}
+NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.
