@@ -57,7 +57,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, each) for each in inside)
     if hint is os.PathLike or origin is os.PathLike:
-        return isinstance(value, str | os.PathLike)
+        return isinstance(value, str | os.PathLike) or is_number(value)  # YAML reads the name 2024 as a number
     if origin in (collections.abc.Mapping, dict):
         return isinstance(value, Mapping)
     if origin in (collections.abc.Iterable, collections.abc.Sequence, list):

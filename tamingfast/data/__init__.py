@@ -137,9 +137,16 @@ def _made(described: Mapping[str, Any] | None, split: str) -> EpochDataset | Non
     if not described:
         return None
     made = instantiate_from_config(described)
-    if not isinstance(made, Dataset) or type(made).__getitem__ is Dataset.__getitem__ or not hasattr(made, "__len__"):
+    if not isinstance(made, Dataset) or type(made).__getitem__ is Dataset.__getitem__ or not _has_length(made):
         raise UserError(f"data.{split}.target: got {described['target']}, expected a data set with items and a length")
     return as_epoch_dataset(made)
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        return len(dataset) >= 0
+    except Exception:  # a class of anybody's, such as torch's TensorDataset of no tensors
+        return False
 
 
 def _names() -> str:

@@ -86,7 +86,7 @@ def test_presets_have_all_scales(name):
         (["--preset", "paper"], "expected one of reproduce multiscale"),
         (["scales=null"], "scales: got null"),
         (["measure.images=100000"], "measure.images: got 100000, expected at most"),
-        (["measure.perceptual_weights=nowhere.ckpt"], "nowhere.ckpt: got no file, expected VGG16 weights"),
+        (["measure.perceptual_weights=nowhere.ckpt"], "nowhere.ckpt: got no file, expected a checkpoint"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_trained(tmp_path, capsys, words, message):

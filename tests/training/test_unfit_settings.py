@@ -103,7 +103,7 @@ def test_too_little_memory_is_one_sentence(configs, capsys, monkeypatch, error):
     def full(*args, **options):
         raise error
 
-    monkeypatch.setattr("tamingfast.checkpoints.load_model", full)
+    monkeypatch.setattr("tamingfast.tasks.models.load_model", full)
     said = refused(capsys, "evaluate", configs["RUN"])
     assert "memory: got too little" in said and str(error).splitlines()[0] in said
 

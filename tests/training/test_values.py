@@ -211,7 +211,7 @@ def test_a_config_that_was_edited_in_its_run(edit, begun, tmp_path, capsys):
         ("training.batch_size=many", "training.batch_size: got 'many'"),
         ("training.seed=${oc.env:HOME}", "training.seed"),
         ("data.size=16", "data.size: got 16, expected 8"),
-        ("training.stepss=3", "did you mean 'steps'"),
+        ("training.stepss=3", "did you mean 'training.steps'"),
         ("lightning.trainer.precision=16", "lightning.trainer.precision"),
         ("training.steps=[3]", "training.steps: got"),
     ],
