@@ -95,6 +95,7 @@ def passes(engine: GPTEngine, draw) -> tuple[Tensor, float]:
     return drawn, (after["tokens"] - before["tokens"]) / (after["passes"] - before["passes"]) / len(drawn)
 
 
+@pytest.mark.quick(dtype="int8")
 @pytest.mark.parametrize("dtype", GPTEngine.DTYPES)
 def test_rows(benchmark, dtype):
     """A pass of the GPT2-small geometry over 1 to 32 tokens of one sequence, after 128 tokens."""

@@ -35,7 +35,10 @@ VQGAN = {
         },
     },
     "data": {"name": "photos", "size": SIZE},
-    "training": {"steps": 6, "batch_size": 2, "log_every": 1, "validation_batches": 2, "checkpoint_every": 3, "validate_every": 6},
+    "training": {
+        "steps": 6, "batch_size": 2, "log_every": 1, "validation_batches": 2, "checkpoint_every": 3,
+        "validate_every": 6,
+    },
 }  # fmt: skip
 PRIOR = {
     "model": {
@@ -46,7 +49,10 @@ PRIOR = {
         },
     },
     "prior": {"condition": "class"},
-    "training": {"steps": 6, "batch_size": 2, "log_every": 1, "validation_batches": 2, "checkpoint_every": 3, "validate_every": 6},
+    "training": {
+        "steps": 6, "batch_size": 2, "log_every": 1, "validation_batches": 2, "checkpoint_every": 3,
+        "validate_every": 6,
+    },
 }  # fmt: skip
 
 
