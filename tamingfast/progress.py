@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between printed lines.
 EVERY = 60.0
+#: Work of fewer seconds than this is never worth a line.
+BRIEF = 1.0
 #: Seconds of work before an estimate of the rest, and seconds of the rest that are worth one.
 MEASURED, LONG = 5.0, 60.0
 _KNOWN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
@@ -67,7 +69,7 @@ class Lines(Bar):
         """Add ``n`` and print a line when one is due."""
         self.n += n or 0
         now = time.monotonic()
-        if now - Lines.last >= EVERY:
+        if now - Lines.last >= EVERY and now - self._began >= min(BRIEF, EVERY):
             Lines.last = now
             shape = _OPEN if self.total is None else _KNOWN
             options = self._shown | {"postfix": self.postfix, "bar_format": shape}

@@ -96,3 +96,11 @@ def test_training_prints_its_steps_and_its_loss(always, capsys, tmp_path):
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("checksum: ")]
     assert [line.partition(",")[0] for line in lines] == ["run: 1 of 2", "run: 2 of 2"]
     assert "left" in lines[1] and "rec_loss=" in lines[1]
+
+
+def test_a_moment_of_work_is_not_worth_a_line_even_when_one_is_due(clock, capsys):
+    clock[0] += 1000
+    with progress.bar("checksum", 10) as bar:
+        clock[0] += 0.01
+        bar.update(10)
+    assert capsys.readouterr().err == ""
