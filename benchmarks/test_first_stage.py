@@ -86,10 +86,10 @@ print(json.dumps({
     ("kind", "side", "batch"), [("decode", 256, 1), ("decode", 256, 8), ("encode", 256, 1), ("decode", 1024, 1)]
 )
 @pytest.mark.skipif(NATIVE is None, reason=WHY)
-def test_first_stage(benchmark, kind, side, batch, pages):
+def test_first_stage(benchmark, pytestconfig, kind, side, batch, pages):
     environment = os.environ | (KEPT if pages == "kept pages" else {})
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    rounds = ROUNDS if side == 256 and batch == 1 else 2
+    rounds = 1 if pytestconfig.getoption("--quick") else ROUNDS if side == 256 and batch == 1 else 2
     words = [sys.executable, "-c", SCRIPT, kind, str(side), str(batch), str(rounds)]
 
     def measure() -> dict:
