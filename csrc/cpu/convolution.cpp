@@ -188,6 +188,21 @@ struct Convolution::Packed::Work {
     return p.x.data + i * p.x.rows * p.x.width * channels;
   }
   std::int64_t band() const { return p.bottom - p.top; }
+  // The input map of an image, for a block that is still to be placed.
+  StageParams source(std::int64_t i, std::int64_t channels) const {
+    StageParams stage{};
+    stage.x = image(i, channels);
+    stage.first = p.x.first;
+    stage.width = p.x.width;
+    stage.channels = channels;
+    stage.doubling = p.upsample;
+    stage.height = p.x.height << stage.doubling;
+    stage.shown_width = p.x.width << stage.doubling;
+    stage.scale = p.scale ? p.scale + i * channels : nullptr;
+    stage.shift = p.scale ? p.shift + i * channels : nullptr;
+    stage.silu = p.silu;
+    return stage;
+  }
 };
 
 namespace {
@@ -239,21 +254,11 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
     for (std::int64_t u = mine.first; u < mine.last; ++u) {
       const Place at = place(first + u);
       const std::int64_t rows = pieces(at.rows, size), columns = pieces(at.columns, size);
-      StageParams stage{};
-      stage.x = work.image(at.image, in);
-      stage.first = p.x.first;
-      stage.width = p.x.width;
-      stage.channels = in;
-      stage.doubling = p.upsample;
-      stage.height = p.x.height << stage.doubling;
-      stage.shown_width = p.x.width << stage.doubling;
+      StageParams stage = work.source(at.image, in);
       stage.top = at.top - p.padding;
       stage.left = at.left - p.padding;
       stage.rows = size * rows + 2;
       stage.columns = size * columns + 2;
-      stage.scale = p.scale ? p.scale + at.image * in : nullptr;
-      stage.shift = p.scale ? p.shift + at.image * in : nullptr;
-      stage.silu = p.silu;
       stage.out = own.staged.as<float>();
       stage.ldo = in + kPadding;
       kernels.stage(stage);
@@ -305,21 +310,11 @@ void Convolution::Packed::patches(const Work& work, Scratch& scratch, int thread
       const std::int64_t columns = std::min(kPatchPixels, p.width - left);
       const float* a = work.image(image, in) + ((y - p.x.first) * p.x.width + left) * in;
       if (!plain) {
-        StageParams stage{};
-        stage.x = work.image(image, in);
-        stage.first = p.x.first;
-        stage.width = p.x.width;
-        stage.channels = in;
-        stage.doubling = p.upsample;
-        stage.height = p.x.height << stage.doubling;
-        stage.shown_width = p.x.width << stage.doubling;
+        StageParams stage = work.source(image, in);
         stage.top = y * stride - p.padding;
         stage.left = left * stride - p.padding;
         stage.rows = kernel;
         stage.columns = (columns - 1) * stride + kernel;
-        stage.scale = p.scale ? p.scale + image * in : nullptr;
-        stage.shift = p.scale ? p.shift + image * in : nullptr;
-        stage.silu = p.silu;
         stage.out = scratch.staged.as<float>();
         stage.ldo = in;
         kernels.stage(stage);

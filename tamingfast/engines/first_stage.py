@@ -52,7 +52,8 @@ def forward(network: nn.Module, x: Tensor) -> Tensor:
         return network(x)
     if not isinstance(network, LayeredNetwork):
         return network(x)
-    return network(x) if _chosen(network, x, "auto") is None else run(network, x)
+    chosen = _chosen(network, x, "auto")
+    return network(x) if chosen is None else _run(chosen, x)
 
 
 def _observed() -> bool:
@@ -82,8 +83,7 @@ def run(
         network: an encoder or a decoder.
         x: (B, C, H, W).
         memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
-        progress: called as progress(done, total) in multiply-adds over all images, by the engine, and by torch while
-            images run in bands.
+        progress: called as progress(done, total) in multiply-adds over all images, after each layer or band.
         engine: one of `ENGINES`.
 
     Raises:
@@ -93,11 +93,11 @@ def run(
     chosen = _chosen(network, x, engine)
     if chosen is None:
         return bands.run(network, x, memory, progress)
-    memory = backends.available_memory(x.device) // 2 if memory is None else memory
     return _run(chosen, x, memory, progress)
 
 
-def _run(engine: FirstStageEngine, x: Tensor, memory: int, progress: Progress | None) -> Tensor:
+def _run(engine: FirstStageEngine, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    memory = backends.available_memory(x.device) // 2 if memory is None else memory
     work = engine.work(shape_of(x))
     total, done = sum(work) * len(x), 0.0
 
