@@ -70,7 +70,7 @@ def test_at_random_times(kills, config, tmp_path):
     for _ in range(kills):
         words = runs.resume(out, steps) if run_directory.begun(out) else runs.begin(config, out, steps)
         process = Forked(*words)
-        process.wait_until((out / run_directory.LOCK).exists)
+        process.wait_until(lambda p=process: (out / run_directory.LOCK).exists() or not p.running())
         time.sleep(random.uniform(0.0, 1.0))
         process.kill()
         assert process.outcome().code in (-9, 0)

@@ -5,6 +5,7 @@ They are forked from one that has imported the package, as each start of Python 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -58,8 +59,10 @@ class Forked:
         return self._process.is_alive()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send the signal, unless the process has ended by itself."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def wait_until(self, true: Callable[[], bool]) -> None:
         """Return as soon as ``true()``, while the process runs."""
