@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from tamingfast.engines.feature_maps import FeatureMap, FeatureMaps, shape_of, too_little
 from tamingfast.engines.layers import (
-    DOWNSAMPLE_PADDING,
     REPORTED,
     Attention,
     Convolution,
@@ -31,6 +30,7 @@ from tamingfast.engines.layers import (
     Residual,
     Shape,
     Upsample,
+    Whole,
     shapes,
     work,
 )
@@ -121,7 +121,7 @@ def _one(
             current = _reported(
                 layer, current.whole() if isinstance(current, FeatureMap) else current, work[i], advance
             )
-        elif isinstance(layer, Attention):
+        elif isinstance(layer, Attention | Whole):
             raise too_little(memory - room + peak, memory)
         else:
             if isinstance(current, Tensor):
@@ -156,6 +156,7 @@ def _in_bands(
             band = _down(layer, x, top, bottom)
         else:
             band = _convolve(layer.conv, x, top, bottom, layer.norm)
+            band = band.tanh_() if layer.tanh else band
         out.write(top, band)
         advance((bottom - top) / shape[1])
     x.close()
@@ -210,6 +211,6 @@ def _up(layer: Upsample, source: FeatureMap, top: int, bottom: int) -> Tensor:
 def _down(layer: Downsample, source: FeatureMap, top: int, bottom: int) -> Tensor:
     if layer.conv is None:
         return F.avg_pool2d(source.read(2 * top, 2 * bottom), 2)
-    left, right, above, below = DOWNSAMPLE_PADDING
-    band = F.pad(source.padded(2 * top - above, 2 * bottom + below), (left, right))
+    left, right, above, _ = layer.padding
+    band = F.pad(source.padded(2 * top - above, 2 * bottom + 1 - above), (left, right))
     return F.conv2d(band, layer.conv.weight, layer.conv.bias, stride=layer.conv.stride)

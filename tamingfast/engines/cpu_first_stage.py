@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tamingfast.engines.cpu_maps import LANES, InFile, InMemory, Map
 from tamingfast.engines.feature_maps import FeatureMaps, ScratchMap
 from tamingfast.engines.layers import (
-    DOWNSAMPLE_PADDING,
     Attention,
+    Convolution,
     Downsample,
     Layer,
     LayeredNetwork,
@@ -102,7 +102,8 @@ class FirstStageEngine:
             current = _Run(self, len(x), store, partial(advance, number)).layer(layer, current)
         result = current.window(0, current.shape[1])[0].permute(0, 3, 1, 2).contiguous()
         current.close()
-        return result
+        last = self.layers[-1]
+        return result.tanh_() if isinstance(last, Convolution) and last.tanh else result
 
 
 # --- packed weights ---------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class _Packed:
     native: Any
     inner: int
     reach: int  # padding of a convolution of stride 1
+    stride: int
 
 
 def _pack(conv: nn.Conv2d) -> _Packed:
@@ -136,7 +138,7 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     native = module.Convolution(
         _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
     )
-    return _Packed(native, inner, kernel // 2)
+    return _Packed(native, inner, kernel // 2, stride)
 
 
 def _array(name: str, tensor: Tensor) -> tuple[int, int]:
@@ -175,7 +177,7 @@ class _Run:
         if isinstance(layer, Upsample):
             self.convolve(layer.conv, x, out, upsample=True)
         elif isinstance(layer, Downsample):
-            self.convolve(layer.conv, x, out, padding=DOWNSAMPLE_PADDING[0])
+            self.convolve(layer.conv, x, out, padding=layer.padding[0])
         else:
             self.convolve(layer.conv, x, out, norm=layer.norm)
         x.close()
@@ -270,7 +272,7 @@ class _Run:
         padding = conv.reach if padding is None else padding
         scale, shift = (None, None) if norm is None else _affine(norm, x)
         _, height, width = out.shape
-        kernel, stride = 2 * conv.reach + 1, 1 if padding == conv.reach else 2
+        kernel, stride = 2 * conv.reach + 1, conv.stride
         moments = out.measure(conv.native.blocks)
         for top, bottom in self.bands(out, conv.native.blocks[0]):
             first, last = top * stride - padding, (bottom - 1) * stride - padding + kernel

@@ -27,6 +27,7 @@ from tamingfast.engines.layers import (
     LayeredNetwork,
     Norm,
     Residual,
+    Whole,
     shapes,
     undescribed,
 )
@@ -168,6 +169,8 @@ def _weights(network: LayeredNetwork) -> list[Tensor]:
 
 
 def _layer_refusal(layer: Layer) -> str | None:
+    if isinstance(layer, Whole):
+        return f"it has no {type(layer.module).__name__} with a shortcut of its own branch"
     stride = 2 if isinstance(layer, Downsample) else 1
     for conv in layer.convolutions:
         reach = conv.kernel_size[0] // 2 if stride == 1 else 0

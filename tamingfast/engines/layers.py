@@ -22,6 +22,7 @@ Shape: TypeAlias = tuple[int, int, int]  # channels, height, width
 
 #: Zeros (left, right, top, bottom) that a `Downsample` adds around its input; its convolution then adds none.
 DOWNSAMPLE_PADDING = (0, 1, 0, 1)
+Padding: TypeAlias = tuple[int, int, int, int]
 
 
 class Norm(Protocol):
@@ -38,13 +39,15 @@ class Norm(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """A normalisation, if any, and a convolution of stride 1 that keeps height and width."""
+    """A normalisation, if any, a convolution of stride 1 that keeps height and width, and tanh if ``tanh``."""
 
     conv: nn.Conv2d
     norm: Norm | None = None
+    tanh: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.norm is None else self.norm(x))
+        x = self.conv(x if self.norm is None else self.norm(x))
+        return torch.tanh(x) if self.tanh else x
 
     @property
     def convolutions(self) -> tuple[nn.Conv2d, ...]:
@@ -152,13 +155,14 @@ class Upsample:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Downsample:
-    """Half the height and width, rounded down: `DOWNSAMPLE_PADDING` and a 3x3 convolution of stride 2.
+    """Half the height and width: zeros around the input and a 3x3 convolution of stride 2, which adds none.
 
-    Without a convolution: the mean of 2x2 pixels.
+    Without a convolution: the mean of 2x2 pixels. The result is rounded down, but up if all sides are padded.
     """
 
     module: nn.Module
     conv: nn.Conv2d | None
+    padding: Padding = DOWNSAMPLE_PADDING
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x)
@@ -170,10 +174,26 @@ class Downsample:
 
     def shape(self, before: Shape) -> Shape:
         """Shape of the output for an input of shape ``before``."""
-        return _channels(self.conv, before), before[1] // 2, before[2] // 2
+        more = 0 if self.conv is None else sum(self.padding[2:]) - 1
+        return _channels(self.conv, before), (before[1] + more) // 2, (before[2] + more) // 2
 
 
-Layer: TypeAlias = Convolution | Residual | Attention | Upsample | Downsample
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Whole:
+    """Any other block that keeps height and width: engines run the ``module`` whole, or leave the network to torch."""
+
+    module: nn.Module
+    convolutions: tuple[nn.Conv2d, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def shape(self, before: Shape) -> Shape:
+        """Shape of the output for an input of shape ``before``."""
+        return self.convolutions[-1].out_channels, before[1], before[2]
+
+
+Layer: TypeAlias = Convolution | Residual | Attention | Upsample | Downsample | Whole
 
 
 @runtime_checkable

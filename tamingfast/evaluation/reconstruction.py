@@ -62,8 +62,8 @@ def reconstruction(
     for batch in images_of(dataset, batch_size, limit, seed, key=stage.image_key):
         x = _checked(batch).to(stage.device)
         tasks.grid_size(model, *x.shape[2:])  # refuses sides that are not multiples of the factor
-        quant, _, (_, _, indices) = stage.encode(x)
-        out = stage.decode(quant).clamp(-1, 1)
+        quant, _, (_, _, indices) = stage.quantised(x)
+        out = stage.decode_quantised(quant).clamp(-1, 1)
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         for name, value in _sums(x, out, perceptual).items():
             sums[name] = sums.get(name, 0.0) + value

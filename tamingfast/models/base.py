@@ -111,6 +111,14 @@ class FirstStage(Module):
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, H, W)."""
         raise NotImplementedError
 
+    def quantised(self, x: Tensor) -> Encoded:
+        """Images (B, C, H, W) -> `Encoded`, also where a class's `encode` gives something else."""
+        return self.encode(x)
+
+    def decode_quantised(self, quant: Tensor) -> Tensor:
+        """Quantised latents (B, embed_dim, h, w) -> images (B, C, H, W), also where `decode` takes something else."""
+        return self.decode(quant)
+
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Images (B, C, H, W) -> tokens int64 (B, rows, columns), without gradients.
@@ -124,7 +132,7 @@ class FirstStage(Module):
     @torch.no_grad()
     def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; arguments as for `encode_grid`."""
-        return self.decode(self.codes_of(grid))
+        return self.decode_quantised(self.codes_of(grid))
 
     def codes_of(self, grid: Tensor) -> Tensor:
         """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
@@ -162,9 +170,14 @@ def decode_grid(
     return foreign.decode(_codes(foreign, grid))
 
 
+def quantised(stage: Any, x: Tensor) -> Encoded:
+    """`FirstStage.quantised` for any module that has the original's ``encode``."""
+    return stage.quantised(x) if isinstance(stage, FirstStage) else stage.encode(x)
+
+
 @torch.no_grad()
 def _encode_grid(stage: Any, x: Tensor) -> Tensor:
-    quant, _, (_, _, indices) = stage.encode(x)
+    quant, _, (_, _, indices) = quantised(stage, x)
     return indices.view(len(x), *quant.shape[2:])
 
 

@@ -21,6 +21,7 @@ from tamingfast.models.base import (
     decode_grid,
     encode_grid,
     image_from_batch,
+    quantised,
 )
 from tamingfast.models.condition_stages import SOSProvider
 from tamingfast.models.gpt import GPT, fed_positions, pick, top_k_logits
@@ -241,7 +242,7 @@ class Net2NetTransformer(Module):
     @torch.no_grad()
     def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> ``(quantised latents, tokens int64 (B, n) in the order of the permuter)``."""
-        quant, _, info = self.first_stage_model.encode(x)
+        quant, _, info = quantised(self.first_stage_model, x)
         return quant, self.to_sequence(info[2].reshape(len(quant), *quant.shape[2:]))
 
     @torch.no_grad()
@@ -249,7 +250,7 @@ class Net2NetTransformer(Module):
         """Conditions in the form that the condition stage takes -> ``(quantised condition, tokens int64 (B, c))``."""
         if self.downsample_cond_size > -1:
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
-        quant, _, (_, _, indices) = self.cond_stage_model.encode(c)
+        quant, _, (_, _, indices) = quantised(self.cond_stage_model, c)
         return quant, indices.reshape(len(c), -1)
 
     @torch.no_grad()
@@ -259,7 +260,8 @@ class Net2NetTransformer(Module):
         quant = self.first_stage_model.quantize.get_codebook_entry(
             index.reshape(-1), (zshape[0], zshape[2], zshape[3], zshape[1])
         )
-        return self.first_stage_model.decode(quant)
+        stage: Any = self.first_stage_model
+        return stage.decode_quantised(quant) if isinstance(stage, FirstStage) else stage.decode(quant)
 
     @torch.no_grad()
     def log_images(

@@ -15,6 +15,7 @@ from tamingfast.errors import UserError, first_line
 from tamingfast.files import check_regular
 from tamingfast.models.base import Info, at_least
 from tamingfast.models.shared import sum_over_processes
+from tamingfast.ops import reference
 
 #: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
 Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
@@ -114,8 +115,14 @@ def _adopt_used(quantizer: Quantizer, state: dict[str, Tensor], prefix: str, *ar
         quantizer._restrict(torch.empty_like(used, device=device), f"{prefix}used")
 
 
+#: How a `VectorQuantizer` chooses an entry for a latent vector, and whether it gives it at length 1: the smallest
+#: distance; the largest cosine, with entries of length 1 (ViT-VQGAN: Yu et al. 2022, section 3.2) or as they are stored;
+#: the largest dot product (IBQ: Shi et al. 2024, eq. 3).
+RULES = ("nearest", "unit", "cosine", "dot")
+
+
 class VectorQuantizer(Quantizer):
-    """Replace each latent vector by the nearest of ``n_e`` codebook entries of width ``e_dim``.
+    """Replace each latent vector by one of ``n_e`` codebook entries of width ``e_dim``: the nearest, or by another rule.
 
     The original's ``VectorQuantizer2``. Loss: ``|sg[z_q] - z|^2 + |z_q - sg[z]|^2`` with a factor ``beta`` on one
     term: on the first (commitment) in the paper, on the second with ``legacy=True``, as in the training of all
@@ -131,10 +138,13 @@ class VectorQuantizer(Quantizer):
         unknown_index: str | int = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,
+        rule: str = "nearest",
     ):
         super().__init__()
         at_least(1, n_embed=n_e, embed_dim=e_dim)
-        self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
+        if rule not in RULES:
+            raise UserError(f"codes: got {rule!r}, expected one of {', '.join(RULES)}")
+        self.n_e, self.e_dim, self.beta, self.legacy, self.rule = n_e, e_dim, beta, legacy, rule
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
@@ -154,7 +164,7 @@ class VectorQuantizer(Quantizer):
         ):  # fmt: skip
             if value != default:
                 raise ValueError(f"{name}: got {value}, expected the default; use GumbelQuantize")
-        z_q, indices, to_codes, to_latents, _ = ops.quantize(z, self.embedding.weight)
+        z_q, indices, to_codes, to_latents = self._quantised(z)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
@@ -166,7 +176,59 @@ class VectorQuantizer(Quantizer):
         """As `Quantizer.get_codebook_entry`."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        return as_grid(self.embedding(indices), shape)
+        codes = self.embedding(indices)
+        return as_grid(F.normalize(codes, dim=-1) if self.rule == "unit" else codes, shape)
+
+    def _quantised(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first four values of `tamingfast.ops.quantize`, by the rule."""
+        codebook = self.embedding.weight
+        if self.rule == "unit":
+            z, codebook = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+        if self.rule in ("nearest", "unit"):
+            return ops.quantize(z, codebook)[:4]
+        latents = z.detach().movedim(1, -1).reshape(-1, self.e_dim)
+        indices = ops.nearest_code(*_as_nearest(latents, codebook.detach(), self.rule))
+        return reference.quantize(z, codebook, indices)[:4]
+
+
+def _as_nearest(z: Tensor, codebook: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Vectors and entries whose nearest entries have the largest cosine or dot product with ``z`` (N, D).
+
+    |z - e|^2 = |z|^2 + |e|^2 - 2 z e: where all entries have one length, the nearest has the largest dot product. One
+    more coordinate, 0 in z, makes their lengths equal.
+    """
+    if rule == "cosine":
+        return F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+    squares = codebook.double().square().sum(1, keepdim=True)
+    last = (squares.max() - squares).clamp(min=0).sqrt().to(codebook.dtype)
+    return F.pad(z, (0, 1)), torch.cat((codebook, last), 1)
+
+
+class SignQuantizer(Quantizer):
+    """Codes without a codebook: the sign of each latent, +1 or -1 (lookup-free quantisation: Yu et al. 2024, eq. 3 and 4).
+
+    The token is the sum of 2^k over the channels k that are above 0. The loss is that of `VectorQuantizer` for latents,
+    ``beta * |sg[z_q] - z|^2``; the original's entropy is not part of it.
+    """
+
+    def __init__(self, e_dim: int, beta: float = 0.25):
+        super().__init__()
+        if not 1 <= e_dim <= 62:
+            raise UserError(f"embed_dim: got {e_dim}, expected 1 to 62 bits per token")
+        self.e_dim, self.beta, self.re_embed = e_dim, beta, 2**e_dim
+
+    def forward(self, z: Tensor) -> Quantised:
+        """z (B, e_dim, h, w) -> ``(z_q like z, loss, (None, None, indices int64 (B*h*w,)))``."""
+        positive = z > 0
+        codes = positive.to(z.dtype) * 2 - 1
+        weights = 2 ** torch.arange(self.e_dim, device=z.device)
+        indices = (positive.movedim(1, -1) * weights).sum(-1).flatten()
+        return codes + (z - z.detach()), self.beta * F.mse_loss(z, codes), (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """As `Quantizer.get_codebook_entry`, in float32."""
+        bits = indices[..., None] >> torch.arange(self.e_dim, device=indices.device) & 1
+        return as_grid((bits * 2 - 1).float(), shape)
 
 
 class OneHotVectorQuantizer(VectorQuantizer):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.weights import init_from_ckpt
 from tamingfast.engines import first_stage, layers
+from tamingfast.errors import UserError
 from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.base import FirstStage, Progress, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, Quantised, Quantizer, VectorQuantizer
@@ -41,6 +42,11 @@ class VQModel(FirstStage):
     ``ddconfig`` goes to `Encoder` and `Decoder`, ``lossconfig`` is a ``{target, params}`` config, the codebook has
     ``n_embed`` entries of width ``embed_dim``. Weights are loaded from ``ckpt_path``, except keys that start with one
     of ``ignore_keys``. Images are in [-1, 1].
+
+    For relatives of the original's networks, whose weights are opened here (docs/families.md): ``ddconfig`` may hold
+    mappings ``encoder`` and ``decoder`` of settings for one of the two; ``codes`` is how an entry is chosen
+    (`tamingfast.models.quantize.RULES`); ``quant_conv`` False leaves out the 1x1 convolutions around the codebook; with
+    ``image_range`` (0, 1) the networks work on these values, while images remain in [-1, 1].
     """
 
     quantize: Quantizer
@@ -59,16 +65,25 @@ class VQModel(FirstStage):
         monitor: str | None = None,
         remap: str | os.PathLike | None = None,
         sane_index_shape: bool = False,
+        codes: str = "nearest",
+        quant_conv: bool = True,
+        image_range: tuple[float, float] = (-1, 1),
     ):
         super().__init__()
         ddconfig = plain(ddconfig)
-        self.image_key = image_key
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
+        self.image_key, self._rule, self._embed_dim = image_key, codes, embed_dim
+        if tuple(image_range) not in ((-1, 1), (0, 1)):
+            raise UserError(f"image_range: got {list(image_range)}, expected [-1, 1] or [0, 1]")
+        self.image_range = tuple(image_range)
+        self.encoder = Encoder(**_of_side(ddconfig, "encoder"))
+        self.decoder = self.make_decoder(_of_side(ddconfig, "decoder"))
         self.loss = instantiate_from_config(lossconfig)
         self.quantize = self.make_quantizer(ddconfig, n_embed, embed_dim, remap, sane_index_shape)
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        latents = ddconfig["z_channels"]
+        if not quant_conv and latents != embed_dim:
+            raise UserError(f"embed_dim: got {embed_dim}, expected {latents}, z_channels, as there is no quant_conv")
+        self.quant_conv = nn.Conv2d(latents, embed_dim, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(embed_dim, latents, 1) if quant_conv else nn.Identity()
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         self.register_load_state_dict_pre_hook(_adopt_colours)
@@ -86,7 +101,13 @@ class VQModel(FirstStage):
         sane_index_shape: bool,
     ) -> Quantizer:
         """Build the quantiser; subclasses override this."""
-        return VectorQuantizer(n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape)
+        return VectorQuantizer(
+            n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape, rule=self._rule
+        )
+
+    def make_decoder(self, ddconfig: Mapping[str, Any]) -> nn.Module:
+        """Build the decoder; subclasses override this."""
+        return Decoder(**ddconfig)
 
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
         """Load the weights of a checkpoint file; see `tamingfast.checkpoints.weights.init_from_ckpt`."""
@@ -97,7 +118,19 @@ class VQModel(FirstStage):
 
         Raises ValueError for anything but a floating-point tensor of this shape, in the dtype of the weights.
         """
-        return self.quantize(self.quant_conv(first_stage.forward(self.encoder, x)))
+        return self.quantize(self.latents(x))
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> the quantiser's input (B, embed_dim, h, w); raises as `encode`."""
+        return self.quant_conv(first_stage.forward(self.encoder, self._to_range(x)))
+
+    def _to_range(self, x: Tensor) -> Tensor:
+        """Images as the encoder takes them; what is none is left to the encoder to refuse."""
+        shifted = self.image_range == (0, 1) and isinstance(x, Tensor) and x.is_floating_point()
+        return (x + 1) / 2 if shifted else x
+
+    def _from_range(self, x: Tensor) -> Tensor:
+        return 2 * x - 1 if self.image_range == (0, 1) else x
 
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
@@ -106,7 +139,8 @@ class VQModel(FirstStage):
             return super().encode_grid(x)
         if isinstance(self.encoder, Encoder):
             self.encoder.check(x)
-        quant, _, (_, _, indices) = self.quantize(self.quant_conv(first_stage.run(self.encoder, x, memory, progress)))
+        features = first_stage.run(self.encoder, self._to_range(x), memory, progress)
+        quant, _, (_, _, indices) = self.quantize(self.quant_conv(features))
         return indices.view(len(x), *quant.shape[2:])
 
     @torch.no_grad()
@@ -114,11 +148,12 @@ class VQModel(FirstStage):
         """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
         if not isinstance(self.decoder, layers.LayeredNetwork):  # a caller's own network
             return super().decode_grid(grid)
-        return first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
+        decoded = first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
+        return self._from_range(decoded)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""
-        return first_stage.forward(self.decoder, self.decoder_input(quant))
+        return self._from_range(first_stage.forward(self.decoder, self.decoder_input(quant)))
 
     def decoder_input(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> the decoder's input (B, z_channels, h, w)."""
@@ -139,12 +174,12 @@ class VQModel(FirstStage):
                     "(batch, height, width)"
                 )
             code_b = code_b.view(-1, side, side)
-        return self.decode(self.codes_of(code_b))
+        return self.decode_quantised(self.codes_of(code_b))
 
     @property
     def embed_dim(self) -> int:
         """Width of a codebook entry."""
-        return self.post_quant_conv.in_channels
+        return self._embed_dim
 
     @property
     def factor(self) -> int:
@@ -158,8 +193,8 @@ class VQModel(FirstStage):
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> ``(reconstructions, codebook loss)``."""
-        quant, codebook_loss, _ = self.encode(input)
-        return self.decode(quant), codebook_loss
+        quant, codebook_loss, _ = self.quantised(input)
+        return self.decode_quantised(quant), codebook_loss
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """``batch[k]`` (B, H, W[, C]) -> float32 (B, C, H, W)."""
@@ -227,6 +262,38 @@ class VQModel(FirstStage):
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
         x = F.conv2d(x, self.colorize)
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
+def _of_side(ddconfig: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """The settings of the encoder or of the decoder (``side``) in a ``ddconfig``."""
+    shared = {key: value for key, value in ddconfig.items() if key not in ("encoder", "decoder")}
+    own = ddconfig.get(side) or {}
+    if not isinstance(own, Mapping):
+        raise UserError(f"ddconfig.{side}: got {own!r}, expected settings below it")
+    return {**shared, **own}
+
+
+class VQModelInterface(VQModel):
+    """A `VQModel` whose latents are taken before the codebook, as by a diffusion model (latent-diffusion's class).
+
+    ``encode`` gives latents that are not quantised, and ``decode`` quantises them first.
+    """
+
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as in the original
+        """Images (B, C, H, W) -> latents (B, embed_dim, h, w), not quantised."""
+        return self.latents(x)
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w); they are quantised unless ``force_not_quantize``."""
+        return super().decode(h if force_not_quantize else self.quantize(h)[0])
+
+    def quantised(self, x: Tensor) -> Quantised:
+        """What `VQModel.encode` gives."""
+        return super().encode(x)
+
+    def decode_quantised(self, quant: Tensor) -> Tensor:
+        """What `VQModel.decode` gives."""
+        return super().decode(quant)
 
 
 def _adopt_colours(model: VQModel, state: dict[str, Tensor], prefix: str, *args: object) -> None:

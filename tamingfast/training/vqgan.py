@@ -197,8 +197,8 @@ class VQGANStage:
         for batch in batches:
             self.model.logged.clear()
             x = self.model.get_input(batch, self.model.image_key)
-            quant, codebook_loss, (_, _, indices) = self.model.encode(x)
-            self.model.report(Outputs(x, self.model.decode(quant), codebook_loss))
+            quant, codebook_loss, (_, _, indices) = self.model.quantised(x)
+            self.model.report(Outputs(x, self.model.decode_quantised(quant), codebook_loss))
             counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
             for name, value in logged(self.model, "val").items():
                 if name not in _MEANINGLESS_IN_VALIDATION:
