@@ -100,8 +100,8 @@ NAMES: dict[str, dict[str, str]] = {
         "CustomTrain": f"{_LISTS}:CustomTrain",
         "CustomTest": f"{_LISTS}:CustomTest",
     },
-    # latent-diffusion's class of this name differs in how it is trained only; `VQModelInterface` encodes differently.
-    "ldm.models.autoencoder": {"VQModel": f"{_MODELS}.vqgan:VQModel"},
+    # latent-diffusion's VQModel differs in how it is trained only.
+    "ldm.models.autoencoder": {name: f"{_MODELS}.vqgan:{name}" for name in ("VQModel", "VQModelInterface")},
     "ldm.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
     "main": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
     "taming.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,11 @@ def load_yaml(path: str | os.PathLike) -> Any:
     path = Path(path)
     text = _text(path)
     try:
-        _check_document(text, path)
-        loaded = OmegaConf.create(text, **_UNLIMITED)
+        if path.suffix.lower() == ".json":
+            loaded = OmegaConf.create(_json(text, path), **_UNLIMITED)
+        else:
+            _check_document(text, path)
+            loaded = OmegaConf.create(text, **_UNLIMITED)
         raw = OmegaConf.to_container(loaded, resolve=False)
     except UserError:
         raise
@@ -64,6 +68,13 @@ def _text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: got bytes that are not text ({error}), expected a YAML config in UTF-8") from error
+
+
+def _json(text: str, path: Path) -> Any:
+    """The mapping in a JSON text. YAML reads some numbers of JSON, such as 1e-05, as text."""
+    value = json.loads(text)
+    check_config_values(value, path)
+    return value
 
 
 def _check_document(text: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Converts a checkpoint of any kind to one safetensors file."""
+"""Converts a checkpoint of any kind to one safetensors file, or to the layout of another library."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tamingfast.checkpoints.config import without_checkpoints
+from tamingfast.checkpoints.formats import diffusers
 from tamingfast.checkpoints.load import load_model
 from tamingfast.checkpoints.weights import save_weights
 from tamingfast.errors import UserError
+from tamingfast.files import check_directory, write_json
+
+#: What `convert` writes: one file with the config inside, or a folder for diffusers' ``VQModel.from_pretrained``.
+LAYOUTS = ("tamingfast", "diffusers")
 
 
 def convert(
@@ -20,16 +27,36 @@ def convert(
     config: str | os.PathLike | Mapping[str, Any] | None = None,
     *,
     allow: Collection[str] = (),
+    layout: str = "tamingfast",
 ) -> Path:
     """Write a checkpoint that `load_model` can open as one ``.safetensors`` file with its config inside.
 
-    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file; UserError
-    for another suffix.
+    With ``layout`` "diffusers" it is a folder of config.json and weights, for networks that diffusers' VQModel can be.
+    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file or folder.
+    UserError for another suffix or layout, and for a network that the layout has not.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
+    if layout not in LAYOUTS:
+        raise UserError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout == "tamingfast" and out.suffix != ".safetensors":
         raise UserError(f"out: got '{out.name}', expected a name that ends in .safetensors")
+    if layout == "diffusers":
+        check_directory(out)
     model = load_model(checkpoint, config, allow=allow)
+    if layout == "diffusers":
+        return _for_diffusers(model, out)
     state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
     save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
+    return out
+
+
+def _for_diffusers(model: nn.Module, out: Path) -> Path:
+    name = type(model).__name__
+    if name not in diffusers.CLASSES:
+        raise UserError(f"layout: got 'diffusers' for a {name}, expected one of {', '.join(diffusers.CLASSES)}")
+    config, state = diffusers.written(without_checkpoints(model.config)["model"]["params"], model.state_dict())
+    out.mkdir(parents=True, exist_ok=True)
+    # The config first: without weights the folder is refused, and weights without their config could be misread.
+    write_json(out / "config.json", config)
+    save_weights(out / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
     return out

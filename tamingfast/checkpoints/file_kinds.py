@@ -7,7 +7,7 @@ import re
 import struct
 from typing import IO
 
-SAFETENSORS, TORCH = "safetensors", "torch"
+SAFETENSORS, TORCH, MSGPACK, INDEX = "safetensors", "torch", "msgpack", "index"
 _HEAD = 1024
 _BOM = b"\xef\xbb\xbf"
 
@@ -31,13 +31,17 @@ _BEGINNINGS = {
 }
 # A map of one to fifteen entries, or of more, whose first key is text.
 _MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9\xda]", re.DOTALL)
+_INDEX = re.compile(rb"\s*\{\s*\"(metadata|weight_map)\"\s*:\s*\{")
 # Fields of protobuf: the version of ONNX's format (3 to 13) or TensorFlow's (1), then another field.
 _ONNX, _TENSORFLOW = re.compile(rb"\x08[\x03-\x0d][\x12\x1a\x22\x32\x3a\x42]"), re.compile(rb"\x08\x01\x12")
 _LEVELDB = struct.pack("<Q", 0xDB4775248B80FB57)  # ends the .index file of a TensorFlow checkpoint
 
 
 def kind_of(stream: IO[bytes]) -> str:
-    """`SAFETENSORS`, `TORCH` (by either format of ``torch.save``), or a noun phrase for any other file."""
+    """`SAFETENSORS`, `TORCH` (by either format of ``torch.save``), `MSGPACK`, `INDEX`, or a noun phrase for any other.
+
+    An `INDEX` is the JSON that lists the files into which weights are divided.
+    """
     size = os.fstat(stream.fileno()).st_size
     stream.seek(0)
     head = stream.read(_HEAD)
@@ -45,6 +49,10 @@ def kind_of(stream: IO[bytes]) -> str:
         return SAFETENSORS
     if head.startswith((b"PK\3\4", b"PK\5\6")) or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and size > 2):
         return TORCH
+    if _MSGPACK.match(head):
+        return MSGPACK
+    if _INDEX.match(head):
+        return INDEX
     for beginning, kind in _BEGINNINGS.items():
         if head.startswith(beginning):
             return f"{kind} of {size} bytes"
@@ -60,8 +68,6 @@ def _by_structure(stream: IO[bytes], head: bytes, size: int) -> str:
         return "a TensorFlow Lite model"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP image"
-    if _MSGPACK.match(head):
-        return "a msgpack file (of JAX or Flax)"
     if _ONNX.match(head):
         return "an ONNX model"
     if _TENSORFLOW.match(head):

@@ -104,6 +104,7 @@ def _params(state: Mapping[str, Tensor], gumbel: bool) -> dict[str, Any]:
             "in_channels": in_channels, "out_ch": shape("decoder.conv_out.weight", None, widths[0], 3, 3)[0], "ch": ch,
             "ch_mult": [width // ch for width in widths], "num_res_blocks": blocks, "attn_resolutions": attention,
             "dropout": 0.0,
+            **({} if "encoder.mid.attn_1.q.weight" in state else {"attn_type": "none"}),
         },
     }  # fmt: skip
 

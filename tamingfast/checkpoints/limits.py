@@ -130,13 +130,13 @@ class _Numbers:
         value = self.params.get(key, default)
         return 0 if value is None else self._whole(key, value)
 
-    def several(self, key: str, default: tuple[int, ...]) -> list[int]:
-        """A list of numbers, each at least 0."""
+    def several(self, key: str, default: tuple[int, ...], fractions: bool = False) -> list[float]:
+        """A list of numbers, each at least 0, and whole unless ``fractions`` may be among them."""
         values = self.params.get(key, default)
         if not isinstance(values, list | tuple):
             raise UserError(f"{self.where}.{key}: got {repr(values)[:40]}, expected a list of whole numbers")
         self.seen[f"{self.prefix}{key}"] = len(values)
-        return [self._whole(key, value) for value in values]
+        return [value if fractions and _is_fraction(value) else self._whole(key, value) for value in values]
 
     def inside(self, key: str) -> _Numbers:
         """The numbers of a mapping among the params."""
@@ -155,6 +155,10 @@ class _Numbers:
         return value
 
 
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1 << 20
+
+
 def _gpt(numbers: _Numbers) -> Size:
     width, layers = numbers.get("n_embd", 256), numbers.get("n_layer", 12)
     numbers.get("n_head", 1)  # only to check that it is a number
@@ -169,12 +173,16 @@ def _block(before: int, width: int) -> Size:
 
 def _autoencoder(numbers: _Numbers) -> Size:
     """Encoder and decoder of a ``ddconfig``."""
-    return _coder(numbers, numbers.get("in_channels"), extra=0) + _coder(numbers, numbers.get("out_ch"), extra=1)
+    sides = [
+        _Numbers({**numbers.params, **numbers.inside(side).params}, numbers.where, numbers.seen, numbers.prefix)
+        for side in ("encoder", "decoder")
+    ]
+    return _coder(sides[0], numbers.get("in_channels"), extra=0) + _coder(sides[1], numbers.get("out_ch"), extra=1)
 
 
 def _coder(numbers: _Numbers, channels: int, extra: int) -> Size:
     base, blocks, latents = numbers.get("ch"), numbers.get("num_res_blocks") + extra, numbers.get("z_channels")
-    widths = [base * multiplier for multiplier in numbers.several("ch_mult", (1, 2, 4, 8))]
+    widths = [math.ceil(base * multiplier) for multiplier in numbers.several("ch_mult", (1, 2, 4, 8), fractions=True)]
     numbers.get("resolution")
     attends = bool(numbers.several("attn_resolutions", ()))
     total = Size(0, 0)
@@ -183,7 +191,7 @@ def _coder(numbers: _Numbers, channels: int, extra: int) -> Size:
         total += _block(max(before, width), width) + _block(width, width) * max(blocks - 1, 0) + attention
         total += Size(2, 9 * width**2 + width)
     last = max(widths, default=0)
-    total += _block(last, last) * 2 + Size(10, 4 * last**2)
+    total += _block(last, last) * numbers.get("mid_blocks", 2) + Size(10, 4 * last**2)
     return total + Size(6, 9 * (base * channels + last * 2 * latents) + 3 * (base + last + latents + channels))
 
 
@@ -192,6 +200,13 @@ def _first_stage(numbers: _Numbers) -> Size:
     latents, width, codes = ddconfig.get("z_channels"), numbers.get("embed_dim"), numbers.get("n_embed")
     colours = 3 * (numbers.get("n_labels") + numbers.get("colorize_nlabels"))
     return _autoencoder(ddconfig) + Size(8, 2 * width * (latents + 1) + codes * width + colours)
+
+
+def _lookup_free(numbers: _Numbers) -> Size:
+    """Without a codebook; the decoder has larger convolutions, which upsample, and projections before its levels."""
+    ddconfig = numbers.inside("ddconfig")
+    numbers.get("n_embed")
+    return _autoencoder(ddconfig) * 4 + Size(8, 4 * numbers.get("embed_dim") * ddconfig.get("ch"))
 
 
 def _ema(numbers: _Numbers) -> Size:
@@ -237,7 +252,8 @@ def _unknown(numbers: _Numbers) -> Size:
 
 _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
     "GPT": _gpt,
-    **dict.fromkeys(("VQModel", "VQNoDiscModel", "VQSegmentationModel"), _first_stage),
+    **dict.fromkeys(("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel"), _first_stage),
+    "LookupFreeVQModel": _lookup_free,
     "EMAVQ": _ema,
     "GumbelVQ": _gumbel,
     "HierarchicalVQModel": _two_levels,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tamingfast.checkpoints import compat
+from tamingfast.checkpoints import compat, formats
 from tamingfast.checkpoints.config import (
     at,
     check_config_values,
@@ -22,7 +23,7 @@ from tamingfast.checkpoints.config import (
 )
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
-from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
 from tamingfast.errors import UserError
@@ -66,10 +67,8 @@ def load_model(
     """
     dtype, device = _dtype(dtype), pick_device(str(device or "cpu"))
     path = weights_path(Path(checkpoint))
-    found = read_checkpoint(path)
-    check_real(found.state, path)
     allowed = None if isinstance(config, Mapping) else allow  # a mapping is the caller's own, and may name any class
-    settings = _settings(found, config, allowed)
+    found, settings = _opened(path, config, allowed)
     check_targets(settings["model"], "model", allowed)
     check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
@@ -85,10 +84,11 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
     and for a config that may not be built.
     """
     path = weights_path(Path(checkpoint))
-    found = read_checkpoint(path, tensors=False)
-    if embedded_config(path) is None and neighbouring_config(path) is None:
+    config = _config_beside(path)
+    family = formats.family_of(config)
+    if config is None or (family is not None and family.whole):
         return None
-    settings = _settings(found, None, allow)
+    settings = _settings(*_translated(read_checkpoint(path, tensors=False), config), allow)
     check_targets(settings["model"], "model", allow)
     check_sizes(settings["model"], "model")
     try:
@@ -108,19 +108,57 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _settings(checkpoint: Checkpoint, config: Any, allow: Collection[str] | None) -> dict[str, Any]:
-    """The given config, else the one found with the weights, else the inferred one, without files that it names."""
-    path = checkpoint.path
+def _opened(path: Path, config: Any, allow: Collection[str] | None) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint file with our names of its weights, and the config of its model, inferred if there is none."""
+    found, config = read_translated(path, config)
+    if config is None:
+        check_signs(found.beside, path)
+        config = {"model": infer_config(found.state, path)}
+        logger.warning("no config found for %s; its architecture is inferred from the weights, so %s", path, ASSUMED)
+    return found, _settings(found, config, allow)
+
+
+def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
+    """The checkpoint file at ``path`` and its plain config: the given one, else that found with the weights, or None.
+
+    If it is of a family of `tamingfast.checkpoints.formats`, whose name is then the config's ``family``, both are in
+    our terms. Raises UserError for a file that cannot be read, or is of a family and cannot be opened.
+    """
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
-        config = embedded_config(path) or neighbouring_config(path)
-    if config is None:
-        check_signs(checkpoint.beside, path)
-        config = {"model": infer_config(checkpoint.state, path)}
-        logger.warning("no config found for %s; its architecture is inferred from the weights, so %s", path, ASSUMED)
+        config = _config_beside(path)
     config = plain(config)
-    check_config_values(config, path)
+    if config is not None:
+        check_config_values(config, path)
+    family = formats.family_of(config)
+    found = read_checkpoint(path, prefix="" if family is None else family.prefix(config))
+    check_real(found.state, path)
+    return _translated(found, config)
+
+
+def _config_beside(path: Path) -> Any:
+    """The plain config in the file or beside it; a config.json counts if it is that of a family."""
+    found = plain(embedded_config(path) or neighbouring_config(path))
+    if found is None:
+        found = plain(hub_config(path))
+        return None if formats.family_of(found) is None else found
+    return found
+
+
+def _translated(found: Checkpoint, config: Any) -> tuple[Checkpoint, Any]:
+    state = unwrapped(found.state, KNOWN)
+    family = formats.family_of(config, state)
+    if family is None:
+        return found, config
+    made = family.opened(formats.Source(found.path, config, state, found.beside))
+    kept = {} if family.whole or config is None else config
+    return replace(found, state=made.state), {**kept, "model": made.model, "family": family.name}
+
+
+def _settings(checkpoint: Checkpoint, config: Any, allow: Collection[str] | None) -> dict[str, Any]:
+    """The config without files that it names, and without what using the model does not need."""
+    path = checkpoint.path
     settings = without_checkpoints(config)
     model = settings.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):

@@ -21,6 +21,14 @@ _CHECKPOINT_FOLDERS = ("checkpoints", "ckpts")
 _CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth")
 # What trainers call the number of steps that they record.
 _STEPS = ("global_step", "step", "steps", "iteration", "iter")
+# Names of weights in folders of the Hub and of latent-diffusion, the first that exists being taken; and the parts of a
+# pipeline of diffusers that are first stages.
+_PUBLISHED = (
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+    "model.safetensors.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "model.ckpt",
+)  # fmt: skip
+_PIPELINE_PARTS = ("vqvae", "movq", "vqmodel")
 _DEEPEST_CONFIG = 64  # levels of sections; those of real configs have about ten
 
 
@@ -39,10 +47,22 @@ def weights_path(path: Path) -> Path:
         usable = [file for file in found if file.is_file()] or [file for file in found if file.is_symlink()]
         if usable:
             return usable[0] if len(usable) == 1 else max(usable, key=_progress)
+    published = _published(path)
+    if published is not None:
+        return published
     raise UserError(
         f"{path}: got a directory without {WEIGHTS} or checkpoints/last.ckpt, expected a run directory; give the --out "
         "of a training run"
     )
+
+
+def _published(path: Path) -> Path | None:
+    """The weights in a folder as models are published, which may be that of a pipeline; None if there are none."""
+    for folder in (path, *(path / part for part in _PIPELINE_PARTS)):
+        for name in _PUBLISHED:
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
 
 def _progress(path: Path) -> tuple[int, int, int, bool, list[int], int]:
@@ -59,6 +79,12 @@ def _progress(path: Path) -> tuple[int, int, int, bool, list[int], int]:
     # Numbers with a point are measures, not counts.
     counts = [int(number) for number in re.findall(r"\d{1,15}", re.sub(r"\d*\.\d+", "", stem))]
     return step, epoch, int(version[1]) if version else 0, stem == "last", counts, path.stat().st_mtime_ns
+
+
+def hub_config(path: Path) -> Any:
+    """The OmegaConf config in the config.json beside the weights at ``path``, None if there is none."""
+    found = path.parent / "config.json"
+    return load_yaml(found) if found.is_file() else None
 
 
 def embedded_config(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -17,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tamingfast.checkpoints.file_kinds import SAFETENSORS, TORCH, kind_of
+from tamingfast.checkpoints import msgpack
+from tamingfast.checkpoints.file_kinds import INDEX, MSGPACK, SAFETENSORS, TORCH, kind_of
 from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
 from tamingfast.checkpoints.unpickling import Foreign, StoredTensor, Unusable
@@ -37,6 +39,9 @@ _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "
 _DEEPEST = 8  # parts of a shared prefix that are looked at
 # Where checkpoints keep the weights; without any of these the whole content is meant.
 _STATES = ("state_dict", "model", "model_state_dict")
+# By this name the averages of a LlamaGen training are recognised, which count there: its evaluation takes them.
+_LLAMAGEN = "encoder.conv_blocks.0.res.0.conv1.weight"
+_LARGEST_INDEX = 64 << 20
 _ADVICE = "use the config that the checkpoint was trained with"
 # Tied and expanded tensors are stored once, so weights may take this many times the size of their file.
 _SHARED = 16
@@ -93,22 +98,30 @@ def check_real(state: Mapping[str, Tensor], source: str | os.PathLike) -> None:
             raise UserError(f"{source}: got complex numbers in {shown(key)}, expected real weights")
 
 
-def read_checkpoint(path: str | os.PathLike, tensors: bool = True) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike, tensors: bool = True, prefix: str = "") -> Checkpoint:
     """The content of a checkpoint file; accepts and raises what `read_state_dict` does, but allows complex numbers.
 
-    Without ``tensors`` only what lies beside them is read, which is fast.
+    Without ``tensors`` only what lies beside them is read, which is fast. With a ``prefix`` only tensors whose names
+    begin with it are, if there are any.
     """
     path = Path(path)
     with opened(path) as (kind, stream):
         if kind == SAFETENSORS:
             metadata = _metadata(path)
-            return Checkpoint(path, _read_safetensors(path) if tensors else {}, metadata=metadata)
+            return Checkpoint(path, _read_safetensors(path, prefix) if tensors else {}, metadata=metadata)
+        if kind == INDEX:
+            return Checkpoint(path, _read_parts(path, stream, prefix) if tensors else {})
+        if kind == MSGPACK:
+            try:
+                return Checkpoint(path, msgpack.tensors(stream_content(stream)) if tensors else {})
+            except msgpack.BadMsgpack as error:
+                raise _no_checkpoint(path, str(error)) from error
         if kind != TORCH:
             raise _no_checkpoint(path, kind)
         try:
             file = open_torch_file(stream)
             beside = file.content if isinstance(file.content, Mapping) else {}
-            return Checkpoint(path, _state_of(file, path) if tensors else {}, beside)
+            return Checkpoint(path, _state_of(file, path, prefix) if tensors else {}, beside)
         except BadFile as error:
             raise _no_checkpoint(path, str(error)) from error
 
@@ -146,10 +159,58 @@ def _metadata(path: str | os.PathLike) -> dict[str, str]:
         return stream.metadata() or {}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     check_seal(path)
     with _safetensors(path):
-        return load_file(path)
+        if not prefix:
+            return load_file(path)
+        with safe_open(path, framework="pt") as stream:
+            names = list(stream.keys())
+            wanted = [name for name in names if name.startswith(prefix)] or names
+            return {name: stream.get_tensor(name) for name in wanted}
+
+
+def stream_content(stream: IO[bytes]) -> bytes:
+    """All bytes of a file."""
+    stream.seek(0)
+    return stream.read()
+
+
+def _read_parts(path: Path, stream: IO[bytes], prefix: str) -> dict[str, Tensor]:
+    """The tensors of the files beside an index, which says in which of them each is."""
+    places = _places(path, stream)
+    wanted = {name: file for name, file in places.items() if name.startswith(prefix)} or places
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(wanted.values())):
+        found = read_checkpoint(path.parent / file, prefix=prefix).state
+        state |= {name: value for name, value in found.items() if wanted.get(name) == file}
+    missing = next((name for name in wanted if name not in state), None)
+    if missing is not None:
+        raise UserError(
+            f"{path.parent / wanted[missing]}: got no {shown(missing)}, expected it there, as '{path.name}' says; copy "
+            "or download the files again"
+        )
+    return state
+
+
+def _places(path: Path, stream: IO[bytes]) -> dict[str, str]:
+    """Name of a tensor -> name of its file, as an index says; UserError for anything else, such as other folders."""
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        content = json.loads(stream_content(stream)) if size <= _LARGEST_INDEX else None
+    except (ValueError, RecursionError):
+        content = None
+    places = content.get("weight_map") if isinstance(content, Mapping) else None
+    names = list(places.values()) if isinstance(places, Mapping) else []
+    if (
+        not isinstance(places, Mapping)
+        or not names
+        or not all(isinstance(name, str) and name == Path(name).name and "\0" not in name for name in names)
+    ):
+        raise _no_checkpoint(path, f"a JSON text of {size} bytes that lists no files of weights beside it")
+    if path.name in names:
+        raise _no_checkpoint(path, "an index that lists itself")
+    return dict(places)
 
 
 @contextlib.contextmanager
@@ -165,10 +226,11 @@ def _safetensors(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
+def _state_of(file: TorchFile, path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors in the ``state_dict`` of a checkpoint, in the ``model`` of our ``state.pt``, or in the mapping."""
     content = file.content
-    places = [content.get(name) for name in _STATES if name in content] if isinstance(content, Mapping) else []
+    places = [content["ema"]] if isinstance(content, Mapping) and _LLAMAGEN in _named(content.get("ema")) else []
+    places += [content.get(name) for name in _STATES if name in content] if isinstance(content, Mapping) else []
     named = next((place for place in places if _tensors(place)), None) or _only_state(content, path)
     if named is None:
         raise UserError(
@@ -179,6 +241,7 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
         if isinstance(value, Unusable):
             raise UserError(f"{path}: got {value.kind} as {shown(key)}, expected dense tensors; save it as one")
     stored = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
+    stored = {key: value for key, value in stored.items() if key.startswith(prefix)} or stored
     size = path.stat().st_size
     asked = sum(value.dtype.itemsize * math.prod(value.shape) for value in stored.values())
     if asked > _SHARED * size:
@@ -191,6 +254,11 @@ def _state_of(file: TorchFile, path: Path) -> dict[str, Tensor]:
             state[key] = file.tensor(value)
             progress.update()
     return state
+
+
+def _named(value: Any) -> Collection[str]:
+    """The names in a mapping of a file, without what wrappers have put into them; none of anything else."""
+    return {str(key).removeprefix("module.") for key in value} if isinstance(value, Mapping) else ()
 
 
 def _only_state(content: Any, path: Path) -> Mapping[Any, Any] | None:

@@ -15,10 +15,18 @@ def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
     added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
     added = command(
-        commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config", (ALLOW,)
+        commands,
+        "convert",
+        convert,
+        "convert a checkpoint of any family to one file with its config, or for diffusers",
+        (ALLOW,),
     )
     added.add_argument("checkpoint", type=source)
-    added.add_argument("out", type=output, help="file to write (.safetensors)")
+    added.add_argument("out", type=output, help="file to write (.safetensors), or folder for --layout diffusers")
+    added.add_argument(
+        "--layout", choices=["tamingfast", "diffusers"], default="tamingfast",
+        help="what to write: one file, or the folder of a VQModel of diffusers (default: %(default)s)",
+    )  # fmt: skip
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
     added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
@@ -32,7 +40,10 @@ def inspect(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
-    say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow))
+    written = checkpoints.convert(
+        arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout
+    )
+    say_written(written)
 
 
 def download(arguments: argparse.Namespace) -> None:

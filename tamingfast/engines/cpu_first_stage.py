@@ -179,6 +179,7 @@ class _Run:
         elif isinstance(layer, Downsample):
             self.convolve(layer.conv, x, out, padding=layer.padding[0])
         else:
+            assert isinstance(layer, Convolution), "other layers are refused"
             self.convolve(layer.conv, x, out, norm=layer.norm)
         x.close()
         return out

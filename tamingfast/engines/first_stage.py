@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,18 @@ def forward(network: nn.Module, x: Tensor) -> Tensor:
     """
     if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or _observed():
         return network(x)
-    if not isinstance(network, LayeredNetwork):
+    if not describes(network):
         return network(x)
     chosen = _chosen(network, x, "auto")
     return network(x) if chosen is None else _run(chosen, x)
+
+
+def describes(network: nn.Module) -> TypeGuard[LayeredNetwork]:
+    """Whether a network describes its layers; what does not is run by torch, whole, which is logged once."""
+    if isinstance(network, LayeredNetwork):
+        return True
+    _log_once(f"A {type(network).__name__} runs in torch, whole: it does not describe its layers.")
+    return False
 
 
 def _observed() -> bool:

@@ -85,7 +85,7 @@ class ResnetBlock(nn.Module):
     def layer(self) -> layers.Residual | layers.Whole:
         """The block's description for engines."""
         shortcut = None if self.shortcut is None else getattr(self, self.shortcut)
-        if self.branch_shortcut:
+        if self.branch_shortcut and shortcut is not None:
             return layers.Whole(module=self, convolutions=(self.conv1, self.conv2, shortcut))
         return layers.Residual(
             module=self, norm1=self.norm1, conv1=self.conv1, norm2=self.norm2, conv2=self.conv2, shortcut=shortcut
@@ -141,9 +141,7 @@ class Downsample(nn.Module):
     says otherwise.
     """
 
-    def __init__(
-        self, in_channels: int, with_conv: bool = True, padding: layers.Padding = layers.DOWNSAMPLE_PADDING
-    ):
+    def __init__(self, in_channels: int, with_conv: bool = True, padding: layers.Padding = layers.DOWNSAMPLE_PADDING):
         super().__init__()
         self.with_conv, self.padding = with_conv, padding
         if with_conv:
@@ -265,7 +263,9 @@ class _Shape:
         widths = [round(ch * multiplier) for multiplier in ch_mult]
         sides, some = set(attn_resolutions), attn_type != "none"
         attends = [some and resolution // 2**level in sides for level in range(len(widths))]
-        return cls(Blocks(dropout, num_groups, bias, branch_shortcut), widths, attends, mid_blocks, some and mid_attention)
+        return cls(
+            Blocks(dropout, num_groups, bias, branch_shortcut), widths, attends, mid_blocks, some and mid_attention
+        )
 
 
 @layers.described
@@ -277,9 +277,9 @@ class Encoder(nn.Module):
     side in ``attn_resolutions``, for square inputs of side ``resolution``.
 
     The following serve relatives of the original's networks, whose weights are opened here (docs/families.md):
-    ``attn_type`` "none" leaves out all attention, ``mid_attention`` False that of the lowest resolution's ``mid_blocks``
-    blocks; ``num_groups`` is that of every norm; without ``bias`` the first convolution and those of the blocks have
-    none; ``branch_shortcut`` is explained at `ResnetBlock`; ``out_kernel`` is the size of the last convolution;
+    ``attn_type`` "none" leaves out all attention, ``mid_attention`` False that among the ``mid_blocks`` blocks of the
+    lowest resolution; ``num_groups`` is that of every norm; without ``bias`` the first convolution and those of the blocks
+    have none; ``branch_shortcut`` is explained at `ResnetBlock`; ``out_kernel`` is the size of the last convolution;
     ``symmetric`` pads all sides before downsampling. Other keyword arguments of the shared ``ddconfig`` are ignored.
     """
 

@@ -115,14 +115,14 @@ def _adopt_used(quantizer: Quantizer, state: dict[str, Tensor], prefix: str, *ar
         quantizer._restrict(torch.empty_like(used, device=device), f"{prefix}used")
 
 
-#: How a `VectorQuantizer` chooses an entry for a latent vector, and whether it gives it at length 1: the smallest
-#: distance; the largest cosine, with entries of length 1 (ViT-VQGAN: Yu et al. 2022, section 3.2) or as they are stored;
-#: the largest dot product (IBQ: Shi et al. 2024, eq. 3).
+#: How a `VectorQuantizer` chooses an entry: the smallest distance; the largest cosine, giving the entry at length 1
+#: ("unit": ViT-VQGAN, Yu et al. 2022, section 3.2) or as it is stored ("cosine"); the largest dot product (IBQ: Shi et
+#: al. 2024).
 RULES = ("nearest", "unit", "cosine", "dot")
 
 
 class VectorQuantizer(Quantizer):
-    """Replace each latent vector by one of ``n_e`` codebook entries of width ``e_dim``: the nearest, or by another rule.
+    """Replace each latent vector by one of ``n_e`` codebook entries of width ``e_dim``: the nearest, or by ``rule``.
 
     The original's ``VectorQuantizer2``. Loss: ``|sg[z_q] - z|^2 + |z_q - sg[z]|^2`` with a factor ``beta`` on one
     term: on the first (commitment) in the paper, on the second with ``legacy=True``, as in the training of all
@@ -205,10 +205,10 @@ def _as_nearest(z: Tensor, codebook: Tensor, rule: str) -> tuple[Tensor, Tensor]
 
 
 class SignQuantizer(Quantizer):
-    """Codes without a codebook: the sign of each latent, +1 or -1 (lookup-free quantisation: Yu et al. 2024, eq. 3 and 4).
+    """Codes without a codebook: the sign of each latent, +1 or -1 (lookup-free quantisation: Yu et al. 2024).
 
-    The token is the sum of 2^k over the channels k that are above 0. The loss is that of `VectorQuantizer` for latents,
-    ``beta * |sg[z_q] - z|^2``; the original's entropy is not part of it.
+    The token is the sum of 2^k over the channels k that are above 0. The loss is ``beta * |sg[z_q] - z|^2``; the
+    entropy of the original's is not part of it.
     """
 
     def __init__(self, e_dim: int, beta: float = 0.25):

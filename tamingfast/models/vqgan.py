@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.weights import init_from_ckpt
-from tamingfast.engines import first_stage, layers
+from tamingfast.engines import first_stage
 from tamingfast.errors import UserError
 from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.base import FirstStage, Progress, image_from_batch
@@ -118,6 +118,10 @@ class VQModel(FirstStage):
 
         Raises ValueError for anything but a floating-point tensor of this shape, in the dtype of the weights.
         """
+        return self.quantised(x)
+
+    def quantised(self, x: Tensor) -> Quantised:
+        """What `encode` gives here, also where a subclass's gives something else."""
         return self.quantize(self.latents(x))
 
     def latents(self, x: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ class VQModel(FirstStage):
     @torch.no_grad()
     def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
-        if not isinstance(self.encoder, layers.LayeredNetwork):  # a caller's own network
+        if not first_stage.describes(self.encoder):
             return super().encode_grid(x)
         if isinstance(self.encoder, Encoder):
             self.encoder.check(x)
@@ -146,7 +150,7 @@ class VQModel(FirstStage):
     @torch.no_grad()
     def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
         """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
-        if not isinstance(self.decoder, layers.LayeredNetwork):  # a caller's own network
+        if not first_stage.describes(self.decoder):
             return super().decode_grid(grid)
         decoded = first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
         return self._from_range(decoded)
@@ -245,7 +249,7 @@ class VQModel(FirstStage):
 
     def get_last_layer(self) -> nn.Parameter:
         """The parameter whose gradients set the adaptive weight of the adversarial loss (paper eq. 7)."""
-        return cast("nn.Parameter", self.decoder.conv_out.weight)
+        return cast("nn.Parameter", cast("Decoder", self.decoder).conv_out.weight)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
@@ -286,10 +290,6 @@ class VQModelInterface(VQModel):
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w); they are quantised unless ``force_not_quantize``."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])
-
-    def quantised(self, x: Tensor) -> Quantised:
-        """What `VQModel.encode` gives."""
-        return super().encode(x)
 
     def decode_quantised(self, quant: Tensor) -> Tensor:
         """What `VQModel.decode` gives."""

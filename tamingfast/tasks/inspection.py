@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tamingfast.checkpoints.config import at, plain, trained_side
+from tamingfast.checkpoints.config import at, trained_side
 from tamingfast.checkpoints.fingerprint import fingerprint
 from tamingfast.checkpoints.infer import KNOWN
-from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
-from tamingfast.checkpoints.weights import read_checkpoint, unwrapped
+from tamingfast.checkpoints.load import read_translated
+from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.weights import unwrapped
 from tamingfast.data.tokens import FORMAT, TokenDataset
 from tamingfast.models.prior import UNCONDITIONAL
 
@@ -25,7 +26,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
     """
     path = weights_path(Path(path))
-    checkpoint = read_checkpoint(path)
+    checkpoint, config = read_translated(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
     if checkpoint.metadata.get("format") == FORMAT:
         return facts | _of_tokens(path)
@@ -33,7 +34,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     return facts | {
         "global_step": checkpoint.number("global_step", "step"),
         "epoch": checkpoint.number("epoch"),
-        **_of_config(path),
+        **_of_config(path, config),
         "first_stage": _fingerprint(state),
         "tensors": len(state),
         "values_by_dtype": _counted(state, lambda key: str(state[key].dtype).removeprefix("torch.")),
@@ -56,12 +57,14 @@ def _of_tokens(path: Path) -> dict[str, Any]:
     }
 
 
-def _of_config(path: Path) -> dict[str, Any]:
-    inside = embedded_config(path)
-    config = plain(neighbouring_config(path) if inside is None else inside)
+def _of_config(path: Path, config: Any) -> dict[str, Any]:
+    """Facts from the config, which may be one that the weights alone gave."""
     params = at(config, "model", "params")
+    inside = embedded_config(path) is not None
+    beside = neighbouring_config(path) is not None or (hub_config(path) is not None and config is not None)
     found = {
-        "config": None if config is None else "beside the file" if inside is None else "in the file",
+        "config": "in the file" if inside else "beside the file" if beside else None,
+        "family": at(config, "family"),
         "model": at(config, "model", "target"),
     }
     transformer = at(params, "transformer_config", "params")

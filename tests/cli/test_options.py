@@ -41,7 +41,7 @@ NO_NUMBERS = {
     "top_p": ("nan", "inf", "-0.1", "0", "1.01", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what"}
+NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.
