@@ -13,17 +13,28 @@ struct Words {
   std::uint32_t at[4];
 };
 
+constexpr int kPhiloxRounds = 10;
+
+TAMINGFAST_HOST_DEVICE inline void philox_round(std::uint32_t& c0, std::uint32_t& c1, std::uint32_t& c2,
+                                                std::uint32_t& c3, std::uint32_t key0, std::uint32_t key1) {
+  const std::uint64_t product0 = static_cast<std::uint64_t>(c0) * 0xD2511F53u;
+  const std::uint64_t product1 = static_cast<std::uint64_t>(c2) * 0xCD9E8D57u;
+  c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ key0;
+  c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ key1;
+  c1 = static_cast<std::uint32_t>(product1);
+  c3 = static_cast<std::uint32_t>(product0);
+}
+
+TAMINGFAST_HOST_DEVICE inline void next_keys(std::uint32_t& key0, std::uint32_t& key1) {
+  key0 += 0x9E3779B9u;
+  key1 += 0xBB67AE85u;
+}
+
 TAMINGFAST_HOST_DEVICE inline Words philox4x32(Words counter, std::uint32_t key0, std::uint32_t key1) {
   std::uint32_t* c = counter.at;
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = static_cast<std::uint64_t>(c[0]) * 0xD2511F53u;
-    const std::uint64_t product1 = static_cast<std::uint64_t>(c[2]) * 0xCD9E8D57u;
-    c[0] = static_cast<std::uint32_t>(product1 >> 32) ^ c[1] ^ key0;
-    c[2] = static_cast<std::uint32_t>(product0 >> 32) ^ c[3] ^ key1;
-    c[1] = static_cast<std::uint32_t>(product1);
-    c[3] = static_cast<std::uint32_t>(product0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(c[0], c[1], c[2], c[3], key0, key1);
+    next_keys(key0, key1);
   }
   return counter;
 }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../guard.h"
+#include "choose.h"
 #include "engine.h"
 #include "isa.h"
 #include "limits.h"
@@ -297,6 +298,17 @@ std::pair<std::vector<std::int64_t>, std::vector<std::vector<double>>> bound_sha
   return {share_rows(cost, extra, known, contenders).rows, shares};
 }
 
+// The token of one row of logits, or what stands in its place.
+std::int64_t bound_choose(const Array& logits, std::int64_t vocab, bool greedy, double temperature, std::int64_t top_k,
+                          double top_p, std::uint64_t seed, std::uint32_t image, std::uint32_t row,
+                          std::uint32_t column) {
+  require_least("vocab", vocab, 1);
+  const auto* row_of_logits = array_at<const float>("logits", logits, 1, vocab);
+  ChoiceScratch scratch(vocab);
+  return choose(row_of_logits, vocab, {greedy, read_temperature(temperature), top_k, top_p, seed}, {image, row, column},
+                scratch);
+}
+
 void bind_engine(py::module_& module) {
   py::class_<GPTEngine>(module, "GPTEngine",
                         "Decodes a GPT on the CPU with a key/value cache; use it through tamingfast.engines.cpu.")
@@ -371,6 +383,9 @@ void bind_cpu(py::module_& module) {
       "Writes the index of the nearest row of the codebook (k, d) for each row of z (n, d) to out (n,). z, codebook "
       "and out are (address, bytes) of contiguous float32, float32 and int64 arrays. ValueError names the argument.");
   bind_engine(module);
+  module.def("choose", &bound_choose, py::arg("logits"), py::arg("vocab"), py::arg("greedy"), py::arg("temperature"),
+             py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("image"), py::arg("row"), py::arg("column"),
+             "To test csrc/cpu/choose.h.");
   module.def("share_rows", &bound_share_rows, py::arg("seconds"), py::arg("extra"), py::arg("known"), py::arg("seen"),
              py::arg("most"), "To test csrc/cpu/lookahead.h.");
   module.def(

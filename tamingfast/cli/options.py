@@ -98,6 +98,15 @@ DRAWING = options(
             "default: what is fastest",
         },
     ),
+    (
+        "--drafts",
+        {
+            "action": "store_true",
+            "default": None,
+            "help": "on a CPU, let an int8 copy of the prior guess tokens where that is faster; it does not change the "
+            "images",
+        },
+    ),
 )
 
 

@@ -47,21 +47,22 @@ def looks_ahead(gpt: Transformer) -> bool:
 
 
 @contextlib.contextmanager
-def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> Iterator[Engine]:
+def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int, drafts: bool = False) -> Iterator[Engine]:
     """An engine for this GPT, for the caller alone, with at least ``slots`` empty slots of ``length`` positions.
 
-    It is kept with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the
-    engine's constructor and `reserve` raise.
+    With ``drafts``, where `looks_ahead` says yes, it has an int8 copy that guesses; see `GPTEngine`. The engine is kept
+    with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the engine's
+    constructor and `reserve` raise.
     """
     state = Snapshot(list(gpt.parameters()))
     kept = _kept.setdefault(gpt, {})
     known = kept.pop(dtype, None)
-    if known is not None and known.state == state:
+    if known is not None and known.state == state and known.drafts == drafts:
         engine = known.engine
     else:
         if known is not None:
             known.engine.close()  # before its successor needs the memory
-        engine = ENGINES[_device_type(gpt)](gpt, dtype)
+        engine = GPTEngine(gpt, dtype, drafts=True) if drafts else ENGINES[_device_type(gpt)](gpt, dtype)
     room = engine.info()
     if room["slots"] < slots or room["capacity"] < length:
         engine.reserve(max(slots, 1), length)
@@ -70,7 +71,7 @@ def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int) -> It
     try:
         yield engine
     finally:
-        kept[dtype] = _Kept(state, engine)
+        kept[dtype] = _Kept(state, engine, drafts)
 
 
 class Snapshot:
@@ -110,10 +111,11 @@ def _sums(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An idle engine, and the state of its GPT when the engine was made."""
+    """An idle engine, the state of its GPT when the engine was made, and whether it was made with drafts."""
 
     state: Snapshot
     engine: Engine
+    drafts: bool
 
 
 _kept: weakref.WeakKeyDictionary[Transformer, dict[str, _Kept]] = weakref.WeakKeyDictionary()

@@ -12,7 +12,8 @@ from tamingfast.evaluation.distances import compare, distances, frechet_distance
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Features, extract, load_features
 from tamingfast.evaluation.generated import reconstructions, samples
 from tamingfast.evaluation.likelihood import likelihood
-from tamingfast.evaluation.plots import plot_schedules
+from tamingfast.evaluation.lookahead import tokens_per_pass
+from tamingfast.evaluation.plots import plot_lookahead, plot_schedules
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.evaluation.run import evaluate_model
 from tamingfast.evaluation.summary import evaluate
@@ -33,9 +34,11 @@ __all__ = [
     "kernel_distance",
     "likelihood",
     "load_features",
+    "plot_lookahead",
     "plot_schedules",
     "reconstruction",
     "reconstructions",
     "samples",
     "table",
+    "tokens_per_pass",
 ]

@@ -35,3 +35,23 @@ def plot_schedules(path: str | os.PathLike, rows: Sequence[Mapping[str, float | 
     axes.set_ylabel("nats per token of real images")
     axes.margins(x=0.2, y=0.15)
     report.save_figure(figure, path)
+
+
+def plot_lookahead(path: str | os.PathLike, panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
+    """Plot tokens per pass against the lookahead, as a PNG: panels by title, lines by label, tokens by lookahead.
+
+    Raises UserError unless the path has the suffix .png.
+    """
+    figure, each = report.figure(len(panels), width=4)
+    for axes, (title, lines) in zip(each, panels.items(), strict=True):
+        axes.set_xscale("log", base=2)
+        for label, rates in lines.items():
+            axes.plot(list(rates), list(rates.values()), "o-", markersize=4, label=label)
+        widths = sorted({width for rates in lines.values() for width in rates})
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.set_title(title)
+        axes.set_xlabel("lookahead, in tokens")
+        axes.set_ylabel("tokens per pass")
+        axes.set_ylim(bottom=1)
+        axes.legend()
+    report.save_figure(figure, path)

@@ -169,7 +169,8 @@ class Canvas:
             path: where the canvas is saved every ``every`` seconds, and when it is finished or interrupted.
             preview: called with the current canvas, equally often.
             progress: called as progress(done, total) with numbers of tokens over all images.
-            options: further arguments of `sample_grid` that do not change the tokens: engine, memory, lookahead.
+            options: further arguments of `sample_grid` that do not change the tokens: engine, memory, lookahead,
+                drafts.
 
         Raises:
             UserError: another model began the canvas, or one with another vocabulary.

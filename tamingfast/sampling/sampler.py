@@ -53,6 +53,7 @@ def sample_grid(
     dtype: str | None = None,
     memory: int = MEMORY,
     lookahead: int | None = None,
+    drafts: bool = False,
     callback: Callable[[int, int], None] | None = None,
     observer: Callable[[Tensor, Tensor], None] | None = None,
     backend: str | None = None,
@@ -91,6 +92,8 @@ def sample_grid(
         lookahead: how many tokens of a window, or waves where the window moves, a pass chooses at most. 1 chooses what
             is known to be next; with more, tokens are guessed and checked, so that the same tokens take fewer passes.
             None takes what is fastest, and guesses none on a GPU with "native"; "naive" never does.
+        drafts: keep an int8 copy of the weights with the native engine's on a CPU, a quarter of the memory of float32,
+            which guesses where one window covers the grid and that is faster. The tokens are the same.
         callback: called as callback(done, total), in cells, after every ``width`` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
             were added; ``pending`` marks those still to come. It must not change them.
@@ -126,7 +129,7 @@ def sample_grid(
     if chosen != "naive" and plan.causal and (ahead or not layout.single_window):
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":
-        drawing.by_runs(dtype)
+        drawing.by_runs(dtype, drafts and guessing and lookahead != 1)
     else:
         drawing.one_by_one(chosen, dtype)
     return canvas.view(plan.batch, height, width)
@@ -167,11 +170,11 @@ class _Drawing:
                     spans, *grid, self.best, noise, plan.vocab, n_unmasked, self.report.added, self.lookahead, cost
                 ).run()
 
-    def by_runs(self, dtype: str) -> None:
+    def by_runs(self, dtype: str, drafts: bool) -> None:
         """Each run in one call of the native engine; reports a row of tokens at a time."""
         plan, layout = self.plan, self.layout
         every = layout.width if layout.height > 1 else REPORTED
-        with borrowed_engine(plan.gpt, dtype, plan.batch, plan.length) as lent:
+        with borrowed_engine(plan.gpt, dtype, plan.batch, plan.length, drafts) as lent:
             decoder = NativeDecoder(lent, self.images, self.shared, plan.vocab, self.choice, self.lookahead)
             for run in layout.runs:
                 self._decode_run(decoder, run.row, run.column, run.steps, layout.cells(run), every)

@@ -37,7 +37,7 @@ class TestSample:
 
     def test_lookahead_does_not_change_a_pixel(self, runs, tmp_path):
         for width in (1, 6):
-            words = ["-n", 2, "--out", tmp_path / f"{width}.png", "--lookahead", width]
+            words = ["-n", 2, "--out", tmp_path / f"{width}.png", "--lookahead", width, "--drafts"]
             assert run("sample", runs / "prior", *words) == 0
         assert (tmp_path / "1.png").read_bytes() == (tmp_path / "6.png").read_bytes()
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from skimage import metrics
 
-from tamingfast import UserError, cli, evaluation, images, load_model
+from tamingfast import UserError, cli, evaluation, images, load_model, tasks
 from tamingfast.data import build
 from tamingfast.evaluation import generated
 from tamingfast.evaluation.batches import batches
@@ -20,6 +20,7 @@ from tamingfast.evaluation.likelihood import cell_bits
 from tamingfast.models.base import FirstStage
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.lpips import LPIPS
+from tamingfast.ops import backends
 from tamingfast.training import prior, vqgan
 from tamingfast.training.colors import fit_color_clusters
 from tamingfast.training.tokens import tokens_of
@@ -160,6 +161,20 @@ def test_samples_follow_the_conditions_and_the_seed(runs, monkeypatch):
     assert seen[0].flatten().tolist() == [*labels, *labels, *labels[:2]]
     assert torch.equal(drawn, torch.cat(list(evaluation.samples(model, data, 12, batch_size=12))))
     assert not torch.equal(drawn, torch.cat(list(evaluation.samples(model, data, 12, seed=1))))
+
+
+@pytest.mark.skipif(not backends.native()[0], reason="needs the extension")
+def test_tokens_per_pass_are_counted_where_the_images_are_the_same(runs, monkeypatch):
+    model = load_model(runs[1])
+    rates = evaluation.tokens_per_pass(model, (1, 2, 16), images=3, temperature=0.2)
+    assert rates[1] == 1
+    assert 1 <= rates[2] <= 2
+    assert rates[2] <= rates[16] <= 16 / 2, "nothing is guessed before the first logits"
+    assert rates == evaluation.tokens_per_pass(model, (1, 2, 16), images=3, temperature=0.2)
+    grids = iter([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    monkeypatch.setattr(tasks, "draw", lambda *a, **options: iter([next(grids)]))
+    with pytest.raises(RuntimeError, match="lookahead 8 draws other images"):
+        evaluation.tokens_per_pass(model, (8,), images=1)
 
 
 def test_the_command_reports_a_prior(runs, tmp_path, capsys, monkeypatch):

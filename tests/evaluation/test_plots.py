@@ -21,6 +21,15 @@ def test_schedules_are_plotted_over_tokens_or_seconds(tmp_path):
     assert len(np.unique(first)) > 10 and (first != second).any()
 
 
+def test_lookahead_is_plotted_in_panels(tmp_path):
+    lines = {"half": {1: 1.0, 2: 1.5, 4: 2.0}, "all": {1: 1.0, 2: 2.0, 4: 4.0}}
+    evaluation.plot_lookahead(tmp_path / "one.png", {"first": lines})
+    evaluation.plot_lookahead(tmp_path / "two.png", {"first": lines, "second": lines})
+    one, two = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("one", "two"))
+    assert one.shape[0] == two.shape[0] and two.shape[1] == 2 * one.shape[1]
+    assert len(np.unique(one)) > 10
+
+
 def test_other_formats_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"c.xyz: got the suffix '.xyz', expected .png"):
         evaluation.plot_schedules(tmp_path / "c.xyz", ROWS)

@@ -148,6 +148,33 @@ def test_the_cuda_engine_guesses_where_a_number_is_given(window, passes, monkeyp
     assert 0 < len(passes) < (36 if window == 16 else 5 * 4 + 6)
 
 
+@pytest.mark.skipif("native" not in ENGINES, reason="needs the extension")
+@pytest.mark.parametrize(
+    "options", [dict(), dict(dtype="bfloat16"), dict(window=4, schedule="block", stride=2)], ids=str
+)
+def test_drafts_guess_and_are_kept_only_while_they_are_asked_for(options):
+    gpt, cond, one_window = predictable_gpt(), tokens(3, 4), "window" not in options
+    options = dict(seed=5, temperature=2.0) | options
+    expected = sample_grid(gpt, cond, 6, 6, lookahead=1, **options)
+    for drafts in (True, False, True):
+        for lookahead in (1, None, 9):
+            grid = sample_grid(gpt, cond, 6, 6, lookahead=lookahead, drafts=drafts, **options)
+            assert torch.equal(grid, expected)
+        with lending.borrowed_engine(gpt, options.get("dtype", "float32"), 1, 1, drafts and one_window) as engine:
+            assert (engine.info()["draft_bytes"] > 0) is (drafts and one_window)
+            assert engine.info()["passes"] > 0 or not one_window, "the engine that drew"
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="needs the extension")
+def test_a_copy_of_the_model_guesses_most():
+    gpt, cond = predictable_gpt(), tokens(1, 4)
+    with lending.borrowed_engine(gpt, "float32", 1, 39, drafts=True) as engine:
+        before = engine.info()["passes"]
+    sample_grid(gpt, cond, 6, 6, lookahead=9, drafts=True)
+    with lending.borrowed_engine(gpt, "float32", 1, 39, drafts=True) as engine:
+        assert 5 <= engine.info()["passes"] - before < 10, "of 36 tokens"
+
+
 def test_a_canvas_is_painted_alike_and_does_not_record_it():
     model = nn.Module()
     model.transformer = predictable_gpt()
