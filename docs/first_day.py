@@ -2,7 +2,7 @@
 
     python docs/first_day.py            # a quarter of an hour on two CPU cores
     python docs/first_day.py --quick    # trainings of seconds
-    python docs/first_day.py --offline  # without the blocks that need a network
+    python docs/first_day.py --offline  # without the blocks that need a network, and with downloads forbidden
 
 Blocks that begin with ```bash install are left out: this script needs the installation to run.
 """
@@ -42,10 +42,15 @@ def quick(text: str, before: int) -> str:
     return re.sub(r"training\.seconds=\d+", f"training.seconds={before + QUICK_SECONDS}", text)
 
 
-def run(block: Block, directory: Path) -> None:
+def environment(offline: bool) -> dict[str, str]:
+    """The variables of a reader's shell, in which `tamingfast` and `python` are those of this environment."""
+    folder = Path(sys.executable).parent
+    own = {"PATH": os.pathsep.join((str(folder), os.environ.get("PATH", os.defpath)))}
+    return os.environ | own | ({"TAMINGFAST_OFFLINE": "1"} if offline else {})
+
+
+def run(block: Block, directory: Path, environment: dict[str, str]) -> None:
     """Run one block as a reader would; CalledProcessError if it fails."""
-    folder = Path(sys.executable).parent  # the `tamingfast` and the `python` of this environment
-    environment = os.environ | {"PATH": os.pathsep.join((str(folder), os.environ.get("PATH", os.defpath)))}
     command = ["bash", "-e", "-c", block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
     subprocess.run(command, cwd=directory, env=environment, check=True)
 
@@ -69,7 +74,7 @@ def main() -> None:
             print(f"\n$ {block.text.strip()}", flush=True)
             began = time.monotonic()
             try:
-                run(block, directory)
+                run(block, directory, environment(options.offline))
             except subprocess.CalledProcessError as error:
                 sys.exit(f"failed with exit status {error.returncode}")
             print(f"[{time.monotonic() - began:.1f} s]", flush=True)

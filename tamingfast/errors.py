@@ -67,6 +67,11 @@ def in_words(error: BaseException) -> str | None:
             f"memory: got too little ({first_line(error)}), expected enough for the model and its images; use fewer or "
             "smaller images at a time, or a smaller model"
         )
+    if isinstance(error, ValueError) and str(error).lstrip().startswith("Invalid log settings"):  # on importing torch
+        return (
+            f"TORCH_LOGS: got {os.environ.get('TORCH_LOGS', '')!r}, expected names of torch's logs; leave it unset, or "
+            "give TORCH_LOGS=help, which lists them"
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
         return (
             f"training.workers: got a process that ended while it read data ({first_line(error)}), expected it to go "

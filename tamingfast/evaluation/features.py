@@ -119,6 +119,12 @@ _NETWORKS: dict[str, Callable[[str | os.PathLike | None], Extractor]] = {
 }
 
 
+def check_features(name: str) -> None:
+    """Raise UserError unless ``name`` is that of a network for `extract`."""
+    if name not in _NETWORKS:
+        raise UserError(f"features: got {name!r}, expected {' or '.join(_NETWORKS)}{nearest(str(name), _NETWORKS)}")
+
+
 def load_features(
     name: str = EFFICIENTNET, weights: str | os.PathLike | None = None, device: str | torch.device | None = None
 ) -> Extractor:
@@ -127,8 +133,7 @@ def load_features(
     ``weights`` is a local file that replaces the weights that the package contains or downloads. Raises UserError for
     unknown names, and if the package or its weights are not available.
     """
-    if name not in _NETWORKS:
-        raise UserError(f"features: got '{name}', expected {' or '.join(_NETWORKS)}{nearest(str(name), _NETWORKS)}")
+    check_features(name)
     return _NETWORKS[name](weights).to(device or "cpu")
 
 

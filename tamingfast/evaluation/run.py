@@ -14,7 +14,7 @@ from tamingfast.checkpoints.config import plain
 from tamingfast.data import build, folders
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError, nearest
-from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, load_features
+from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, check_features, load_features
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.models.lpips import LPIPS, RANDOM
 from tamingfast.ops import backends
@@ -60,10 +60,11 @@ def evaluate_model(
     """
     at_least_one(samples, "samples")
     at_least_one(1 if limit is None else limit, "limit")
+    name = _network_of_features(features, inception_weights, perceptual_weights)
     source = tasks.unread(model)
     training_set, dataset = _data(source.outline, data)
     network = source.model
-    seen, perceptual, missing = _networks(network, features, inception_weights, perceptual_weights)
+    seen, perceptual, missing = _networks(network, name, inception_weights, perceptual_weights, features is not None)
     length = len(dataset)
     if seen is not None and min(samples, limit or length, length) < 2:
         seen, missing = None, missing | {"distances of features": "they need at least 2 images"}
@@ -114,26 +115,37 @@ def _folder(model: nn.Module, folder: str | os.PathLike[str]) -> EpochDataset:
     return dataset
 
 
-def _networks(
-    model: nn.Module,
+def _network_of_features(
     features: str | None,
     inception_weights: str | os.PathLike[str] | None,
     perceptual_weights: str | os.PathLike[str] | None,
-) -> tuple[Extractor | None, LPIPS | None, dict[str, str]]:
-    """(network of features, LPIPS, why either is missing); UserError if one that was requested is missing."""
+) -> str:
+    """The name of the network whose features are compared; UserError for what cannot be asked for."""
     name = features or (INCEPTION if inception_weights else EFFICIENTNET)
+    check_features(name)
     if inception_weights and name != INCEPTION:
         raise UserError(f"inception_weights: got a file, expected none with the features of {name}; leave one out")
     if perceptual_weights == RANDOM:
         raise UserError(
             "perceptual_weights: got 'random', whose distance is not LPIPS, expected a file of VGG16's weights"
         )
+    return name
+
+
+def _networks(
+    model: nn.Module,
+    name: str,
+    inception_weights: str | os.PathLike[str] | None,
+    perceptual_weights: str | os.PathLike[str] | None,
+    requested: bool,
+) -> tuple[Extractor | None, LPIPS | None, dict[str, str]]:
+    """(network of features, LPIPS, why either is missing); UserError if one that was requested is missing."""
     network = perceptual = None
     missing = {}
     try:
         network = load_features(name, inception_weights, tasks.first_stage_of(model).device)
     except UserError as error:
-        if features or inception_weights:
+        if requested or inception_weights:
             raise
         missing["distances of features"] = str(error)
     try:

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Pixels of pictures that are processed together, and bytes of a pixel in float32.
 _PIXELS, _BYTES = 2**21, 12
+#: Lightness up to which a pixel of a mask counts as black, and from which on as white.
+_BLACK, _WHITE = 16, 239
+#: Shades of gray that a mask may be painted in.
+_SHADES = 16
 
 #: An image file, a PIL image, an array uint8 (H, W) or (H, W, 3), or a tensor float (3, H, W) or (1, 3, H, W) in
 #: [-1, 1].
@@ -50,8 +54,8 @@ def read_photo(source: Picture) -> Tensor:
 def read_mask(source: Picture, height: int, width: int) -> Tensor:
     """A mask of height x width pixels as bool (H, W), True where a picture is lighter than mid-gray and opaque.
 
-    Bool arrays and tensors (H, W) are used as they are. Raises UserError for any other size, and for pictures whose
-    white is 1 instead of 255.
+    Bool arrays and tensors (H, W) are used as they are. Raises UserError for any other size, for pictures whose white
+    is 1 instead of 255, and for photos.
     """
     name = named(source, "mask")
     if isinstance(source, np.ndarray | Tensor) and source.dtype in (np.bool_, torch.bool):
@@ -61,12 +65,24 @@ def read_mask(source: Picture, height: int, width: int) -> Tensor:
         lightness = np.asarray(as_image(source, "mask", background="black").convert("L"))
         if lightness.size and lightness.max() == 1:
             raise UserError(f"{name}: got no value above 1, expected 0 to 255; make white 255, or give bool (H, W)")
+        if lightness.shape == (height, width):
+            _check_mask(lightness, name)
         mask = torch.from_numpy(lightness >= 128)
     if mask.shape != (height, width):
         raise UserError(
             f"{name}: got {'x'.join(map(str, mask.shape))} pixels, expected {height}x{width}, the photo's size"
         )
     return mask.cpu()
+
+
+def _check_mask(lightness: np.ndarray, name: str) -> None:
+    """Raise UserError where most of uint8 (H, W) is neither black nor white but many shades of gray, as in a photo."""
+    between = (lightness > _BLACK) & (lightness < _WHITE)
+    if between.mean() > 0.5 and len(np.unique(lightness[between])) > _SHADES:
+        raise UserError(
+            f"{name}: got a picture of which {between.mean():.0%} is neither black nor white, expected a mask; paint "
+            "what is to change white, on black or on nothing"
+        )
 
 
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

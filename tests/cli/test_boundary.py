@@ -93,6 +93,14 @@ def test_bugs_keep_their_traceback(monkeypatch, capsys):
         assert type(error).__name__ in written
 
 
+def test_names_of_logs_that_torch_does_not_know():
+    # In another process, because torch reads the variable when it is imported.
+    command = [sys.executable, "-m", "tamingfast.cli", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TORCH_LOGS": "xyz"})
+    assert done.returncode == cli.USAGE_ERROR and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("tamingfast: error: TORCH_LOGS: got 'xyz', expected names of torch's logs")
+
+
 @pytest.mark.parametrize(
     ("error", "name"),
     [

@@ -55,6 +55,9 @@ def _place(tmp_path, monkeypatch):
         ("likelihood PRIOR photo.png", "--strides: got 8 tokens, expected at most 4"),
         ("encode VQGAN --out t.safetensors name=folder path=none", "none"),
         ("evaluate PRIOR --data none", "none"),
+        ("evaluate PRIOR --features nonsense", "--features: got 'nonsense', expected inception or efficientnet-lite0"),
+        ("evaluate PRIOR --perceptual-weights random", "--perceptual-weights: got 'random'"),
+        ("edit PRIOR photo.png --mask photo.png", "photo.png: got a picture of which"),
     ],
 )
 def test_before_weights_are_read(line, said, runs, monkeypatch):

@@ -131,3 +131,14 @@ def test_half_transparent_strokes_are_chosen_from_half_on():
 def test_other_masks_from_python_are_told_what_is_expected(mask, message):
     with pytest.raises(UserError, match=message):
         read_mask(mask, SIDE, SIDE)
+
+
+def test_a_photo_is_no_mask(tmp_path):
+    photo = np.linspace(0, 255, SIDE * SIDE).reshape(SIDE, SIDE).round().astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    for source in (photo, Image.fromarray(photo), tmp_path / "photo.png"):
+        with pytest.raises(UserError, match="got a picture of which 8[0-9]% is neither black nor white"):
+            read_mask(source, SIDE, SIDE)
+    soft = OPAQUE.copy()
+    soft[2:4] = 100  # an edge that fades
+    assert read_mask(soft, SIDE, SIDE).equal(torch.from_numpy(PAINTED))
