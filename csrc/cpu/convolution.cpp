@@ -6,6 +6,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../guard.h"
 #include "convolution_kernels.h"
 #include "memory.h"
@@ -13,8 +19,29 @@
 
 namespace tamingfast {
 
+namespace {
+
+// Whether this process may use AMX. Linux has to be asked, as its registers enlarge the frames of signal handlers.
+bool amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool allowed = [] {
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
 const ConvolutionKernels& convolution_kernels_for(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::avx512bf16 && amx()) return avx512bf16::convolution_kernels;
   if (isa == Isa::avx512 || isa == Isa::avx512bf16) return avx512::convolution_kernels;
   if (isa == Isa::avx2) return avx2::convolution_kernels;
 #endif
@@ -52,11 +79,11 @@ void filter_matrix(int m, double matrix[6][3]) {
 }
 
 constexpr std::int64_t kMostPanel = 32;
+constexpr Storage kPlain{1, 1, false};
 
 // G g G' of the 3x3 filters of up to kMostPanel output channels for one input channel. `g` is (9, kMostPanel); position
-// k is written to out + k * stride, kMostPanel or fewer channels side by side.
-void transform_filters(int m, const double matrix[6][3], const double (*g)[kMostPanel], std::int64_t panel, float* out,
-                       std::int64_t stride) {
+// k is written to out[k].
+void transform_filters(int m, const double matrix[6][3], const double (*g)[kMostPanel], double (*out)[kMostPanel]) {
   const int side = m + 2;
   double half[6][3][kMostPanel];
   for (int i = 0; i < side; ++i)
@@ -64,12 +91,30 @@ void transform_filters(int m, const double matrix[6][3], const double (*g)[kMost
       for (std::int64_t o = 0; o < kMostPanel; ++o)
         half[i][x][o] = matrix[i][0] * g[x][o] + matrix[i][1] * g[3 + x][o] + matrix[i][2] * g[6 + x][o];
   for (int i = 0; i < side; ++i)
-    for (int j = 0; j < side; ++j) {
-      float* to = out + (i * side + j) * stride;
-      for (std::int64_t o = 0; o < panel; ++o)
-        to[o] = static_cast<float>(matrix[j][0] * half[i][0][o] + matrix[j][1] * half[i][1][o] +
-                                   matrix[j][2] * half[i][2][o]);
+    for (int j = 0; j < side; ++j)
+      for (std::int64_t o = 0; o < kMostPanel; ++o)
+        out[i * side + j][o] =
+            matrix[j][0] * half[i][0][o] + matrix[j][1] * half[i][1][o] + matrix[j][2] * half[i][2][o];
+}
+
+// Row `i` of a panel that is split for AMX; rows i and i + 16 are a pair.
+void split(const double* row, std::int64_t i, std::uint16_t* panel) {
+  constexpr std::int64_t kTile = 512;
+  for (std::int64_t o = 0; o < kMostPanel; ++o) {
+    double rest = row[o];
+    for (std::int64_t part = 0; part < Storage::kSplit; ++part) {
+      const float nearest = static_cast<float>(rest);
+      std::uint32_t bits;
+      std::memcpy(&bits, &nearest, sizeof bits);
+      if (nearest == nearest) bits += 0x7fffu + (bits >> 16 & 1u);  // to nearest, ties to even
+      bits &= 0xffff0000u;
+      panel[((i / 32 * Storage::kSplit + part) * 2 + o / 16) * kTile + i % 16 * 32 + o % 16 * 2 + i % 32 / 16] =
+          static_cast<std::uint16_t>(bits >> 16);
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      rest -= value;
     }
+  }
 }
 
 }  // namespace
@@ -79,19 +124,27 @@ struct Convolution::Packed {
   Method method;
   const ConvolutionKernels& kernels;
   std::int64_t panel, padded;            // output channels per panel, and all of them in whole panels
-  std::int64_t depth;                    // inner dimension of the product
+  std::int64_t depth;                    // inner dimension of the product, in whole steps of the storage
   std::int64_t positions;                // matrices of weights: (padded / panel, depth, panel) each
   std::int64_t tile_rows, tile_columns;  // of a block, for Winograd
   bool shared;                           // all threads work on the same tiles, on different positions
   Memory panels, bias;
 
-  std::int64_t matrix() const { return padded * depth; }
+  const Storage& storage() const { return winograd() ? kernels.storage : kPlain; }
+  std::int64_t panel_floats() const { return storage().floats(depth * panel); }
+  std::int64_t matrix() const { return padded / panel * panel_floats(); }
   bool winograd() const { return method != Method::patches; }
   int m() const { return outputs(method); }
   Blocks blocks() const {
     if (winograd()) return {m() * tile_rows, m() * tile_columns};
     return {1, std::int64_t{1} << 40};
   }
+
+  // Floats of a matrix of transformed inputs, and of one of products.
+  std::int64_t value_floats(std::int64_t rows) const {
+    return storage().floats(round_to(rows, storage().row_step) * depth) + kPadding;
+  }
+  std::int64_t sums(std::int64_t rows) const { return round_to(rows, storage().row_step) * padded + kPadding; }
 
   struct Work;
   struct Scratch;
@@ -103,14 +156,17 @@ namespace {
 
 // F(4x4) has the fewest products. Its block is a compromise between the second-level cache, which a block's values
 // should fit, and the number of times that the weights are read, once per block or group of blocks.
-void choose_blocks(std::int64_t channels, bool shared, int m, std::int64_t lanes, std::int64_t& rows,
+void choose_blocks(std::int64_t channels, bool shared, int m, const ConvolutionKernels& kernels, std::int64_t& rows,
                    std::int64_t& columns) {
   const std::int64_t scale = m == 4 ? 1 : 2;
   if (shared) {
     rows = columns = 2 * scale;
+  } else if (kernels.storage.split) {
+    rows = 8 * scale;
+    columns = channels <= 256 ? 16 * scale : 8 * scale;
   } else if (channels <= 256) {
-    rows = lanes == 16 ? 4 : 3;
-    columns = lanes == 16 ? 8 : 6;
+    rows = kernels.lanes == 16 ? 4 : 3;
+    columns = kernels.lanes == 16 ? 8 : 6;
     rows *= scale;
   } else {
     rows = columns = 4;
@@ -134,11 +190,11 @@ Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads
       new Packed{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}});
   Packed& p = *packed_;
   p.padded = round_to(w.out, p.panel);
-  p.depth = winograd ? w.in : w.in * w.kernel * w.kernel;
+  p.depth = winograd ? round_to(w.in, kernels.storage.depth_step) : w.in * w.kernel * w.kernel;
   const int side = p.m() + 2;
   p.positions = winograd ? side * side : 1;
   p.shared = winograd && w.in * w.out > kSharedChannels;
-  choose_blocks(w.in + w.out, p.shared, p.m(), kernels.lanes, p.tile_rows, p.tile_columns);
+  choose_blocks(w.in + w.out, p.shared, p.m(), kernels, p.tile_rows, p.tile_columns);
   p.panels = Memory(static_cast<std::size_t>(p.positions * p.matrix()) * sizeof(float));
   p.bias = Memory(static_cast<std::size_t>(p.padded) * sizeof(float));
   if (w.bias) std::memcpy(p.bias.as<float>(), w.bias, w.out * sizeof(float));
@@ -149,14 +205,22 @@ Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads
     const std::int64_t area = w.kernel * w.kernel;
     for (std::int64_t number = panels.first; number < panels.last; ++number) {
       const std::int64_t first = number * p.panel, here = std::min(p.panel, w.out - first);
-      float* to = p.panels.as<float>() + number * p.depth * p.panel;
+      float* to = p.panels.as<float>() + number * p.panel_floats();
       for (std::int64_t i = 0; i < w.in; ++i) {
         double g[kMostKernel * kMostKernel][kMostPanel] = {};
         for (std::int64_t o = 0; o < here; ++o)
           for (std::int64_t k = 0; k < area; ++k) g[k][o] = w.weight[((first + o) * w.in + i) * area + k];
-        if (winograd)
-          transform_filters(p.m(), matrix, g, p.panel, to + i * p.panel, p.matrix());
-        else
+        if (winograd) {
+          double transformed[36][kMostPanel];
+          transform_filters(p.m(), matrix, g, transformed);
+          for (std::int64_t k = 0; k < p.positions; ++k) {
+            float* at = to + k * p.matrix();
+            if (p.storage().split)
+              split(transformed[k], i, reinterpret_cast<std::uint16_t*>(at));
+            else
+              std::copy_n(transformed[k], p.panel, at + i * p.panel);
+          }
+        } else
           for (std::int64_t k = 0; k < area; ++k)
             for (std::int64_t o = 0; o < p.panel; ++o) to[(k * w.in + i) * p.panel + o] = static_cast<float>(g[k][o]);
       }
@@ -223,8 +287,7 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
   Scratch& own = scratch[thread];
   Scratch& common = shared ? scratch[0] : own;
   const std::int64_t per_block = tile_rows * tile_columns;
-  const std::int64_t in_stride = work.group * per_block * in + kPadding;
-  const std::int64_t out_stride = work.group * per_block * padded + kPadding;
+  const std::int64_t in_stride = value_floats(work.group * per_block), out_stride = sums(work.group * per_block);
   const int size = m();
   struct Place {
     std::int64_t image, top, left, rows, columns, number;
@@ -262,7 +325,7 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
       stage.out = own.staged.as<float>();
       stage.ldo = in + kPadding;
       kernels.stage(stage);
-      TileParams tiles{rows, columns, in, common.values.as<float>() + begins[u] * in, in_stride, stage.out, stage.ldo};
+      TileParams tiles{rows, columns, in, common.values.as<float>(), in_stride, begins[u], stage.out, stage.ldo};
       kernels.input_transform(size, tiles);
     }
     team.wait();
@@ -272,10 +335,10 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
     for (std::int64_t unit = products.first; unit < products.last; ++unit) {
       const std::int64_t position = unit / split;
       const Range some = share(all, static_cast<int>(unit % split), static_cast<int>(split));
-      kernels.product({common.values.as<float>() + position * in_stride, in, begins[here], in,
-                       panels.as<float>() + position * matrix() + some.first * depth * panel, depth * panel,
-                       some.last - some.first, common.products.as<float>() + position * out_stride + some.first * panel,
-                       padded});
+      kernels.tile_product({common.values.as<float>() + position * in_stride, depth, begins[here], depth,
+                            panels.as<float>() + position * matrix() + some.first * panel_floats(), panel_floats(),
+                            some.last - some.first,
+                            common.products.as<float>() + position * out_stride + some.first * panel, padded});
     }
     team.wait();
     for (std::int64_t u = mine.first; u < mine.last; ++u) {
@@ -285,8 +348,9 @@ void Convolution::Packed::tiles(const Work& work, Scratch* scratch, Barrier& bar
       TileParams tiles{pieces(at.rows, size),
                        pieces(at.columns, size),
                        padded,
-                       common.products.as<float>() + begins[u] * padded,
+                       common.products.as<float>(),
                        out_stride,
+                       begins[u],
                        nullptr,
                        0};
       kernels.output_transform(
@@ -377,8 +441,8 @@ void Convolution::run(const ConvolutionParams& p, int threads) const {
     const std::int64_t per_block = own.tile_rows * own.tile_columns;
     work.group = own.shared ? std::min(work.units, std::max<std::int64_t>(1, kSharedTiles / per_block)) : 1;
     staged = (m * own.tile_rows + 2) * (m * own.tile_columns + 2) * (own.in + kPadding);
-    values = own.positions * (work.group * per_block * own.in + kPadding);
-    products = own.positions * (work.group * per_block * own.padded + kPadding);
+    values = own.positions * own.value_floats(work.group * per_block);
+    products = own.positions * own.sums(work.group * per_block);
   } else {
     work.units = p.images * band;
     const std::int64_t columns = std::min(kPatchPixels, p.width);

@@ -7,6 +7,15 @@
 
 namespace tamingfast {
 
+// How the matrices of Winograd's products are stored: transformed inputs (rows, depth) and panels of weights (depth,
+// panel), both rounded up to whole steps. A split value is the sum of three bfloat16, which hold all its bits.
+struct Storage {
+  std::int64_t row_step, depth_step;
+  bool split;
+  std::int64_t floats(std::int64_t values) const { return split ? values / 2 * kSplit : values; }  // of memory
+  static constexpr std::int64_t kSplit = 3;
+};
+
 // Rows of A (rows, lda) times panels of B, each (k, panel), into C (rows, ldc). Every sum runs over k in order.
 struct ProductParams {
   const float* a;
@@ -35,8 +44,9 @@ struct StageParams {
 struct TileParams {
   std::int64_t tile_rows, tile_columns;
   std::int64_t channels;
-  float* values;  // (positions, tiles, channels), matrices `position_stride` floats apart
+  float* values;  // positions matrices (tiles, channels), `position_stride` floats apart
   std::int64_t position_stride;
+  std::int64_t first;   // row of the matrices that the block's first tile has
   const float* staged;  // input transform: (m * tile_rows + 2, m * tile_columns + 2, lds)
   std::int64_t lds;
 };
@@ -54,7 +64,10 @@ struct StoreParams {
 struct ConvolutionKernels {
   std::int64_t panel;  // output channels side by side in packed weights
   std::int64_t lanes;  // channels of a map that goes through a transform are a multiple of this
+  Storage storage;
   void (*product)(const ProductParams& params);
+  // The product of transformed inputs and weights as `storage` has them; lda is the depth.
+  void (*tile_product)(const ProductParams& params);
   void (*stage)(const StageParams& params);
   void (*input_transform)(int m, const TileParams& params);
   void (*output_transform)(int m, const TileParams& params, const StoreParams& store);
@@ -72,6 +85,9 @@ extern const ConvolutionKernels convolution_kernels;
 }
 namespace avx512 {
 extern const ConvolutionKernels convolution_kernels;
+}
+namespace avx512bf16 {
+extern const ConvolutionKernels convolution_kernels;  // with AMX
 }
 
 }  // namespace tamingfast

@@ -17,7 +17,6 @@ from tamingfast.ops import backends, check
 NATIVE, WHY = backends.native()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=WHY)
 ISAS = NATIVE.build_info()["isas"] if NATIVE is not None else []
-ISAS = [isa for isa in ISAS if isa != "avx512bf16"]  # it has the convolutions of avx512
 
 
 @dataclass
