@@ -19,6 +19,7 @@ from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.models.vqgan import Outputs, VQModel, VQSegmentationModel
 from tamingfast.training import distributed, loop
+from tamingfast.training.averages import averages_of
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
@@ -66,12 +67,13 @@ def train(
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         if settings.codebook_from_data:
             _codebooks(model)  # raises for a model without one
-        with begin(config, out, resume, settings, training, among, stage) as progress:
+        averages = averages_of(stage, settings)
+        with begin(config, out, resume, settings, training, among, stage, averages) as progress:
             if settings.codebook_from_data and progress is None:
                 # Every process reads the same batches, as if alone, and so gets the same codebook.
                 alone = distributed.World(0, 1, among.device)
                 start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
-            return loop.run(stage, settings, (training, validation), out, among, progress)
+            return loop.run(stage, settings, (training, validation), out, among, progress, averages)
 
 
 def check_loss(described: Mapping[str, Any]) -> None:
@@ -173,6 +175,13 @@ class VQGANStage:
         self._shared: Outputs | None = None
         if isinstance(model.loss, VQLPIPSWithDiscriminator) and model.loss.perceptual_weight > 0:
             _ = model.loss.perceptual_loss  # built on first use, which should not be in the middle of a step
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {
+            name: value for name, value in state.items() if value.is_floating_point() and not name.startswith("loss.")
+        }
 
     def loss(self, batch: Batch, index: int) -> Loss | None:
         self.model.logged.clear()
