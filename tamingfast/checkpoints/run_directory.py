@@ -2,8 +2,8 @@
 
 ``state.pt`` alone is enough to continue: it contains the weights, their averages, the optimizers and the position in
 the data, and is replaced atomically. ``weights.safetensors`` is an export for all other uses, of the averages where
-there are any, and is written second, so a run that is killed between the two has an older export but a consistent state. No random state is stored, because every draw is
-keyed by (seed, step, rank); see `tamingfast.training.loop`.
+there are any, and is written second, so a run that is killed between the two has an older export but a consistent
+state. No random state is stored, because every draw is keyed by (seed, step, rank); see `tamingfast.training.loop`.
 
 Whoever trains holds the lock ``.lock``; readers need none, since every file is replaced whole or appended to by lines.
 """
@@ -26,7 +26,7 @@ from tamingfast.checkpoints.metrics import METRICS, Metrics, read_metrics
 from tamingfast.checkpoints.seal import check_seal
 from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
 from tamingfast.checkpoints.unpickling import StoredTensor
-from tamingfast.checkpoints.weights import load_into, opened, save_weights
+from tamingfast.checkpoints.weights import folded, load_into, opened, save_weights
 from tamingfast.errors import UserError, first_line, storage_sentence
 from tamingfast.files import atomic_write, check_directory, locked, remove_leftovers, writable_path
 
@@ -92,7 +92,7 @@ def save(
         state["averages"] = dict(averages)
     with atomic_write(out / STATE) as temporary:
         torch.save(state, temporary)
-    weights = weights | dict(averages or {})
+    weights = folded(model, weights | dict(averages or {}))
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 

@@ -15,6 +15,7 @@ from tamingfast.errors import UserError, first_line
 from tamingfast.files import check_regular
 from tamingfast.models.base import Info, at_least
 from tamingfast.models.shared import sum_over_processes
+from tamingfast.ops.reference import Quantized
 
 #: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
 Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
@@ -26,7 +27,10 @@ class Quantizer(nn.Module):
     Attributes:
         re_embed: number of token values.
         used: the codebook indices that the tokens stand for, int64 (re_embed,); only with a ``remap`` file.
+        folds_to_plain: whether what `fold` leaves works as the codebook of a `VectorQuantizer`.
     """
+
+    folds_to_plain: bool = True
 
     re_embed: int
     used: Tensor
@@ -51,6 +55,9 @@ class Quantizer(nn.Module):
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """Entries of ``indices`` int64 (N,): (B, D, h, w) if ``shape`` is (B, h, w, D), (N, D) if it is None."""
         raise NotImplementedError
+
+    def fold(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Leave of this quantiser's entries in ``state``, under ``prefix``, what using the model needs: a codebook."""
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
         """Codebook indices -> positions in ``used``.
@@ -154,7 +161,7 @@ class VectorQuantizer(Quantizer):
         ):  # fmt: skip
             if value != default:
                 raise ValueError(f"{name}: got {value}, expected the default; use GumbelQuantize")
-        z_q, indices, to_codes, to_latents, _ = ops.quantize(z, self.embedding.weight)
+        z_q, indices, to_codes, to_latents, _ = self.replaced(z)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
@@ -162,11 +169,24 @@ class VectorQuantizer(Quantizer):
             indices = indices.reshape(z.shape[0], *z.shape[2:])
         return z_q, loss, (None, None, indices)
 
+    def codes(self) -> Tensor:
+        """The codebook (n_e, e_dim)."""
+        return self.embedding.weight
+
+    def replaced(self, z: Tensor) -> Quantized:
+        """The latents z (B, e_dim, *) replaced by codes, as `tamingfast.ops.quantize` gives them."""
+        return ops.quantize(z, self.codes())
+
+    @torch.no_grad()
+    def start(self, latents: Tensor) -> None:
+        """Set the codes to latents (n_e, e_dim)."""
+        self.embedding.weight.copy_(latents)
+
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """As `Quantizer.get_codebook_entry`."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        return as_grid(self.embedding(indices), shape)
+        return as_grid(F.embedding(indices, self.codes()), shape)
 
 
 class OneHotVectorQuantizer(VectorQuantizer):

@@ -40,7 +40,8 @@ class VQModel(FirstStage):
 
     ``ddconfig`` goes to `Encoder` and `Decoder`, ``lossconfig`` is a ``{target, params}`` config, the codebook has
     ``n_embed`` entries of width ``embed_dim``. Weights are loaded from ``ckpt_path``, except keys that start with one
-    of ``ignore_keys``. Images are in [-1, 1].
+    of ``ignore_keys``. Images are in [-1, 1]. ``quantizer_config``, a ``{target, params}`` config, replaces the
+    quantiser, usually by one of `tamingfast.models.codebooks`.
     """
 
     quantize: Quantizer
@@ -59,6 +60,7 @@ class VQModel(FirstStage):
         monitor: str | None = None,
         remap: str | os.PathLike | None = None,
         sane_index_shape: bool = False,
+        quantizer_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         ddconfig = plain(ddconfig)
@@ -66,7 +68,13 @@ class VQModel(FirstStage):
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
-        self.quantize = self.make_quantizer(ddconfig, n_embed, embed_dim, remap, sane_index_shape)
+        if quantizer_config is None:
+            self.quantize = self.make_quantizer(ddconfig, n_embed, embed_dim, remap, sane_index_shape)
+        elif remap is not None:
+            raise ValueError(f"remap: got {str(remap)!r} beside a quantizer_config, expected one of them")
+        else:
+            sizes = {"n_embed": n_embed, "embed_dim": embed_dim, "sane_index_shape": sane_index_shape}
+            self.quantize = instantiate_from_config(quantizer_config, **sizes)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if colorize_nlabels is not None:

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights (Polyak and Juditsky 1992), with which a run validates, draws and exports."""
+"""Moving averages of the weights (Polyak and Juditsky 1992), with which a run validates, draws and exports."""
 
 from __future__ import annotations
 

@@ -108,10 +108,10 @@ def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, A
     """
     images = _Replayed(model, batches)
     for quantizer in _codebooks(model):
-        codebook = quantizer.embedding.weight
-        rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * len(codebook))
+        codes = quantizer.n_e
+        rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * codes)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_for(seed, "codebook")))
-        codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
+        quantizer.start(rows[order[:codes].to(rows.device)])
 
 
 def _codebooks(model: VQModel) -> list[VectorQuantizer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import tiny
@@ -33,7 +35,7 @@ def test_the_weights_come_back_bit_for_bit():
     tensor = torch.randn(5)
     averages = Averages({"w": tensor}, 0.5)
     own = tensor.add_(1e-7 * torch.randn(5)).clone()
-    with pytest.raises(KeyError), averages.in_use():
+    with contextlib.suppress(KeyError), averages.in_use():
         assert torch.equal(tensor, averages.values["w"]) and not torch.equal(tensor, own)
         raise KeyError
     assert torch.equal(tensor, own)
