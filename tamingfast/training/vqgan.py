@@ -161,7 +161,7 @@ class VQGANStage:
     """Any first stage of ours with one optimizer (segmentation) or two (autoencoder, discriminator).
 
     With ``shared_forward`` the discriminator learns from the reconstructions that the autoencoder was just trained on,
-    instead of new ones, and does not run before ``disc_start``, which saves one pass through encoder and decoder. That
+    instead of new ones, and does not run before it learns, which saves one pass through encoder and decoder. That
     departs from the original, where the discriminator sees reconstructions of the autoencoder after its step.
     """
 
@@ -192,7 +192,7 @@ class VQGANStage:
             self._shared = Outputs(*(part.detach() for part in outputs))
             return self._loss(outputs, index)
         shared, self._shared = self._shared, None
-        resting = self.model.global_step < getattr(self.model.loss, "discriminator_iter_start", 0)
+        resting = self.model.global_step < getattr(self.model.loss, "discriminator_learns_from", 0)
         return None if resting or shared is None else self._loss(shared, index)
 
     def _loss(self, outputs: Outputs, index: int) -> Loss:
