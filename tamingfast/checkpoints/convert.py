@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from tamingfast.checkpoints.config import without_checkpoints
+from tamingfast.checkpoints.config import at, without_checkpoints
 from tamingfast.checkpoints.formats import diffusers
 from tamingfast.checkpoints.load import load_model
-from tamingfast.checkpoints.weights import save_weights
+from tamingfast.checkpoints.targets import class_of
+from tamingfast.checkpoints.weights import folded, save_weights
 from tamingfast.errors import UserError
 from tamingfast.files import check_directory, write_json
 
@@ -32,8 +33,9 @@ def convert(
     """Write a checkpoint that `load_model` can open as one ``.safetensors`` file with its config inside.
 
     With ``layout`` "diffusers" it is a folder of config.json and weights, for networks that diffusers' VQModel can be.
-    Optimizer states and losses are left out; ``allow`` is as for `load_model`. Returns the path of the file or folder.
-    UserError for another suffix or layout, and for a network that the layout has not.
+    Optimizer states and losses are left out, and quantisers become plain codebooks where those do the same; ``allow``
+    is as for `load_model`. Returns the path of the file or folder. UserError for another suffix or layout, and for a
+    network that the layout has not.
     """
     out = Path(out)
     if layout not in LAYOUTS:
@@ -45,8 +47,8 @@ def convert(
     model = load_model(checkpoint, config, allow=allow)
     if layout == "diffusers":
         return _for_diffusers(model, out)
-    state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
-    save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
+    state = {key: value for key, value in folded(model, model.state_dict()).items() if ".loss." not in f".{key}"}
+    save_weights(out, state, {"config": json.dumps(_plain(without_checkpoints(model.config)))})
     return out
 
 
@@ -54,9 +56,23 @@ def _for_diffusers(model: nn.Module, out: Path) -> Path:
     name = type(model).__name__
     if name not in diffusers.CLASSES:
         raise UserError(f"layout: got 'diffusers' for a {name}, expected one of {', '.join(diffusers.CLASSES)}")
-    config, state = diffusers.written(without_checkpoints(model.config)["model"]["params"], model.state_dict())
+    params = _plain(without_checkpoints(model.config))["model"]["params"]
+    config, state = diffusers.written(params, folded(model, model.state_dict()))
     out.mkdir(parents=True, exist_ok=True)
     # The config first: without weights the folder is refused, and weights without their config could be misread.
     write_json(out / "config.json", config)
     save_weights(out / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
     return out
+
+
+def _plain(config: Any) -> Any:
+    """The config without quantisers for which their folded weights are a plain codebook."""
+    if isinstance(config, list):
+        return [_plain(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _plain(value)
+        for key, value in config.items()
+        if not (key == "quantizer_config" and getattr(class_of(at(value, "target")), "folds_to_plain", False))
+    }

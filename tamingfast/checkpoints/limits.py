@@ -199,7 +199,13 @@ def _first_stage(numbers: _Numbers) -> Size:
     ddconfig = numbers.inside("ddconfig")
     latents, width, codes = ddconfig.get("z_channels"), numbers.get("embed_dim"), numbers.get("n_embed")
     colours = 3 * (numbers.get("n_labels") + numbers.get("colorize_nlabels"))
-    return _autoencoder(ddconfig) + Size(8, 2 * width * (latents + 1) + codes * width + colours)
+    total = _autoencoder(ddconfig) + Size(8, 2 * width * (latents + 1) + codes * width + colours)
+    return total + (Size(3, width * (width + 1) + codes) if "quantizer_config" in numbers.params else Size(0, 0))
+
+
+def _fsq(numbers: _Numbers) -> Size:
+    numbers.several("levels", ())  # only to check that these are numbers; the model's own say how many codes there are
+    return Size(0, 0)
 
 
 def _lookup_free(numbers: _Numbers) -> Size:
@@ -256,6 +262,7 @@ _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
     "LookupFreeVQModel": _lookup_free,
     "EMAVQ": _ema,
     "GumbelVQ": _gumbel,
+    "FSQ": _fsq,
     "HierarchicalVQModel": _two_levels,
     "VQLPIPSWithDiscriminator": _discriminator,
     "ColorClusters": lambda numbers: Size(2, 3 * numbers.get("ncluster", 512)),
@@ -264,6 +271,7 @@ _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
         (
             "Net2NetTransformer", "MultiscaleTransformer", "DummyLoss", "BCELoss", "BCELossWithQuant", "Identity",
             "Labelator", "SOSProvider", "CoordStage", "DummyCondStage", "LambdaWarmUpCosineScheduler",
+            "TableQuantizer", "CosineQuantizer", "SimVQ", "LFQ",
         ),
         _nothing,
     ),

@@ -1,9 +1,9 @@
 """The directory of a training run: the files from which a run is opened, or continued bit for bit.
 
-``state.pt`` alone is enough to continue: it contains the weights, the optimizers and the position in the data, and is
-replaced atomically. ``weights.safetensors`` is an export for all other uses and is written second, so a run that is
-killed between the two has an older export but a consistent state. No random state is stored, because every draw is
-keyed by (seed, step, rank); see `tamingfast.training.loop`.
+``state.pt`` alone is enough to continue: it contains the weights, their averages, the optimizers and the position in
+the data, and is replaced atomically. ``weights.safetensors`` is an export for all other uses, of the averages where
+there are any, and is written second, so a run that is killed between the two has an older export but a consistent
+state. No random state is stored, because every draw is keyed by (seed, step, rank); see `tamingfast.training.loop`.
 
 Whoever trains holds the lock ``.lock``; readers need none, since every file is replaced whole or appended to by lines.
 """
@@ -26,7 +26,7 @@ from tamingfast.checkpoints.metrics import METRICS, Metrics, read_metrics
 from tamingfast.checkpoints.seal import check_seal
 from tamingfast.checkpoints.torch_files import BadFile, TorchFile, open_torch_file
 from tamingfast.checkpoints.unpickling import StoredTensor
-from tamingfast.checkpoints.weights import load_into, opened, save_weights
+from tamingfast.checkpoints.weights import folded, load_into, opened, save_weights
 from tamingfast.errors import UserError, first_line, storage_sentence
 from tamingfast.files import atomic_write, check_directory, locked, remove_leftovers, writable_path
 
@@ -60,15 +60,23 @@ def held(out: Path) -> Iterator[None]:
         yield
 
 
-def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]) -> None:
+def save(
+    out: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    progress: dict[str, Any],
+    averages: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write ``state.pt``, then ``weights.safetensors``, each atomically.
 
+    ``averages`` are moving averages of some of the weights by name, which replace those in the export.
     ``progress`` has plain numbers: "step", "epoch", "batch", "seconds", "images", "processes" and "metrics_bytes". If a
     weight or an optimizer's average is not finite, raises UserError and keeps the previous checkpoint; so it does when
     the files cannot be written, as on a full disk.
     """
     weights = model.state_dict()
-    for key, value in (*weights.items(), *_averages(model, optimizers)):
+    averaged = {f"average of {name}": value for name, value in (averages or {}).items()}
+    for key, value in (*weights.items(), *averaged.items(), *_averages(model, optimizers)):
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(
                 f"{key}: got values that are not finite after step {progress['step']}, expected finite values; "
@@ -80,8 +88,11 @@ def save(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
         "model": weights,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
+    if averages is not None:
+        state["averages"] = dict(averages)
     with atomic_write(out / STATE) as temporary:
         torch.save(state, temporary)
+    weights = folded(model, weights | dict(averages or {}))
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 
@@ -124,8 +135,13 @@ def check_not_lost(out: Path) -> None:
         )
 
 
-def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Load ``state.pt`` into the model and its optimizers, and return the saved ``progress``.
+def restore(
+    out: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    averages: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Load ``state.pt`` into the model, its optimizers and ``averages``, and return the saved ``progress``.
 
     The optimizers keep their own settings, such as the learning rate. Raises UserError if the file is damaged or
     belongs to another format, model or optimizer.
@@ -145,7 +161,21 @@ def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
             f"{path}: got optimizers that do not fit this model ({first_line(error)}), expected those of the run; "
             "resume with the config that the run began with"
         ) from error
+    if averages is not None:
+        _load_averages(averages, state.get("averages"), path)
     return state["progress"]
+
+
+def _load_averages(averages: Mapping[str, Tensor], saved: Any, path: Path) -> None:
+    saved = saved if isinstance(saved, Mapping) else {}
+    for name, value in averages.items():
+        found = saved.get(name)
+        if not isinstance(found, Tensor) or found.shape != value.shape or not torch.isfinite(found).all():
+            raise UserError(
+                f"{path}: got no sound average of {name}, expected one, as the run keeps averages of its weights; "
+                "restore a copy of the file"
+            )
+        value.copy_(found)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

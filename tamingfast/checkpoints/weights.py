@@ -410,6 +410,15 @@ def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iter
     logger.info("restored from %s", path)
 
 
+def folded(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state``, the weights of ``module``, as exported: its quantisers leave codebooks of what only training needs."""
+    state = dict(state)
+    for name, part in module.named_modules(remove_duplicate=False):  # a stage may be two parts of a prior
+        if hasattr(part, "folds_to_plain"):  # `tamingfast.models.quantize.Quantizer`
+            part.fold(state, f"{name}." if name else "")
+    return state
+
+
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
     """Write tensors as safetensors, atomically, with a checksum (`tamingfast.checkpoints.seal`).
 

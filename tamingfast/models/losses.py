@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tamingfast.models.base import at_least
 from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
 from tamingfast.models.lpips import LPIPS
+from tamingfast.models.shared import sum_over_processes
 
 
 def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -43,7 +45,18 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
-_DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+#: Names the generator's loss (Goodfellow et al. 2014, section 3); the discriminator's is the vanilla one.
+NON_SATURATING = "non_saturating"
+_DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, NON_SATURATING: vanilla_d_loss}
+
+
+def lecam_regularization(logits_real: Tensor, logits_fake: Tensor, averages: Tensor) -> Tensor:
+    """LeCam regularisation () of the discriminator (Tseng et al. 2021, eq. 4).
+
+    ``averages`` (2,) are moving averages of its logits for real and for fake images: each kind's logits are drawn
+    towards the average of the other.
+    """
+    return (logits_real - averages[1]).square().mean() + (logits_fake - averages[0]).square().mean()
 
 
 class VQLPIPSWithDiscriminator(nn.Module):
@@ -53,7 +66,13 @@ class VQLPIPSWithDiscriminator(nn.Module):
     (see `tamingfast.models.lpips.LPIPS`), which is built on first use and is not part of the state dict. Before
     ``disc_start`` the original evaluates the discriminator and multiplies the result by zero; with
     ``rest_before_start`` it is not evaluated then, which saves time and gives the same gradients.
+
+    The other departures: the ``disc_loss`` "non_saturating" replaces the autoencoder's -D(x) by softplus(-D(x)); the
+    discriminator learns already ``disc_warmup`` steps before its loss counts for the autoencoder; and ``lecam_weight``
+    is that of `lecam_regularization` in the discriminator's loss, whose averages follow with ``lecam_decay``.
     """
+
+    lecam_averages: Tensor
 
     def __init__(
         self,
@@ -71,16 +90,28 @@ class VQLPIPSWithDiscriminator(nn.Module):
         disc_loss: str = "hinge",
         perceptual_weights: str | os.PathLike | None = None,
         rest_before_start: bool = False,
+        disc_warmup: int = 0,
+        lecam_weight: float = 0.0,
+        lecam_decay: float = 0.99,
     ):
         super().__init__()
         if disc_loss not in _DISCRIMINATOR_LOSSES:
             raise ValueError(f"disc_loss: got '{disc_loss}', expected one of {', '.join(_DISCRIMINATOR_LOSSES)}")
+        at_least(0, disc_warmup=disc_warmup)
+        if lecam_weight < 0 or not 0 <= lecam_decay < 1:
+            name, value = ("lecam_weight", lecam_weight) if lecam_weight < 0 else ("lecam_decay", lecam_decay)
+            raise ValueError(f"{name}: got {value}, expected a weight of at least 0, and a decay from 0 to below 1")
         self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
         self.perceptual_weight, self.perceptual_weights = perceptual_weight, perceptual_weights
         self.discriminator = NLayerDiscriminator(
             input_nc=disc_in_channels, n_layers=disc_num_layers, use_actnorm=use_actnorm, ndf=disc_ndf
         ).apply(weights_init)
         self.discriminator_iter_start = disc_start
+        self.discriminator_learns_from = disc_start - disc_warmup
+        self.lecam_weight, self.lecam_decay = lecam_weight, lecam_decay
+        if lecam_weight > 0:
+            self.register_buffer("lecam_averages", torch.zeros(2))
+        self.saturates = disc_loss != NON_SATURATING
         self.disc_loss = _DISCRIMINATOR_LOSSES[disc_loss]
         self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
         self.disc_conditional, self.rest_before_start = disc_conditional, rest_before_start
@@ -126,13 +157,18 @@ class VQLPIPSWithDiscriminator(nn.Module):
         if (cond is not None) != self.disc_conditional:
             got = "no condition" if cond is None else "a condition"
             raise ValueError(f"cond: got {got}, expected one if and only if disc_conditional=True; change one of them")
-        factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
+        start = self.discriminator_iter_start if optimizer_idx == 0 else self.discriminator_learns_from
+        factor = adopt_weight(self.disc_factor, global_step, threshold=start)
         if optimizer_idx == 0:
             return self._autoencoder(codebook_loss, inputs, reconstructions, factor, last_layer, cond, split)
         return self._discriminator(inputs, reconstructions, factor, cond, split)
 
     def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
+
+    def _against(self, logits: Tensor) -> Tensor:
+        """What the autoencoder minimizes () of the discriminator's logits for its images."""
+        return (-logits if self.saturates else F.softplus(-logits)).mean()
 
     def _autoencoder(
         self,
@@ -151,7 +187,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
             rec_loss = rec_loss + self.perceptual_weight * p_loss
         nll_loss = rec_loss.mean()
         resting = self.rest_before_start and factor == 0
-        g_loss = inputs.new_zeros(()) if resting else -self._judge(reconstructions, cond).mean()
+        g_loss = inputs.new_zeros(()) if resting else self._against(self._judge(reconstructions, cond))
         if not resting and torch.is_grad_enabled() and reconstructions.requires_grad and last_layer is not None:
             d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
         else:
@@ -169,9 +205,20 @@ class VQLPIPSWithDiscriminator(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         real = self._judge(inputs.detach(), cond)
         fake = self._judge(reconstructions.detach(), cond)
-        loss = factor * self.disc_loss(real, fake)
+        loss = self.disc_loss(real, fake)
+        if self.lecam_weight > 0:
+            if self.training and torch.is_grad_enabled():
+                self._follow(real.detach().mean(), fake.detach().mean())
+            loss = loss + self.lecam_weight * lecam_regularization(real, fake, self.lecam_averages)
+        loss = factor * loss
         log = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
+
+    def _follow(self, real: Tensor, fake: Tensor) -> None:
+        """Move the averages of the logits, over all processes, towards these means."""
+        sums = torch.stack((real, fake, torch.ones_like(real))).to(self.lecam_averages.dtype)
+        sum_over_processes(sums)
+        self.lecam_averages.lerp_(sums[:2] / sums[2], 1 - self.lecam_decay)
 
 
 class BCELoss(nn.Module):

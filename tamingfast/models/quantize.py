@@ -16,6 +16,7 @@ from tamingfast.files import check_regular
 from tamingfast.models.base import Info, at_least
 from tamingfast.models.shared import sum_over_processes
 from tamingfast.ops import reference
+from tamingfast.ops.reference import Quantized
 
 #: Quantised latents (B, D, h, w), the codebook loss, and `tamingfast.models.base.Info`.
 Quantised: TypeAlias = tuple[Tensor, Tensor, Info]
@@ -27,7 +28,10 @@ class Quantizer(nn.Module):
     Attributes:
         re_embed: number of token values.
         used: the codebook indices that the tokens stand for, int64 (re_embed,); only with a ``remap`` file.
+        folds_to_plain: whether what `fold` leaves works as the codebook of a `VectorQuantizer`.
     """
+
+    folds_to_plain: bool = True
 
     re_embed: int
     used: Tensor
@@ -52,6 +56,9 @@ class Quantizer(nn.Module):
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """Entries of ``indices`` int64 (N,): (B, D, h, w) if ``shape`` is (B, h, w, D), (N, D) if it is None."""
         raise NotImplementedError
+
+    def fold(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Leave of this quantiser's entries in ``state``, under ``prefix``, what using the model needs: a codebook."""
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
         """Codebook indices -> positions in ``used``.
@@ -164,7 +171,7 @@ class VectorQuantizer(Quantizer):
         ):  # fmt: skip
             if value != default:
                 raise ValueError(f"{name}: got {value}, expected the default; use GumbelQuantize")
-        z_q, indices, to_codes, to_latents = self._quantised(z)
+        z_q, indices, to_codes, to_latents, _ = self.replaced(z)
         loss = to_codes + self.beta * to_latents if self.legacy else self.beta * to_codes + to_latents
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
@@ -172,23 +179,30 @@ class VectorQuantizer(Quantizer):
             indices = indices.reshape(z.shape[0], *z.shape[2:])
         return z_q, loss, (None, None, indices)
 
+    def codes(self) -> Tensor:
+        """The codebook (n_e, e_dim)."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=1) if self.rule == "unit" else weight
+
+    def replaced(self, z: Tensor) -> Quantized:
+        """The latents z (B, e_dim, *) replaced by codes, as `tamingfast.ops.quantize` gives them."""
+        codes = self.codes()
+        if self.rule in ("nearest", "unit"):
+            return ops.quantize(F.normalize(z, dim=1) if self.rule == "unit" else z, codes)
+        latents = z.detach().movedim(1, -1).reshape(-1, self.e_dim)
+        indices = ops.nearest_code(*_as_nearest(latents, codes.detach(), self.rule))
+        return reference.quantize(z, codes, indices)
+
+    @torch.no_grad()
+    def start(self, latents: Tensor) -> None:
+        """Set the codes to latents (n_e, e_dim)."""
+        self.embedding.weight.copy_(latents)
+
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """As `Quantizer.get_codebook_entry`."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        codes = self.embedding(indices)
-        return as_grid(F.normalize(codes, dim=-1) if self.rule == "unit" else codes, shape)
-
-    def _quantised(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first four values of `tamingfast.ops.quantize`, by the rule."""
-        codebook = self.embedding.weight
-        if self.rule == "unit":
-            z, codebook = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
-        if self.rule in ("nearest", "unit"):
-            return ops.quantize(z, codebook)[:4]
-        latents = z.detach().movedim(1, -1).reshape(-1, self.e_dim)
-        indices = ops.nearest_code(*_as_nearest(latents, codebook.detach(), self.rule))
-        return reference.quantize(z, codebook, indices)[:4]
+        return as_grid(F.embedding(indices, self.codes()), shape)
 
 
 def _as_nearest(z: Tensor, codebook: Tensor, rule: str) -> tuple[Tensor, Tensor]:

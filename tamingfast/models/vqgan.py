@@ -41,7 +41,8 @@ class VQModel(FirstStage):
 
     ``ddconfig`` goes to `Encoder` and `Decoder`, ``lossconfig`` is a ``{target, params}`` config, the codebook has
     ``n_embed`` entries of width ``embed_dim``. Weights are loaded from ``ckpt_path``, except keys that start with one
-    of ``ignore_keys``. Images are in [-1, 1].
+    of ``ignore_keys``. Images are in [-1, 1]. ``quantizer_config``, a ``{target, params}`` config, replaces the
+    quantiser, usually by one of `tamingfast.models.codebooks`.
 
     For relatives of the original's networks, whose weights are opened here (docs/families.md): ``ddconfig`` may hold
     mappings ``encoder`` and ``decoder`` of settings for one of the two; ``codes`` is how an entry is chosen
@@ -68,6 +69,7 @@ class VQModel(FirstStage):
         codes: str = "nearest",
         quant_conv: bool = True,
         image_range: tuple[float, float] = (-1, 1),
+        quantizer_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         ddconfig = plain(ddconfig)
@@ -78,7 +80,14 @@ class VQModel(FirstStage):
         self.encoder = Encoder(**_of_side(ddconfig, "encoder"))
         self.decoder = self.make_decoder(_of_side(ddconfig, "decoder"))
         self.loss = instantiate_from_config(lossconfig)
-        self.quantize = self.make_quantizer(ddconfig, n_embed, embed_dim, remap, sane_index_shape)
+        if quantizer_config is None:
+            self.quantize = self.make_quantizer(ddconfig, n_embed, embed_dim, remap, sane_index_shape)
+        elif remap is not None or codes != "nearest":
+            got = f"remap={str(remap)!r}" if remap is not None else f"codes={codes!r}"
+            raise ValueError(f"quantizer_config: got {got} beside it, expected one of them")
+        else:
+            sizes = {"n_embed": n_embed, "embed_dim": embed_dim, "sane_index_shape": sane_index_shape}
+            self.quantize = instantiate_from_config(quantizer_config, **sizes)
         latents = ddconfig["z_channels"]
         if not quant_conv and latents != embed_dim:
             raise UserError(f"embed_dim: got {embed_dim}, expected {latents}, z_channels, as there is no quant_conv")

@@ -20,6 +20,7 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
+from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps
 from tamingfast.training.seeds import seed_for
@@ -43,6 +44,7 @@ def begin(
     dataset: EpochDataset,
     among: World,
     stage: Stage,
+    averages: Averages | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Hold the run directory ``out`` inside the block, with ``config.yaml`` written and the state to resume loaded.
 
@@ -61,7 +63,9 @@ def begin(
             stack.enter_context(run_directory.held(out))
         among.any(False)  # a barrier: no process reads before the first has the lock
         began = _check_begun(config, out, resume)
-        progress = _restore(stage, dataset, out, among) if began is not None and run_directory.exists(out) else None
+        progress = (
+            _restore(stage, dataset, out, among, averages) if began is not None and run_directory.exists(out) else None
+        )
         if not among.agree(-1 if progress is None else progress["step"]):
             raise UserError(
                 f"{out}: got different states on the processes, expected the same; use a file system that all share"
@@ -98,9 +102,10 @@ def _check_apart(config: Mapping[str, Any], out: Path) -> None:
             )
 
 
-def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World) -> dict[str, Any]:
+def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World, averages: Averages | None) -> dict[str, Any]:
     """Load the state in ``out``, and return its progress; UserError for a run on other data or processes."""
-    progress = run_directory.restore(out, stage.model, stage.optimizers)
+    values = None if averages is None else averages.values
+    progress = run_directory.restore(out, stage.model, stage.optimizers, values)
     for name, now, what in (
         ("images", len(dataset), "training images"),
         ("processes", among.size, "processes"),

@@ -21,6 +21,7 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
+from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
 from tamingfast.training.feed import epoch_steps, step_batches, validation_batches
 from tamingfast.training.forecast import Forecast
@@ -44,13 +45,15 @@ def run(
     out: Path,
     among: World,
     progress: Mapping[str, Any] | None = None,
+    averages: Averages | None = None,
 ) -> Path:
     """Train until the steps or seconds are used up, from ``progress``, which `begin` yields; returns ``out``.
 
+    With ``averages``, which `begin` has restored, it validates, draws and exports.
     A finished run is left as it is. Raises `Stopped` after writing a checkpoint when the process is asked to stop,
     UserError when training diverges or the run directory cannot be written.
     """
-    return _Run(stage, settings, datasets, out, among, progress).train()
+    return _Run(stage, settings, datasets, out, among, progress, averages).train()
 
 
 class _Run:
@@ -64,7 +67,11 @@ class _Run:
         out: Path,
         among: World,
         progress: Mapping[str, Any] | None,
+        averages: Averages | None,
     ):
+        self.averages = averages
+        if averages is not None and progress is None:
+            averages.restart()  # the codebook may have been set since
         self.stage, self.settings, self.out, self.among = stage, settings, out, among
         self.training, self.validation = datasets
         self.per_epoch = epoch_steps(self.training, settings, among.size)
@@ -122,6 +129,8 @@ class _Run:
         torch.manual_seed(seed_for(self.settings.seed, self.step, self.among.rank))
         self.set_rates()
         values = self.move(mine)
+        if self.averages is not None:
+            self.averages.update(self.step)
         whole = time.perf_counter() - began
         self.seconds += whole
         self.step += 1
@@ -189,11 +198,15 @@ class _Run:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, in the precision of the training and as after its last step."""
+        """Evaluation mode without gradients, in the precision of the training and as after its last step.
+
+        With averages of the weights, it is these that are evaluated.
+        """
         self.stage.model.eval()
         self.stage.model.global_step = max(self.step - 1, 0)
         device, low = self.among.device.type, self.settings.precision == "bfloat16"
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
+        averaged = contextlib.nullcontext() if self.averages is None else self.averages.in_use()
+        with averaged, torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
             yield
 
     def validate(self, epoch: int) -> None:
@@ -235,5 +248,6 @@ class _Run:
             "processes": self.among.size,
             "metrics_bytes": self.metrics.size(),
         }
-        run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress)
+        averages = None if self.averages is None else self.averages.values
+        run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress, averages)
         self.saved = self.step

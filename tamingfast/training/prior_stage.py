@@ -45,6 +45,10 @@ class PriorStage:
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.model.named_parameters() if name.startswith("transformer.")}
+
     def nats(self, batch: Batch) -> Tensor:
         """Cross entropy of each image token of the batch, in nats: (B, n) in the model's sequence."""
         z, c = tokens_of(self.model, batch)

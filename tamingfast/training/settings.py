@@ -35,6 +35,8 @@ class Training:
     ``batch_size`` is images per device and forward pass. ``precision`` and ``workers``, the processes that read data,
     can be "auto". Two settings depart from the original to shorten runs:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
+    ``ema_decay`` is that of the weights' moving averages (`averages.Averages`), with which the run validates, draws and
+    exports; None keeps none.
 
     Raises UserError for values of the wrong type or out of range.
     """
@@ -52,6 +54,7 @@ class Training:
     grad_clip: _Number | None = None
     shared_forward: bool = False
     codebook_from_data: bool = False
+    ema_decay: float | None = None
     log_every: int = 10
     validate_every: int | None = None
     validation_batches: int | None = 32
@@ -91,6 +94,8 @@ def check_setting(name: str, value: object, key: str | None = None) -> None:
         valid, expected = value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
     elif name == "workers" and value == AUTO:
         valid, expected = True, ""
+    elif name == "ema_decay":
+        valid, expected = is_number(value) and 0 < value < 1, "a number between 0 and 1"  # type: ignore[operator]
     elif bool in types:
         valid, expected = isinstance(value, bool), "true or false"
     elif float in types:

@@ -26,6 +26,10 @@ class Stage(Protocol):
     def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
     @property
+    def averaged(self) -> dict[str, Tensor]:
+        """The tensors that the steps change and that using the model needs, by their names in its state dict."""
+
+    @property
     def shown(self) -> tuple[str, ...]:
         """Names of the values that the progress bar shows."""
 

@@ -19,6 +19,7 @@ from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.models.vqgan import Outputs, VQModel, VQSegmentationModel
 from tamingfast.training import distributed, loop
+from tamingfast.training.averages import averages_of
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
@@ -66,12 +67,13 @@ def train(
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)
         if settings.codebook_from_data:
             _codebooks(model)  # raises for a model without one
-        with begin(config, out, resume, settings, training, among, stage) as progress:
+        averages = averages_of(stage, settings)
+        with begin(config, out, resume, settings, training, among, stage, averages) as progress:
             if settings.codebook_from_data and progress is None:
                 # Every process reads the same batches, as if alone, and so gets the same codebook.
                 alone = distributed.World(0, 1, among.device)
                 start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
-            return loop.run(stage, settings, (training, validation), out, among, progress)
+            return loop.run(stage, settings, (training, validation), out, among, progress, averages)
 
 
 def check_loss(described: Mapping[str, Any]) -> None:
@@ -106,10 +108,10 @@ def start_codebook(model: VQModel, batches: Iterator[tuple[int, list[dict[str, A
     """
     images = _Replayed(model, batches)
     for quantizer in _codebooks(model):
-        codebook = quantizer.embedding.weight
-        rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * len(codebook))
+        codes = quantizer.n_e
+        rows = _latents(model, quantizer, images, _LATENTS_PER_CODE * codes)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_for(seed, "codebook")))
-        codebook.copy_(rows[order[: len(codebook)].to(rows.device)])
+        quantizer.start(rows[order[:codes].to(rows.device)])
 
 
 def _codebooks(model: VQModel) -> list[VectorQuantizer]:
@@ -159,7 +161,7 @@ class VQGANStage:
     """Any first stage of ours with one optimizer (segmentation) or two (autoencoder, discriminator).
 
     With ``shared_forward`` the discriminator learns from the reconstructions that the autoencoder was just trained on,
-    instead of new ones, and does not run before ``disc_start``, which saves one pass through encoder and decoder. That
+    instead of new ones, and does not run before it learns, which saves one pass through encoder and decoder. That
     departs from the original, where the discriminator sees reconstructions of the autoencoder after its step.
     """
 
@@ -174,6 +176,13 @@ class VQGANStage:
         if isinstance(model.loss, VQLPIPSWithDiscriminator) and model.loss.perceptual_weight > 0:
             _ = model.loss.perceptual_loss  # built on first use, which should not be in the middle of a step
 
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {
+            name: value for name, value in state.items() if value.is_floating_point() and not name.startswith("loss.")
+        }
+
     def loss(self, batch: Batch, index: int) -> Loss | None:
         self.model.logged.clear()
         if not self._shares:
@@ -183,7 +192,7 @@ class VQGANStage:
             self._shared = Outputs(*(part.detach() for part in outputs))
             return self._loss(outputs, index)
         shared, self._shared = self._shared, None
-        resting = self.model.global_step < getattr(self.model.loss, "discriminator_iter_start", 0)
+        resting = self.model.global_step < getattr(self.model.loss, "discriminator_learns_from", 0)
         return None if resting or shared is None else self._loss(shared, index)
 
     def _loss(self, outputs: Outputs, index: int) -> Loss:

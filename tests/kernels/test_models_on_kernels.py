@@ -14,10 +14,14 @@ if not backends.interpreted():
     pytestmark.append(pytest.mark.gpu)
 
 
-def vqgan() -> VQModel:
+def vqgan(**quantizer) -> VQModel:
     levels = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8}
     ddconfig = levels | {"double_z": False, "z_channels": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
-    return VQModel(ddconfig, {"target": "torch.nn.Identity"}, n_embed=10, embed_dim=8)
+    return VQModel(ddconfig, {"target": "torch.nn.Identity"}, n_embed=10, embed_dim=8, **quantizer)
+
+
+def of_today(kind: str, **params) -> VQModel:
+    return vqgan(quantizer_config={"target": f"tamingfast.models.codebooks.{kind}", "params": params})
 
 
 def gpt(**options) -> GPT:
@@ -38,6 +42,8 @@ def step_of_gpt(model, device, rng):
 CASES = {
     "VQGAN": (vqgan, step_of_vqgan),
     "VQGAN, channels last": (lambda: vqgan().to(memory_format=torch.channels_last), step_of_vqgan),
+    "cosine codes": (lambda: of_today("CosineQuantizer", restart_below=0.5), step_of_vqgan),
+    "SimVQ with rotation": (lambda: of_today("SimVQ", gradient="rotation"), step_of_vqgan),
     "GPT": (gpt, step_of_gpt),
     "GPT with a prefix": (lambda: gpt(n_unmasked=5), step_of_gpt),
 }
@@ -72,7 +78,7 @@ def test_a_training_step_equals_that_of_the_definition(device, case):
         )
 
 
-@pytest.mark.parametrize("case", ["VQGAN", "GPT with a prefix"])
+@pytest.mark.parametrize("case", ["VQGAN", "cosine codes", "SimVQ with rotation", "GPT with a prefix"])
 def test_a_training_step_compiles_into_one_graph(device, case):
     torch.manual_seed(0)
     model = CASES[case][0]().to(device)
