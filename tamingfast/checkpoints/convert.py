@@ -10,6 +10,7 @@ from typing import Any
 
 from tamingfast.checkpoints.config import without_checkpoints
 from tamingfast.checkpoints.load import load_model
+from tamingfast.checkpoints.pretrained import weights_of
 from tamingfast.checkpoints.weights import save_weights
 from tamingfast.errors import UserError
 
@@ -30,6 +31,5 @@ def convert(
     if out.suffix != ".safetensors":
         raise UserError(f"out: got '{out.name}', expected a name that ends in .safetensors")
     model = load_model(checkpoint, config, allow=allow)
-    state = {key: value for key, value in model.state_dict().items() if ".loss." not in f".{key}"}
-    save_weights(out, state, {"config": json.dumps(without_checkpoints(model.config))})
+    save_weights(out, weights_of(model), {"config": json.dumps(without_checkpoints(model.config))})
     return out
