@@ -13,8 +13,9 @@ from torch import nn
 from tamingfast.checkpoints.config import at, without_checkpoints
 from tamingfast.checkpoints.formats import diffusers
 from tamingfast.checkpoints.load import load_model
+from tamingfast.checkpoints.pretrained import weights_of
 from tamingfast.checkpoints.targets import class_of
-from tamingfast.checkpoints.weights import folded, save_weights
+from tamingfast.checkpoints.weights import save_weights
 from tamingfast.errors import UserError
 from tamingfast.files import check_directory, write_json
 
@@ -47,8 +48,7 @@ def convert(
     model = load_model(checkpoint, config, allow=allow)
     if layout == "diffusers":
         return _for_diffusers(model, out)
-    state = {key: value for key, value in folded(model, model.state_dict()).items() if ".loss." not in f".{key}"}
-    save_weights(out, state, {"config": json.dumps(_plain(without_checkpoints(model.config)))})
+    save_weights(out, weights_of(model), {"config": json.dumps(_plain(without_checkpoints(model.config)))})
     return out
 
 
@@ -57,7 +57,7 @@ def _for_diffusers(model: nn.Module, out: Path) -> Path:
     if name not in diffusers.CLASSES:
         raise UserError(f"layout: got 'diffusers' for a {name}, expected one of {', '.join(diffusers.CLASSES)}")
     params = _plain(without_checkpoints(model.config))["model"]["params"]
-    config, state = diffusers.written(params, folded(model, model.state_dict()))
+    config, state = diffusers.written(params, weights_of(model))
     out.mkdir(parents=True, exist_ok=True)
     # The config first: without weights the folder is refused, and weights without their config could be misread.
     write_json(out / "config.json", config)

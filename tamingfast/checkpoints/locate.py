@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tamingfast.checkpoints.config import load_yaml
+from tamingfast.checkpoints import hub
+from tamingfast.checkpoints.config import at, load_yaml
 from tamingfast.checkpoints.run_directory import CONFIG, WEIGHTS
 from tamingfast.checkpoints.weights import metadata_of, read_checkpoint
 from tamingfast.errors import UserError
@@ -19,6 +20,8 @@ from tamingfast.errors import UserError
 # Where the original saves checkpoints, and where its published models have them.
 _CHECKPOINT_FOLDERS = ("checkpoints", "ckpts")
 _CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth")
+#: The Hub's layout of a model.
+HUB_CONFIG, HUB_WEIGHTS = "config.json", "model.safetensors"
 # What trainers call the number of steps that they record.
 _STEPS = ("global_step", "step", "steps", "iteration", "iter")
 # Names of weights in folders of the Hub and of latent-diffusion, the first that exists being taken; and the parts of a
@@ -35,12 +38,16 @@ _DEEPEST_CONFIG = 64  # levels of sections; those of real configs have about ten
 def weights_path(path: Path) -> Path:
     """The weights of a run directory of either project, UserError if there are none; any other path unchanged.
 
-    Of several checkpoints it is the one of the most steps, as the files themselves record them.
+    Of several checkpoints it is the one of the most steps, as the files themselves record them. A path at which there
+    is nothing, but which is the name of a repository of the Hub, is its local copy (`tamingfast.checkpoints.hub`).
     """
+    if hub.names_repository(path):
+        path = hub.fetched(path)
     if not os.path.isdir(path):  # as Path.is_dir, but False for a path that no system call takes
         return path
-    if (path / WEIGHTS).exists():
-        return path / WEIGHTS
+    for name in (WEIGHTS, HUB_WEIGHTS):
+        if (path / name).exists():
+            return path / name
     for folder in _CHECKPOINT_FOLDERS:
         found = [file for file in (path / folder).glob("[!.]*") if file.suffix.lower() in _CHECKPOINTS]
         # One that is a link to nothing is returned if there is no other, so that it is named.
@@ -134,4 +141,7 @@ def neighbouring_config(path: Path) -> Any:
     for candidate in (path.with_suffix(".yaml"), path.parent / CONFIG, run / "configs" / "model.yaml"):
         if candidate.exists():
             return load_yaml(candidate)
+    if (path.parent / HUB_CONFIG).exists():
+        config = load_yaml(path.parent / HUB_CONFIG)
+        return config if at(config, "model", "target") is not None else None  # else it is another library's
     return None

@@ -17,7 +17,7 @@ from tamingfast.evaluation.plots import plot_lookahead, plot_schedules
 from tamingfast.evaluation.reconstruction import reconstruction
 from tamingfast.evaluation.run import evaluate_model
 from tamingfast.evaluation.summary import evaluate
-from tamingfast.evaluation.tables import distance_table, table
+from tamingfast.figures import distance_table, table
 
 __all__ = [
     "EFFICIENTNET",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tamingfast.checkpoints import pretrained
+from tamingfast.checkpoints.hub import Access
 from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import UserError
 
@@ -16,6 +20,7 @@ from tamingfast.errors import UserError
 Info: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
 #: What the original's ``encode`` returns: quantised latents (B, D, h, w), a loss or None, and `Info`.
 Encoded: TypeAlias = tuple[Tensor, Tensor | None, Info]
+_Model = TypeVar("_Model", bound="Module")
 
 
 class Module(nn.Module):
@@ -50,6 +55,66 @@ class Module(nn.Module):
         """Store several values in ``logged``; Lightning's other arguments are ignored."""
         for name, value in values.items():
             self.log(name, value)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        allow: Collection[str] = (),
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> _Model:
+        """The model at a path or in a repository of the Hub, as `tamingfast.load_model` gives it.
+
+        The arguments that `load_model` lacks are those of ``huggingface_hub``. Raises UserError as `load_model` does,
+        and if the model is none of this class.
+        """
+        access = Access(revision, cache_dir, token, force_download, local_files_only)
+        name = pretrained_model_name_or_path
+        found = pretrained.open_pretrained(name, config, device, dtype, allow=allow, access=access)
+        if not isinstance(found, cls):
+            raise UserError(
+                f"{name}: got a {type(found).__name__}, expected a {cls.__name__}; open it with tamingfast.load_model"
+            )
+        return found
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write ``config.json``, ``model.safetensors`` and a model card; see `pretrained.save_pretrained`."""
+        return pretrained.save_pretrained(self, save_directory, config, figures)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        commit_message: str = "Upload a model of tamingfast",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub; returns the URL of the commit.
+
+        See `pretrained.push_to_hub`.
+        """
+        return pretrained.push_to_hub(
+            self, repo_id, config, figures, commit_message=commit_message, private=private, token=token, branch=branch,
+            create_pr=create_pr,
+        )  # fmt: skip
 
 
 class Codebook(Protocol):

