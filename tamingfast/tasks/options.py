@@ -41,6 +41,8 @@ class DrawingOptions:
         dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps the model's own.
         lookahead: tokens that are fed together while drawing, most of them guessed and then checked; 1 guesses none,
             None takes what is fastest. It does not change the images.
+        cfg: scale of classifier-free guidance, or text such as "4:cosine", for priors with a null class; None guides
+            nothing.
 
     Raises:
         UserError: a value out of range. Whether the model allows the stride, and the machine the engine and the dtype,
@@ -58,6 +60,7 @@ class DrawingOptions:
     engine: str = "auto"
     dtype: str | None = None
     lookahead: int | None = None
+    cfg: float | str | None = None
 
     def __post_init__(self) -> None:
         # These import torch, which `tamingfast --help` does without.
@@ -71,7 +74,7 @@ class DrawingOptions:
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide the tokens, by the names of `Canvas.settings`."""
-        names = ("temperature", "top_k", "top_p", "greedy", "seed", "schedule", "stride", "dtype")
+        names = ("temperature", "top_k", "top_p", "greedy", "seed", "schedule", "stride", "dtype", "cfg")
         return {name: getattr(self, name) for name in names}
 
     def running(self) -> dict[str, Any]:
