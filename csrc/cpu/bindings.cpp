@@ -212,7 +212,8 @@ std::int32_t bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& sl
                           const std::vector<std::uint32_t>& columns, const std::vector<std::uint32_t>& images,
                           std::int64_t choices, bool greedy, double temperature, std::int64_t top_k, double top_p,
                           std::uint64_t seed, std::int64_t lookahead, const Engine::Progress& progress,
-                          std::int64_t every) {
+                          std::int64_t every, const std::vector<std::int64_t>& null_slots, std::int64_t null_token,
+                          std::int64_t prefix, const std::vector<float>& scales) {
   DecodeParams p;
   p.batch = static_cast<std::int64_t>(slots.size());
   p.count = static_cast<std::int64_t>(steps.size());
@@ -234,6 +235,14 @@ std::int32_t bound_decode(GPTEngine& engine, const std::vector<std::int64_t>& sl
   p.choices = choices;
   p.choice = {greedy, read_temperature(temperature), top_k, top_p, seed};
   p.lookahead = lookahead;
+  if (!null_slots.empty()) {
+    require_count("null_slots", null_slots.size(), p.batch);
+    require_count("scales", scales.size(), length);
+    p.null_slots = null_slots.data();
+    p.null_token = null_token;
+    p.prefix = prefix;
+    p.scales = scales.data();
+  }
   // Captured by reference: copying a Python function would need the GIL.
   const auto report = [&](std::int64_t done) {
     if (progress && done % every == 0) progress(done);
@@ -352,6 +361,8 @@ void bind_engine(py::module_& module) {
           py::arg("steps"), py::arg("wanted"), py::arg("rows"), py::arg("columns"), py::arg("images"),
           py::arg("choices"), py::arg("greedy"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
           py::arg("seed"), py::arg("lookahead") = 1, py::arg("progress") = py::none(), py::arg("every") = 1,
+          py::arg("null_slots") = std::vector<std::int64_t>(), py::arg("null_token") = 0, py::arg("prefix") = 0,
+          py::arg("scales") = std::vector<float>(),
           "Decodes positions `steps` of the sequences, (address, bytes) of an int64 (batch, length) array, in place; "
           "see DecodeParams in csrc/cpu/engine.h. top_k 0 and top_p 1 keep all entries. Returns 0, or if a token could "
           "not be chosen, 1 for logits with NaN and 2 for nothing above -infinity, or-ed.")

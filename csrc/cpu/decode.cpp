@@ -23,11 +23,15 @@ const DecodeParams& checked(const DecodeParams& d, const Engine& engine) {
   require(d.lookahead >= 0, "lookahead", d.lookahead, "at least 1, or 0 to choose");
   std::vector<bool> seen(engine.slots(), false);
   for (std::int64_t b = 0; b < d.batch; ++b) {
-    require_range("slot", d.slots[b], 0, engine.slots() - 1);
-    require(!seen[d.slots[b]], "slot", d.slots[b], "every slot at most once");
-    seen[d.slots[b]] = true;
-    require(d.fed <= engine.length(d.slots[b]), "fed", d.fed, "at most the length of every slot");
+    for (const std::int64_t* slots : {d.slots, d.null_slots}) {
+      if (!slots) continue;
+      require_range("slot", slots[b], 0, engine.slots() - 1);
+      require(!seen[slots[b]], "slot", slots[b], "every slot at most once");
+      seen[slots[b]] = true;
+      require(d.fed <= engine.length(slots[b]), "fed", d.fed, "at most the length of every slot");
+    }
   }
+  require_range("prefix", d.prefix, 0, d.length);
   for (std::int64_t i = 0; i < d.count; ++i) {
     require_range("steps", d.steps[i], i == 0 ? 1 : d.steps[i - 1] + 1, d.length - 1);
     require(d.steps[i] <= engine.capacity(), "steps", d.steps[i],
@@ -87,9 +91,9 @@ Decoding::Decoding(Engine& engine, const DecodeParams& params, const Engine::Pol
   draft_params_ = d_;
   draft_params_.sequences = draft_tokens_.data();
   draft_params_.fed = draft_params_.lookahead = 0;
-  for (std::int64_t b = 0; b < d_.batch; ++b) engine.draft()->truncate(d_.slots[b], 0);
   draft_ = std::make_unique<Decoding>(*engine.draft(), draft_params_, poll);
-  draft_seconds_ = engine.draft()->pass_cost(poll).at(1);
+  for (std::int64_t b = 0; b < d_.batch; ++b) draft_->truncate(b, 0);
+  draft_seconds_ = engine.draft()->pass_cost(poll).at(copies());
 }
 
 std::int32_t Decoding::run(const Engine::Progress& progress) {
@@ -154,7 +158,7 @@ std::vector<std::int64_t> Decoding::widths() {
     first = first && sequence.width == 0;
   }
   if (first) return std::vector<std::int64_t>(active_.size(), 1);
-  const PassCost& cost = engine_.pass_cost(poll_);
+  const PassCost cost = engine_.pass_cost(poll_).times(copies());
   const Shares own = share_rows(cost, choosing_, known, contenders);
   drafting_ = false;
   if (!draft_) return own.rows;
@@ -237,16 +241,49 @@ void Decoding::feed(const std::vector<std::int64_t>& widths) {
     sequence.width = width;
     logits += width;
   }
-  logits_.resize(logits * engine_.geometry().vocab_size);
+  logits_.resize(copies() * logits * engine_.geometry().vocab_size);
+  if (d_.null_slots) add_second(spans, tokens);
   try {
     engine_.step(spans, tokens.data(), logits_.data(), poll_);
   } catch (...) {
-    for (const std::int64_t b : active_) {  // guesses may have been fed
-      const std::int64_t slot = d_.slots[b], known = d_.steps[sequences_[b].next];
-      engine_.truncate(slot, std::min(engine_.length(slot), known));
-    }
+    for (const std::int64_t b : active_) truncate(b, d_.steps[sequences_[b].next]);  // guesses may have been fed
     throw;
   }
+  if (d_.null_slots) guide();
+}
+
+// Appends the spans of the second sequences, in the same order.
+void Decoding::add_second(std::vector<Span>& spans, std::vector<std::int64_t>& tokens) const {
+  const std::size_t count = spans.size();
+  std::size_t from = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    Span span = spans[i];
+    span.slot = d_.null_slots[active_[i]];
+    for (std::int64_t at = span.start; at < span.start + span.count; ++at, ++from)
+      tokens.push_back(at < d_.prefix ? d_.null_token : tokens[from]);
+    spans.push_back(span);
+  }
+}
+
+// Combines the logits of both sequences. ops/choice.py has the same formula (guided).
+void Decoding::guide() {
+  const std::int64_t vocab = engine_.geometry().vocab_size;
+  const float* null = logits_.data() + logits_.size() / 2;
+  for (const std::int64_t b : active_) {
+    const Sequence& sequence = sequences_[b];
+    for (std::int64_t row = 0; row < sequence.width; ++row) {
+      const float scale = d_.scales[d_.steps[sequence.next] + row];
+      float* own = logits_.data() + (sequence.logits + row) * vocab;
+      const float* without = null + (sequence.logits + row) * vocab;
+      for (std::int64_t v = 0; v < vocab; ++v) own[v] = without[v] + (own[v] - without[v]) * scale;
+    }
+  }
+}
+
+// Drops what the slots of a sequence hold beyond `length`.
+void Decoding::truncate(std::int64_t b, std::int64_t length) {
+  for (const std::int64_t* slots : {d_.slots, d_.null_slots})
+    if (slots) engine_.truncate(slots[b], std::min(engine_.length(slots[b]), length));
 }
 
 void Decoding::choose_rows() {
@@ -306,7 +343,7 @@ void Decoding::accept(std::int64_t b, Rows row, const Rows last) {
   for (; row != last; ++row) sequence.guesses[row->step] = row->token;
   (drafting_ ? sequence.drafted : sequence.survival).observe(right, guesses);
   seek(b);
-  engine_.truncate(d_.slots[b], sequence.fed);
+  truncate(b, sequence.fed);
   if (draft_) draft_->correct(b, d_.sequences + b * d_.length, sequence.next);
 }
 
@@ -345,7 +382,7 @@ void Decoding::correct(std::int64_t b, const std::int64_t* right, std::int64_t n
   std::copy_n(right, stop, own);
   sequence.next = next;
   sequence.fed = std::min(sequence.fed, same);
-  engine_.truncate(d_.slots[b], sequence.fed);
+  truncate(b, sequence.fed);
 }
 
 // Reports the steps that all sequences have committed.

@@ -66,6 +66,9 @@ class Decoding {
   std::vector<std::int64_t> widths();
   void guess(const std::vector<std::int64_t>& widths);
   void feed(const std::vector<std::int64_t>& widths);
+  void add_second(std::vector<Span>& spans, std::vector<std::int64_t>& tokens) const;
+  void guide();
+  void truncate(std::int64_t b, std::int64_t length);
   void choose_rows();
   void accept();
   void accept(std::int64_t b, Rows row, Rows last);
@@ -73,6 +76,7 @@ class Decoding {
   void report(const Engine::Progress& progress);
 
   bool wanted(std::int64_t b, std::int64_t step) const { return d_.wanted[b * d_.count + step]; }
+  std::int64_t copies() const { return d_.null_slots ? 2 : 1; }
   void seek(std::int64_t b);
   std::int64_t start(const Sequence& sequence) const;
   std::int64_t choose_from(const float* logits, std::int64_t b, std::int64_t step, Worker& worker) const;

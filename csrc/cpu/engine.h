@@ -71,6 +71,12 @@ struct DecodeParams {
   // Positions fed per sequence and pass, from the last known token on: 1 decodes one token after the other, more guess
   // tokens, 0 takes what is fastest. The tokens are the same.
   std::int64_t lookahead;
+  // Classifier-free guidance, none if null: a second slot of each sequence holds `null_token` at its first `prefix`
+  // positions and the same tokens behind them, and a token is chosen from the logits null + (own - null) * scale.
+  const std::int64_t* null_slots = nullptr;  // (batch,), distinct, also from `slots`
+  std::int64_t null_token = 0;
+  std::int64_t prefix = 0;
+  const float* scales = nullptr;  // (length,), of the token at each position
 };
 
 // What `decode` did since the engine was made.

@@ -31,6 +31,12 @@ double PassCost::at(std::int64_t rows) const {
   return seconds_[i - 1] + slope * static_cast<double>(rows - kSizes[i - 1]);
 }
 
+PassCost PassCost::times(std::int64_t copies) const {
+  PassCost cost;
+  for (std::size_t i = 0; i < kSizes.size(); ++i) cost.seconds_[i] = at(copies * kSizes[i]);
+  return cost;
+}
+
 Survival::Survival(double expected) : expected_(expected) {
   share_[0] = 1.0;
   for (std::int64_t d = 1; d < kWidest; ++d) share_[d] = share_[d - 1] * expected_;

@@ -20,6 +20,7 @@ class PassCost {
   static PassCost measure(const std::function<double(std::int64_t rows)>& time_pass);
 
   double at(std::int64_t rows) const;
+  PassCost times(std::int64_t copies) const;  // of passes with that many rows for each
 
  private:
   std::array<double, kSizes.size()> seconds_{};

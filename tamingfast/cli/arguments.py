@@ -63,6 +63,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number") from None
 
 
+def guidance(text: str) -> float | str:
+    """The type of options that take a scale, alone or with a schedule, which is checked where its meaning is known."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def device(text: str) -> str:
     """The type of options that name a device that works here."""
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tamingfast.cli.arguments import classes, device, number, source, whole
+from tamingfast.cli.arguments import classes, device, guidance, number, source, whole
 from tamingfast.errors import UserError
 from tamingfast.tasks.options import DrawingOptions
 
@@ -89,6 +89,15 @@ DRAWING = options(
     ),
     ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
+    (
+        "--cfg",
+        {
+            "type": guidance,
+            "metavar": "SCALE",
+            "help": "strength of classifier-free guidance, such as 4, or 4:cosine, which rises to it; for priors with "
+            "a null class; default: none",
+        },
+    ),
     ("--dtype", {"help": "of the weights: float32, bfloat16, float16 or int8; default: as stored"}),
     (
         "--lookahead",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class GPTEngine:
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
     #: Whether `decode` looks ahead.
     LOOKS_AHEAD: ClassVar[bool] = True
+    #: Whether `decode` has classifier-free guidance.
+    GUIDES: ClassVar[bool] = True
 
     @staticmethod
     def refusal(gpt: Transformer) -> str | None:
@@ -179,6 +181,7 @@ class GPTEngine:
             request.images,
             **request.options(self.vocab_size),
             lookahead=0 if request.lookahead is None else request.lookahead,
+            **_guidance(request),
             progress=progress,
             every=every,
         )
@@ -204,3 +207,14 @@ class GPTEngine:
     def close(self) -> None:
         """Frees the memory; every later call raises ValueError."""
         self._native.close()
+
+
+def _guidance(request: DecodeRequest) -> dict[str, Any]:
+    """The second sequences as keyword arguments of the extension, which takes a scale for every position."""
+    second = request.second
+    if second is None:
+        return {}
+    scales = [1.0] * request.sequences.shape[1]
+    for step, scale in zip(request.steps, second.scales, strict=True):
+        scales[step] = scale
+    return {"null_slots": list(second.slots), "null_token": second.null, "prefix": second.prefix, "scales": scales}

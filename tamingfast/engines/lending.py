@@ -46,6 +46,11 @@ def looks_ahead(gpt: Transformer) -> bool:
     return ENGINES[_device_type(gpt)].LOOKS_AHEAD
 
 
+def guides(gpt: Transformer) -> bool:
+    """Whether `decode` of the engine for the GPT's device has classifier-free guidance."""
+    return ENGINES[_device_type(gpt)].GUIDES
+
+
 @contextlib.contextmanager
 def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int, drafts: bool = False) -> Iterator[Engine]:
     """An engine for this GPT, for the caller alone, with at least ``slots`` empty slots of ``length`` positions.

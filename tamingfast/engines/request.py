@@ -155,6 +155,23 @@ def check_lookahead(lookahead: int | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Second:
+    """The second sequences of classifier-free guidance: a null condition before the same image tokens.
+
+    Attributes:
+        slots: (B,), one for each second sequence, all different from the others.
+        null: the token at their first positions.
+        prefix: how many of them.
+        scales: (S,), for each step, of the guidance; see `tamingfast.ops.choice.guided`.
+    """
+
+    slots: Sequence[int]
+    null: int
+    prefix: int
+    scales: Sequence[float]
+
+
 class DecodeRequest:
     """Tokens of several sequences to decode side by side.
 
@@ -172,6 +189,7 @@ class DecodeRequest:
         lookahead: positions fed per sequence and pass, from the last known token on. 1 decodes one token after the
             other; with more, guessed tokens are fed as well, and checked by what is chosen. None takes what is fastest.
             The tokens are the same.
+        second: guides the choice; None chooses from the sequences' own logits.
 
     Raises:
         ValueError: an argument of the wrong shape, type or range; the message names it.
@@ -191,7 +209,9 @@ class DecodeRequest:
         choices: int | None = None,
         choice: Choice | None = None,
         lookahead: int | None = None,
+        second: Second | None = None,
     ) -> None:
+        self.second = second
         self.sequences = sequences
         self.slots = _integers("slots", slots)
         self.steps = _integers("steps", steps)
@@ -221,13 +241,18 @@ class DecodeRequest:
             raise ValueError(f"wanted: got shape {tuple(self.wanted.shape)}, expected {(batch, count)}")
         for name, got, expected in (
             ("rows", len(self.rows), count), ("columns", len(self.columns), count), ("images", len(self.images), batch),
+            ("second.slots", batch if self.second is None else len(self.second.slots), batch),
+            ("second.scales", count if self.second is None else len(self.second.scales), count),
         ):  # fmt: skip
             if got != expected:
                 raise ValueError(f"{name}: got {got} values, expected {expected}")
 
     def _check_values(self) -> None:
-        if len(set(self.slots)) != len(self.slots):
-            raise ValueError(f"slot: got {self.slots}, expected every slot at most once")
+        slots = self.all_slots
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slot: got {slots}, expected every slot at most once")
+        if self.second is not None:
+            check_range("second.prefix", self.second.prefix, 0, self.sequences.shape[1])
         for before, step in pairwise(self.steps):
             if step <= before:
                 raise ValueError(f"steps: got {step} after {before}, expected increasing steps")
@@ -248,7 +273,9 @@ class DecodeRequest:
             raise ValueError(f"sequences: got a tensor on {self.sequences.device}, expected one on {device}")
         if self.choices is not None:
             check_range("choices", self.choices, 1, room.vocab_size)
-        for slot in self.slots:
+        if self.second is not None:
+            check_range("second.null", self.second.null, 0, room.vocab_size - 1)
+        for slot in self.all_slots:
             room.check_slot("slot", slot)
             held = room.length(slot)
             if self.fed > held:
@@ -260,6 +287,11 @@ class DecodeRequest:
             )
         if self.slots and self.steps:
             room.check_tokens(self._given_tokens())
+
+    @property
+    def all_slots(self) -> list[int]:
+        """The slots of all sequences, the second ones last."""
+        return [*self.slots, *(() if self.second is None else self.second.slots)]
 
     def options(self, vocab_size: int) -> dict[str, float]:
         """The token choice as keyword arguments of the extension, for which top_k 0 and top_p 1 keep all entries."""

@@ -23,12 +23,20 @@ class SOSProvider(nn.Module):
 
 
 class Labelator(nn.Module):
-    """A class label as one token."""
+    """A class label as one token; with ``null_class``, one more token stands for no class.
 
-    def __init__(self, n_classes: int, quantize_interface: bool = True):
+    ``first`` is the token of class 0.
+
+    Attributes:
+        null: the token of no class, for classifier-free guidance; None without one.
+    """
+
+    def __init__(self, n_classes: int, quantize_interface: bool = True, null_class: bool = False, first: int = 0):
         super().__init__()
         at_least(1, n_classes=n_classes)
-        self.n_classes, self.quantize_interface = n_classes, quantize_interface
+        at_least(0, first=first)
+        self.n_classes, self.quantize_interface, self.first = n_classes, quantize_interface, first
+        self.null = first + n_classes if null_class else None
 
     def encode(self, c: Tensor) -> Encoded | Tensor:
         """Labels (B,) -> tokens (B, 1), returned as by `SOSProvider`.
@@ -38,12 +46,12 @@ class Labelator(nn.Module):
         # The check reads values, which would break the graph.
         if not torch.compiler.is_compiling() and c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
             raise ValueError(f"class label: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_classes - 1}")
-        c = c.reshape(-1, 1).long()
+        c = c.reshape(-1, 1).long() + self.first
         return (c, None, (None, None, c)) if self.quantize_interface else c
 
     def decode(self, c: Tensor) -> Tensor:
         """Tokens (B, 1) -> labels (B,); the original lacks this method, so its ``log_images`` fails."""
-        return c.reshape(-1)
+        return c.reshape(-1) - self.first
 
 
 class CoordStage(nn.Module):

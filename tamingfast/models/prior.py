@@ -51,8 +51,9 @@ class Net2NetTransformer(Module):
     Configs are ``{target, params}`` mappings. ``cond_stage_config`` may be ``"__is_first_stage__"`` or
     ``"__is_unconditional__"``, which makes the condition one ``sos_token``. All tokens share one vocabulary; the
     ordering of ``permuter_config`` permutes image tokens only. In training each input token is kept with probability
-    ``pkeep``, else replaced by one drawn uniformly from the vocabulary. ``downsample_cond_size`` is the side to which
-    spatial conditions are resized before they are encoded.
+    ``pkeep``, else replaced by one drawn uniformly from the vocabulary, and each image's class is replaced by the null
+    class with probability ``class_dropout``, for classifier-free guidance. ``downsample_cond_size`` is the side to
+    which spatial conditions are resized before they are encoded.
 
     Attributes:
         first_stage_model: frozen; may be a foreign module with ``encode``, ``decode``, ``embed_dim`` and
@@ -81,16 +82,24 @@ class Net2NetTransformer(Module):
         pkeep: float = 1.0,
         sos_token: int = 0,
         unconditional: bool = False,
+        class_dropout: float = 0.0,
     ):
         super().__init__()
-        if not 0.0 <= pkeep <= 1.0:
-            raise ValueError(f"pkeep: got {pkeep}, expected a probability from 0 to 1")
+        for name, value in (("pkeep", pkeep), ("class_dropout", class_dropout)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}: got {value}, expected a probability from 0 to 1")
+        self.class_dropout = class_dropout
         self.be_unconditional = unconditional
         self.sos_token = sos_token
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.downsample_cond_size, self.pkeep = downsample_cond_size, pkeep
         self.init_first_stage_from_ckpt(first_stage_config)
         self.init_cond_stage_from_ckpt(cond_stage_config)
+        if class_dropout > 0.0 and self.null is None:
+            raise ValueError(
+                f"class_dropout: got {class_dropout} for a condition without a null class, expected 0; give the "
+                "Labelator null_class: true"
+            )
         self.permuter = Identity() if plain(permuter_config) is None else instantiate_from_config(permuter_config)
         self.transformer = instantiate_from_config(transformer_config)
         at_least(1, n_layer=self.transformer.config.n_layer)  # without layers a token depends on the last one only
@@ -116,6 +125,11 @@ class Net2NetTransformer(Module):
         else:
             self.cond_stage_model = _frozen(config)
 
+    @property
+    def null(self) -> int | None:
+        """The condition token of no class; None if the condition has none."""
+        return getattr(self.cond_stage_model, "null", None)
+
     def train(self, mode: bool = True) -> Net2NetTransformer:
         """Set the mode of the transformer; the frozen stages stay in evaluation mode."""
         super().train(mode)
@@ -132,9 +146,13 @@ class Net2NetTransformer(Module):
     def token_logits(self, z_indices: Tensor, c_indices: Tensor) -> Tensor:
         """Logits (B, n, vocab) of each image token given the tokens before it and the condition (B, c).
 
-        Output c-1+i belongs to image token i; the last token is never an input. ``pkeep`` applies in training mode.
+        Output c-1+i belongs to image token i; the last token is never an input. ``pkeep`` and ``class_dropout`` apply
+        in training mode.
         """
         inputs = z_indices
+        if self.training and self.null is not None and self.class_dropout > 0.0:
+            share = torch.full((len(c_indices), 1), self.class_dropout, dtype=torch.float32, device=c_indices.device)
+            c_indices = torch.where(torch.bernoulli(share).bool(), self.null, c_indices)
         if self.training and self.pkeep < 1.0:
             keep = torch.bernoulli(
                 torch.full(z_indices.shape, self.pkeep, dtype=torch.float32, device=z_indices.device)

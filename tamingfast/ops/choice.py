@@ -192,6 +192,15 @@ def _filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return logits
 
 
+def guided(own: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+    """Logits under classifier-free guidance, in float32: ``null + (own - null) * scale``; the shapes broadcast.
+
+    `csrc/cpu/decode.cpp` has the same formula.
+    """
+    null = null.float()
+    return null + (own.float() - null) * scale
+
+
 def choose(
     logits: Tensor,
     noise: Tensor | None = None,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tamingfast.engines import DecodeRequest, Engine
 from tamingfast.engines.networks import Transformer
+from tamingfast.engines.request import Second
 from tamingfast.ops.choice import Choice
+from tamingfast.sampling.guidance import Guidance
 
 
 class Decoder(Protocol):
@@ -92,11 +94,20 @@ class NativeDecoder:
         choices: only the first ``choices`` entries of the vocabulary may be chosen.
         choice: how a token is chosen.
         lookahead: as in `DecodeRequest`.
+        guidance: of the grid; with it the engine has a second slot for each image, behind the others.
     """
 
     def __init__(
-        self, engine: Engine, images: range, shared: int, choices: int, choice: Choice, lookahead: int | None
+        self,
+        engine: Engine,
+        images: range,
+        shared: int,
+        choices: int,
+        choice: Choice,
+        lookahead: int | None,
+        guidance: Guidance,
     ) -> None:
+        self.guidance = guidance
         self.engine, self.images, self.shared = engine, images, shared
         self.choices, self.choice, self.lookahead = choices, choice, lookahead
 
@@ -109,15 +120,22 @@ class NativeDecoder:
         columns: list[int],
         progress: Callable[[int], None] | None,
         every: int,
+        width: int,
     ) -> None:
         """Write the tokens at positions ``steps`` of ``sequence`` (B, c + n); see `DecodeRequest`.
 
-        ``progress(done)`` is called whenever ``every`` divides the number of steps done.
+        ``progress(done)`` is called whenever ``every`` divides the number of steps done; ``width`` is the grid's.
         """
-        slots = range(len(self.images))
+        count = len(self.images)
+        second = None
+        if self.guidance.scales is not None:
+            cells = [row * width + column for row, column in zip(rows, columns, strict=True)]
+            scales = self.guidance.scales[cells].tolist()
+            second = Second(range(count, 2 * count), self.guidance.null, self.guidance.prefix, scales)
+        held = map(self.engine.length, range(count * self.guidance.copies))
         request = DecodeRequest(
-            slots=slots, sequences=sequence, steps=steps, wanted=wanted, rows=rows, columns=columns,
-            images=self.images, fed=min([self.shared, *map(self.engine.length, slots)]), choices=self.choices,
-            choice=self.choice, lookahead=self.lookahead,
+            slots=range(count), sequences=sequence, steps=steps, wanted=wanted, rows=rows, columns=columns,
+            images=self.images, fed=min([self.shared, *held]), choices=self.choices, choice=self.choice,
+            lookahead=self.lookahead, second=second,
         )  # fmt: skip
         self.engine.decode(request, progress=progress, every=every)

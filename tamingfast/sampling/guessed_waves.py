@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,9 +20,10 @@ from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import Span
 from tamingfast.ops.choice import check_chosen
 from tamingfast.sampling.context import Context
+from tamingfast.sampling.guidance import Guidance
 from tamingfast.sampling.lookahead import WIDEST, PassCost, Survival, best_depth
 from tamingfast.sampling.schedule import Schedule, Waves
-from tamingfast.sampling.waves import TOKENS_PER_CALL
+from tamingfast.sampling.waves import NO_GUIDANCE, TOKENS_PER_CALL
 
 #: Most logits that are kept to guess the tokens to their right and below.
 KEPT = 1 << 24
@@ -102,13 +103,15 @@ class _Choice:
     entry: int
     depth: int  # waves after the image's first
     row: int = -1  # of the pass's logits
+    null_row: int = -1  # the same, under the null class
 
 
 class GuessedWaves:
     """Samples every entry of ``waves`` into ``canvas``.
 
     Args:
-        engine: must have a slot ``slot * B + image`` for every slot that ``waves`` names.
+        engine: must have a slot ``slot * B + image`` for every slot that ``waves`` names and, with guidance, as many
+            again behind them.
         context, canvas, wanted: as in `tamingfast.sampling.waves.sample_waves`.
         best: tokens (n,) and their scores from logits (n, vocab) and noise of the same shape, or None.
         noise: (B, vocab), or None, for each entry of ``waves`` in turn.
@@ -117,6 +120,7 @@ class GuessedWaves:
         after: called with the raster indices of the cells that are sampled in all images.
         lookahead: waves in a pass; None takes what ``cost`` promises to be fastest.
         cost: of the engine's passes; None with a ``lookahead``.
+        guidance: of the grid.
     """
 
     def __init__(
@@ -134,9 +138,11 @@ class GuessedWaves:
         after: Callable[[Tensor], None] = lambda cells: None,
         lookahead: int | None = None,
         cost: PassCost | None = None,
+        guidance: Guidance = NO_GUIDANCE,
     ) -> None:
         self.engine, self.context, self.canvas, self.best, self.after = engine, context, canvas, best, after
-        self.n_unmasked, self.lookahead, self.cost = n_unmasked, lookahead, cost
+        self.n_unmasked, self.lookahead, self.cost, self.guidance = n_unmasked, lookahead, cost, guidance
+        self.null_slots = (int(waves.slots.max(initial=-1)) + 1) * len(canvas)  # the first of them
         self.offsets, self.width = schedule.offsets, schedule.width
         self.cells, self.corners, self.steps, self.slots = (
             values.tolist() for values in (waves.cells, waves.corners, waves.steps, waves.slots)
@@ -211,7 +217,7 @@ class GuessedWaves:
             slot, step = self.slots[choice.entry], self.steps[choice.entry]
             if slot not in ends:
                 ends[slot] = self._start(choice.image, choice.entry) - self.context.length
-            rows[choice.depth] += step - ends[slot]
+            rows[choice.depth] += self.guidance.copies * (step - ends[slot])
             count[choice.depth] += 1
             ends[slot] = step
 
@@ -274,22 +280,27 @@ class GuessedWaves:
         total = rows = 0
         for (slot, _), inside in windows.items():
             span, fed = self._span(slot, inside)
-            if spans and total + span.count > TOKENS_PER_CALL:
+            if spans and total + len(fed) > TOKENS_PER_CALL:
                 found.append(self.engine.feed(torch.cat(tokens), spans, asked))
                 spans, tokens, asked, total = [], [], [], 0
             first = self.context.length + self.steps[inside[0].entry] - 1
             for choice in inside:
                 choice.row = rows + self.context.length + self.steps[choice.entry] - 1 - first
-            spans.append(span)
+                choice.null_row = choice.row + span.stop - first
+            spans += [replace(span, slot=span.slot + copy * self.null_slots) for copy in range(self.guidance.copies)]
             tokens.append(fed)
-            asked.append(span.stop - first)
-            total, rows = total + span.count, rows + asked[-1]
+            asked += self.guidance.copies * [span.stop - first]
+            total, rows = total + len(fed), rows + self.guidance.copies * asked[-1]
         found.append(self.engine.feed(torch.cat(tokens), spans, asked))
-        own = _integers([choice.row for choice in choices], found[0].device)
-        return torch.cat(found)[own, : self.known.vocab]
+        wanted = [choice.row for choice in choices]
+        if self.guidance.copies == 2:
+            wanted += [choice.null_row for choice in choices]
+        logits = torch.cat(found)[_integers(wanted, found[0].device), : self.known.vocab]
+        cells = _integers([self.cells[choice.entry] for choice in choices], logits.device)
+        return self.guidance.combined(logits, cells)
 
     def _span(self, slot: int, inside: list[_Choice]) -> tuple[Span, Tensor]:
-        """What a window is fed for its choices."""
+        """What a window is fed for its choices; the tokens of all its sequences."""
         image, prefix = inside[0].image, self.context.length
         corner, stop = self.corners[inside[0].entry], prefix + self.steps[inside[-1].entry]
         start = self._start(image, inside[0].entry)
@@ -299,7 +310,8 @@ class GuessedWaves:
             tokens = torch.cat((self.context.before(corner, start)[image.index], tokens))
         image.window[slot] = corner
         image.filled.add(slot)
-        return Span(slot * len(self.images) + image.index, start, stop - start), tokens
+        fed = self.guidance.beside(tokens[None], start).flatten()
+        return Span(slot * len(self.images) + image.index, start, stop - start), fed
 
     def _accept(self, choices: list[_Choice], tokens: Tensor, scores: Tensor) -> None:
         """Commits the choices whose windows held only right tokens; the others become guesses."""

@@ -29,19 +29,21 @@ class SequenceModel:
         order: int64 (n,), raster cell of each token of a window's sequence; None for raster order.
         vocab: an image token is one of the first ``vocab`` entries of the vocabulary.
         row_length: tokens of a model that draws all its tokens as a single row (a multiscale prior); else None.
+        null: the condition token of no class, for classifier-free guidance; None if the model has none.
     """
 
     gpt: Transformer
     order: NDArray[np.int64] | None
     vocab: int
     row_length: int | None
+    null: int | None
 
 
 def describe(model: Sampled) -> SequenceModel:
     """What sampling uses of ``model``, a GPT or a prior around one.
 
     A prior has ``transformer`` and may have ``permuter.forward_shuffle_idx``, ``first_stage_model.quantize.re_embed``
-    (the number of codes left after a remap) and ``pyramid.tokens``.
+    (the number of codes left after a remap), ``pyramid.tokens`` and ``cond_stage_model.null``.
     """
     gpt = cast(Transformer, getattr(model, "transformer", model))  # a module without one is the GPT itself
     order = getattr(getattr(model, "permuter", None), "forward_shuffle_idx", None)
@@ -52,6 +54,7 @@ def describe(model: Sampled) -> SequenceModel:
         order=None if order is None else order.cpu().numpy(),
         vocab=min(codes, gpt.config.vocab_size),
         row_length=getattr(getattr(model, "pyramid", None), "tokens", None),
+        null=getattr(getattr(model, "cond_stage_model", None), "null", None),
     )
 
 
@@ -65,6 +68,7 @@ class GridPlan:
         context: the condition of every window, on the transformer's device.
         vocab: as in `SequenceModel`.
         batch: number of grids.
+        null: as in `SequenceModel`.
     """
 
     gpt: Transformer
@@ -72,6 +76,7 @@ class GridPlan:
     context: Context
     vocab: int
     batch: int
+    null: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +117,7 @@ def plan_grid(
             f"cond: got shape {tuple(cond.shape)}, expected (B, c) with c of at least 1, (B, {height}, {width}) or "
             f"(B, {height}, {width}, c)"
         )
-    plan = GridPlan(gpt, layout, Context(cond, layout), known.vocab, len(cond))
+    plan = GridPlan(gpt, layout, Context(cond, layout), known.vocab, len(cond), known.null)
     if plan.length > gpt.config.block_size:
         raise UserError(
             f"window: got {layout.window_height} x {layout.window_width} tokens after {plan.context.length} "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tamingfast.engines import GPTEngine, borrowed_engine, looks_ahead
+from tamingfast.engines import GPTEngine, borrowed_engine, guides, looks_ahead
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import check_lookahead
 from tamingfast.engines.selection import choose_engine, log_once
@@ -20,6 +20,7 @@ from tamingfast.errors import UserError
 from tamingfast.ops.choice import Choice, best, choose, gumbel_noise
 from tamingfast.sampling.decoders import CachedDecoder, Decoder, NaiveDecoder, NativeDecoder
 from tamingfast.sampling.guessed_waves import GuessedWaves, SpanEngine, TorchSpans, torch_cost
+from tamingfast.sampling.guidance import Guidance
 from tamingfast.sampling.lookahead import SIZES, WORTH_MEASURING, PassCost
 from tamingfast.sampling.plan import GridPlan, Sampled, as_given, checked_tokens, plan_grid
 from tamingfast.sampling.schedule import Schedule
@@ -54,6 +55,7 @@ def sample_grid(
     memory: int = MEMORY,
     lookahead: int | None = None,
     drafts: bool = False,
+    cfg: float | str | None = None,
     callback: Callable[[int, int], None] | None = None,
     observer: Callable[[Tensor, Tensor], None] | None = None,
     backend: str | None = None,
@@ -94,6 +96,8 @@ def sample_grid(
             None takes what is fastest, and guesses none on a GPU with "native"; "naive" never does.
         drafts: keep an int8 copy of the weights with the native engine's on a CPU, a quarter of the memory of float32,
             which guesses where one window covers the grid and that is faster. The tokens are the same.
+        cfg: scale of classifier-free guidance, or text such as "4:cosine"; for priors with a null class. None and 1
+            guide nothing; see `tamingfast.sampling.guidance`.
         callback: called as callback(done, total), in cells, after every ``width`` of them and at the end.
         observer: called as observer(tokens int64 (B, height, width), pending bool (B, height, width)) whenever tokens
             were added; ``pending`` marks those still to come. It must not change them.
@@ -122,10 +126,14 @@ def sample_grid(
     # What passes of the CUDA engine cost is not known, so it guesses only if a number is given.
     if lookahead is None and (report.total < WORTH_MEASURING or (chosen == "native" and not guessing)):
         lookahead = 1
-    drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report, lookahead)
+    guidance = Guidance.of(cfg, plan)
+    drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report, lookahead, guidance)
     # Cells that do not depend on one another are computed together, where the cache of each window is exact; and so are
     # cells that are guessed, unless the engine does that.
     ahead = lookahead != 1 and not guessing
+    if guidance.copies > 1 and chosen == "native" and not guides(plan.gpt):
+        log_once("With cfg, tokens are chosen in torch: the CUDA engine's own decoding has no guidance.")
+        ahead = True  # waves choose in torch
     if chosen != "naive" and plan.causal and (ahead or not layout.single_window):
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":
@@ -148,7 +156,9 @@ class _Drawing:
         choice: Choice,
         report: _Report,
         lookahead: int | None,
+        guidance: Guidance,
     ) -> None:
+        self.guidance = guidance
         self.plan, self.layout, self.canvas, self.wanted = plan, layout, canvas, wanted
         self.images, self.choice, self.report, self.lookahead = images, choice, report, lookahead
         #: Leading tokens that are the same in every window.
@@ -157,25 +167,30 @@ class _Drawing:
     def by_waves(self, engine: str, dtype: str, memory: int) -> None:
         """Each wave, that is, all cells whose context is known, in one ragged call."""
         plan, batch = self.plan, self.plan.batch
-        waves = plan_waves(plan.gpt, self.layout, batch, plan.context.length, memory)
+        each = batch * self.guidance.copies
+        waves = plan_waves(plan.gpt, self.layout, each, plan.context.length, memory)
         slots = int(waves.slots.max(initial=-1)) + 1
         noise, n_unmasked = self.noise(waves.cells), plan.gpt.config.n_unmasked
         grid = (self.layout, waves, plan.context, self.canvas, self.wanted)
         if self.lookahead == 1:
-            with _wave_engine(engine, plan, dtype, slots) as runner:
-                sample_waves(runner, *grid, self.pick, noise, n_unmasked, self.report.added)
+            with _wave_engine(engine, plan, dtype, slots, each) as runner:
+                sample_waves(runner, *grid, self.pick, noise, n_unmasked, self.report.added, self.guidance)
         else:
-            with _span_engine(engine, plan, dtype, slots, measured=self.lookahead is None) as (spans, cost):
+            with _span_engine(engine, plan, dtype, slots * each, measured=self.lookahead is None) as (spans, cost):
                 GuessedWaves(
-                    spans, *grid, self.best, noise, plan.vocab, n_unmasked, self.report.added, self.lookahead, cost
-                ).run()
+                    spans, *grid, self.best, noise, plan.vocab, n_unmasked, self.report.added, self.lookahead, cost,
+                    self.guidance,
+                ).run()  # fmt: skip
 
     def by_runs(self, dtype: str, drafts: bool) -> None:
         """Each run in one call of the native engine; reports a row of tokens at a time."""
         plan, layout = self.plan, self.layout
         every = layout.width if layout.height > 1 else REPORTED
-        with borrowed_engine(plan.gpt, dtype, plan.batch, plan.length, drafts) as lent:
-            decoder = NativeDecoder(lent, self.images, self.shared, plan.vocab, self.choice, self.lookahead)
+        slots = plan.batch * self.guidance.copies
+        with borrowed_engine(plan.gpt, dtype, slots, plan.length, drafts) as lent:
+            decoder = NativeDecoder(
+                lent, self.images, self.shared, plan.vocab, self.choice, self.lookahead, self.guidance
+            )
             for run in layout.runs:
                 self._decode_run(decoder, run.row, run.column, run.steps, layout.cells(run), every)
 
@@ -197,7 +212,9 @@ class _Drawing:
         rows, columns = divmod(places[steps], layout.width)
         wanted = self.wanted[:, cells[torch.from_numpy(steps)]]
         progress = report if self.report.listened_to else None
-        decoder.decode(sequence, (prefix + steps).tolist(), wanted, rows.tolist(), columns.tolist(), progress, every)
+        decoder.decode(
+            sequence, (prefix + steps).tolist(), wanted, rows.tolist(), columns.tolist(), progress, every, layout.width
+        )
         if reported < len(steps):
             report(len(steps))
 
@@ -206,17 +223,19 @@ class _Drawing:
         layout, prefix = self.layout, self.plan.context.length
         noise = self.noise(layout.positions())
         with _evaluating(self.plan.gpt, dtype) as gpt:
-            decoder = _decoder(engine, gpt, self.plan, self.shared)
+            decoder = _decoder(engine, gpt, self.plan, self.shared, self.plan.batch * self.guidance.copies)
             for run in layout.runs:
                 cells = torch.from_numpy(layout.cells(run)).to(self.canvas.device)
                 condition = self.plan.context.before(run.row * layout.width + run.column)
-                sequence = torch.cat((condition, self.canvas[:, cells]), dim=1)
+                sequence = self.guidance.beside(torch.cat((condition, self.canvas[:, cells]), dim=1))
                 sampled = self.wanted[:, cells]
                 decoder.enter(sequence)
                 for step in run.steps.tolist():
-                    token = self.pick(decoder.logits(prefix + step), next(noise))
-                    token = torch.where(sampled[:, step], token, sequence[:, prefix + step])
-                    sequence[:, prefix + step] = self.canvas[:, cells[step]] = token
+                    logits = self.guidance.combined(decoder.logits(prefix + step), cells[step])
+                    token = self.pick(logits, next(noise))
+                    token = torch.where(sampled[:, step], token, self.canvas[:, cells[step]])
+                    sequence[:, prefix + step] = token.repeat(self.guidance.copies)
+                    self.canvas[:, cells[step]] = token
                     self.report.added(cells[step : step + 1])
 
     def pick(self, logits: Tensor, noise: Tensor | None) -> Tensor:
@@ -247,29 +266,29 @@ class _Drawing:
 
 
 @contextmanager
-def _wave_engine(engine: str, plan: GridPlan, dtype: str, slots: int) -> Iterator[WaveEngine]:
+def _wave_engine(engine: str, plan: GridPlan, dtype: str, slots: int, batch: int) -> Iterator[WaveEngine]:
     if engine == "native":
-        with borrowed_engine(plan.gpt, dtype, slots * plan.batch, plan.length) as lent:
-            yield NativeWaves(lent, plan.batch)
+        with borrowed_engine(plan.gpt, dtype, slots * batch, plan.length) as lent:
+            yield NativeWaves(lent, batch)
     else:
         with _evaluating(plan.gpt, dtype) as gpt:
-            yield TorchWaves(gpt, slots, plan.batch, plan.length)
+            yield TorchWaves(gpt, slots, batch, plan.length)
 
 
 @contextmanager
 def _span_engine(
     engine: str, plan: GridPlan, dtype: str, slots: int, measured: bool
 ) -> Iterator[tuple[SpanEngine, PassCost | None]]:
-    """An engine with that many slots for each image and, if it is to be ``measured``, what its passes cost."""
+    """An engine with that many slots and, if it is to be ``measured``, what its passes cost."""
     if engine == "native":
-        with borrowed_engine(plan.gpt, dtype, slots * plan.batch, plan.length) as lent:
+        with borrowed_engine(plan.gpt, dtype, slots, plan.length) as lent:
             yield lent, PassCost(lent.pass_seconds(SIZES)) if measured and isinstance(lent, GPTEngine) else None
     else:
         with _evaluating(plan.gpt, dtype) as gpt:
-            yield TorchSpans(gpt, slots * plan.batch, plan.length), torch_cost(gpt, plan.gpt) if measured else None
+            yield TorchSpans(gpt, slots, plan.length), torch_cost(gpt, plan.gpt) if measured else None
 
 
-def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Decoder:
+def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int, batch: int) -> Decoder:
     if engine == "naive":
         # In a whole window, image tokens that attend in both directions would see tokens that are not sampled yet.
         return NaiveDecoder(gpt, whole_window=plan.causal and not plan.schedule.single_window)
@@ -279,7 +298,7 @@ def _decoder(engine: str, gpt: Transformer, plan: GridPlan, shared: int) -> Deco
             "has, so no key/value cache is exact and every token takes a full forward pass."
         )
         return NaiveDecoder(gpt, whole_window=False)
-    return CachedDecoder(gpt, plan.batch, plan.length, shared)
+    return CachedDecoder(gpt, batch, plan.length, shared)
 
 
 def image_numbers(first_image: int, batch: int) -> range:

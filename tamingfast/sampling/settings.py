@@ -9,6 +9,7 @@ from typing import Any
 from tamingfast.engines.selection import check_names
 from tamingfast.errors import UserError
 from tamingfast.ops.choice import Choice
+from tamingfast.sampling.guidance import check_cfg
 from tamingfast.sampling.schedule import check_rule
 
 #: Their names, in the order of `sample_grid`, and the types that each may have.
@@ -23,6 +24,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "seed": (Integral,),
     "first_image": (Integral,),
     "dtype": (str, type(None)),
+    "cfg": (Real, str, type(None)),
 }
 _WORDS = {Integral: "a whole number", Real: "a number", str: "text", bool: "true or false", type(None): "none"}
 _LARGEST = (1 << 32) - 1  # images are numbered, and tokens placed, in 32 bits
@@ -40,5 +42,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UserError(f"{name}: got {settings[name]}, expected a number of at most 32 bits")
     check_rule(settings.get("schedule", "paper"), settings.get("window", _LARGEST), settings.get("stride", 1))
     check_names(dtype=settings.get("dtype"))
+    check_cfg(settings.get("cfg"))
     choosing = ("temperature", "top_k", "top_p", "greedy", "seed")
     Choice(**{name: settings[name] for name in choosing if name in settings})

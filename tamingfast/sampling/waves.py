@@ -19,8 +19,10 @@ from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import available_memory
 from tamingfast.sampling.context import Context
+from tamingfast.sampling.guidance import Guidance
 from tamingfast.sampling.schedule import Schedule, Waves, make_waves
 
+NO_GUIDANCE = Guidance()
 #: Default number of bytes for keys and values.
 MEMORY = 2 << 30
 #: Tokens per call: enough to fill any machine, few enough for activations to stay small beside the cache.
@@ -95,6 +97,7 @@ def sample_waves(
     noise: Iterator[Tensor | None],
     n_unmasked: int = 0,
     after_wave: Callable[[Tensor], None] = lambda cells: None,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> None:
     """Samples every entry of ``waves`` into ``canvas``.
 
@@ -106,12 +109,13 @@ def sample_waves(
         noise: (B, V), or None, for each entry of ``waves`` in turn.
         n_unmasked: leading tokens that attend to one another, so they are fed together.
         after_wave: called with the raster indices of the cells that were just sampled.
+        guidance: with it, the engine's batch is that of all its sequences.
     """
-    feeder = _Feeder(engine, schedule, context, canvas, n_unmasked)
+    feeder = _Feeder(engine, schedule, context, canvas, n_unmasked, guidance)
     entries = list(zip(*(a.tolist() for a in (waves.corners, waves.steps, waves.slots, waves.fed)), strict=True))
     for first, last in pairwise(waves.bounds.tolist()):
         cells = torch.from_numpy(waves.cells[first:last]).to(canvas.device)
-        logits = feeder.logits(entries[first:last])
+        logits = guidance.combined(feeder.logits(entries[first:last]), cells)
         drawn = [value for value in islice(noise, last - first) if value is not None]
         chosen = pick(logits, torch.stack(drawn, 1) if drawn else None)
         canvas[:, cells] = torch.where(wanted[:, cells], chosen, canvas[:, cells])
@@ -122,23 +126,31 @@ class _Feeder:
     """Feeds the windows of a wave what their slots lack, in calls of at most `TOKENS_PER_CALL` tokens."""
 
     def __init__(
-        self, engine: WaveEngine, schedule: Schedule, context: Context, canvas: Tensor, n_unmasked: int
+        self,
+        engine: WaveEngine,
+        schedule: Schedule,
+        context: Context,
+        canvas: Tensor,
+        n_unmasked: int,
+        guidance: Guidance,
     ) -> None:
+        self.guidance = guidance
         self.engine, self.context, self.canvas, self.n_unmasked = engine, context, canvas, n_unmasked
         self.raster = torch.from_numpy(schedule.offsets.copy()).to(canvas.device)
         self.filled: set[int] = set()  # slots that hold the condition, where it is the same in every window
 
     def logits(self, entries: Sequence[tuple[int, int, int, int]]) -> Tensor:
-        """Logits (B, number of entries, V) of entries (corner, step, slot, fed); see `Waves`."""
+        """Logits (all sequences, number of entries, V) of entries (corner, step, slot, fed); see `Waves`."""
         found: list[Tensor] = []
         tokens: list[Tensor] = []
         spans: list[Span] = []
         for corner, step, slot, fed in entries:
             span = self._span(step, slot, fed)
-            if spans and len(self.canvas) * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
+            batch = len(self.canvas) * self.guidance.copies
+            if spans and batch * (sum(each.count for each in spans) + span.count) > TOKENS_PER_CALL:
                 found.append(self.engine.step(torch.cat(tokens, 1), spans))
                 tokens, spans = [], []
-            tokens += self._tokens(corner, step, span.start)
+            tokens.append(self._tokens(corner, step, span.start))
             spans.append(span)
         found.append(self.engine.step(torch.cat(tokens, 1), spans))
         return torch.cat(found, 1)
@@ -152,7 +164,8 @@ class _Feeder:
         self.filled.add(slot)
         return Span(slot, start, prefix + step - start)
 
-    def _tokens(self, corner: int, step: int, start: int) -> list[Tensor]:
+    def _tokens(self, corner: int, step: int, start: int) -> Tensor:
         prefix = self.context.length
         condition = [self.context.before(corner, start)] if start < prefix else []
-        return [*condition, self.canvas[:, corner + self.raster[max(start - prefix, 0) : step]]]
+        own = self.canvas[:, corner + self.raster[max(start - prefix, 0) : step]]
+        return self.guidance.beside(torch.cat((*condition, own), 1), start)

@@ -43,6 +43,8 @@ class DrawingOptions:
             None takes what is fastest. It does not change the images.
         drafts: on a CPU, keep an int8 copy of the prior, which guesses tokens where that is faster. It takes a quarter
             of the memory of float32 weights and does not change the images.
+        cfg: scale of classifier-free guidance, or text such as "4:cosine", for priors with a null class; None guides
+            nothing.
 
     Raises:
         UserError: a value out of range. Whether the model allows the stride, and the machine the engine and the dtype,
@@ -61,6 +63,7 @@ class DrawingOptions:
     dtype: str | None = None
     lookahead: int | None = None
     drafts: bool = False
+    cfg: float | str | None = None
 
     def __post_init__(self) -> None:
         # These import torch, which `tamingfast --help` does without.
@@ -74,7 +77,7 @@ class DrawingOptions:
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide the tokens, by the names of `Canvas.settings`."""
-        names = ("temperature", "top_k", "top_p", "greedy", "seed", "schedule", "stride", "dtype")
+        names = ("temperature", "top_k", "top_p", "greedy", "seed", "schedule", "stride", "dtype", "cfg")
         return {name: getattr(self, name) for name in names}
 
     def running(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ PRESETS = Path(__file__).parents[1] / "configs"
 
 #: Keys of sections that are not the parameters of a class.
 _SECTIONS = ("model", "data", "training", "prior", "classes")
-_PRIOR_KEYS = ("condition", "classes", "ordering", "scales")
+_PRIOR_KEYS = ("condition", "classes", "ordering", "scales", "class_dropout")
 
 
 def presets() -> list[str]:
@@ -198,6 +198,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     classes = sections["prior"].get("classes")
     if classes is not None and not (type(classes) is int and classes > 0):
         raise UserError(f"prior.classes: got {classes!r}, expected an integer of at least 1, or null")
+    dropout = sections["prior"].get("class_dropout", 0)
+    if not (is_number(dropout) and 0 <= dropout <= 1):
+        raise UserError(f"prior.class_dropout: got {dropout!r}, expected a probability from 0 to 1")
     if model:
         check_params(model, "model", DEFAULT_TARGETS["model"])
 

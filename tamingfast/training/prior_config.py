@@ -67,7 +67,8 @@ def prior_config(
     `IMAGE_KEYS` or one of `TOKEN_KEYS`. The first stage of a condition in `IMAGE_KEYS` has the config
     ``cond_stage_config`` and gives one token for each token of the image; ``rule`` turns the objects of `TOKEN_KEYS`
     into tokens. ``prior.ordering`` is a key of `ORDERINGS`; ``prior.scales``, the factors of a `Pyramid` or
-    "all", makes the prior a `MultiscaleTransformer`. The vocabulary is large enough for the codes and for the
+    "all", makes the prior a `MultiscaleTransformer`. ``prior.class_dropout`` gives a class-conditional prior a null
+    class. The vocabulary is large enough for the codes and for the
     condition's tokens, the block size for both sequences together; values in ``model.params`` are kept. First stages
     are embedded without their losses and without a path, because their weights become part of the prior's.
 
@@ -75,7 +76,7 @@ def prior_config(
     and for a ``cond_stage_config`` that is missing, belongs to another condition or downsamples by another factor.
     """
     config = {key: value for key, value in plain(overrides).items() if key != "prior"}
-    options = {"condition": "none", "ordering": "row_major", "classes": None, "scales": None}
+    options = {"condition": "none", "ordering": "row_major", "classes": None, "scales": None, "class_dropout": 0.0}
     options |= plain(overrides).get("prior") or {}
     model = dict(config.get("model") or {})
     given = dict(model.get("params") or {})
@@ -129,6 +130,11 @@ def _condition(
 ) -> dict[str, Any]:
     """The part of a prior's ``params`` that ``prior.condition`` determines."""
     name = _choice(options["condition"], CONDITIONS, "prior.condition")
+    if options["class_dropout"] and name != "class":
+        raise UserError(
+            f"prior.class_dropout: got {options['class_dropout']} for prior.condition={name}, expected 0; it needs "
+            "prior.condition=class"
+        )
     if stage is not None and name not in IMAGE_KEYS:
         raise UserError(
             f"--cond-stage: got one for prior.condition={name}, expected none; leave it out, or set prior.condition to "
@@ -143,8 +149,11 @@ def _condition(
                 "prior.condition: got class for data without labels, expected labels; set prior.classes or "
                 "prior.condition=none"
             )
-        described = {"target": LABELATOR, "params": {"n_classes": known}}
-        return {"cond_stage_config": described, "cond_stage_key": "class_label"}
+        dropout = options["class_dropout"]
+        params = {"n_classes": known} | ({"null_class": True} if dropout else {})
+        described = {"target": LABELATOR, "params": params}
+        settled = {"cond_stage_config": described, "cond_stage_key": "class_label"}
+        return settled | ({"class_dropout": dropout} if dropout else {})
     if name == "coord":
         # The largest coordinate token is n_embed itself, so the tokens are exactly the codes of the first stage.
         params = {"n_embed": first_stage.codes - 1, "down_factor": first_stage.factor}
@@ -227,7 +236,9 @@ def _vocabulary(cond_stage: Mapping[str, Any]) -> int:
     params = cond_stage.get("params") or {}
     # The largest token of a coordinate stage is n_embed itself.
     extra = 1 if str(cond_stage.get("target")).endswith("CoordStage") else 0
-    return params.get("n_classes") or params.get("n_embed", 0) + extra
+    if "n_classes" in params:
+        return params["n_classes"] + bool(params.get("null_class"))
+    return params.get("n_embed", 0) + extra
 
 
 def _choice(value: Any, valid: tuple[str, ...], name: str) -> str:

@@ -39,6 +39,7 @@ NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "
 NO_NUMBERS = {
     "temperature": ("nan", "inf", "-1", "0", "1e39", "1e-50", "warm", ""),
     "top_p": ("nan", "inf", "-0.1", "0", "1.01", "most", ""),
+    "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
 NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout"}

@@ -54,6 +54,7 @@ class TestSample:
             (["--temperature", "0"], "temperature"),
             (["--schedule", "zigzag"], "zigzag"),
             (["--dtype", "int8", "--engine", "torch"], "int8"),
+            (["--cfg", "4"], "--cfg: got 4.0, expected None or 1, as this prior has no null class"),
             (["--lookahead", "0"], "--lookahead: got 0, expected at least 1"),
             (["--device", "warp"], "warp"),
             (["--top-k", "-1"], "0 to keep all"),

@@ -142,6 +142,7 @@ VALUES: dict[str, list[Any]] = {
     "greedy": [0, 1, "true", None, []],
     "seed": [-1, 2**64, 1.0, NAN, "1", None, True],
     "first_image": [-1, 2**32 - 1, 2**40, 0.5, "0", None],
+    "cfg": ["", "x", "3:x", -1, NAN, INF, 1e4, [], {}, True],
     "dtype": ["", "floats", "float64", "torch", 3, [], "torch.torch.float32"],
     "engine": ["torch"],
     "": [1],

@@ -73,6 +73,9 @@ def test_first_stages(configs, tmp_path, capsys, override, said):
         ([f"{GPT_PARAMS}.block_size=3"], "at most block_size=3"),
         ([f"{GPT_PARAMS}.vocab_size=1"], "model: got an error on the first training image"),
         (["prior.condition=class", "prior.classes=-1"], "prior.classes: got -1"),
+        (["prior.class_dropout=2"], "prior.class_dropout: got 2"),
+        (["prior.condition=none", "prior.class_dropout=0.1"], "prior.class_dropout: got 0.1 for prior.condition=none"),
+        (["model.params.class_dropout=0.1"], "class_dropout: got 0.1 for a condition without a null class"),
     ],
 )
 def test_priors(configs, tmp_path, capsys, overrides, said):

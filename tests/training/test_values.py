@@ -143,13 +143,13 @@ GPT = "model.params.transformer_config.params"
 PRIOR = [
     *(f"model.params.{key}" for key in (
         "pkeep", "sos_token", "downsample_cond_size", "first_stage_key", "cond_stage_key", "unconditional",
-        "permuter_config", "cond_stage_config", "transformer_config", "ignore_keys",
+        "permuter_config", "cond_stage_config", "transformer_config", "ignore_keys", "class_dropout",
     )),
     *(f"{GPT}.{key}" for key in (
         "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "embd_pdrop", "resid_pdrop", "attn_pdrop",
         "n_unmasked",
     )),
-    "prior", "prior.classes",
+    "prior", "prior.classes", "prior.class_dropout",
 ]  # fmt: skip
 
 

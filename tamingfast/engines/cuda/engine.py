@@ -48,6 +48,7 @@ class CudaEngine:
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     LOOKS_AHEAD: ClassVar[bool] = False
+    GUIDES: ClassVar[bool] = False
 
     @staticmethod
     def refusal(gpt: Transformer) -> str | None:
@@ -136,9 +137,11 @@ class CudaEngine:
 
         Arguments and errors are those of `tamingfast.engines.cpu.GPTEngine.decode`. The host waits only before it calls
         ``progress``, every 50 ms or 64 steps, and at the end. Every slot is fed at every step, even where the token is
-        not wanted. No tokens are guessed, whatever the request's ``lookahead``.
+        not wanted. No tokens are guessed, whatever the request's ``lookahead``. There is no guidance (ValueError).
         """
         check_range("every", every, 1)
+        if request.second is not None:
+            raise ValueError("second: got second sequences, expected None; feed both and choose from their logits")
         with self._turn() as parts:
             request.check_fits(parts.cache.room, self.device)
             if request.slots and request.steps:
