@@ -100,21 +100,33 @@ class VQModel(FirstStage):
         return self.quantize(self.quant_conv(first_stage.forward(self.encoder, x)))
 
     @torch.no_grad()
-    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
+    def encode_grid(
+        self, x: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
+        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes.
+
+        ``engine`` is "auto", "native" (C++ on the CPU) or "torch". Raises UserError if "native" cannot run.
+        """
         if not isinstance(self.encoder, layers.LayeredNetwork):  # a caller's own network
-            return super().encode_grid(x)
+            return super().encode_grid(x, engine=engine)
         if isinstance(self.encoder, Encoder):
             self.encoder.check(x)
-        quant, _, (_, _, indices) = self.quantize(self.quant_conv(first_stage.run(self.encoder, x, memory, progress)))
+        latents = self.quant_conv(first_stage.run(self.encoder, x, memory, progress, engine))
+        quant, _, (_, _, indices) = self.quantize(latents)
         return indices.view(len(x), *quant.shape[2:])
 
     @torch.no_grad()
-    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
+        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes.
+
+        ``engine`` as in `encode_grid`.
+        """
         if not isinstance(self.decoder, layers.LayeredNetwork):  # a caller's own network
-            return super().decode_grid(grid)
-        return first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
+            return super().decode_grid(grid, engine=engine)
+        with first_stage.using(engine):
+            return first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""
