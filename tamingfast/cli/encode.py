@@ -6,14 +6,16 @@ import argparse
 
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
-from tamingfast.cli.options import ALLOW, DEVICE, Commands, command, data_settings, load
+from tamingfast.cli.options import ALLOW, DEVICE, FIRST_STAGE, Commands, command, data_settings, load
 from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
-    added = command(commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE, ALLOW))
+    added = command(
+        commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE, ALLOW, FIRST_STAGE)
+    )
     added.add_argument("model", type=source, help="run directory or checkpoint of a first stage")
     added.add_argument("--out", type=output, required=True, help="token file to write (.safetensors)")
     added.add_argument(
@@ -31,6 +33,6 @@ def encode(arguments: argparse.Namespace) -> None:
         cond_stage = tasks.Unread(arguments.cond_stage, arguments.device, arguments.allow)
     count = tasks.encode(
         load(arguments), data_settings(arguments), arguments.out, split=arguments.split, cond_stage=cond_stage,
-        batch=arguments.batch, bars=bars_of(arguments),
+        batch=arguments.batch, engine=arguments.engine, bars=bars_of(arguments),
     )  # fmt: skip
     say_written(arguments.out, f"{count} images")

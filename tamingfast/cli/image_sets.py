@@ -15,6 +15,7 @@ from tamingfast.cli.options import (
     ALLOW,
     DEVICE,
     DRAWING,
+    FIRST_STAGE,
     RECONSTRUCT,
     Commands,
     command,
@@ -31,7 +32,7 @@ from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOp
 
 def add_to(commands: Commands) -> None:
     """Declare the three commands."""
-    added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", ())
+    added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", (FIRST_STAGE,))
     added.add_argument("--out", type=output, default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
     text = "keep the upper half of images and redraw the lower half"
@@ -85,7 +86,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     check_png(arguments.out)
     size = size_of(arguments)
     pictures = _pictures(arguments, "--out", arguments.out)
-    found = tasks.reconstruct(load(arguments), pictures, size=size, bars=bars_of(arguments))
+    found = tasks.reconstruct(load(arguments), pictures, size=size, engine=arguments.engine, bars=bars_of(arguments))
     images.save_rows(arguments.out, [found.images, found.reconstructed])
     print(json.dumps(found.figures))
     say_written(arguments.out)

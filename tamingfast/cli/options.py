@@ -65,6 +65,10 @@ ALLOW = options((
 ))  # fmt: skip
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
+#: Of commands that only encode or decode; those that draw have the engine of `DRAWING`.
+FIRST_STAGE = options(
+    ("--engine", {"default": "auto", "help": "implementation of the first stage: auto, native or torch; default: auto"})
+)
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
     ("--temperature", {"type": number, "help": f"divides the logits; default: {_DEFAULT['temperature']:g}"}),
@@ -87,7 +91,10 @@ DRAWING = options(
         "--stride",
         {"type": whole(1), "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
     ),
-    ("--engine", {"help": f"implementation that samples: auto, native, torch or naive; default: {_DEFAULT['engine']}"}),
+    (
+        "--engine",
+        {"help": f"implementation: auto, native, torch, or naive priors; default: {_DEFAULT['engine']}"},
+    ),
     ("--backend", {"dest": "engine", "action": _OldName, "help": argparse.SUPPRESS}),
     (
         "--cfg",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -38,10 +42,40 @@ from tamingfast.ops import backends
 
 #: "native": the CPU engine; "torch": torch's own operations; "auto": the engine where it can run.
 ENGINES = ("auto", "native", "torch")
+#: What "auto" means in this thread; see `using`.
+_preferred: ContextVar[str] = ContextVar("first stage engine", default="auto")
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], object]
+
+
+@contextlib.contextmanager
+def using(engine: str) -> Iterator[None]:
+    """Inside the block, in this thread, ``engine`` runs the networks for which no other engine than "auto" is named.
+
+    Where gradients are enabled torch runs them in any case. Raises UserError for an unknown name.
+    """
+    check_name(engine)
+    before = _preferred.set(engine if engine != "auto" else _preferred.get())
+    try:
+        yield
+    finally:
+        _preferred.reset(before)
+
+
+def beside(sampler: str) -> str:
+    """The engine of first stages where ``sampler``, an engine of `tamingfast.sampling.sample_grid`, draws the tokens.
+
+    Torch's own operations if only these were asked for. "native" asks for a prior's engine, which GPUs have too.
+    """
+    return "torch" if sampler in ("torch", "naive") else "auto"
+
+
+def check_name(engine: object) -> None:
+    """Raise UserError unless this is one of `ENGINES`."""
+    if engine not in ENGINES:
+        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
 
 
 def forward(network: nn.Module, x: Tensor) -> Tensor:
@@ -62,7 +96,7 @@ def describes(network: nn.Module) -> TypeGuard[LayeredNetwork]:
     """Whether a network describes its layers; what does not is run by torch, whole, which is logged once."""
     if isinstance(network, LayeredNetwork):
         return True
-    _log_once(f"A {type(network).__name__} runs in torch, whole: it does not describe its layers.")
+    _logged(f"a {type(network).__name__} does not describe its layers")
     return False
 
 
@@ -94,7 +128,7 @@ def run(
         x: (B, C, H, W).
         memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
         progress: called as progress(done, total) in multiply-adds over all images, after each layer or band.
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES`; "auto" gives way to `using`.
 
     Raises:
         UserError: ``memory`` is too small for bands, or the disk for the feature maps that exceed it, or ``engine`` is
@@ -131,8 +165,8 @@ def _run(engine: FirstStageEngine, x: Tensor, memory: int | None = None, progres
 
 def _chosen(network: LayeredNetwork, x: Tensor, engine: str) -> FirstStageEngine | None:
     """The engine that runs the network on ``x``, None for torch."""
-    if engine not in ENGINES:
-        raise UserError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+    check_name(engine)
+    engine = _preferred.get() if engine == "auto" else engine
     if engine == "torch" or (engine == "auto" and backends.requested() not in (None, "native")):
         return None
     reason = refusal(network, x)
@@ -152,20 +186,19 @@ def refusal(network: LayeredNetwork, x: Tensor) -> str | None:
         return "the network does not describe its layers"
     refused = undescribed(network) or next(filter(None, map(_layer_refusal, network.layers())), None)
     if refused is not None:
-        _log_once(f"An encoder or decoder runs in torch instead of the CPU engine: {refused}.")
-        return refused
+        return _logged(refused)
     sides = shapes(network.layers(), shape_of(x)) if x.ndim == 4 else [(0, 0, 0)]
     if not x.numel() or min(map(min, sides)) < 1 or x.shape[1] != network.layers()[0].convolutions[0].in_channels:
         return f"it runs images of the network's channels, and these are {tuple(x.shape)}"  # torch says what is wrong
     if any(module.training for module in network.modules()):
         return "the network is in training mode"
     for value in (x, *_weights(network)):
-        if value.device.type != "cpu" or value.dtype != torch.float32 or value.layout != torch.strided:
-            return (
-                f"it runs dense float32 tensors on the CPU, and one is {value.layout} {value.dtype} on {value.device}"
-            )
+        if value.device.type != "cpu":
+            return f"it runs on the CPU, and a tensor is on {value.device}"
+        if value.dtype != torch.float32 or value.layout != torch.strided:
+            return _logged(f"it runs dense float32 tensors, and one is {value.layout} {value.dtype}")
         if type(value) not in (Tensor, nn.Parameter):
-            return f"it runs plain tensors, and one is a {type(value).__name__}"
+            return _logged(f"it runs plain tensors, and one is a {type(value).__name__}")
     return None
 
 
@@ -206,21 +239,28 @@ def _norms(layer: Layer) -> tuple[Norm, ...]:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
+def _logged(reason: str) -> str:
+    """The reason, which is logged once: where the engine could be expected, its absence costs time."""
+    logger.warning("An encoder or decoder runs in torch instead of the CPU engine: %s.", reason)
+    return reason
 
 
 def engine_for(network: LayeredNetwork) -> FirstStageEngine:
-    """The engine of this network; it is kept, and its weights are packed again only after they have changed."""
+    """The engine of this network; it is kept, and its weights are packed again only after they have changed.
+
+    Threads may call it side by side: one packs, the others wait. The weights must not change meanwhile.
+    """
     assert isinstance(network, nn.Module)
     state = Snapshot(_weights(network))
     modules = tuple(map(id, network.modules()))
-    known = _kept.get(network)
-    if known is not None and known.modules == modules and known.state == state:
-        return known.engine
-    _kept.pop(network, None)  # before its successor needs the memory
-    kept = _Kept(modules, state, FirstStageEngine(network))
-    _kept[network] = kept
+    with _packing:
+        known = _kept.get(network)
+        if known is not None and known.modules == modules and known.state == state:
+            return known.engine
+        known = None
+        _kept.pop(network, None)  # both references, before its successor needs the memory
+        kept = _Kept(modules, state, FirstStageEngine(network))
+        _kept[network] = kept
     return kept.engine
 
 
@@ -234,3 +274,13 @@ class _Kept:
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_packing = threading.Lock()
+
+
+def _unlocked() -> None:
+    global _packing
+    _packing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlocked)  # a child has none of the threads that may hold it

@@ -69,16 +69,18 @@ def evaluate_model(
     if seen is not None and min(samples, limit or length, length) < 2:
         seen, missing = None, missing | {"distances of features": "they need at least 2 images"}
     how = options.deciding() | options.running()
+    with options.first_stage():
+        found = evaluate(
+            network, dataset, network=seen, perceptual=perceptual, training_set=training_set, count=samples,
+            limit=limit, batch_size=options.batch, bar=bars, **how,
+        )  # fmt: skip
     return {
         "model": type(network).__name__ if isinstance(model, nn.Module) else str(model),
         "data": dataset.description,
         "machine": backends.machine(),
         "sampling": options.deciding() | {"engine": options.engine},
         "missing": missing,
-    } | evaluate(
-        network, dataset, network=seen, perceptual=perceptual, training_set=training_set, count=samples, limit=limit,
-        batch_size=options.batch, bar=bars, **how,
-    )  # fmt: skip
+    } | found
 
 
 def _data(

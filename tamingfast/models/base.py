@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints import pretrained
 from tamingfast.checkpoints.hub import Access
+from tamingfast.engines import first_stage
 from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import UserError
 
@@ -185,19 +186,24 @@ class FirstStage(Module):
         return self.decode(quant)
 
     @torch.no_grad()
-    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    def encode_grid(
+        self, x: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
         """Images (B, C, H, W) -> tokens int64 (B, rows, columns), without gradients.
 
         A stage that can work in bands of rows does so if its feature maps exceed ``memory`` bytes (default: half of the
         free memory), and calls ``progress(done, total)``; see `tamingfast.engines.first_stage.run`. Other stages ignore
-        both arguments.
+        both arguments. ``engine`` is "auto", "native" (C++ on the CPU) or "torch".
         """
-        return _encode_grid(self, x)
+        return _encode_grid(self, x, engine)
 
     @torch.no_grad()
-    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
         """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; arguments as for `encode_grid`."""
-        return self.decode_quantised(self.codes_of(grid))
+        with first_stage.using(engine):
+            return self.decode_quantised(self.codes_of(grid))
 
     def codes_of(self, grid: Tensor) -> Tensor:
         """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
@@ -218,21 +224,32 @@ class FirstStage(Module):
 
 
 def encode_grid(
-    stage: ConditionStage | nn.Module, x: Tensor, memory: int | None = None, progress: Progress | None = None
+    stage: ConditionStage | nn.Module,
+    x: Tensor,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    engine: str = "auto",
 ) -> Tensor:
     """`FirstStage.encode_grid` for any module that has the original's ``encode``, such as a `ConditionStage`."""
-    return stage.encode_grid(x, memory, progress) if isinstance(stage, FirstStage) else _encode_grid(stage, x)
+    if isinstance(stage, FirstStage):
+        return stage.encode_grid(x, memory, progress, engine)
+    return _encode_grid(stage, x, engine)
 
 
 @torch.no_grad()
 def decode_grid(
-    stage: ConditionStage | nn.Module, grid: Tensor, memory: int | None = None, progress: Progress | None = None
+    stage: ConditionStage | nn.Module,
+    grid: Tensor,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    engine: str = "auto",
 ) -> Tensor:
     """`FirstStage.decode_grid` for any module with ``decode``, ``embed_dim`` and ``quantize.get_codebook_entry``."""
     if isinstance(stage, FirstStage):
-        return stage.decode_grid(grid, memory, progress)
+        return stage.decode_grid(grid, memory, progress, engine)
     foreign: Any = stage
-    return foreign.decode(_codes(foreign, grid))
+    with first_stage.using(engine):
+        return foreign.decode(_codes(foreign, grid))
 
 
 def quantised(stage: Any, x: Tensor) -> Encoded:
@@ -241,8 +258,9 @@ def quantised(stage: Any, x: Tensor) -> Encoded:
 
 
 @torch.no_grad()
-def _encode_grid(stage: Any, x: Tensor) -> Tensor:
-    quant, _, (_, _, indices) = quantised(stage, x)
+def _encode_grid(stage: Any, x: Tensor, engine: str) -> Tensor:
+    with first_stage.using(engine):
+        quant, _, (_, _, indices) = quantised(stage, x)
     return indices.view(len(x), *quant.shape[2:])
 
 

@@ -133,9 +133,11 @@ class HierarchicalVQModel(VQModel):
         return _sequence(top, bottom), loss_top + loss_bottom, (None, None, tokens[:, 0])
 
     @torch.no_grad()
-    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens int64 (B, 5h, w), never in bands; the other arguments are ignored."""
-        return FirstStage.encode_grid(self, x)
+    def encode_grid(
+        self, x: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
+        """Images (B, C, H, W) -> tokens int64 (B, 5h, w), never in bands: ``memory`` and ``progress`` are ignored."""
+        return FirstStage.encode_grid(self, x, engine=engine)
 
     def decoder_input(self, quant: Tensor) -> Tensor:
         """Quantised latents of both levels (B, embed_dim, 5h, w) -> the decoder's input (B, z_channels, 2h, 2w)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.weights import init_from_ckpt
+from tamingfast.engines.first_stage import beside
 from tamingfast.models.base import (
     ConditionStage,
     FirstStage,
@@ -218,10 +219,12 @@ class Net2NetTransformer(Module):
     def sample_images(self, cond: Tensor, height: int, width: int, **options: Any) -> Tensor:
         """Images (B, 3, f*height, f*width) in [-1, 1] of a grid drawn with `tamingfast.sampling.sample_grid`.
 
-        ``options`` are the arguments of `sample_grid` after the size. Height and width are in tokens.
+        ``options`` are the arguments of `sample_grid` after the size. Height and width are in tokens. With ``engine``
+        "torch" or "naive" torch decodes the tokens, too.
         """
         canvas = sample_grid(self, cond, *self.canvas_size(height, width), **options)
-        return self.decode_grid(self.image_tokens(canvas)).clamp(-1, 1)
+        engine = beside(options.get("backend") or options.get("engine", "auto"))
+        return self.decode_grid(self.image_tokens(canvas), engine=engine).clamp(-1, 1)
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) that `tamingfast.sampling.sample_grid` draws for an image of height x width tokens."""
@@ -239,17 +242,23 @@ class Net2NetTransformer(Module):
         """The inverse of `to_sequence`: (B, n) -> (B, height, width)."""
         return self.permuter(sequence, reverse=True).view(-1, height, width)
 
-    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    def encode_grid(
+        self, x: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
         """Images (B, C, H, W) -> row-major tokens int64 (B, h, w); see `FirstStage.encode_grid`."""
-        return encode_grid(self.first_stage_model, x, memory, progress)
+        return encode_grid(self.first_stage_model, x, memory, progress, engine)
 
-    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
         """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w); see `FirstStage.decode_grid`."""
-        return decode_grid(self.first_stage_model, grid, memory, progress)
+        return decode_grid(self.first_stage_model, grid, memory, progress, engine)
 
-    def encode_condition(self, c: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+    def encode_condition(
+        self, c: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
         """Spatial conditions (B, C, H, W) -> row-major tokens int64 (B, h, w), not resized first."""
-        return encode_grid(self.cond_stage_model, c, memory, progress)
+        return encode_grid(self.cond_stage_model, c, memory, progress, engine)
 
     @torch.no_grad()
     def decode_condition(self, grid: Tensor) -> Tensor:

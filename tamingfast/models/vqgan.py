@@ -146,22 +146,33 @@ class VQModel(FirstStage):
         return 2 * x - 1 if self.image_range == (0, 1) else x
 
     @torch.no_grad()
-    def encode_grid(self, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes."""
+    def encode_grid(
+        self, x: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
+        """Images (B, C, H, W) -> tokens int64 (B, h, w), in bands of rows if feature maps exceed ``memory`` bytes.
+
+        ``engine`` is "auto", "native" (C++ on the CPU) or "torch". Raises UserError if "native" cannot run.
+        """
         if not first_stage.describes(self.encoder):
-            return super().encode_grid(x)
+            return super().encode_grid(x, engine=engine)
         if isinstance(self.encoder, Encoder):
             self.encoder.check(x)
-        features = first_stage.run(self.encoder, self._to_range(x), memory, progress)
+        features = first_stage.run(self.encoder, self._to_range(x), memory, progress, engine)
         quant, _, (_, _, indices) = self.quantize(self.quant_conv(features))
         return indices.view(len(x), *quant.shape[2:])
 
     @torch.no_grad()
-    def decode_grid(self, grid: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes."""
+    def decode_grid(
+        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+    ) -> Tensor:
+        """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes.
+
+        ``engine`` as in `encode_grid`.
+        """
         if not first_stage.describes(self.decoder):
-            return super().decode_grid(grid)
-        decoded = first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
+            return super().decode_grid(grid, engine=engine)
+        with first_stage.using(engine):
+            decoded = first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
         return self._from_range(decoded)
 
     def decode(self, quant: Tensor) -> Tensor:

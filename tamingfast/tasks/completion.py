@@ -94,13 +94,14 @@ def complete(
     prior = check_windowed(source.model)
     shown: list[Tensor] = []
     made = Completion([], [], None)
-    for part, x in batches(pictures, first_stage_of(prior).factor):
-        found = conditions_of_each(prior, given[part], x, whole)
-        cond = tokens_of_each(prior, found, part.stop, label)[-len(x) :]
-        shown += [condition_picture(prior, condition)[0] for condition in found]
-        numbers = [again * len(pictures) + part.start for again in range(times)]
-        made.images.extend(x)
-        made.completed.extend(_completions(prior, x, cond, numbers, own_pixels, options, bars).unbind(1))
+    with options.first_stage():
+        for part, x in batches(pictures, first_stage_of(prior).factor):
+            found = conditions_of_each(prior, given[part], x, whole)
+            cond = tokens_of_each(prior, found, part.stop, label)[-len(x) :]
+            shown += [condition_picture(prior, condition)[0] for condition in found]
+            numbers = [again * len(pictures) + part.start for again in range(times)]
+            made.images.extend(x)
+            made.completed.extend(_completions(prior, x, cond, numbers, own_pixels, options, bars).unbind(1))
     return Completion(made.images, made.completed, shown or None)
 
 

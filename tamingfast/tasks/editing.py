@@ -25,7 +25,7 @@ from tamingfast.tasks.conditioning import (
     own_condition,
     tokens_under,
 )
-from tamingfast.tasks.drawing import Drawing, at_least_one, photo_canvas
+from tamingfast.tasks.drawing import PAPER, Drawing, at_least_one, photo_canvas
 from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import DrawingOptions
@@ -83,8 +83,9 @@ def edit(
             "on black or on nothing"
         )
     prior = check_windowed(source.model)
-    opening = _opened(prior, kept, bars)
-    return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
+    with (options or PAPER).first_stage():
+        opening = _opened(prior, kept, bars)
+        return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
 
 
 def outpaint(
@@ -132,10 +133,11 @@ def outpaint(
     added = Added(*(pixels // factor for pixels in sides.values()))
     kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, added)
     prior = check_windowed(source.model)
-    opening = _opened(prior, kept, bars)
-    if opening.photo is not None:
-        opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))
-    return _painted(painter, prior, opening, count, own_pixels)
+    with (options or PAPER).first_stage():
+        opening = _opened(prior, kept, bars)
+        if opening.photo is not None:
+            opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))
+        return _painted(painter, prior, opening, count, own_pixels)
 
 
 @dataclass(frozen=True)

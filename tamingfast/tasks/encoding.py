@@ -17,6 +17,7 @@ from tamingfast.data import build, loader
 from tamingfast.data import conditions as kinds
 from tamingfast.data.base import ConditionRecord, EpochDataset, as_epoch_dataset
 from tamingfast.data.tokens import smallest, write_tokens
+from tamingfast.engines.first_stage import check_name, using
 from tamingfast.errors import UserError
 from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
 from tamingfast.models.condition_stages import CoordStage
@@ -36,6 +37,7 @@ def encode(
     split: str = "train",
     cond_stage: Model | None = None,
     batch: int = ENCODING_BATCH,
+    engine: str = "auto",
     bars: Bars = silent,
 ) -> int:
     """Encode every image of a data set and write the tokens to a file that priors can be trained on.
@@ -51,6 +53,7 @@ def encode(
         cond_stage: the first stage that encodes the conditions. Default: the condition stage of a prior; coordinates
             need none.
         batch: images at a time; it does not change the tokens.
+        engine: the implementation that runs the first stages: "auto", "native" (C++ on the CPU) or "torch".
         bars: opens counters of progress; see `tamingfast.progress`.
 
     Returns:
@@ -58,9 +61,10 @@ def encode(
 
     Raises:
         UserError: conditions without a first stage to encode them, data without the conditions that ``cond_stage``
-            encodes, or images whose sides are not multiples of f.
+            encodes, images whose sides are not multiples of f, or the engine "native" where it cannot run.
     """
     at_least_one(batch, "batch")
+    check_name(engine)
     sources = [unread(each) for each in (model, cond_stage) if each is not None]
     if data is None:
         data = data_of(sources[-1].outline)
@@ -68,7 +72,7 @@ def encode(
     network = sources[0].model
     stage_of_conditions = None if cond_stage is None else first_stage_of(sources[1].model)
     conditions = _conditions_of(network, dataset, stage_of_conditions)
-    with bars("images", len(dataset)) as counter:
+    with bars("images", len(dataset)) as counter, using(engine):
         return _write(network, dataset, conditions, out, batch, counter)
 
 

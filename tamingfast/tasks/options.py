@@ -5,6 +5,7 @@ Nothing heavy is imported at the top, because `tamingfast --help` reads the defa
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,8 @@ class DrawingOptions:
         batch: images at a time; it does not change the images.
         schedule: "paper", "scene", "strided" or "block"; see `tamingfast.sampling.schedule`.
         stride: tokens between windows, for "strided" and "block".
-        engine: the implementation that samples: "auto", "native", "torch" or "naive".
+        engine: the implementation that samples: "auto", "native", "torch" or "naive". With the last two torch runs the
+            first stage, too.
         dtype: of the weights while drawing: "float32", "bfloat16", "float16" or "int8"; None keeps the model's own.
         lookahead: tokens that are fed together while drawing, most of them guessed and then checked; 1 guesses none,
             None takes what is fastest. It does not change the images.
@@ -83,3 +85,9 @@ class DrawingOptions:
     def running(self) -> dict[str, Any]:
         """The options of `sample_grid` that do not decide the tokens."""
         return {"engine": self.engine, "lookahead": self.lookahead, "drafts": self.drafts}
+
+    def first_stage(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block ``engine`` holds for first stages, as `tamingfast.engines.first_stage.beside` says."""
+        from tamingfast.engines import first_stage
+
+        return first_stage.using(first_stage.beside(self.engine))

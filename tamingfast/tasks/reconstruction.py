@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tamingfast.engines.first_stage import check_name, using
 from tamingfast.images import to_uint8
 from tamingfast.models.base import FirstStage
 from tamingfast.progress import Bars, silent
@@ -41,7 +42,12 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: Model, images: Pictures, *, size: tuple[int, int] | None = None, bars: Bars = silent
+    model: Model,
+    images: Pictures,
+    *,
+    size: tuple[int, int] | None = None,
+    engine: str = "auto",
+    bars: Bars = silent,
 ) -> Reconstruction:
     """Encode images with the first stage and decode them again.
 
@@ -50,11 +56,14 @@ def reconstruct(
         images: pictures, or directories of them.
         size: (height, width) in pixels, which the images are scaled to cover and then cut to. Default: each image
             whole, cut to multiples of f.
+        engine: the implementation that runs the first stage: "auto", "native" (C++ on the CPU) or "torch".
         bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
-        UserError: the model has no first stage, a picture cannot be read, or the pictures do not fit into memory.
+        UserError: the model has no first stage, a picture cannot be read, the pictures do not fit into memory, or
+            the engine is "native" and cannot run here.
     """
+    check_name(engine)
     source = unread(model)
     pictures = sized(first_stage_of(source.outline), images, size, copies=2)
     stage = first_stage_of(source.model)
@@ -62,7 +71,8 @@ def reconstruct(
     made: list[Tensor] = []
     codes = torch.zeros(0, dtype=torch.int64, device=stage.device)
     for _, x in batches(pictures, stage.factor):
-        tokens, out = _through(stage, x.to(stage.device), bars)
+        with using(engine):
+            tokens, out = _through(stage, x.to(stage.device), bars)
         codes = torch.cat([codes, tokens.flatten()]).unique()
         real.extend(x)
         made.extend(out.cpu())

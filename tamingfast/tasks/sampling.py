@@ -22,7 +22,7 @@ from tamingfast.tasks.conditioning import (
     own_condition,
     tokens_under,
 )
-from tamingfast.tasks.drawing import Drawing, at_least_one, begun
+from tamingfast.tasks.drawing import PAPER, Drawing, at_least_one, begun
 from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
@@ -81,11 +81,12 @@ def sample(
         check_schedule(outline, *grid_size(outline, *drawn), options.schedule, options.stride)
     prior = check_prior(source.model)
     blank = None
-    if not resume or any(value is not None for value in (found, start, label, size)):
-        blank = _blank(prior, count or COUNT, found, label, size, start, scales)
-    finished = painter.paint(prior, blank, count)
-    shown = condition_pictures(prior, found, finished.cond) if start is None else (start,)
-    return painter.finish(prior, finished, shown)
+    with (options or PAPER).first_stage():
+        if not resume or any(value is not None for value in (found, start, label, size)):
+            blank = _blank(prior, count or COUNT, found, label, size, start, scales)
+        finished = painter.paint(prior, blank, count)
+        shown = condition_pictures(prior, found, finished.cond) if start is None else (start,)
+        return painter.finish(prior, finished, shown)
 
 
 def _blank(
