@@ -42,6 +42,9 @@ from tamingfast.ops import backends, check
 MAPS, ATTENTION_MAPS = 3, 6
 #: Bytes of a band; a smaller one would not keep all threads busy.
 BAND = 8 << 20
+#: A convolution with at most so many pairs of channels takes the smaller tile, which is more exact: where few channels
+#: are summed, F(4x4) alone would exceed 4 times the error of torch. Such a layer spends its time on transforms anyway.
+NARROW = 64 * 64
 _MOST_THREADS = 256
 
 #: advance(layer, part)
@@ -132,7 +135,8 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out, inner, kernel, _ = weight.shape
     winograd = kernel == 3 and stride == 1 and inner % LANES == 0
-    method = "winograd4" if winograd else "patches"
+    tile = "winograd2" if inner * out <= NARROW else "winograd4"
+    method = tile if winograd else "patches"
     native = module.Convolution(
         _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
     )
