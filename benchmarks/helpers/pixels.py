@@ -1,7 +1,8 @@
 """Measures the seconds from the call of `sample_images` to pixels; as a program, prints them as a table.
 
-    python benchmarks/helpers/pixels.py           # minutes
-    python benchmarks/helpers/pixels.py --quick   # one image, without the original's code path
+    python benchmarks/helpers/pixels.py                    # minutes
+    python benchmarks/helpers/pixels.py --into README.md   # the same, and the table takes the place of the last one
+    python benchmarks/helpers/pixels.py --quick            # one image, without the original's code path
 
 A prior of GPT2-small's size and the f = 16 first stage draw images of 256x256 pixels, with random weights: tokens that
 can be guessed would come faster. The ways are:
@@ -19,19 +20,24 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tamingfast.engines import GPTEngine
+from tamingfast.files import atomic_write
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ops import backends
 from tamingfast.sampling import sample_grid
 
 SIDE = 16  # tokens
 BATCHES = (1, 8)
 PREFIXES = (1, 32, 64, 96, 128, 160, 192, 224, 256)
 ORIGINAL = "the original's code path"
+#: Around the table in a page.
+MARK = "<!-- seconds to pixels -->"
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,29 @@ def table(found: dict[tuple[str, int], Seconds]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def machine() -> str:
+    """Where the table was measured."""
+    facts, (module, _) = backends.machine(), backends.native()
+    isa = module.build_info()["isas"][-1] if backends.isa() == "auto" else backends.isa()
+    return f"{facts['threads']} threads of {facts['cpu']}, {isa}, torch {facts['torch']}"
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one image, without the original's code path")
-    quick = parser.parse_args().quick
-    print(table(measure(model(), SIDE, BATCHES[:1] if quick else BATCHES, 1 if quick else 2, not quick)))
+    parser.add_argument("--into", type=Path, help=f"a page whose part between two lines '{MARK}' becomes the table")
+    arguments = parser.parse_args()
+    page = None if arguments.into is None else arguments.into.read_text("utf-8").split(MARK)
+    if page is not None and len(page) != 3:
+        parser.error(f"{arguments.into}: got {len(page) - 1} lines '{MARK}', expected 2")
+    quick = arguments.quick
+    found = measure(model(), SIDE, BATCHES[:1] if quick else BATCHES, 1 if quick else 2, not quick)
+    shown = f"{table(found)}\n\nMeasured on {machine()}."
+    print(shown)
+    if page is not None:
+        with atomic_write(arguments.into) as temporary:
+            temporary.write_text(MARK.join([page[0], f"\n\n{shown}\n\n", page[2]]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
