@@ -43,8 +43,8 @@ MAPS, ATTENTION_MAPS = 3, 6
 #: Bytes of a band; a smaller one would not keep all threads busy.
 BAND = 8 << 20
 #: Where few channels are summed, a transform's rounding alone would exceed 4 times the error of torch. Convolutions of
-#: at most `FEW` input channels are direct, those of at most `NARROW` pairs of channels take the smaller, more exact tile.
-#: Neither costs time: with so few channels transforms take longer than products.
+#: at most `FEW` input channels are direct, those of at most `NARROW` pairs of channels take the smaller tile. Neither
+#: costs time: with so few channels transforms take longer than products.
 FEW, NARROW = 32, 64 * 64
 _MOST_THREADS = 256
 
