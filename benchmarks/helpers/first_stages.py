@@ -6,9 +6,9 @@
 Weights are random, geometries those of the presets. Every row has a process of its own, in which the engine and its
 rivals take turns; results are compared when a way runs for the first time, and the best of its times counts. Rivals:
 torch with contiguous and with channels-last maps, torch.compile with freezing (only with kept pages, as it compiles for
-a minute or more; `TAMINGFAST_BENCH_COMPILE=0` leaves it out), and OpenVINO and ONNX Runtime where they are installed. "Kept pages": the C
-library keeps freed memory, so that the page faults of torch's large maps flatter no one. The rate is that of direct
-convolutions, most of whose multiplications the engine saves, beside the rate of the matrix product.
+a minute or more; `TAMINGFAST_BENCH_COMPILE=0` leaves it out), and OpenVINO and ONNX Runtime where they are installed.
+"Kept pages": the C library keeps freed memory, so that the page faults of torch's large maps flatter no one. The rate
+is that of direct convolutions, most of whose multiplications the engine saves, beside the rate of the matrix product.
 """
 
 from __future__ import annotations
