@@ -2,7 +2,7 @@
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
-from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, looks_ahead, refusal
+from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, measures_passes, refusal
 from tamingfast.engines.request import DecodeRequest, Span
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "Span",
     "borrowed_engine",
     "dtypes",
-    "looks_ahead",
+    "measures_passes",
     "refusal",
 ]
