@@ -21,17 +21,19 @@ Lines = dict[str, dict[int, float]]
 
 def main(runs: list[str]) -> None:
     """Count, plot and print."""
-    last = load_model(runs[-1], device="cpu")
+    models = {f"step {tasks.inspect(run)['global_step']}": load_model(run, device="cpu") for run in runs}
+    last = list(models.values())[-1]
+    plain = tokens_per_pass(last, WIDTHS, IMAGES)  # temperature 1, top-k 100
     panels: dict[str, Lines] = {
         "top-k 100, by temperature": {
-            f"temperature {t}": tokens_per_pass(last, WIDTHS, IMAGES, temperature=t) for t in TEMPERATURES
+            f"temperature {t:g}": plain if t == 1 else tokens_per_pass(last, WIDTHS, IMAGES, temperature=t)
+            for t in TEMPERATURES
         },
         "temperature 1, by top-k": {
-            f"top-k {k or 'all'}": tokens_per_pass(last, WIDTHS, IMAGES, top_k=k) for k in TOP_KS
+            f"top-k {k or 'all'}": plain if k == 100 else tokens_per_pass(last, WIDTHS, IMAGES, top_k=k) for k in TOP_KS
         },
         "by training, temperature 1, top-k 100": {
-            f"step {tasks.inspect(run)['global_step']}": tokens_per_pass(load_model(run, device="cpu"), WIDTHS, IMAGES)
-            for run in runs
+            step: plain if model is last else tokens_per_pass(model, WIDTHS, IMAGES) for step, model in models.items()
         },
     }
     plot_lookahead(PICTURE, panels)
