@@ -170,7 +170,7 @@ def test_decode(benchmark, name, dtype, batch):
     for way in ways:
         print(
             f"  lookahead {way}: {batch * count / seconds[way]:.0f} tokens/s, {ratio[way]:.2f}x, "
-            f"{statistics.mean(rates[way]):.2f} tokens per pass"
+            f"{statistics.mean(rates[way]):.2f} tokens per pass, {limit / seconds[way]:.0%} of one pass per token"
         )
 
 

@@ -167,7 +167,7 @@ inline std::int64_t choose(const float* logits, std::int64_t vocab, const Choice
   float* scores = scratch.scores.data();
   for (std::int64_t v = 0; v < vocab; ++v) scores[v] = scaled(logits[v]);
   draw_words(choice.seed, place, vocab, scratch.words.data());
-  if (choice.top_p >= 1.0)
+  if (!(choice.top_p < 1.0))
     return race_top_k(scores, vocab, choice.top_k, static_cast<std::int32_t>(top), scratch.words.data());
   const std::int64_t kept = keep_top_k(scores, vocab, choice.top_k, scratch);
   const std::int64_t count = keep_top_p(scores, kept, choice.top_p, scratch);

@@ -28,8 +28,6 @@ class Above {
   std::vector<float> logits_;            // (batch, columns, choices)
 };
 
-constexpr double kDraftsRight = 0.97;  // how often a copy of the model guesses right, before any guess was checked
-
 class Decoding {
  public:
   // Throws std::invalid_argument, which names the argument.
@@ -47,7 +45,7 @@ class Decoding {
     std::int64_t goal = 0;              // the step to reach
     std::vector<std::int64_t> guesses;  // (steps,), -1 where there is none
     std::vector<float> left;            // the last row of logits of the latest pass
-    Survival survival, drafted{kDraftsRight};
+    Survival survival, drafted{expected_of_drafts()};
   };
   // A row of logits, from which the token of a wanted step is chosen; or such a token to guess.
   struct Row {

@@ -1,13 +1,17 @@
 #include "lookahead.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 
 namespace tamingfast {
 namespace {
 
-constexpr int kRounds = 3;             // passes of each size that are timed; the first warms up
+constexpr int kRounds = 3;           // passes of each size that are timed; the first warms up
+constexpr double kFirstRight = 0.6;  // the share of the first guess, and the power with which deeper ones fade
+constexpr double kFading = -0.7;
+constexpr double kDraftsRight = 0.97;  // each draft
 constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
 constexpr double kFastest = 1.0 / 3;
 constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
@@ -37,15 +41,21 @@ PassCost PassCost::times(std::int64_t copies) const {
   return cost;
 }
 
-Survival::Survival(double expected) : expected_(expected) {
-  share_[0] = 1.0;
-  for (std::int64_t d = 1; d < kWidest; ++d) share_[d] = share_[d - 1] * expected_;
+Depths expected_of_guesses() {
+  Depths share{1.0};
+  for (std::int64_t d = 1; d < kWidest; ++d) share[d] = kFirstRight * std::pow(static_cast<double>(d), kFading);
+  return share;
+}
+
+Depths expected_of_drafts() {
+  Depths share{1.0};
+  for (std::int64_t d = 1; d < kWidest; ++d) share[d] = share[d - 1] * kDraftsRight;
+  return share;
 }
 
 void Survival::observe(std::int64_t right, std::int64_t guesses) {
   if (guesses == 0) {
-    double expected = 1.0;
-    for (std::int64_t d = 1; d < kWidest; ++d) share_[d] += kForgotten * ((expected *= expected_) - share_[d]);
+    for (std::int64_t d = 1; d < kWidest; ++d) share_[d] += kForgotten * (expected_[d] - share_[d]);
     return;
   }
   const double weight = std::max(kSlowest, 1.0 / (1.0 / kFastest + static_cast<double>(passes_++)));

@@ -26,19 +26,25 @@ class PassCost {
   std::array<double, kSizes.size()> seconds_{};
 };
 
-// How often at least d guesses in a row were right lately, for each depth d. A guess is `expected` to be right that
-// often before any was checked.
+// A number for each depth.
+using Depths = std::array<double, kWidest>;
+
+// How often at least d guesses in a row are right, before any was checked: of guesses from the logits around them
+// (counted on trained priors; deep ones have often been corrected already), and of those by a copy of the model.
+Depths expected_of_guesses();
+Depths expected_of_drafts();
+
+// How often at least d guesses in a row were right lately.
 class Survival {
  public:
-  explicit Survival(double expected = 0.6);
+  explicit Survival(const Depths& expected = expected_of_guesses()) : expected_(expected), share_(expected) {}
 
   // Of `guesses` guesses, the first `right` were right and the next, if any, was wrong.
   void observe(std::int64_t right, std::int64_t guesses);
   double at(std::int64_t depth) const { return share_[depth]; }
 
  private:
-  double expected_;
-  std::array<double, kWidest> share_;
+  Depths expected_, share_;
   std::int64_t passes_ = 0;
 };
 

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseParams p) {
     const Place place = {static_cast<std::uint32_t>(p.images[row]), static_cast<std::uint32_t>(p.places[next]),
                          static_cast<std::uint32_t>(p.places[p.length + next])};
     token = choose_entry(static_cast<const T*>(p.logits) + row * p.ldl, *p.options, place, shared);
-    if (token < 0 && threadIdx.x == 0) atomicOr(p.errors, token == kChoiceNan ? kFoundNan : kFoundNothing);
+    if (token < 0 && threadIdx.x == 0) atomicOr(p.errors + row, token == kChoiceNan ? kFoundNan : kFoundNothing);
   }
   if (token < 0 || token >= p.vocab) token = 0;  // the error is reported, so any valid token will do
   __syncthreads();                               // before overwriting what other threads read

@@ -116,7 +116,7 @@ struct ChooseParams {
   int width;
   float* x;  // (rows, width), written if the next position is below `positions`
   std::int64_t ldx;
-  std::int32_t* errors;  // kFoundNan and kFoundNothing are or-ed into it
+  std::int32_t* errors;  // (rows,); kFoundNan or kFoundNothing is or-ed into the row's
 };
 
 // A failed launch throws std::runtime_error, which names the kernel.

@@ -2,7 +2,7 @@
 
 from tamingfast.engines.cpu import GPTEngine
 from tamingfast.engines.cuda import CudaEngine
-from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, guides, looks_ahead, refusal
+from tamingfast.engines.lending import Engine, borrowed_engine, dtypes, guides, measures_passes, refusal
 from tamingfast.engines.request import DecodeRequest, Span
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "borrowed_engine",
     "dtypes",
     "guides",
-    "looks_ahead",
+    "measures_passes",
     "refusal",
 ]

@@ -49,8 +49,8 @@ class GPTEngine:
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
-    #: Whether `decode` looks ahead.
-    LOOKS_AHEAD: ClassVar[bool] = True
+    #: Whether it knows what passes cost, so that it can choose how far to look ahead.
+    MEASURES_PASSES: ClassVar[bool] = True
     #: Whether `decode` has classifier-free guidance.
     GUIDES: ClassVar[bool] = True
 

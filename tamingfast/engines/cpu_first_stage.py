@@ -42,16 +42,10 @@ from tamingfast.ops import backends, check
 MAPS, ATTENTION_MAPS = 3, 6
 #: Bytes of a band; a smaller one would not keep all threads busy.
 BAND = 8 << 20
-<<<<<<< ours
-#: A convolution with at most so many pairs of channels takes the smaller tile, which is more exact: where few channels
-#: are summed, F(4x4) alone would exceed 4 times the error of torch. Such a layer spends its time on transforms anyway.
-NARROW = 64 * 64
-=======
 #: Where few channels are summed, a transform's rounding alone would exceed 4 times the error of torch. Convolutions of
 #: at most `FEW` input channels are direct, those of at most `NARROW` pairs of channels take the smaller tile. Neither
 #: costs time: with so few channels transforms take longer than products.
 FEW, NARROW = 32, 64 * 64
->>>>>>> theirs
 _MOST_THREADS = 256
 
 #: advance(layer, part)
@@ -143,11 +137,7 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     weight = weight.detach().to(torch.float32).contiguous()
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out, inner, kernel, _ = weight.shape
-<<<<<<< ours
-    winograd = kernel == 3 and stride == 1 and inner % LANES == 0
-=======
     winograd = kernel == 3 and stride == 1 and inner % LANES == 0 and inner > FEW
->>>>>>> theirs
     tile = "winograd2" if inner * out <= NARROW else "winograd4"
     method = tile if winograd else "patches"
     native = module.Convolution(

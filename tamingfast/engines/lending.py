@@ -41,9 +41,9 @@ def dtypes(gpt: Transformer) -> tuple[str, ...]:
     return ENGINES[device].DTYPES if device in ENGINES else ()
 
 
-def looks_ahead(gpt: Transformer) -> bool:
-    """Whether `decode` of the engine for the GPT's device guesses tokens."""
-    return ENGINES[_device_type(gpt)].LOOKS_AHEAD
+def measures_passes(gpt: Transformer) -> bool:
+    """Whether the engine for the GPT's device knows what passes cost, so that it can choose how far to look ahead."""
+    return ENGINES[_device_type(gpt)].MEASURES_PASSES
 
 
 def guides(gpt: Transformer) -> bool:
@@ -55,9 +55,9 @@ def guides(gpt: Transformer) -> bool:
 def borrowed_engine(gpt: Transformer, dtype: str, slots: int, length: int, drafts: bool = False) -> Iterator[Engine]:
     """An engine for this GPT, for the caller alone, with at least ``slots`` empty slots of ``length`` positions.
 
-    With ``drafts``, where `looks_ahead` says yes, it has an int8 copy that guesses; see `GPTEngine`. The engine is kept
-    with the GPT afterwards, so that weights are packed again only after they have changed. Raises what the engine's
-    constructor and `reserve` raise.
+    With ``drafts``, on a CPU, it has an int8 copy that guesses; see `GPTEngine`. The engine is kept with the GPT
+    afterwards, so that weights are packed again only after they have changed. Raises what the engine's constructor and
+    `reserve` raise.
     """
     state = Snapshot(list(gpt.parameters()))
     kept = _kept.setdefault(gpt, {})

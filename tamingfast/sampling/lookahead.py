@@ -16,8 +16,9 @@ WIDEST = 64
 WORTH_MEASURING = 32
 #: Rows of the passes that are timed, and how often each is; the first time warms up.
 SIZES, ROUNDS = (1, 2, 4, 8, 16, 32), 3
-#: How often a guess is right, before any was checked.
-EXPECTED = 0.6
+#: How often d guesses in a row are right, before any was checked (counted on trained priors; deep ones have often been
+#: corrected already): float64 (WIDEST,).
+EXPECTED = np.concatenate(([1.0], 0.6 * np.arange(1.0, WIDEST) ** -0.7))
 #: Weight of the latest pass, in the long run and at first; how fast the share returns to `EXPECTED` without guesses.
 SLOWEST, FASTEST, FORGOTTEN = 1 / 16, 1 / 3, 1 / 512
 #: No share is smaller, so that ratios stay defined.
@@ -49,13 +50,13 @@ class Survival:
     """
 
     def __init__(self) -> None:
-        self.share = EXPECTED ** np.arange(WIDEST)
+        self.share = EXPECTED.copy()
         self._passes = 0
 
     def observe(self, seen: Sequence[float]) -> None:
         """Learn the share of each depth in a pass; deeper choices would have stood as often as before."""
         if len(seen) < 2:
-            self.share += FORGOTTEN * (EXPECTED ** np.arange(WIDEST) - self.share)
+            self.share += FORGOTTEN * (EXPECTED - self.share)
             return
         weight = max(SLOWEST, 1 / (1 / FASTEST + self._passes))
         self._passes += 1

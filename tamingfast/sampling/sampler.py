@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tamingfast.engines import GPTEngine, borrowed_engine, guides, looks_ahead
+from tamingfast.engines import GPTEngine, borrowed_engine, guides, measures_passes
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import check_lookahead
 from tamingfast.engines.selection import choose_engine, log_once
@@ -122,22 +122,21 @@ def sample_grid(
     layout = plan.schedule.only(wanted.any(0).cpu().numpy())
     report = _Report(canvas, wanted, layout, callback, observer)
     chosen, dtype = choose_engine(engine, plan.gpt, dtype)
-    guessing = chosen == "native" and looks_ahead(plan.gpt)
-    # What passes of the CUDA engine cost is not known, so it guesses only if a number is given.
-    if lookahead is None and (report.total < WORTH_MEASURING or (chosen == "native" and not guessing)):
+    measuring = chosen != "native" or measures_passes(plan.gpt)
+    if lookahead is None and (report.total < WORTH_MEASURING or not measuring):
         lookahead = 1
     guidance = Guidance.of(cfg, plan)
     drawing = _Drawing(plan, layout, canvas, wanted, images, choice, report, lookahead, guidance)
     # Cells that do not depend on one another are computed together, where the cache of each window is exact; and so are
     # cells that are guessed, unless the engine does that.
-    ahead = lookahead != 1 and not guessing
+    ahead = lookahead != 1 and chosen != "native"
     if guidance.copies > 1 and chosen == "native" and not guides(plan.gpt):
         log_once("With cfg, tokens are chosen in torch: the CUDA engine's own decoding has no guidance.")
         ahead = True  # waves choose in torch
     if chosen != "naive" and plan.causal and (ahead or not layout.single_window):
         drawing.by_waves(chosen, dtype, memory)
     elif chosen == "native":
-        drawing.by_runs(dtype, drafts and guessing and lookahead != 1)
+        drawing.by_runs(dtype, drafts and measuring and lookahead != 1)
     else:
         drawing.one_by_one(chosen, dtype)
     return canvas.view(plan.batch, height, width)

@@ -14,6 +14,7 @@ import tamingfast
 from tamingfast.engines import GPTEngine
 from tamingfast.models.gpt import GPT
 from tamingfast.ops import backends
+from tamingfast.sampling.lookahead import WIDEST
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
@@ -89,6 +90,23 @@ def test_neither_threads_nor_company_nor_pieces_change_a_bit(dtype, isa, monkeyp
         pieces += [alone.step([(2, i, [tokens[slot][i]])]) for i in range(6, 30)]
         pieces += [alone.step([(2, 30, tokens[slot][30:])], "all")]
         assert torch.equal(torch.cat(pieces), logits[slot])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", GPTEngine.DTYPES)
+def test_every_width_that_lookahead_may_choose_gives_the_same_bits(dtype, isa, monkeypatch):
+    """Alone, and beside a sequence that shares the rows of the pass, after tokens of which the last is fed again."""
+    monkeypatch.setenv("TAMINGFAST_ISA", isa)
+    gpt = random_gpt(vocab=70, block=80, heads=3, width=3 * 22, std=0.2)
+    tokens = torch.randint(70, (2, 80)).tolist()
+    engine = cpu_engine(gpt, dtype, threads=1)
+    logits = engine.step([(i, 0, row) for i, row in enumerate(tokens)], "all").view(2, 80, -1)
+    for width in range(1, WIDEST + 1):
+        first, beside = 80 - WIDEST, WIDEST + 1 - width
+        alone = engine.step([(0, first, tokens[0][first : first + width])], "all")
+        assert torch.equal(alone, logits[0, first : first + width])
+        both = engine.step([(i, first, tokens[i][first : first + n]) for i, n in enumerate((width, beside))], "all")
+        assert torch.equal(both, torch.cat((logits[0, first : first + width], logits[1, first : first + beside])))
 
 
 @pytest.mark.parametrize("dtype", GPTEngine.DTYPES)

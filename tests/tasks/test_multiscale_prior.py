@@ -302,3 +302,13 @@ def test_scales_are_for_multiscale_priors(first_stage, photo, tmp_path, capsys):
     plain = tiny.train("prior", tmp_path / "run", first_stage, steps=1)
     assert run("sample", plain, "--from", photo, "--scales", 1, "--out", tmp_path / "x.png") == cli.USAGE_ERROR
     assert "expected a multiscale prior; train one with prior.scales=all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lookahead_does_not_change_a_token_of_any_scale(model, engine):
+    cond, size = tasks.conditions(model, 2), model.canvas_size(*GRID)
+    for given in (dict(), dict(start=torch.zeros(2, 1 + 4, dtype=torch.int64))):
+        options = dict(seed=3, engine=engine) | given
+        expected = sample_grid(model, cond, *size, lookahead=1, **options)
+        for lookahead in (3, 50):
+            assert torch.equal(sample_grid(model, cond, *size, lookahead=lookahead, **options), expected)

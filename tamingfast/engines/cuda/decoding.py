@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from tamingfast.engines.cuda.cache import Cache
 from tamingfast.engines.cuda.device import Device
 from tamingfast.engines.cuda.passes import Passes
 from tamingfast.engines.cuda.step import Step
+from tamingfast.engines.cuda.window import Window
 from tamingfast.engines.request import DecodeRequest
 
 _MOST_STEPS_AHEAD = 64  # steps that are queued before the host looks for errors and for Ctrl-C
@@ -89,6 +91,64 @@ class Decoding:
 
     def _hold(self, length: int) -> None:
         for slot in self.request.slots:
+            self.cache.hold(slot, length)
+
+
+class Guessing:
+    """Decodes a request, whose first step follows the unmasked prefix, with a window over each sequence."""
+
+    def __init__(self, request: DecodeRequest, window: Window, passes: Passes, cache: Cache, device: Device) -> None:
+        self.request, self.window, self.passes, self.cache, self.device = request, window, passes, cache, device
+        self.size = Step.bytes(window.geometry, cache, device, window.batch)
+
+    def run(self, progress: Callable[[int], None] | None, every: int) -> None:
+        """Decodes into the request's sequences; arguments and errors as in `CudaEngine.decode`."""
+        steps, last = self.request.steps, self.request.steps[-1]
+        self._hold([self.request.fed] * len(self.request.slots))
+        with self.device.memory_for("activations", self.size):
+            self.window.begin(self.request)
+        self._feed_known()
+        done, ahead, since = 0, 1, time.perf_counter()
+        reached = [steps[0] - 1]
+        try:
+            while done < len(steps):
+                ahead = min(ahead, last - min(reached))  # a pass takes every sequence one token further at least
+                with self.device.memory_for("activations", self.size):
+                    for _ in range(ahead):
+                        self.window.advance()
+                reached = self._show()
+                now = time.perf_counter()
+                ahead, since = steps_ahead((now - since) / ahead), now
+                before, done = done, bisect_right(steps, min(reached))
+                for step in range(before + 1, done + 1):
+                    if progress is not None and step % every == 0:
+                        progress(step)
+                        since = time.perf_counter()
+        finally:
+            self.device.wait()  # queued work reads and writes the slots
+
+    def _feed_known(self) -> None:
+        """Feeds what the slots lack before the last known token."""
+        first = self.request.steps[0] - 1
+        start = min(self.request.fed, first)
+        if start < self.passes.geometry.n_unmasked:
+            start = 0
+        if start < first:
+            self.passes.feed_columns(self.window.tokens, self.request.slots, start, first, "none")
+
+    def _show(self) -> list[int]:
+        """Waits, gives the caller the known tokens, and returns the position of the last one in each sequence."""
+        try:
+            reached = self.window.reached()
+        except ValueError:
+            self._hold([self.request.fed] * len(self.request.slots))  # a stand-in for the missing token was fed
+            raise
+        self.window.collect_known(self.request.sequences)
+        self._hold(reached)
+        return reached
+
+    def _hold(self, lengths: list[int]) -> None:
+        for slot, length in zip(self.request.slots, lengths, strict=True):
             self.cache.hold(slot, length)
 
 

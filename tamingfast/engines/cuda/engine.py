@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from tamingfast.engines.cuda.cache import Cache
-from tamingfast.engines.cuda.decoding import Decoding
+from tamingfast.engines.cuda.decoding import Decoding, Guessing
 from tamingfast.engines.cuda.device import Device, lasting_tensors
 from tamingfast.engines.cuda.passes import Passes
 from tamingfast.engines.cuda.step import Step
 from tamingfast.engines.cuda.weights import Geometry, Weights
+from tamingfast.engines.cuda.window import Window
 from tamingfast.engines.networks import Transformer
 from tamingfast.engines.request import Asked, DecodeRequest, Items, Span, check_range, spans_of
 from tamingfast.errors import SettingError
@@ -47,7 +48,7 @@ class CudaEngine:
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
-    LOOKS_AHEAD: ClassVar[bool] = False
+    MEASURES_PASSES: ClassVar[bool] = False
     GUIDES: ClassVar[bool] = False
 
     @staticmethod
@@ -96,6 +97,7 @@ class CudaEngine:
         with self._turn() as parts:
             parts.cache.reserve(slots, length)
             parts.steps.clear()  # they refer to the old cache
+            parts.windows.clear()
 
     def length(self, slot: int) -> int:
         """The number of valid positions of the slot."""
@@ -137,14 +139,21 @@ class CudaEngine:
 
         Arguments and errors are those of `tamingfast.engines.cpu.GPTEngine.decode`. The host waits only before it calls
         ``progress``, every 50 ms or 64 steps, and at the end. Every slot is fed at every step, even where the token is
-        not wanted. No tokens are guessed, whatever the request's ``lookahead``. There is no guidance (ValueError).
+        not wanted. Tokens are guessed only if ``lookahead`` is a number, as what passes cost is not known. There is no
+        guidance (ValueError).
         """
         check_range("every", every, 1)
         if request.second is not None:
             raise ValueError("second: got second sequences, expected None; feed both and choose from their logits")
         with self._turn() as parts:
             request.check_fits(parts.cache.room, self.device)
-            if request.slots and request.steps:
+            if not request.slots or not request.steps:
+                return
+            width = min(request.lookahead or 1, request.steps[-1] - request.steps[0] + 1)
+            if width > 1 and request.steps[0] > self._geometry.n_unmasked:
+                window = self._window_of(parts, len(request.slots), width)
+                Guessing(request, window, parts.passes, parts.cache, self._device).run(progress, every)
+            else:
                 step = self._step_of(parts, len(request.slots))
                 Decoding(request, step, parts.passes, parts.cache, self._device).run(progress, every)
 
@@ -170,6 +179,16 @@ class CudaEngine:
                 parts.steps[batch] = Step(self._geometry, parts.weights, parts.cache, self._device, batch)
         return parts.steps[batch]
 
+    def _window_of(self, parts: _Parts, batch: int, width: int) -> Window:
+        """The step for ``width`` rows of each of ``batch`` sequences, made when it is first needed."""
+        if (batch, width) not in parts.windows:
+            size = Step.bytes(self._geometry, parts.cache, self._device, batch * width)
+            with self._device.memory_for("activations", size):
+                parts.windows[batch, width] = Window(
+                    self._geometry, parts.weights, parts.cache, self._device, batch, width
+                )
+        return parts.windows[batch, width]
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[_Parts]:
         """Makes other threads wait; raises ValueError if the engine is closed."""
@@ -193,10 +212,11 @@ class _Parts:
     cache: Cache
     passes: Passes
     steps: dict[int, Step] = field(default_factory=dict)  # by the number of sequences
+    windows: dict[tuple[int, int], Window] = field(default_factory=dict)  # by the number of sequences, and rows of each
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that outlive a call."""
         yield self.cache.tensor
         yield from self.weights.tensors()
-        for step in self.steps.values():
+        for step in (*self.steps.values(), *self.windows.values()):
             yield from step.tensors()

@@ -10,6 +10,7 @@ from torch import Tensor
 from tamingfast.engines.cuda.cache import Cache
 from tamingfast.engines.cuda.device import FEW, VECTOR, Device, capture_stream, lasting_tensors
 from tamingfast.engines.cuda.weights import Geometry, Norm, Weights
+from tamingfast.engines.networks import LayerCache
 from tamingfast.engines.request import DecodeRequest
 from tamingfast.ops.choice import check_chosen
 
@@ -40,7 +41,7 @@ class Step:
             self.options = torch.zeros(
                 len(device.kernels.options_bytes(True, 1, 0, 1, 0, 1)), dtype=torch.uint8, device=place
             )
-            self.errors = torch.zeros(1, dtype=torch.int32, device=place)
+            self.errors = torch.zeros(batch, dtype=torch.int32, device=place)
 
             def empty(columns: int, dtype: torch.dtype) -> Tensor:
                 return torch.empty(batch, columns, dtype=dtype, device=place)
@@ -67,14 +68,15 @@ class Step:
     def begin(self, request: DecodeRequest) -> None:
         """Copies the sequences, steps and options of a `decode` call to the device."""
         place = self.device.place
-        self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32, device="cpu"))
+        rows = self.batch // len(request.slots)  # of each sequence
+        self.slot.copy_(torch.tensor(request.slots, dtype=torch.int32, device="cpu").repeat_interleave(rows))
         known = min(request.sequences.shape[1], self.length)
-        self.sequence[:, :known] = request.sequences[:, :known]
+        self.sequence[:, :known] = request.sequences[:, :known].repeat_interleave(rows, 0)
         steps = torch.tensor(request.steps, dtype=torch.int64, device=place)
         self.wanted.zero_()
-        self.wanted[:, steps] = request.wanted.to(place)
+        self.wanted[:, steps] = request.wanted.to(place).repeat_interleave(rows, 0)
         self.places[:, steps] = torch.tensor([request.rows, request.columns], dtype=torch.int64, device=place)
-        self.images.copy_(torch.tensor(request.images, dtype=torch.int64, device="cpu"))
+        self.images.copy_(torch.tensor(request.images, dtype=torch.int64, device="cpu").repeat_interleave(rows))
         options = self.device.kernels.options_bytes(**request.options(self.geometry.vocab_size))
         self.options.copy_(torch.frombuffer(bytearray(options), dtype=torch.uint8))
         self.errors.zero_()
@@ -103,8 +105,7 @@ class Step:
 
     def collect(self, sequences: Tensor, length: int) -> None:
         """Waits, and writes the first ``length`` tokens into ``sequences``; ValueError if one could not be chosen."""
-        errors = int(self.errors)
-        check_chosen(nan=bool(errors & 1), nothing=bool(errors))
+        check_errors(self.errors)
         sequences[:, :length] = self.sequence[:, :length]
 
     # --- the graph ------------------------------------------------------------------------------------
@@ -141,19 +142,27 @@ class Step:
     # --- what is queued -------------------------------------------------------------------------------
 
     def _queue(self) -> None:
-        self._choose(self._streamed() if self.streaming else self._multiplied())
+        self._choose(self._logits())
+
+    def _logits(self) -> Tensor:
+        """The logits of all rows, whose inputs are in ``x``."""
+        return self._streamed() if self.streaming else self._multiplied()
 
     def _streamed(self) -> Tensor:
         """The logits, by kernels that read every weight once."""
         weights = self.weights
         for layer, held in zip(weights.layers, self.cache.layers, strict=True):
             self._linear(self.x, layer.qkv.weight, layer.qkv.bias, "store", self.qkv, layer.ln1)
-            self.cache.attend(held, self.qkv, self.joined, self.slot, self.at, self.at, self.split, append=True)
+            self._attend(held)
             self._linear(self.joined, layer.proj.weight, layer.proj.bias, "add", self.x)
             self._linear(self.x, layer.up.weight, layer.up.bias, "gelu", self.inner, layer.ln2)
             self._linear(self.inner, layer.down.weight, layer.down.bias, "add", self.x)
         self._linear(self.x, weights.head, None, "store_float", self.logits, weights.ln_f)
         return self.logits
+
+    def _attend(self, held: LayerCache) -> None:
+        """Writes the keys and values of all rows, and attends."""
+        self.cache.attend(held, self.qkv, self.joined, self.slot, self.at, self.at, self.split, append=True)
 
     def _linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, out: Tensor, norm: Norm | None = None
@@ -172,7 +181,7 @@ class Step:
         for layer, held in zip(weights.layers, self.cache.layers, strict=True):
             self._norm(layer.ln1, y, bias)
             torch.addmm(layer.qkv.own_bias, self.normed, layer.qkv.weight.t(), out=self.qkv)
-            self.cache.attend(held, self.qkv, self.joined, self.slot, self.at, self.at, self.split, append=True)
+            self._attend(held)
             torch.mm(self.joined, layer.proj.weight.t(), out=self.y)
             self._norm(layer.ln2, self.y, layer.proj.bias)
             torch.mm(self.normed, layer.up.weight.t(), out=self.inner)
@@ -196,3 +205,9 @@ class Step:
             sequence=self.sequence, length=self.length, position=self.at, tok_emb=weights.tok_emb,
             pos_emb=weights.pos_emb, positions=geometry.block_size, x=self.x, ldx=self.x.stride(0), errors=self.errors,
         )  # fmt: skip
+
+
+def check_errors(errors: Tensor) -> None:
+    """Waits, and raises UserError if a row, int32 (rows,), reports that its token could not be chosen."""
+    found = errors.tolist()
+    check_chosen(nan=any(error & 1 for error in found), nothing=any(found))
