@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert`, `download` and `info`: checkpoints, and what this machine has and can run."""
+"""`tamingfast inspect`, `convert`, `export`, `download` and `info`: checkpoints, and what this machine can run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import argparse
 import json
 
 from tamingfast import __version__, tasks
-from tamingfast.cli.arguments import output, source
+from tamingfast.cli.arguments import output, output_directory, source
 from tamingfast.cli.options import ALLOW, Commands, command
-from tamingfast.cli.progress import say_written
+from tamingfast.cli.progress import bars_of, say_written
 
 
 def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
     added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
     added = command(
-        commands, "convert", convert, "convert a checkpoint to one .safetensors file with its config", (ALLOW,)
+        commands, "convert", convert, "convert a checkpoint to .safetensors with its config, or back to .ckpt", (ALLOW,)
     )
     added.add_argument("checkpoint", type=source)
-    added.add_argument("out", type=output, help="file to write (.safetensors)")
+    added.add_argument(
+        "out", type=output, help="file to write: .safetensors, or .ckpt, which the original loads, with its .yaml"
+    )
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
+    text = "write the encoder, decoder and transformer as programs that run without tamingfast, and check them"
+    added = command(commands, "export", export, text, (ALLOW,))
+    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("--out", type=output_directory, required=True, help="directory to write into")
+    added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
     added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest")
@@ -33,6 +40,14 @@ def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
     say_written(checkpoints.convert(arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    model = tasks.Unread(arguments.model, "cpu", arguments.allow)
+    written = tasks.export(model, arguments.out, arguments.format, bars=bars_of(arguments))
+    for name, network in written.items():
+        share = "tokens that differ" if "encoder" in name else "largest difference"
+        say_written(f"{arguments.out}/{network.file}", f"{share} from the model's: {network.difference:.2g}")
 
 
 def download(arguments: argparse.Namespace) -> None:

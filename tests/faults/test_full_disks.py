@@ -38,6 +38,7 @@ COMMANDS = {
     "likelihood": ("likelihood runs/prior photo.png --strides 2 --plot o.png", ["o.png"]),
     "encode": ("encode runs/vqgan --out o.safetensors", ["o.safetensors"]),
     "convert": ("convert runs/vqgan o.safetensors", ["o.safetensors"]),
+    "export": ("export runs/vqgan --out new", ["new"]),
     "evaluate": ("evaluate runs/vqgan --limit 1 --out o.json", ["o.json"]),
     "reproduce": ("reproduce pixels --preset smoke --out new", ["new"]),
 }
