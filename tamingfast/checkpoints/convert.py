@@ -40,8 +40,8 @@ def convert(
     """Write a checkpoint that `load_model` can open as one file, without optimizer states and losses.
 
     A ``.safetensors`` file has its config inside. A ``.ckpt`` file is one that the original's code loads, and its
-    config with the original's names is put beside it as ``.yaml``. ``allow`` is as for `load_model`. Returns the path of the
-    file; UserError for another suffix, and for a model that the original does not have.
+    config with the original's names is put beside it as ``.yaml``. ``allow`` is as for `load_model`. Returns the path
+    of the file; UserError for another suffix, and for a model that the original does not have.
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:

@@ -176,7 +176,7 @@ def _decoder(stage: FirstStage) -> _Network:
 
     return _Network(
         _Decoder(stage), f"tokens int64 (batch, rows, columns), 0 to {stage.n_embed - 1}",
-        f"images float32 (batch, channels, {stage.factor}*rows, {stage.factor}*columns) in [-1, 1]",
+        f"images float32 (batch, channels, {stage.factor}*rows, {stage.factor}*columns), not clipped",
         {0: Dim("batch"), 1: Dim("rows"), 2: Dim("columns")}, sample,
     )  # fmt: skip
 
