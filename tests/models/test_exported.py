@@ -1,4 +1,4 @@
-"""The networks themselves go through `torch.export`, with shapes that vary, and through `torch.compile` as one graph."""
+"""The networks themselves go through `torch.export`, with varying shapes, and through `torch.compile` as one graph."""
 
 from __future__ import annotations
 
