@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import warnings
@@ -236,8 +237,10 @@ def _nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _save_torch(program: ExportedProgram, path: Path) -> None:
-    with open(path, "wb") as stream:
-        torch.export.save(program, stream)
+    # In memory first: torch's writer ends the process where a file cannot be written to its end.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _run_torch(path: Path, sample: Tensor) -> Tensor:
