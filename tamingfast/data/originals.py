@@ -427,8 +427,9 @@ def _directory(name: str, path: str | os.PathLike, what: str) -> Path:
     try:
         return existing_directory(name, path)
     except UserError as error:
+        found = str(error).partition("got ")[2].partition(",")[0]
         raise UserError(
-            f"{str(error).partition(',')[0]}, expected the directory of {what}; give {name}=DIRECTORY among the params"
+            f"{name}={path}: got {found}, expected the directory of {what}; give {name}=DIRECTORY among the params"
         ) from error
 
 
