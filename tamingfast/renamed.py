@@ -23,7 +23,6 @@ RENAMED: dict[str, str] = {
     "apply.photos": "tasks.pictures",
     "apply.sizes": "tasks.sizes",
     "backends": "ops.backends",
-    "compat": "checkpoints.compat",
     "config": "checkpoints.config",
     "cuda_engine": "engines.cuda",
     "cuda_engine.checks": "engines.request",

@@ -6,6 +6,7 @@ class for such a name, `install` makes the imports work.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -20,6 +21,10 @@ from tamingfast.renamed import new_name
 _MODELS = "tamingfast.models"
 _CONFIG = "tamingfast.checkpoints.config"
 _LISTS = "tamingfast.data.image_lists"
+_SETS = "tamingfast.data.originals"
+
+#: The packages whose imports `install` serves.
+SERVED = ("taming.", "ldm.")
 
 #: original module -> {original name: "our.module:name"}
 NAMES: dict[str, dict[str, str]] = {
@@ -100,6 +105,34 @@ NAMES: dict[str, dict[str, str]] = {
         "CustomTrain": f"{_LISTS}:CustomTrain",
         "CustomTest": f"{_LISTS}:CustomTest",
     },
+    "taming.data.imagenet": {
+        name: f"{_SETS}:{name}"
+        for name in (
+            "ImageNetTrain",
+            "ImageNetValidation",
+            "ImageNetTrainWithDepth",
+            "ImageNetValidationWithDepth",
+            "RINTrainWithDepth",
+            "RINValidationWithDepth",
+        )
+    },
+    "taming.data.faceshq": {name: f"{_SETS}:{name}" for name in ("FacesHQTrain", "FacesHQValidation")},
+    "taming.data.sflckr": {"Examples": f"{_SETS}:FlickrExamples", "SegmentationBase": f"{_SETS}:SegmentationBase"},
+    "taming.data.ade20k": {
+        "Examples": f"{_SETS}:ADE20kExamples",
+        "ADE20kTrain": f"{_SETS}:ADE20kTrain",
+        "ADE20kValidation": f"{_SETS}:ADE20kValidation",
+    },
+    "taming.data.coco": {
+        "Examples": f"{_SETS}:CocoExamples",
+        "CocoImagesAndCaptionsTrain": f"{_SETS}:CocoImagesAndCaptionsTrain",
+        "CocoImagesAndCaptionsValidation": f"{_SETS}:CocoImagesAndCaptionsValidation",
+    },
+    "ldm.modules.diffusionmodules.model": {
+        name: f"{_MODELS}.autoencoder:{name}"
+        for name in ("Encoder", "Decoder", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Normalize")
+    },
+    "ldm.util": {"instantiate_from_config": f"{_CONFIG}:instantiate_from_config"},
     # latent-diffusion's VQModel differs in how it is trained only.
     "ldm.models.autoencoder": {name: f"{_MODELS}.vqgan:{name}" for name in ("VQModel", "VQModelInterface")},
     "ldm.lr_scheduler": {"LambdaWarmUpCosineScheduler": f"{_MODELS}.vqgan:LambdaWarmUpCosineScheduler"},
@@ -127,6 +160,16 @@ def is_ours(target: str, package: str = "models") -> bool:
     return module.startswith(f"tamingfast.{package}.")
 
 
+def original_name(target: str) -> str | None:
+    """The original's name, ``taming.*``, of a class that a config names in whichever way; None if it has none."""
+    try:
+        home = ":".join(_home(target))
+    except KeyError:
+        return None
+    names = (f"{path}.{name}" for path, members in NAMES.items() for name, ours in members.items() if ours == home)
+    return next((name for name in names if name.startswith("taming.")), None)
+
+
 def _home(target: str) -> tuple[str, str]:
     """Module and name that a dotted name stands for, without importing anything."""
     module, _, name = target.rpartition(".")
@@ -137,8 +180,15 @@ def _home(target: str) -> tuple[str, str]:
     return new_name(module), name
 
 
+#: What an error says of a name of the original that is found nowhere.
+LACKING = (
+    "tamingfast has no counterpart of it, and no copy of the original that has it can be found; put one on PYTHONPATH, "
+    "whose names are then used beside ours"
+)
+
+
 def install() -> None:
-    """Make imports of ``taming`` find our classes, so that code and configs written for the original run on them.
+    """Make imports of ``taming`` and ``ldm`` find our classes, so that code written for the original runs on them.
 
     The effect is that of a copy of ours that lies before all others on the path: modules and names that have no
     counterpart here come from the copy of the original that can be found, if any, whether it is imported before or
@@ -162,7 +212,7 @@ def install() -> None:
 
 def _served() -> set[str]:
     """The original's modules that have names here, and the packages around them."""
-    paths = [path.split(".") for path in NAMES if path.startswith("taming.")]
+    paths = [path.split(".") for path in NAMES if path.startswith(SERVED)]
     return {".".join(parts[:depth]) for parts in paths for depth in range(1, len(parts) + 1)}
 
 
@@ -181,6 +231,11 @@ def _original_spec(path: str) -> importlib.machinery.ModuleSpec | None:
     return next((spec for spec in specs if spec is not None), None)
 
 
+def _is_imported_from(frame: types.FrameType) -> bool:
+    """Whether a frame is at ``from ... import ...``, which shall say more than that there is no such attribute."""
+    return frame.f_code.co_code[frame.f_lasti] == dis.opmap["IMPORT_FROM"]
+
+
 class _StandIn(types.ModuleType):
     """A module of the original whose names are looked up in `NAMES`, and then in the original itself."""
 
@@ -196,6 +251,8 @@ class _StandIn(types.ModuleType):
         original = None if name.startswith("__") else self._load_original()
         if original is not None and hasattr(original, name):
             return getattr(original, name)
+        if _is_imported_from(sys._getframe(1)):
+            raise ImportError(f"cannot import name {name!r} from {path!r}: {LACKING}", name=path)
         raise AttributeError(f"tamingfast has no counterpart of {path}.{name}, and no copy of the original has it")
 
     def __dir__(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert`, `download` and `info`: checkpoints, and what this machine has and can run."""
+"""`tamingfast inspect`, `convert`, `export`, `download` and `info`: checkpoints, and what this machine can run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import json
 
 from tamingfast import __version__, tasks
-from tamingfast.cli.arguments import output, source
+from tamingfast.cli.arguments import output, output_directory, source
 from tamingfast.cli.options import ALLOW, Commands, command
-from tamingfast.cli.progress import say_written
+from tamingfast.cli.progress import bars_of, say_written
 
 
 def add_to(commands: Commands) -> None:
@@ -18,16 +18,25 @@ def add_to(commands: Commands) -> None:
         commands,
         "convert",
         convert,
-        "convert a checkpoint of any family to one file with its config, or for diffusers",
+        "convert a checkpoint of any family to one file with its config, back to .ckpt, or for diffusers",
         (ALLOW,),
     )
     added.add_argument("checkpoint", type=source)
-    added.add_argument("out", type=output, help="file to write (.safetensors), or folder for --layout diffusers")
+    added.add_argument(
+        "out", type=output,
+        help="file to write: .safetensors, or .ckpt, which the original loads, with its .yaml; or folder for --layout "
+        "diffusers",
+    )  # fmt: skip
     added.add_argument(
         "--layout", choices=["tamingfast", "diffusers"], default="tamingfast",
         help="what to write: one file, or the folder of a VQModel of diffusers (default: %(default)s)",
     )  # fmt: skip
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
+    text = "write the encoder, decoder and transformer as programs that run without tamingfast, and check them"
+    added = command(commands, "export", export, text, (ALLOW,))
+    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("--out", type=output_directory, required=True, help="directory to write into")
+    added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
     added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest")
@@ -44,6 +53,14 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout
     )
     say_written(written)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    model = tasks.Unread(arguments.model, "cpu", arguments.allow)
+    written = tasks.export(model, arguments.out, arguments.format, bars=bars_of(arguments))
+    for name, network in written.items():
+        share = "tokens that differ" if "encoder" in name else "largest difference"
+        say_written(f"{arguments.out}/{network.file}", f"{share} from the model's: {network.difference:.2g}")
 
 
 def download(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def _command(
 ) -> argparse.ArgumentParser:
     added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME))
     added.add_argument("--out", type=output_directory, required=True, help="run directory to write")
+    added.add_argument(
+        "--from", dest="start", type=source, metavar="MODEL",
+        help="begin with the weights of this run or checkpoint, whose architecture replaces the config's",
+    )  # fmt: skip
     added.add_argument("--seed", type=whole(0, 2**64 - 1), help="the same as training.seed=N")
     text = (
         "a preset or a YAML file (the original's work too), then settings that override it; with --resume, CONFIG can "
@@ -50,7 +55,8 @@ def _with_presets(parser: argparse.ArgumentParser, *stages: str) -> argparse.Arg
 def train_vqgan(arguments: argparse.Namespace) -> None:
     from tamingfast.training import vqgan
 
-    say_written(vqgan.train(_config(arguments), arguments.out, arguments.resume, arguments.device))
+    where = (arguments.out, arguments.resume, arguments.device)
+    say_written(vqgan.train(_config(arguments), *where, start=arguments.start, allow=arguments.allow))
 
 
 def train_prior(arguments: argparse.Namespace) -> None:
@@ -59,7 +65,8 @@ def train_prior(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _need_first_stage(arguments, config)
     where = (arguments.first_stage, arguments.out, arguments.resume, arguments.device)
-    say_written(prior.train(config, *where, cond_stage=arguments.cond_stage, allow=arguments.allow))
+    more = {"cond_stage": arguments.cond_stage, "start": arguments.start}
+    say_written(prior.train(config, *where, **more, allow=arguments.allow))
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -68,6 +75,8 @@ def _config(arguments: argparse.Namespace) -> Any:
     # One positional list, because argparse would mistake the first setting for the config if that is left out.
     words = list(arguments.overrides)
     name = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    if arguments.start is not None:
+        _check_start(arguments.resume, words)
     words += [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
     if arguments.resume:
         return resumed_config(arguments.out, name, words, allow=arguments.allow)
@@ -76,9 +85,21 @@ def _config(arguments: argparse.Namespace) -> Any:
     return load_config(name, words)
 
 
+def _check_start(resumed: bool, settings: Sequence[str]) -> None:
+    """Raise UserError for what has no effect beside the weights to begin with."""
+    if resumed:
+        raise UserError("--from: got a model to begin with for a run that has begun, expected none; leave it out")
+    for setting in settings:
+        if re.match(r"prior\.|model\.(target|params\.(?!lossconfig|monitor))", setting):
+            raise UserError(
+                f"{setting.partition('=')[0]}: got a setting of the model that --from gives, expected settings of its "
+                "training, such as model.params.lossconfig or model.base_learning_rate; leave it out"
+            )
+
+
 def _need_first_stage(arguments: argparse.Namespace, config: Any) -> None:
     # Only a run's config and one in the original's layout name their first stage themselves.
-    if arguments.first_stage is None:
+    if arguments.first_stage is None and arguments.start is None:
         if arguments.cond_stage is not None:
             raise UserError("--first-stage: got --cond-stage alone, expected the images' first stage too; give both")
         params = (config.get("model") or {}).get("params") or {}

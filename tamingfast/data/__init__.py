@@ -127,8 +127,10 @@ def _originals(described: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset
     try:
         train, validation = (_made(described.get(split), split) for split in SPLITS)
     except UserError as error:
-        problem = str(error).partition(";")[0]
-        raise UserError(f"{problem}; give data.name=folder data.path=DIRECTORY to train on a directory") from error
+        problem, _, advice = str(error).partition("; ")
+        folder = "give data.name=folder data.path=DIRECTORY to train on a directory"
+        own = f"{advice}, or " if advice and "data.name=" not in advice else ""
+        raise UserError(f"{problem}; {advice if 'data.name=' in advice else own + folder}") from error
     assert train is not None
     return train, validation
 

@@ -1,9 +1,9 @@
 """Workflows on trained models, as functions that take paths, pictures or arrays and return results.
 
-`sample`, `edit`, `outpaint`, `complete`, `reconstruct`, `encode`, `likelihood` and `inspect` are the workflows; the
-other names are building blocks for programs that need finer control. The functions print nothing and write only the
-files that the caller names. Names are imported on first use, so that the command line can read `DrawingOptions` for
-its ``--help`` without importing torch.
+`sample`, `edit`, `outpaint`, `complete`, `reconstruct`, `encode`, `likelihood`, `inspect` and `export` are the
+workflows; the other names are building blocks for programs that need finer control. The functions print nothing and
+write only the files that the caller names. Names are imported on first use, so that the command line can read
+`DrawingOptions` for its ``--help`` without importing torch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tamingfast.tasks.editing import outpaint as outpaint
     from tamingfast.tasks.encoding import check_encodable as check_encodable
     from tamingfast.tasks.encoding import encode as encode
+    from tamingfast.tasks.exporting import Exported as Exported
+    from tamingfast.tasks.exporting import export as export
     from tamingfast.tasks.inspection import inspect as inspect
     from tamingfast.tasks.labels import class_names_of as class_names_of
     from tamingfast.tasks.labels import labels_of as labels_of
@@ -82,6 +84,7 @@ _HOMES = {
     ),
     "editing": ("edit", "outpaint"),
     "encoding": ("check_encodable", "encode"),
+    "exporting": ("Exported", "export"),
     "inspection": ("inspect",),
     "labels": ("class_names_of", "labels_of"),
     "models": (

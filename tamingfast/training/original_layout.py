@@ -252,7 +252,7 @@ def _data(section: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
 def side_of(train: Any) -> Any:
     """The size of images in the params of a data set of the original, None if they name none."""
     params = at(train, "params")
-    return at(params, "size") or at(params, "config", "size") or at(params, "crop_size")
+    return at(params, "crop_size") or at(params, "size") or at(params, "config", "size")
 
 
 def check_original_data(data: Mapping[str, Any]) -> None:

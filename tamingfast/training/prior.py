@@ -26,6 +26,7 @@ from tamingfast.training.averages import averages_of
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
+from tamingfast.training.fine_tuning import Start
 from tamingfast.training.fitting import fitted
 from tamingfast.training.prior_config import completed_data, prior_config
 from tamingfast.training.prior_stage import PriorStage
@@ -59,6 +60,7 @@ def train(
     datasets: Datasets | None = None,
     cond_stage: str | os.PathLike | None = None,
     *,
+    start: str | os.PathLike | None = None,
     allow: Collection[str] = (),
 ) -> Path:
     """Train a prior on the tokens of ``first_stage`` (a run directory or checkpoint) into ``out``; returns ``out``.
@@ -67,15 +69,18 @@ def train(
     model's config is completed by `prior_config`; without a ``data:`` section, that of ``cond_stage`` is used, else
     that of ``first_stage``. With ``first_stage`` None, the config must be complete, as the original's are, with the
     first stage's ``ckpt_path``. ``datasets`` (training, validation) replaces the ``data:`` section; items with
-    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. ``allow`` names further classes that the
-    first stages' configs may name. Raises what `tamingfast.training.vqgan.train` raises.
+    ``indices`` (h, w) are taken as tokens, others are encoded batch by batch. A new run begins with the weights of
+    ``start``, if that is given: the path of a prior, whose architecture, condition and first stages replace those of
+    ``config``. ``allow`` names further classes that the configs of these models may name. Raises what
+    `tamingfast.training.vqgan.train` raises.
     """
     config, out = dict(plain(config)), Path(out)
     settings = training_settings(config)
     check_stage(config, prior=True)
+    begun = None if start is None else _started(start, first_stage, cond_stage, config, allow)
     with distributed.world(device) as among:
         frozen, condition = _first_stage(first_stage, allow), _first_stage(cond_stage, allow)
-        config["data"] = _data_section(config, frozen, condition, allow)
+        config["data"] = _data_section(config, frozen, condition, begun, allow)
         training, validation = datasets_of(config, datasets)
         settings = fitted(settings, training, among)
         if training.condition is not None:
@@ -95,7 +100,7 @@ def train(
                 "too, or change the settings below model.params"
             )
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
-        if frozen is None and not resume:
+        if frozen is None and begun is None and not resume:
             _warn_untrained(described)
         model = cast(Net2NetTransformer, new_model(described, settings.seed))
         for dataset in (training, validation):
@@ -103,6 +108,8 @@ def train(
                 check_condition(model.cond_stage_key, None if condition is None else condition.model, dataset)
         grid = grid_of(training, model.first_stage_model)
         stage = PriorStage(model.to(among.device), lr, grid, settings.seed, objects)
+        if begun is not None:
+            begun.load(model)
         if frozen is not None:
             load_into(model.first_stage_model, frozen.model.state_dict(), frozen.path, optional=_NOT_NEEDED)
         if condition is not None:
@@ -116,6 +123,26 @@ def train(
         averages = averages_of(stage, settings)
         with begin(config, out, resume, settings, training, among, stage, averages) as progress:
             return loop.run(stage, settings, (training, validation), out, among, progress, averages)
+
+
+def _started(
+    path: str | os.PathLike,
+    first_stage: str | os.PathLike | None,
+    cond_stage: str | os.PathLike | None,
+    config: dict[str, Any],
+    allow: Collection[str],
+) -> Start:
+    """The prior to begin with, whose ``model`` section replaces that of ``config``."""
+    for name, given in (("first_stage", first_stage), ("cond_stage", cond_stage)):
+        if given is not None:
+            raise UserError(f"{name}: got {given} beside a prior to start from, which contains its own, expected none")
+    begun = Start(path, Net2NetTransformer, allow)
+    config["model"] = begun.described(config.get("model") or {})
+    config.pop("prior", None)
+    names = begun.model.config.get("classes")
+    if names and not config.get("classes"):
+        config["classes"] = names
+    return begun
 
 
 def _first_stage(path: str | os.PathLike | None, allow: Collection[str]) -> _Trained | None:
@@ -151,7 +178,11 @@ def _warn_untrained(described: Mapping[str, Any]) -> None:
 
 
 def _data_section(
-    config: Mapping[str, Any], frozen: _Trained | None, condition: _Trained | None, allow: Collection[str]
+    config: Mapping[str, Any],
+    frozen: _Trained | None,
+    condition: _Trained | None,
+    begun: Start | None,
+    allow: Collection[str],
 ) -> dict[str, Any]:
     """The ``data:`` section of the config, the condition or the first stage; completed by the first stage."""
     stages = [stage.config.get("data") for stage in (condition, frozen) if stage is not None]
@@ -159,6 +190,10 @@ def _data_section(
     if not section:
         section = next(filter(None, stages), {})
         check_targets(section, "data", allow)
+    if begun is not None:
+        return completed_data(
+            section or begun.data, trained_side(begun.model.config), begun.model.first_stage_model.n_embed
+        )
     if frozen is None:
         return completed_data(section)
     return completed_data(section, trained_side(frozen.config), frozen.model.n_embed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.feed import step_batches
+from tamingfast.training.fine_tuning import Start
 from tamingfast.training.fitting import fitted
 from tamingfast.training.keys import parameters_of
 from tamingfast.training.seeds import seed_for
@@ -44,24 +46,37 @@ def train(
     resume: bool = False,
     device: str | torch.device | None = None,
     datasets: Datasets | None = None,
+    *,
+    start: str | os.PathLike | None = None,
+    allow: Collection[str] = (),
 ) -> Path:
     """Train the first stage that ``config`` describes into the run directory ``out``; returns ``out``.
 
     ``config`` is a mapping as from `tamingfast.training.load_config`; ``datasets`` (training, validation) replaces its
-    ``data:`` section. ``resume`` continues from the state in ``out``, bit for bit on a CPU.
+    ``data:`` section. ``resume`` continues from the state in ``out``, bit for bit on a CPU. A new run begins with the
+    weights of ``start``, if that is given: the path of a first stage, whose architecture then replaces that of
+    ``config``, so that ``codebook_from_data`` does not apply. ``allow`` names further classes that its config may name.
 
     Raises UserError for a config or data that cannot be trained on and when training diverges, and its subclass
     `loop.Stopped` when the process is asked to stop.
     """
     config, out = dict(plain(config)), Path(out)
-    settings, described = training_settings(config), config.get("model") or {}
+    settings = training_settings(config)
     check_stage(config, prior=False)
+    begun = None if start is None else Start(start, VQModel, allow)
+    if begun is not None:
+        config["model"] = begun.described(config.get("model") or {})
+        config["data"] = config.get("data") or begun.data
+        settings = replace(settings, codebook_from_data=False)
+    described = config.get("model") or {}
     check_loss(described)
     with distributed.world(device) as among:
         training, validation = datasets_of(config, datasets)
         settings = fitted(settings, training, among)
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
         model = cast(VQModel, new_model(described, settings.seed))
+        if begun is not None:
+            begun.load(model)
         check_images(training, model.image_key)
         grid_of(training, model, model.image_key)  # raises for images that the model would crop
         stage = VQGANStage(model.to(among.device), lr, settings.shared_forward)

@@ -163,3 +163,58 @@ def test_modules_list_names_and_files_of_both(checkout):
         assert "Extra" in dir(module) and inspect.getsource(Extra).startswith("class Extra")
     """
     run(checkout, PATH + INSTALL + OURS + textwrap.dedent(code))
+
+
+SCRIPT = """
+import sys
+from taming.models.vqgan import VQModel
+from ldm.models.autoencoder import VQModel as Latent
+from ldm.modules.diffusionmodules.model import Encoder
+from ldm.util import instantiate_from_config
+from neighbour import here
+print(__name__, sys.argv[1:], VQModel.__module__, Latent is VQModel, here)
+"""
+
+
+def compat(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tamingfast.compat", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_an_unchanged_script_runs_on_our_classes(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "run.py").write_text(SCRIPT)
+    (tmp_path / "scripts" / "neighbour.py").write_text("here = 'beside'\n")
+    done = compat(tmp_path, "scripts/run.py", "--steps", "3")
+    assert done.stdout == "__main__ ['--steps', '3'] tamingfast.models.vqgan True beside\n", done.stderr
+    done = compat(tmp_path / "scripts", "-m", "run", "x")
+    assert done.stdout == "__main__ ['x'] tamingfast.models.vqgan True beside\n", done.stderr
+
+
+def test_the_script_s_own_end_is_kept(tmp_path):
+    (tmp_path / "stop.py").write_text("raise SystemExit(7)\n")
+    assert compat(tmp_path, "stop.py").returncode == 7
+    missing = compat(tmp_path, "none.py")
+    assert missing.returncode == 2 and "none.py: got no such file, expected a script" in missing.stderr
+    assert compat(tmp_path).returncode == 2 and compat(tmp_path, "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from taming.modules.util import Nothing", "import taming.nothing", "from ldm.models.autoencoder import KL"],
+)
+def test_a_name_that_is_nowhere_says_what_to_do(tmp_path, line):
+    (tmp_path / "run.py").write_text(f"try:\n    {line}\nexcept ImportError:\n    raise\n")
+    done = compat(tmp_path, "run.py")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "tamingfast has no counterpart" in last and "PYTHONPATH" in last
+
+
+def test_an_installed_ldm_keeps_its_other_names(tmp_path):
+    (tmp_path / "ldm" / "models").mkdir(parents=True)
+    (tmp_path / "ldm" / "models" / "autoencoder.py").write_text("class VQModel: pass\nclass KL: theirs = True\n")
+    (tmp_path / "run.py").write_text(
+        "from ldm.models.autoencoder import KL, VQModel\nprint(KL.theirs, VQModel.__module__)\n"
+    )
+    assert compat(tmp_path, "run.py").stdout == "True tamingfast.models.vqgan\n"

@@ -32,6 +32,7 @@ COMMANDS = {
     "encode": ["encode", "model", "--out", "out.safetensors"],
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
+    "export": ["export", "model", "--out", "out"],
     "download": ["download", "lpips"],
 }
 MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
@@ -42,7 +43,7 @@ NO_NUMBERS = {
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout"}
+NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.
@@ -141,7 +142,7 @@ def test_outputs_that_cannot_be_written(words, action, tmp_path):
     assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
 
 
-@pytest.mark.parametrize("words", ["reproduce", "train vqgan", "train prior"])
+@pytest.mark.parametrize("words", ["reproduce", "train vqgan", "train prior", "export"])
 def test_directories_that_cannot_be_written(words, tmp_path):
     (action,) = (each for each in PARSERS[words]._actions if each.dest == "out")
     with unchanged(tmp_path):

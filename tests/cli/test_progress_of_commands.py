@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect PRIOR/state.pt": {"reading weights"},
     "convert VQGAN/state.pt c.safetensors --config VQGAN/config.yaml": {"reading weights", "checksum"},
     "convert VQGAN converted --layout diffusers": {"checksum"},
+    "export VQGAN --out exported": {"checksum", "networks"},
     "train vqgan tiny.yaml --out run": {"run"},
     "train prior prior.yaml --first-stage VQGAN --out run": {"checksum", "run"},
 }

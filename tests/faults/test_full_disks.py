@@ -39,6 +39,7 @@ COMMANDS = {
     "encode": ("encode runs/vqgan --out o.safetensors", ["o.safetensors"]),
     "convert": ("convert runs/vqgan o.safetensors", ["o.safetensors"]),
     "convert --layout": ("convert runs/vqgan new --layout diffusers", ["new"]),
+    "export": ("export runs/vqgan --out new", ["new"]),
     "evaluate": ("evaluate runs/vqgan --limit 1 --out o.json", ["o.json"]),
     "reproduce": ("reproduce pixels --preset smoke --out new", ["new"]),
 }

@@ -92,7 +92,11 @@ def test_the_discriminator_learns_before_it_counts(shared):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"disc_warmup": -1}, "disc_warmup"), ({"lecam_weight": -0.1}, "lecam_weight"), ({"lecam_decay": 1}, "lecam_decay")],
+    [
+        ({"disc_warmup": -1}, "disc_warmup"),
+        ({"lecam_weight": -0.1}, "lecam_weight"),
+        ({"lecam_decay": 1}, "lecam_decay"),
+    ],
 )
 def test_wrong_options(options, name):
     with pytest.raises(ValueError, match=f"^{name}: got {options[name]}"):

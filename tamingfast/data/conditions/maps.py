@@ -38,7 +38,7 @@ class _LabelMap(Map):
         positive("labels", self.labels, _MOST_LABELS)
 
     def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
-        values = reading.gray_png(path, indexed=True)
+        values = self.values(path)
         wrong = int(values.max())
         if wrong >= self.labels:
             raise UserError(
@@ -46,6 +46,10 @@ class _LabelMap(Map):
                 f"to at least {wrong + 1}"
             )
         return reading.nearest(values, reading.target_size(path, values, size), view)
+
+    def values(self, path: str | os.PathLike) -> np.ndarray:
+        """The labels in a file: int64 (H, W)."""
+        return reading.gray_png(path, indexed=True)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return (raw[..., None] == np.arange(self.labels)).astype(np.float32)
@@ -99,7 +103,7 @@ class Depth(FromFile):
             raise UserError(f"depth_range: got {brief(limits)}, expected [low, high] with low < high")
 
     def raw(self, path: str | os.PathLike, size: Size | None = None, view: View | None = None) -> np.ndarray:
-        values = reading.numbers(path) if Path(path).suffix.lower() == ".npy" else reading.gray_png(path)
+        values = self.values(path)
         bad = ~np.isfinite(values)
         if bad.any():
             row, column = np.argwhere(bad)[0]
@@ -112,6 +116,10 @@ class Depth(FromFile):
         target = reading.target_size(path, values, size)
         scaled = Picture(Image.fromarray((2 * values - 1).astype(np.float32)), target)
         return scaled.part(view or View.whole(target), Image.Resampling.BILINEAR)
+
+    def values(self, path: str | os.PathLike) -> np.ndarray:
+        """The numbers in a file: (H, W)."""
+        return reading.numbers(path) if Path(path).suffix.lower() == ".npy" else reading.gray_png(path)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         return np.array(raw[..., None], np.float32)

@@ -31,6 +31,14 @@ def gray_png(path: str | os.PathLike, indexed: bool = False) -> np.ndarray:
     return values // (255 // (2**depth - 1)) if image.mode == "L" and depth in (2, 4) else values
 
 
+def packed_floats(path: str | os.PathLike) -> np.ndarray:
+    """float32 (H, W): the numbers whose four bytes, the lowest first, are the pixels of an RGBA PNG; or `gray_png`."""
+    with opened(path, "a PNG of depth", ("PNG",)) as image:
+        packed = image.mode == "RGBA"
+        pixels = np.ascontiguousarray(np.asarray(image)) if packed else None
+    return gray_png(path) if pixels is None else pixels.view("<f4")[..., 0]
+
+
 def numbers(path: str | os.PathLike) -> np.ndarray:
     """The numbers (H, W) of a .npy file; a last axis of length 1 is dropped."""
     wanted = "a .npy file with numbers (height, width)"

@@ -55,5 +55,5 @@ def make(name: str, options: Mapping[str, Any]) -> Kind:
 
 def settings_of(kind: Kind) -> dict[str, Any]:
     """The ``data:`` settings that describe ``kind``: its name under "kind", and its options."""
-    (name,) = (name for name, made in KINDS.items() if made is type(kind))
+    name = next(name for name, made in KINDS.items() if isinstance(kind, made))
     return {"kind": name} | dataclasses.asdict(kind)
