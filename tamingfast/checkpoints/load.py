@@ -49,15 +49,17 @@ def load_model(
     *,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """A model in evaluation mode from a checkpoint of the original or of ours.
+    """A model in evaluation mode from a checkpoint of the original, of its relatives (docs/families.md) or of ours.
 
     A config builds networks of this package only, so neither file runs code; other `torch.nn.Module` classes are built
     if ``allow`` has their names, or if ``config`` is a mapping.
 
     Args:
-        checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
+        checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, a run directory of either project, or a folder as
+            models are published on the Hub.
         config: a YAML file or a mapping. By default it is looked for where both projects put it: inside the safetensors
-            file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
+            file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred. The
+            model's ``config`` has it in our terms, with the name of the ``family`` if it is one of a relative.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
         allow: dotted names of further classes that the config may name, such as ``("package.Class",)``.

@@ -42,7 +42,12 @@ def shuffled(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def latent_diffusion(
-    folder: Path, kind: str = "VQModel", ema: bool = False, inside: bool = False, style: Style = PLAIN
+    folder: Path,
+    kind: str = "VQModel",
+    ema: bool = False,
+    inside: bool = False,
+    style: Style = PLAIN,
+    config: bool = True,
 ) -> Published:
     reference = Reference(style, 1)
     params = {"embed_dim": style.embed, "n_embed": style.codes, "monitor": "x", "ddconfig": families.ddconfig(style)}
@@ -60,7 +65,8 @@ def latent_diffusion(
         params["first_stage_config"]["params"]["ckpt_path"] = "/not/to/be/read.ckpt"
         model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
     torch.save({"state_dict": state, "epoch": 1, "callbacks": {}}, folder / "model.ckpt")
-    yaml_file(folder / "config.yaml", {"model": model})
+    if config:
+        yaml_file(folder / "config.yaml", {"model": model})
     return Published(folder / "model.ckpt", None, reference, kind == "VQModelInterface")
 
 
@@ -245,6 +251,7 @@ FAMILIES: dict[str, dict[str, Writer]] = {
         "without attention": lambda folder: latent_diffusion(folder, style=_NOATTN),
         "averages": lambda folder: latent_diffusion(folder, ema=True),
         "inside a diffusion model": lambda folder: latent_diffusion(folder, "VQModelInterface", inside=True),
+        "inside, no config": lambda folder: latent_diffusion(folder, "VQModelInterface", inside=True, config=False),
     },
     "LlamaGen VQ": {
         "file": llamagen_file,
