@@ -86,7 +86,7 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
     and for a config that may not be built.
     """
     path = weights_path(Path(checkpoint))
-    config = _config_beside(path)
+    config = config_beside(path)
     family = formats.family_of(config)
     if config is None or (family is not None and family.whole):
         return None
@@ -129,7 +129,7 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
-        config = _config_beside(path)
+        config = config_beside(path)
     config = plain(config)
     if config is not None:
         check_config_values(config, path)
@@ -139,11 +139,14 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     return _translated(found, config)
 
 
-def _config_beside(path: Path) -> Any:
+def config_beside(path: Path) -> Any:
     """The plain config in the file or beside it; a config.json counts if it is that of a family."""
     found = plain(embedded_config(path) or neighbouring_config(path))
     if found is None:
-        found = plain(hub_config(path))
+        try:
+            found = plain(hub_config(path))
+        except UserError as error:  # it need not be meant for these weights
+            logger.warning("config.json is left out: %s", error)
         return None if formats.family_of(found) is None else found
     return found
 

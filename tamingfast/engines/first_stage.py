@@ -62,7 +62,7 @@ def describes(network: nn.Module) -> TypeGuard[LayeredNetwork]:
     """Whether a network describes its layers; what does not is run by torch, whole, which is logged once."""
     if isinstance(network, LayeredNetwork):
         return True
-    _log_once(f"A {type(network).__name__} runs in torch, whole: it does not describe its layers.")
+    _log_once(f"The {type(network).__name__} runs in torch, whole: it does not describe its layers.")
     return False
 
 

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
+from commands import run
 from families import Reference, Style
 from family_files import FAMILIES, Published, nested, packed
+from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tamingfast
@@ -291,6 +295,45 @@ def test_nothing_that_an_index_or_a_msgpack_says_is_believed(tmp_path):
     ):
         file.write_bytes(damaged)
         assert "flax_model.msgpack" in refused(made.path)
+
+
+@pytest.mark.parametrize("text", ['{"dim": 64, "n_layer": 2}', "[1, 2]", "{", ""])
+def test_a_config_json_of_something_else_is_left_out(text, tmp_path):
+    made = published("LlamaGen VQ", "file", tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    check(tamingfast.load_model(made.path), made)
+    assert tasks.inspect(made.path)["config"] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("latent-diffusion VQ", "interface"),
+        ("LlamaGen VQ", "file"),
+        ("Open-MAGVIT2", "no config"),
+        ("MaskGIT-VQGAN", "file"),
+    ],
+)
+def test_they_are_first_stages_like_any_other(family, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = published(family, name, tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number, pixels in enumerate(tiny.photographs(4, 16)):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    path = str(made.path)
+    assert run("reconstruct", path, "photos/0.png", "--out", "r.png") == 0
+    assert run("encode", path, "--out", "t.safetensors", "name=folder", "path=photos", "size=16") == 0
+    assert run("evaluate", path, "--data", "photos", "--limit", "2") == 0
+    assert tasks.inspect("t.safetensors")["first_stage"] == tasks.inspect(path)["first_stage"]
+    settings = ["data.name=folder", "data.path=photos", "data.size=16", "training.steps=1", "prior.condition=none"]
+    OmegaConf.save(OmegaConf.create(tiny.config(tiny.PRIOR, steps=1)), "prior.yaml")
+    assert run("train", "prior", "prior.yaml", "--first-stage", path, "--out", "prior", *settings) == 0, (
+        capsys.readouterr()
+    )
+    made.path.unlink()
+    assert run("sample", "prior", "-n", "1", "--out", "s.png") == 0
+    stage = tamingfast.load_model("prior").first_stage_model
+    check(stage, made)
 
 
 @pytest.mark.skipif("TAMINGFAST_ZOO" not in os.environ, reason="TAMINGFAST_ZOO names no directory of recorded cases")

@@ -80,7 +80,8 @@ def llamagen_file(folder: Path) -> Published:
 def llamagen_training(folder: Path, **arguments: Any) -> Published:
     reference = Reference(replace(LLAMAGEN, rule="l2") if arguments else LLAMAGEN, 3)
     args = argparse.Namespace(vq_model="VQ-16", **arguments)
-    content = {"model": shuffled(reference.state), "ema": reference.state, "optimizer": {}, "steps": 7, "args": args}
+    averages = {f"_orig_mod.{name}": value for name, value in reference.state.items()}  # of a compiled model
+    content = {"model": shuffled(reference.state), "ema": averages, "optimizer": {}, "steps": 7, "args": args}
     torch.save(content, folder / "0007.pt")
     return Published(folder / "0007.pt", None, reference)
 
