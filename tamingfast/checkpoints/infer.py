@@ -36,6 +36,11 @@ def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the c
         raise UserError(
             f"{source}: got a first stage of two levels without a config, expected one with its config; give that"
         )
+    if any(key.startswith("model_ema.") for key in state):
+        raise UserError(
+            f"{source}: got averages of the weights (model_ema.*) and no config that says which count, expected its "
+            "config, too"
+        )
     gumbel = "quantize.embed.weight" in state
     try:
         params = _params(state, gumbel)
@@ -88,6 +93,8 @@ def _params(state: Mapping[str, Tensor], gumbel: bool) -> dict[str, Any]:
     for level in range(levels):
         for block in range(blocks + 1):
             shape(f"decoder.up.{level}.block.{block}.conv1.weight", widths[level], None, 3, 3)
+    if not any(key.startswith("quantize.") for key in state) and "quant_conv.weight" in state:
+        raise _OtherNetworkError("a KL autoencoder, which has no codebook")
     codebook = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
     n_embed, embed_dim = shape(codebook, None, None)
     z_channels = shape("post_quant_conv.weight", None, embed_dim, 1, 1)[0]

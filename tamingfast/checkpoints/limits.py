@@ -208,11 +208,13 @@ def _fsq(numbers: _Numbers) -> Size:
     return Size(0, 0)
 
 
-def _lookup_free(numbers: _Numbers) -> Size:
-    """Without a codebook; the decoder has larger convolutions, which upsample, and projections before its levels."""
+def _steered(numbers: _Numbers) -> Size:
+    """A decoder that its codes steer: with projections of them beside each norm, or larger convolutions."""
     ddconfig = numbers.inside("ddconfig")
     numbers.get("n_embed")
-    return _autoencoder(ddconfig) * 4 + Size(8, 4 * numbers.get("embed_dim") * ddconfig.get("ch"))
+    widest = ddconfig.get("ch") * math.ceil(max(ddconfig.several("ch_mult", (8,), fractions=True), default=0))
+    projections = Size(4, 4 * widest * (numbers.get("embed_dim") + 1)) * (20 + 10 * ddconfig.get("num_res_blocks"))
+    return _autoencoder(ddconfig) * 4 + projections
 
 
 def _ema(numbers: _Numbers) -> Size:
@@ -259,7 +261,8 @@ def _unknown(numbers: _Numbers) -> Size:
 _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
     "GPT": _gpt,
     **dict.fromkeys(("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel"), _first_stage),
-    "LookupFreeVQModel": _lookup_free,
+    "LookupFreeVQModel": _steered,
+    "MoVQ": lambda numbers: _steered(numbers) + Size(1, numbers.get("n_embed") * numbers.get("embed_dim")),
     "EMAVQ": _ema,
     "GumbelVQ": _gumbel,
     "FSQ": _fsq,

@@ -49,15 +49,17 @@ def load_model(
     *,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """A model in evaluation mode from a checkpoint of the original or of ours.
+    """A model in evaluation mode from a checkpoint of the original, of its relatives (docs/families.md) or of ours.
 
     A config builds networks of this package only, so neither file runs code; other `torch.nn.Module` classes are built
     if ``allow`` has their names, or if ``config`` is a mapping.
 
     Args:
-        checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, or a run directory of either project.
+        checkpoint: a Lightning ``.ckpt``, a ``.safetensors`` file, a run directory of either project, or a folder as
+            models are published on the Hub.
         config: a YAML file or a mapping. By default it is looked for where both projects put it: inside the safetensors
-            file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred.
+            file, beside the weights, in the run's ``configs/``. If there is none, a first stage's is inferred. The
+            model's ``config`` has it in our terms, with the name of the ``family`` if it is one of a relative.
         device: default: the CPU.
         dtype: a torch dtype or its name, such as "bfloat16". Default: float32.
         allow: dotted names of further classes that the config may name, such as ``("package.Class",)``.
@@ -84,7 +86,7 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
     and for a config that may not be built.
     """
     path = weights_path(Path(checkpoint))
-    config = _config_beside(path)
+    config = config_beside(path)
     family = formats.family_of(config)
     if config is None or (family is not None and family.whole):
         return None
@@ -127,7 +129,7 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
-        config = _config_beside(path)
+        config = config_beside(path)
     config = plain(config)
     if config is not None:
         check_config_values(config, path)
@@ -137,11 +139,14 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     return _translated(found, config)
 
 
-def _config_beside(path: Path) -> Any:
+def config_beside(path: Path) -> Any:
     """The plain config in the file or beside it; a config.json counts if it is that of a family."""
     found = plain(embedded_config(path) or neighbouring_config(path))
     if found is None:
-        found = plain(hub_config(path))
+        try:
+            found = plain(hub_config(path))
+        except UserError as error:  # it need not be meant for these weights
+            logger.warning("config.json is left out: %s", error)
         return None if formats.family_of(found) is None else found
     return found
 

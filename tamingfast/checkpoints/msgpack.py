@@ -132,7 +132,7 @@ class _Reader:
             shape, name, raw = fields
             dtype = _DTYPES.get(name) if isinstance(name, str) else None
             if dtype is None:
-                raise BadMsgpack(f"an array of the type {str(name)[:20]!r}")
+                raise BadMsgpack(f"a msgpack file with an array of the type {str(name)[:20]!r}")
             sized = all(type(n) is int and n >= 0 for n in shape) and isinstance(raw, memoryview)
             if sized and math.prod(shape) * dtype.itemsize == len(raw):
                 flat = torch.frombuffer(bytearray(raw), dtype=dtype) if len(raw) else torch.empty(0, dtype=dtype)

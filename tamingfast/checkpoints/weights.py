@@ -258,7 +258,11 @@ def _state_of(file: TorchFile, path: Path, prefix: str = "") -> dict[str, Tensor
 
 def _named(value: Any) -> Collection[str]:
     """The names in a mapping of a file, without what wrappers have put into them; none of anything else."""
-    return {str(key).removeprefix("module.") for key in value} if isinstance(value, Mapping) else ()
+    return {_without_wrappers(str(key)) for key in value} if isinstance(value, Mapping) else ()
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _only_state(content: Any, path: Path) -> Mapping[Any, Any] | None:
@@ -332,7 +336,7 @@ def unwrapped(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, 
     The names of torch's wrappers go wherever they are. Of a prefix that all keys share, the part goes without which
     most keys are in ``known``, those of the model.
     """
-    names = [".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state]
+    names = [_without_wrappers(key) for key in state]
     if len(set(names)) < len(state):
         names = list(state)
     models = [name.split(".")[:-1] for name in names if not name.startswith(("loss.", *TRAINING_ONLY))]

@@ -280,8 +280,9 @@ class Encoder(nn.Module):
     ``attn_type`` "none" leaves out all attention, ``mid_attention`` False that among the ``mid_blocks`` blocks of the
     lowest resolution; ``num_groups`` is that of every norm; without ``bias`` the first convolution and those of the
     blocks have none; ``branch_shortcut`` is explained at `ResnetBlock`; ``out_kernel`` is the size of the last
-    convolution; ``symmetric`` pads all sides before downsampling. Other keyword arguments of the shared ``ddconfig``
-    are ignored.
+    convolution; ``symmetric`` pads all sides before downsampling.
+
+    Other keyword arguments of the shared ``ddconfig`` are ignored.
     """
 
     def __init__(

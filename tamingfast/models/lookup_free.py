@@ -42,9 +42,10 @@ class DepthToSpace(nn.Module):
         self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
         batch, channels, height, width = x.shape
-        pixels = self.conv(x).view(batch, 2, 2, channels, height, width)
-        return pixels.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
+        pixels = x.view(batch, 2, 2, channels // 4, height, width)
+        return pixels.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 class AdaptiveDecoder(Decoder):

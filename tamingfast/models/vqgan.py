@@ -127,11 +127,11 @@ class VQModel(FirstStage):
 
         Raises ValueError for anything but a floating-point tensor of this shape, in the dtype of the weights.
         """
-        return self.quantised(x)
+        return self.quantize(self.latents(x))
 
     def quantised(self, x: Tensor) -> Quantised:
         """What `encode` gives here, also where a subclass's gives something else."""
-        return self.quantize(self.latents(x))
+        return self.encode(x)
 
     def latents(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> the quantiser's input (B, embed_dim, h, w); raises as `encode`."""
@@ -310,6 +310,10 @@ class VQModelInterface(VQModel):
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w); they are quantised unless ``force_not_quantize``."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])
+
+    def quantised(self, x: Tensor) -> Quantised:
+        """What `VQModel.encode` gives."""
+        return super().encode(x)
 
     def decode_quantised(self, quant: Tensor) -> Tensor:
         """What `VQModel.decode` gives."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from tamingfast.checkpoints.config import at, trained_side
 from tamingfast.checkpoints.fingerprint import fingerprint
 from tamingfast.checkpoints.infer import KNOWN
-from tamingfast.checkpoints.load import read_translated
-from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.load import config_beside, read_translated
+from tamingfast.checkpoints.locate import embedded_config, weights_path
 from tamingfast.checkpoints.weights import unwrapped
 from tamingfast.data.tokens import FORMAT, TokenDataset
 from tamingfast.models.prior import UNCONDITIONAL
@@ -61,7 +61,7 @@ def _of_config(path: Path, config: Any) -> dict[str, Any]:
     """Facts from the config, which may be one that the weights alone gave."""
     params = at(config, "model", "params")
     inside = embedded_config(path) is not None
-    beside = neighbouring_config(path) is not None or (hub_config(path) is not None and config is not None)
+    beside = config_beside(path) is not None
     found = {
         "config": "in the file" if inside else "beside the file" if beside else None,
         "family": at(config, "family"),

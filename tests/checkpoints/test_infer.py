@@ -47,9 +47,6 @@ OTHERS = {
     "a list of levels with a gap": lambda state: named(state, "encoder.down.0.", "encoder.down.7."),
     "names that are no numbers": lambda state: named(state, "encoder.down.0.block.0", "encoder.down.first.block.x"),
     "a classifier": lambda state: {"layer1.0.conv1.weight": torch.zeros(8, 3, 3, 3), "fc.weight": torch.zeros(10, 8)},
-    "a diffusion model of pixels": lambda state: {
-        f"model.diffusion_model.{key}": value for key, value in state.items()
-    },
     "one number": lambda state: {"x": torch.tensor(1.0)},
 }
 

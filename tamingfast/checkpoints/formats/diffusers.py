@@ -13,11 +13,12 @@ from tamingfast.checkpoints.formats.shapes import multipliers
 from tamingfast.errors import UserError
 
 _CLASS, _KEY = "_class_name", "encoder.down_blocks.0.resnets.0.conv1.weight"
+_MOVQ = "tamingfast.models.spatial.MoVQ"
 _LOWEST = 16
 _KL = "a KL autoencoder, which has no codebook"
 _KINDS = dict.fromkeys(("AutoencoderKL", "AsymmetricAutoencoderKL", "FlaxAutoencoderKL"), _KL)
 _ATTENTION = {
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "group_norm": "norm", "spatial_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",  # in files of 2022
 }  # fmt: skip
 _PARTS = "|".join(map(re.escape, _ATTENTION))
@@ -81,7 +82,10 @@ def _model(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
     # aMUSEd alone looks codes up, and its pipeline alone gives the network values in [0, 1].
     if config.get("lookup_from_codebook"):
         params["image_range"] = [0, 1]
-    return model_of(params, INTERFACE)
+    spatial = setting("norm_type", "group") == "spatial"
+    if spatial and params["embed_dim"] != latents:
+        raise source.bad(f"codes of {params['embed_dim']} channels", f"the {latents} of its latents, as of MoVQ")
+    return model_of(params, _MOVQ if spatial else INTERFACE)
 
 
 def _attends(config: Mapping[str, Any], key: str, plain: str, levels: int, source: Source) -> list[bool]:
@@ -139,13 +143,13 @@ def written(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dic
     ddconfig = dict(params["ddconfig"])
     own = {name: value for name, value in (ddconfig.pop("decoder", None) or {}).items() if name != "attn_resolutions"}
     own |= ddconfig.pop("encoder", None) or {}
-    odd = {
+    odd: dict[str, Any] = {"codes": params["codes"]} if params.get("codes", "nearest") != "nearest" else {}
+    odd |= {
         f"ddconfig.{name}": ddconfig[name]
         for name, same in _SAME.items()
         if ddconfig.get(name, same) not in (same, None)
     }
-    odd |= {f"ddconfig.*coder.{name}": value for name, value in own.items()}
-    odd |= {"codes": params["codes"]} if params.get("codes", "nearest") != "nearest" else {}
+    odd |= {f"a {name} of one side": value for name, value in own.items()}
     odd |= {"quant_conv": False} if not params.get("quant_conv", True) else {}
     odd |= {"ddconfig.ch_mult": ddconfig["ch_mult"]} if ddconfig["ch_mult"][0] != 1 else {}
     odd |= {"remap": "a part of the codebook"} if "quantize.used" in state else {}

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tamingfast.checkpoints.config import at
-from tamingfast.checkpoints.formats.family import INTERFACE, VQMODEL, Family, Opened, Source, known_params, model_of
+from tamingfast.checkpoints.formats.family import (
+    INTERFACE,
+    VQMODEL,
+    Family,
+    Opened,
+    Source,
+    chosen_weights,
+    known_params,
+    model_of,
+)
 from tamingfast.checkpoints.infer import ASSUMED, infer_config
 
 logger = logging.getLogger(__name__)
@@ -45,7 +55,7 @@ def _shown(names: Collection[str]) -> bool:
 
 def _opened(source: Source) -> Opened:
     inside = {name.removeprefix(_PREFIX): value for name, value in source.state.items() if name.startswith(_PREFIX)}
-    state = inside or dict(source.state)
+    state = chosen_weights(replace(source, state=inside or source.state), averaged=False)
     if source.config is None:
         inferred = infer_config(state, source.path)
         logger.warning(

@@ -35,8 +35,8 @@ def _opened(source: Source) -> Opened:
     for side in ("encoder", "decoder"):
         widths = at(source.config, f"{side}_ch_mult")
         own = ddconfig.get(side, {}).get("ch_mult", ddconfig["ch_mult"])
-        if widths is not None and list(widths) != own:
-            raise source.bad(f"weights of {side}_ch_mult {own}", f"those of its config, {list(widths)}")
+        if widths is not None and widths != own:
+            raise source.bad(f"weights of {side}_ch_mult {own}", f"those of its config, {widths!r}")
     params = {"ddconfig": ddconfig, "n_embed": codebook.shape[0], "embed_dim": codebook.shape[1]}
     return Opened(model_of({**params, "codes": "unit" if _normalises(source) else "nearest"}), state)
 
