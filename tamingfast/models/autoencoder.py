@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tamingfast import ops
 from tamingfast.engines import layers
 from tamingfast.errors import UserError
-from tamingfast.models.base import at_least
+from tamingfast.models.base import at_least, in_turn
 
 # Settings of relatives' networks that change what a network computes, and the values that leave it as it is here.
-_OF_RELATIVES = {"tanh_out": (False, None), "attn_type": ("vanilla", None), "use_linear_attn": (False, None)}
+_OF_RELATIVES = {"tanh_out": (False, None), "use_linear_attn": (False, None)}
 
 
 def _check_relatives(ignored: Mapping[str, Any]) -> None:
@@ -28,6 +28,15 @@ def _check_relatives(ignored: Mapping[str, Any]) -> None:
             raise UserError(
                 f"ddconfig.{name}: got {ignored[name]!r}, expected {same[0]!r}, as no other network is built"
             )
+
+
+def _attends(attn_type: str | None) -> bool:
+    """Whether there is attention: "vanilla", the original's, or "none"; UserError for another word."""
+    if attn_type not in ("vanilla", "none", None):
+        raise UserError(
+            f"ddconfig.attn_type: got {attn_type!r}, expected vanilla or none, as no other network is built"
+        )
+    return attn_type != "none"
 
 
 @layers.described
@@ -156,6 +165,8 @@ _Part: TypeAlias = ResnetBlock | AttnBlock | Upsample | Downsample
 class _Level(nn.Module):
     """The blocks of one resolution, each followed by attention if ``attention``, then the change of resolution."""
 
+    checkpointing = False
+
     def __init__(self, channels: int, out: int, blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
         self.block = nn.ModuleList(
@@ -177,27 +188,29 @@ class _Level(nn.Module):
         return cast("list[_Part]", parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
-            x = part(x)
-        return x
+        return in_turn(self.parts(), x, self.checkpointing)
 
 
 @layers.described
 class _Middle(nn.Module):
-    """The blocks at the lowest resolution."""
+    """The blocks at the lowest resolution, with attention between them if ``attention``."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    checkpointing = False
+
+    def __init__(self, channels: int, dropout: float, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
-        self.attn_1 = AttnBlock(channels)
+        if attention:
+            self.attn_1 = AttnBlock(channels)
         self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
 
     def parts(self) -> list[_Part]:
         """The modules in the order in which they run."""
-        return [self.block_1, self.attn_1, self.block_2]
+        attention = [self.attn_1] if hasattr(self, "attn_1") else []
+        return [self.block_1, *attention, self.block_2]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        return in_turn(self.parts(), x, self.checkpointing)
 
 
 @layers.described
@@ -206,7 +219,8 @@ class Encoder(nn.Module):
 
     With ``double_z`` there are 2 * z_channels latents. H/f and W/f are rounded down, as in the original.
     ``ch * ch_mult[i]`` is the width at level i. Attention follows every block of the levels whose feature maps have a
-    side in ``attn_resolutions``, for square inputs of side ``resolution``. Other keyword arguments of the shared
+    side in ``attn_resolutions``, for square inputs of side ``resolution``, and the first block of the lowest level; with
+    the ``attn_type`` "none" there is no attention at all. Other keyword arguments of the shared
     ``ddconfig`` are ignored.
     """
 
@@ -223,6 +237,7 @@ class Encoder(nn.Module):
         resolution: int,
         z_channels: int,
         double_z: bool = True,
+        attn_type: str | None = "vanilla",
         **ignored: Any,
     ):
         super().__init__()
@@ -230,7 +245,8 @@ class Encoder(nn.Module):
         at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
-        attn_resolutions = set(attn_resolutions)
+        attends = _attends(attn_type)
+        attn_resolutions = set(attn_resolutions if attends else ())
         self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
         self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -241,7 +257,7 @@ class Encoder(nn.Module):
             if i < len(widths) - 1:
                 level.downsample = Downsample(width, resamp_with_conv)
             self.down.append(level)
-        self.mid = _Middle(widths[-1], dropout)
+        self.mid = _Middle(widths[-1], dropout, attends)
         self.norm_out = GroupNorm(widths[-1], silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
@@ -294,6 +310,7 @@ class Decoder(nn.Module):
         resolution: int,
         z_channels: int,
         give_pre_end: bool = False,
+        attn_type: str | None = "vanilla",
         **ignored: Any,
     ):
         super().__init__()
@@ -301,14 +318,15 @@ class Decoder(nn.Module):
         at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
         widths = [ch * multiplier for multiplier in ch_mult]
-        attn_resolutions = set(attn_resolutions)
+        attends = _attends(attn_type)
+        attn_resolutions = set(attn_resolutions if attends else ())
         self.give_pre_end = give_pre_end
         self.ch, self.temb_ch, self.resolution = ch, 0, resolution
         self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
         lowest = resolution // 2 ** (len(widths) - 1)
         self.z_shape = (1, z_channels, lowest, lowest)
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1], dropout)
+        self.mid = _Middle(widths[-1], dropout, attends)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             above = widths[min(i + 1, len(widths) - 1)]

@@ -22,6 +22,7 @@ from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
+from tamingfast.training.events import writer_class
 from tamingfast.training.feed import epoch_steps
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import FREE_TO_CHANGE, Training
@@ -55,6 +56,8 @@ def begin(
     weights, when ``dataset`` is too small for one step, and when the model of ``stage`` cannot process its images.
     """
     epoch_steps(dataset, settings, among.size)  # raises for too few images
+    if settings.tensorboard:
+        writer_class()  # raises without the package
     config["training"] = asdict(settings)
     _check_begun(config, out, resume)
     _check_forward(stage, dataset, among)
