@@ -219,9 +219,8 @@ class Encoder(nn.Module):
 
     With ``double_z`` there are 2 * z_channels latents. H/f and W/f are rounded down, as in the original.
     ``ch * ch_mult[i]`` is the width at level i. Attention follows every block of the levels whose feature maps have a
-    side in ``attn_resolutions``, for square inputs of side ``resolution``, and the first block of the lowest level; with
-    the ``attn_type`` "none" there is no attention at all. Other keyword arguments of the shared
-    ``ddconfig`` are ignored.
+    side in ``attn_resolutions``, for square inputs of side ``resolution``, and a block in the middle; with the
+    ``attn_type`` "none" there is none. Other keyword arguments of the shared ``ddconfig`` are ignored.
     """
 
     def __init__(

@@ -37,9 +37,10 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     sections = [
         f"# Parts of a training recipe: preset `{results['preset']}`",
         report.provenance(results),
-        f"Every first stage was trained for {training['steps']} steps of {report.counted(training['batch_size'], 'image')}"
-        f", with the same seed and batches, and measured on {results['rows'][0]['reconstruction']['images']} validation "
-        "images. One seed each: differences of the size of those between seeds say nothing.",
+        f"Every first stage was trained for {training['steps']} steps of "
+        f"{report.counted(training['batch_size'], 'image')}, with the same seed and batches, and measured on "
+        f"{results['rows'][0]['reconstruction']['images']} validation images. "
+        "One seed each: differences of the size of those between seeds say nothing.",
         table(results["rows"], settings["evaluation"]),
         _notes(results["rows"], settings["evaluation"]),
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),

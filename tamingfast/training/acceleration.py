@@ -20,13 +20,14 @@ def accelerate(model: nn.Module, settings: Training) -> None:
 
     With ``gradient_checkpointing`` the backward pass computes activations inside blocks again instead of keeping them:
     the same gradients, bit for bit, for one more forward pass. With ``compile`` torch.compile translates the networks,
-    which takes a while in the first step; it changes results by rounding, and which numbers dropout draws. Raises UserError if it cannot.
+    which takes a while in the first step; it changes results by rounding, and which numbers dropout draws. Raises
+    UserError if it cannot.
     """
     networks = [module for module in model.modules() if isinstance(module, _NETWORKS) and module.training]
     if settings.gradient_checkpointing:
         for module in (part for network in networks for part in network.modules()):
             if hasattr(module, "checkpointing"):
-                module.checkpointing = True
+                module.checkpointing = True  # type: ignore[assignment]
     if settings.compile:
         _check_compiler()
         # The adaptive weight goes through the graph a second time, so no buffer may be given away in the first.
@@ -42,6 +43,6 @@ def _check_compiler() -> None:
         get_cpp_compiler()
     except Exception as error:  # of torch, whose classes change
         raise UserError(
-            f"training.compile: got true without a C++ compiler ({first_line(error)}), expected one on the path; install "
-            "it, or leave training.compile out"
+            f"training.compile: got true without a C++ compiler ({first_line(error)}), expected one on the path; "
+            "install it, or leave training.compile out"
         ) from error

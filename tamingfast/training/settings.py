@@ -36,8 +36,8 @@ class Training:
     can be "auto". Two settings depart from the original to shorten runs:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
     ``ema_decay`` is that of the weights' moving averages (`averages.Averages`), with which the run validates, draws and
-    exports; None keeps none. ``gradient_checkpointing`` and ``compile`` are those of `acceleration.accelerate`. ``tensorboard`` writes
-    events for TensorBoard, too.
+    exports; None keeps none. ``gradient_checkpointing`` and ``compile`` are those of `acceleration.accelerate`.
+    ``tensorboard`` writes events for TensorBoard, too.
 
     Raises UserError for values of the wrong type or out of range.
     """

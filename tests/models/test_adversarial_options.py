@@ -90,17 +90,10 @@ def test_the_discriminator_learns_before_it_counts(shared):
     assert tiny.move(stage, [batch])[0]["d_weight"] > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"disc_warmup": -1}, "disc_warmup"),
-        ({"lecam_weight": -0.1}, "lecam_weight"),
-        ({"lecam_decay": 1}, "lecam_decay"),
-    ],
-)
-def test_wrong_options(options, name):
-    with pytest.raises(ValueError, match=f"^{name}: got {options[name]}"):
-        loss_of(**options)
+@pytest.mark.parametrize(("name", "value"), [("disc_warmup", -1), ("lecam_weight", -0.1), ("lecam_decay", 1)])
+def test_wrong_options(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: got {value}"):
+        loss_of(**{name: value})
 
 
 def test_a_loss_without_these_options_is_the_original_s(images):
