@@ -25,7 +25,7 @@ from tamingfast.training.distributed import World
 from tamingfast.training.events import writer_class
 from tamingfast.training.feed import epoch_steps
 from tamingfast.training.seeds import seed_for
-from tamingfast.training.settings import FREE_TO_CHANGE, Training
+from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 from tamingfast.training.stage import Stage
 
 
@@ -143,6 +143,7 @@ def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:
 
 
 def _check_same_run(began: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    began = {**began, "training": asdict(training_settings(began))}  # a run of an earlier version has fewer settings
     for section in ("model", "data", "training"):
         before, after = _flat(began.get(section), section), _flat(now.get(section), section)
         for name in sorted(before.keys() | after.keys()):

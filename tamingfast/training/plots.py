@@ -16,6 +16,9 @@ _COLUMNS = 3
 #: Points of a curve of training values; more are averaged.
 _POINTS = 200
 
+#: How the values of each split are drawn.
+_FORMS = {"train": "C0-", "validation": "C1o-"}
+
 
 def plot(out: Path, shown: Iterable[str]) -> None:
     """Write ``metrics.png`` of the run in ``out``: a panel for each of the values ``shown`` that was recorded.
@@ -32,9 +35,9 @@ def plot(out: Path, shown: Iterable[str]) -> None:
         return
     figure, axes = report.figure(min(len(panels), _COLUMNS), 4.2, -(-len(panels) // _COLUMNS))
     for axis, (name, curves) in zip(axes, panels.items(), strict=False):
-        for split, points in curves.items():
-            if points:
-                axis.plot(*zip(*points, strict=True), "-" if split == "train" else "o-", markersize=3, label=split)
+        for split, form in _FORMS.items():
+            if curves[split]:
+                axis.plot(*zip(*curves[split], strict=True), form, markersize=3, label=split)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()

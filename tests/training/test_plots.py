@@ -69,8 +69,9 @@ def test_events_hold_what_the_metrics_hold(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tiny.train("vqgan", tmp_path / "run", steps=4, checkpoint_every=4, tensorboard=True)
-    tiny.train("vqgan", out, resume=True, steps=6, tensorboard=True)
+    settings = {"checkpoint_every": 4, "validate_every": 2, "tensorboard": True}
+    out = tiny.train("vqgan", tmp_path / "run", steps=4, **settings)
+    tiny.train("vqgan", out, resume=True, steps=6, **settings)
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     for split in ("train", "validation"):
         found = {event.step: event.value for event in events.Scalars(f"{split}/rec_loss")}
