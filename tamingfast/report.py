@@ -80,15 +80,15 @@ def pictures(captions: Mapping[str, str]) -> list[str]:
     return [f"{caption}:\n\n![{caption}]({name})" for name, caption in captions.items()]
 
 
-def figure(columns: int, width: float = 5) -> tuple[Figure, list[Axes]]:
-    """A figure with ``columns`` panels side by side, each ``width`` inches wide, and its axes."""
+def figure(columns: int, width: float = 5, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with ``columns`` panels side by side in each row, each ``width`` inches wide, and its axes, by rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional package
     from matplotlib.figure import Figure
 
     # Without pyplot, which keeps global state and looks for a display.
-    made = Figure(figsize=(width * columns, 3.8), layout="constrained")
+    made = Figure(figsize=(width * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(made)
-    return made, list(made.subplots(1, columns, squeeze=False)[0])
+    return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
 def save_figure(plotted: Figure, path: str | os.PathLike) -> None:

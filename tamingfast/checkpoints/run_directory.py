@@ -31,6 +31,7 @@ from tamingfast.errors import UserError, first_line, storage_sentence
 from tamingfast.files import atomic_write, check_directory, locked, remove_leftovers, writable_path
 
 CONFIG, STATE, WEIGHTS, IMAGES, LOCK = "config.yaml", "state.pt", "weights.safetensors", "images", ".lock"
+PLOT = "metrics.png"
 FORMAT = 1
 __all__ = ["METRICS", "Metrics", "read_metrics"]  # part of a run directory
 #: What `save` records of the progress of a run.
@@ -51,7 +52,7 @@ def held(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(storage_sentence(error, out)) from error
     with locked(out / LOCK, str(out), "wait until it has ended, or give another directory"):
-        for name in (CONFIG, STATE, WEIGHTS, METRICS):
+        for name in (CONFIG, STATE, WEIGHTS, METRICS, PLOT):
             writable_path(out / name)
         check_directory(out / IMAGES)
         for folder in (out, out / IMAGES):

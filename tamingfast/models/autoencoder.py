@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from tamingfast import ops
 from tamingfast.engines import layers
 from tamingfast.errors import UserError
-from tamingfast.models.base import at_least
+from tamingfast.models.base import at_least, in_turn
 
 GROUPS = 32  # of every norm, unless a relative's network has others
+
+
+def _attends(attn_type: str | None) -> bool:
+    """Whether there is attention: "vanilla", the original's, or "none"; UserError for another word."""
+    if attn_type not in ("vanilla", "none", None):
+        raise UserError(
+            f"ddconfig.attn_type: got {attn_type!r}, expected vanilla or none, as no other network is built"
+        )
+    return attn_type != "none"
 
 
 @layers.described
@@ -183,6 +192,8 @@ class Blocks:
 class _Level(nn.Module):
     """The blocks of one resolution, each followed by attention if ``attention``, then the change of resolution."""
 
+    checkpointing = False
+
     def __init__(self, make: Blocks, channels: int, out: int, blocks: int, attention: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(make.residual(out if i else channels, out) for i in range(blocks))
@@ -201,14 +212,14 @@ class _Level(nn.Module):
         return cast("list[_Part]", parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
-            x = part(x)
-        return x
+        return in_turn(self.parts(), x, self.checkpointing)
 
 
 @layers.described
 class _Middle(nn.Module):
     """The blocks at the lowest resolution, with attention after the first of them if ``attention``."""
+
+    checkpointing = False
 
     def __init__(self, make: Blocks, channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -222,9 +233,7 @@ class _Middle(nn.Module):
         return cast("list[_Part]", list(self.children()))
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
-            x = part(x)
-        return x
+        return in_turn(self.parts(), x, self.checkpointing)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tamingfast.checkpoints import pretrained
 from tamingfast.checkpoints.hub import Access
@@ -267,6 +268,21 @@ def _encode_grid(stage: Any, x: Tensor, engine: str) -> Tensor:
 def _codes(stage: Any, grid: Tensor) -> Tensor:
     """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
     return stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
+
+
+def in_turn(parts: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
+    """x through each of the parts; with ``checkpointing``, what a backward pass needs inside them is computed again.
+
+    Only what goes from part to part is kept then (Chen et al. 2016, section 3), and random numbers are drawn alike.
+    """
+    for part in parts:
+        again = checkpointing and torch.is_grad_enabled() and _differentiates(part, x)
+        x = checkpoint(part, x, use_reentrant=False) if again else part(x)
+    return x
+
+
+def _differentiates(part: nn.Module, x: Tensor) -> bool:
+    return x.requires_grad or any(parameter.requires_grad for parameter in part.parameters())
 
 
 def at_least(least: int, **numbers: int) -> None:

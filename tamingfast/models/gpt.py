@@ -14,7 +14,7 @@ from tamingfast import ops
 from tamingfast.engines.networks import LayerCache, TransformerConfig
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
-from tamingfast.models.base import at_least
+from tamingfast.models.base import at_least, in_turn
 from tamingfast.ops import reference
 from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
 
@@ -148,6 +148,7 @@ class GPT(nn.Module):
     """
 
     config: TransformerConfig
+    checkpointing = False
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class GPT(nn.Module):
         x = self._embed(idx, embeddings)
         self._check_length(x.shape[1])
         x = self.drop(x + self.pos_emb[:, : x.shape[1]])
-        logits = self.head(self.ln_f(self.blocks(x)))
+        logits = self.head(self.ln_f(in_turn(self.blocks, x, self.checkpointing)))
         return logits, _cross_entropy(logits, targets)
 
     def new_cache(self, batch: int, length: int | None = None) -> list[LayerCache]:

@@ -45,7 +45,7 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
-#: Names the generator's loss (Goodfellow et al. 2014, section 3); the discriminator's is the vanilla one.
+#: Names the autoencoder's loss (Goodfellow et al. 2014, section 3); the discriminator's is the vanilla one.
 NON_SATURATING = "non_saturating"
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, NON_SATURATING: vanilla_d_loss}
 

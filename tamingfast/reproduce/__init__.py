@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "compression": "how far the first stage compresses (Taming Transformers, section 4.3)",
     "multiscale": "images from coarse to fine, starting from scales of a given image (An Image is Worth 16x16 Tokens, "
     "Fig. 3 and 7)",
+    "recipe": "what the parts of a training recipe of today change in the first stage",
 }
 DEFAULT = "pixels"
 ALL = "all"

@@ -22,9 +22,10 @@ from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
 from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
+from tamingfast.training.events import writer_class
 from tamingfast.training.feed import epoch_steps
 from tamingfast.training.seeds import seed_for
-from tamingfast.training.settings import FREE_TO_CHANGE, Training
+from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 from tamingfast.training.stage import Stage
 
 
@@ -55,6 +56,8 @@ def begin(
     weights, when ``dataset`` is too small for one step, and when the model of ``stage`` cannot process its images.
     """
     epoch_steps(dataset, settings, among.size)  # raises for too few images
+    if settings.tensorboard:
+        writer_class()  # raises without the package
     config["training"] = asdict(settings)
     _check_begun(config, out, resume)
     _check_forward(stage, dataset, among)
@@ -140,6 +143,7 @@ def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:
 
 
 def _check_same_run(began: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    began = {**began, "training": asdict(training_settings(began))}  # a run of an earlier version has fewer settings
     for section in ("model", "data", "training"):
         before, after = _flat(began.get(section), section), _flat(now.get(section), section)
         for name in sorted(before.keys() | after.keys()):

@@ -23,10 +23,12 @@ from tamingfast.images import save_rows
 from tamingfast.progress import bar
 from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
+from tamingfast.training.events import Events
 from tamingfast.training.feed import epoch_steps, step_batches, validation_batches
 from tamingfast.training.forecast import Forecast
 from tamingfast.training.health import Monitor
 from tamingfast.training.interrupts import Interrupts
+from tamingfast.training.plots import plot
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import Training
 from tamingfast.training.stage import Stage
@@ -36,6 +38,8 @@ from tamingfast.training.step import rate_factor, step
 IMAGES_SHOWN = 8
 #: Without ``validate_every``, the least number of steps between validations at the ends of epochs.
 BETWEEN_VALIDATIONS = 100
+#: Seconds between the drawings of the curves, which follow a checkpoint.
+BETWEEN_PLOTS = 60
 
 
 def run(
@@ -84,6 +88,8 @@ class _Run:
         self.saved = run_directory.exported(out) if self.step else None
         self.resumed = progress is not None
         self.metrics: run_directory.Metrics | None = None
+        self.events: Events | None = None
+        self.plotted = time.monotonic()
         self.forecast = Forecast(among.device.type)
         self.rates = [group["lr"] for group in self.groups()]
 
@@ -95,6 +101,9 @@ class _Run:
             if self.among.rank == 0:
                 self.metrics = run_directory.Metrics(self.out, self.kept, self.step if self.had_finished else None)
                 stack.callback(self.metrics.close)
+                if self.settings.tensorboard and not self.had_finished:
+                    self.events = Events(self.out, self.step)
+                    stack.callback(self.events.close)
             self.bar = stack.enter_context(
                 bar("step", self.last, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
@@ -188,10 +197,20 @@ class _Run:
         drawn = self.had_finished and self.picture().exists()
         if self.settings.image_every is not None and not self.due(self.settings.image_every) and not drawn:
             self.draw()
+        if not self.had_finished or not (self.out / run_directory.PLOT).exists():
+            self.plot()
+
+    def plot(self) -> None:
+        """Draw the curves of what was recorded."""
+        if self.metrics is not None:
+            plot(self.out, self.stage.shown)
+            self.plotted = time.monotonic()
 
     def record(self, epoch: int, split: str, values: dict[str, float]) -> None:
         if self.metrics is not None:
             self.metrics.write(self.step, epoch, split, values)
+            if self.events is not None:
+                self.events.write(self.step, split, values)
             self.bar.set_postfix(
                 {name: f"{values[name]:.4g}" for name in self.stage.shown if name in values}, refresh=False
             )
@@ -251,3 +270,5 @@ class _Run:
         averages = None if self.averages is None else self.averages.values
         run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress, averages)
         self.saved = self.step
+        if time.monotonic() - self.plotted > BETWEEN_PLOTS:
+            self.plot()

@@ -36,7 +36,8 @@ class Training:
     can be "auto". Two settings depart from the original to shorten runs:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
     ``ema_decay`` is that of the weights' moving averages (`averages.Averages`), with which the run validates, draws and
-    exports; None keeps none.
+    exports; None keeps none. ``gradient_checkpointing`` and ``compile`` are those of `acceleration.accelerate`.
+    ``tensorboard`` writes events for TensorBoard, too.
 
     Raises UserError for values of the wrong type or out of range.
     """
@@ -55,12 +56,15 @@ class Training:
     shared_forward: bool = False
     codebook_from_data: bool = False
     ema_decay: float | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
     log_every: int = 10
     validate_every: int | None = None
     validation_batches: int | None = 32
     image_every: int | None = None
     checkpoint_every: int = 1000
     workers: int | str = AUTO
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -74,8 +78,8 @@ class Training:
 
 #: Settings that a resumed run may change, because none of them influences the weights after a step.
 FREE_TO_CHANGE = frozenset({
-    "steps", "epochs", "seconds", "workers",
-    "log_every", "validate_every", "validation_batches", "image_every", "checkpoint_every",
+    "steps", "epochs", "seconds", "workers", "gradient_checkpointing",
+    "tensorboard", "log_every", "validate_every", "validation_batches", "image_every", "checkpoint_every",
 })  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def gradients(case: str, device: torch.device, backend: str | None) -> tuple:
     return loss.detach(), choices, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-RARE = {"VQGAN, channels last", "GPT"}  # a layout and a mask that the kernels' own tests cover
+RARE = {"VQGAN, channels last", "SimVQ with rotation", "GPT"}  # what other tests of kernels cover
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_training_step_equals_that_of_the_definition(device, case):
         )
 
 
-@pytest.mark.parametrize("case", ["VQGAN", "cosine codes", "SimVQ with rotation", "GPT with a prefix"])
+@pytest.mark.parametrize("case", ["VQGAN", "GPT with a prefix"])
 def test_a_training_step_compiles_into_one_graph(device, case):
     torch.manual_seed(0)
     model = CASES[case][0]().to(device)

@@ -48,10 +48,10 @@ def test_lecam_by_formula(images):
     for _ in range(3):
         real, fake = logits(plain, x, y)  # of a discriminator with the same weights: batch norm moves no weight
         averages = 0.6 * averages + 0.4 * np.array([real.mean(), fake.mean()])
-        expected = float(plain(torch.zeros(()), x, y, 1, 0)[0]) + 0.3 * float(
+        expected = plain(torch.zeros(()), x, y, 1, 0)[0].item() + 0.3 * float(
             ((real - averages[1]) ** 2).mean() + ((fake - averages[0]) ** 2).mean()
         )
-        assert float(loss(torch.zeros(()), x, y, 1, 0)[0]) == pytest.approx(expected, rel=1e-5)
+        assert loss(torch.zeros(()), x, y, 1, 0)[0].item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(loss.lecam_averages.numpy(), averages, rtol=1e-5)
     kept = loss.lecam_averages.clone()
     with torch.no_grad():
@@ -90,17 +90,10 @@ def test_the_discriminator_learns_before_it_counts(shared):
     assert tiny.move(stage, [batch])[0]["d_weight"] > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"disc_warmup": -1}, "disc_warmup"),
-        ({"lecam_weight": -0.1}, "lecam_weight"),
-        ({"lecam_decay": 1}, "lecam_decay"),
-    ],
-)
-def test_wrong_options(options, name):
-    with pytest.raises(ValueError, match=f"^{name}: got {options[name]}"):
-        loss_of(**options)
+@pytest.mark.parametrize(("name", "value"), [("disc_warmup", -1), ("lecam_weight", -0.1), ("lecam_decay", 1)])
+def test_wrong_options(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: got {value}"):
+        loss_of(**{name: value})
 
 
 def test_a_loss_without_these_options_is_the_original_s(images):

@@ -7,6 +7,9 @@ import torch
 from networks import DDCONFIG, DUMMY
 from torch.testing import assert_close
 
+from tamingfast.engines import first_stage
+from tamingfast.errors import UserError
+from tamingfast.models.autoencoder import AttnBlock, Decoder, Encoder
 from tamingfast.models.discriminator import ActNorm, NLayerDiscriminator
 from tamingfast.models.vqgan import EMAVQ, LambdaWarmUpCosineScheduler, VQModel
 
@@ -58,3 +61,38 @@ def test_actnorm_starts_by_standardising():
     assert_close(layer(y, reverse=True), x, atol=1e-4, rtol=1e-4)
     patches = NLayerDiscriminator(use_actnorm=True, ndf=8, n_layers=1)(torch.randn(2, 3, 16, 16))
     assert patches.shape == (2, 1, 6, 6)
+
+
+class TestNoAttention:
+    """``attn_type: none``."""
+
+    def networks(self, **more):
+        described = {**DDCONFIG, "attn_resolutions": [4, 8], **more}
+        return Encoder(**described), Decoder(**described)
+
+    def test_there_is_none(self):
+        for network in self.networks(attn_type="none"):
+            assert not any(isinstance(module, AttnBlock) for module in network.modules())
+        for network in self.networks():
+            assert sum(isinstance(module, AttnBlock) for module in network.modules()) >= 2
+
+    def test_what_is_left_is_the_rest_of_the_network(self):
+        """The blocks of a whole network one after the other, without those of attention."""
+        for network, whole in zip(self.networks(attn_type="none"), self.networks(), strict=True):
+            state = {name: value for name, value in whole.state_dict().items() if ".attn" not in name}
+            network.load_state_dict(state)
+            x = torch.randn(1, whole.conv_in.in_channels, 8, 8)
+            levels = list(whole.down) if hasattr(whole, "down") else list(reversed(whole.up))
+            parts = [part for level in levels for part in level.parts()]
+            middle = whole.mid.parts()
+            h = whole.conv_in(x)
+            for part in [*parts, *middle] if hasattr(whole, "down") else [*middle, *parts]:
+                h = h if isinstance(part, AttnBlock) else part(h)
+            expected = whole.conv_out(whole.norm_out(h))
+            assert_close(network(x), expected)
+            with torch.no_grad():
+                assert_close(first_stage.forward(network.eval(), x), expected, rtol=1e-4, atol=1e-4)  # by the engine
+
+    def test_another_word(self):
+        with pytest.raises(UserError, match=r"^ddconfig.attn_type: got 'linear', expected vanilla or none"):
+            self.networks(attn_type="linear")

@@ -1,0 +1,48 @@
+"""What makes the same steps cheaper: less memory for activations, and compiled networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tamingfast.errors import UserError, first_line
+from tamingfast.models.autoencoder import Decoder, Encoder
+from tamingfast.models.discriminator import NLayerDiscriminator
+from tamingfast.models.gpt import GPT
+from tamingfast.training.settings import Training
+
+#: The networks that take most of a step's time.
+_NETWORKS = (Encoder, Decoder, NLayerDiscriminator, GPT)
+
+
+def accelerate(model: nn.Module, settings: Training) -> None:
+    """Change how the networks of ``model`` in training mode run, as the settings say; their weights stay in place.
+
+    With ``gradient_checkpointing`` the backward pass computes activations inside blocks again instead of keeping them:
+    the same gradients, bit for bit, for one more forward pass. With ``compile`` torch.compile translates the networks,
+    which takes a while in the first step; it changes results by rounding, and which numbers dropout draws. Raises
+    UserError if it cannot.
+    """
+    networks = [module for module in model.modules() if isinstance(module, _NETWORKS) and module.training]
+    if settings.gradient_checkpointing:
+        for module in (part for network in networks for part in network.modules()):
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = True  # type: ignore[assignment]
+    if settings.compile:
+        _check_compiler()
+        # The adaptive weight goes through the graph a second time, so no buffer may be given away in the first.
+        torch._functorch.config.donated_buffer = False
+        for network in networks:
+            network.compile()
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of torch, whose classes change
+        raise UserError(
+            f"training.compile: got true without a C++ compiler ({first_line(error)}), expected one on the path; "
+            "install it, or leave training.compile out"
+        ) from error
