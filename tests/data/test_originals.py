@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
+from commands import run
 from PIL import Image
 
-from tamingfast import UserError
+from tamingfast import UserError, load_model
 from tamingfast.checkpoints import compat
 from tamingfast.data import build, originals
 from tamingfast.training import load_config
@@ -130,6 +132,15 @@ def test_the_section_of_a_config_works_as_it_is(name, tmp_path):
         for key, channels in SECTIONS[name][3].items():
             assert item[key].shape == (SIDE, SIDE, channels) and item[key].dtype == torch.float32
         assert item["image"].shape == (SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("name", ["imagenet_vqgan", "faceshq_vqgan"])
+def test_a_config_of_the_original_trains(name, tmp_path):
+    config = {"model": tiny.VQGAN["model"], "data": section(name), "lightning": {"trainer": {"max_steps": 1}}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    batches = ["training.batch_size=1", "training.validation_batches=1"]
+    assert run("train", "vqgan", tmp_path / "c.yaml", "--out", tmp_path / "run", "--device", "cpu", *batches) == 0
+    assert load_model(tmp_path / "run").config["data"]["size"] == SIDE
 
 
 def test_paths_can_be_given(files, tmp_path):
