@@ -162,6 +162,14 @@ def _gpt(numbers: _Numbers) -> Size:
     return Size(16, 12 * width**2 + 13 * width) * layers + Size(5, (rows + 2) * width)
 
 
+def _llama_gpt(numbers: _Numbers) -> Size:
+    width, layers = numbers.get("n_embd", 768), numbers.get("n_layer", 12)
+    numbers.get("n_head", 1)  # only to check that it is a number
+    hidden = numbers.get("hidden", 3 * width + 256)
+    rows = 2 * numbers.get("vocab_size") + numbers.get("n_classes", 1000) + numbers.get("block_size", 256)
+    return Size(8, 4 * width**2 + 3 * width * hidden + 2 * width) * layers + Size(4, (rows + 2) * width)
+
+
 def _block(before: int, width: int) -> Size:
     """A residual block."""
     return Size(10, 9 * width * (before + width) + before * width + 4 * (before + width))
@@ -237,6 +245,7 @@ def _unknown(numbers: _Numbers) -> Size:
 
 _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
     "GPT": _gpt,
+    "LlamaGPT": _llama_gpt,
     **dict.fromkeys(("VQModel", "VQNoDiscModel", "VQSegmentationModel"), _first_stage),
     "EMAVQ": _ema,
     "GumbelVQ": _gumbel,

@@ -20,6 +20,7 @@ from tamingfast.checkpoints.config import (
     plain,
     without_checkpoints,
 )
+from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
@@ -74,7 +75,9 @@ def load_model(
     check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
     load_into(model, found.state, path, optional=_OPTIONAL)
-    model.config, model.allow = settings, frozenset(allow)
+    # The config of a transformer alone is its sizes.
+    setattr(model, "settings" if settings["model"]["target"] == llamagen_gpt.TARGET else "config", settings)
+    model.allow = frozenset(allow)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -115,6 +118,11 @@ def _settings(checkpoint: Checkpoint, config: Any, allow: Collection[str] | None
         config = load_yaml(config)
     elif config is None:
         config = embedded_config(path) or neighbouring_config(path)
+    state = unwrapped(checkpoint.state, ("tok_embeddings.weight",))
+    if llamagen_gpt.named(plain(config)) or (config is None and llamagen_gpt.shown(state)):
+        beside = path.with_name("config.json")
+        arguments = load_yaml(beside) if config is None and beside.is_file() else config
+        config = {"model": llamagen_gpt.model_of(state, plain(arguments), path)}
     if config is None:
         check_signs(checkpoint.beside, path)
         config = {"model": infer_config(checkpoint.state, path)}

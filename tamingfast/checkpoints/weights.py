@@ -36,7 +36,7 @@ TRAINING_ONLY = (
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DEEPEST = 8  # parts of a shared prefix that are looked at
 # Where checkpoints keep the weights; without any of these the whole content is meant.
-_STATES = ("state_dict", "model", "model_state_dict")
+_STATES = ("state_dict", "model", "model_state_dict", "module")
 _ADVICE = "use the config that the checkpoint was trained with"
 # Tied and expanded tensors are stored once, so weights may take this many times the size of their file.
 _SHARED = 16

@@ -93,23 +93,8 @@ class CausalSelfAttention(nn.Module):
         Only the outputs of the last ``asked`` tokens of each span are computed: (B, their sum, n_embd).
         """
         k, v = self._split(self.key(x)), self._split(self.value(x))
-        q = self._split(self.query(_last_of(x, spans, asked)))
-        outputs = []
-        for span, end, count, last in zip(spans, _ends(spans), asked, itertools.accumulate(asked), strict=True):
-            begin = end - span.count
-            keys, values = cache[0][span.slot], cache[1][span.slot]
-            keys[:, :, span.start : span.stop] = k[:, :, begin:end]
-            values[:, :, span.start : span.stop] = v[:, :, begin:end]
-            asking, seen = q[:, :, last - count : last], (keys[:, :, : span.stop], values[:, :, : span.stop])
-            if count == 1:
-                outputs.append(F.scaled_dot_product_attention(asking, *seen))
-            elif span.start == 0 and count == span.count:
-                own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
-                outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=self.n_unmasked))
-            elif count > 0:
-                mask = _seen(span.stop - count, span.stop, x.device, self.n_unmasked)
-                outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
-        return self._join(torch.cat(outputs, dim=2))
+        q = self._split(self.query(last_of(x, spans, asked)))
+        return self._join(attend_ragged(q, k, v, cache, spans, asked, self.n_unmasked))
 
 
 class Block(nn.Module):
@@ -136,7 +121,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int]) -> Tensor:
-        x = _last_of(x, spans, asked) + self.attn.forward_ragged(self.ln1(x), cache, spans, asked)
+        x = last_of(x, spans, asked) + self.attn.forward_ragged(self.ln1(x), cache, spans, asked)
         return x + self.mlp(self.ln2(x))
 
 
@@ -319,7 +304,32 @@ def _ends(spans: Sequence[Span]) -> list[int]:
     return list(itertools.accumulate(span.count for span in spans))
 
 
-def _last_of(x: Tensor, spans: Sequence[Span], counts: Sequence[int]) -> Tensor:
+def attend_ragged(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int], n_unmasked: int = 0
+) -> Tensor:
+    """Attention of the last ``asked`` tokens of each span, of which q (B, H, their sum, D) holds the queries.
+
+    k and v (B, H, T, D) are those of all tokens and are written to ``cache``, keys and values (slots, B, H, length, D).
+    """
+    outputs = []
+    for span, end, count, last in zip(spans, _ends(spans), asked, itertools.accumulate(asked), strict=True):
+        begin = end - span.count
+        keys, values = cache[0][span.slot], cache[1][span.slot]
+        keys[:, :, span.start : span.stop] = k[:, :, begin:end]
+        values[:, :, span.start : span.stop] = v[:, :, begin:end]
+        asking, seen = q[:, :, last - count : last], (keys[:, :, : span.stop], values[:, :, : span.stop])
+        if count == 1:
+            outputs.append(F.scaled_dot_product_attention(asking, *seen))
+        elif span.start == 0 and count == span.count:
+            own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
+            outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=n_unmasked))
+        elif count > 0:
+            mask = _seen(span.stop - count, span.stop, q.device, n_unmasked)
+            outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
+    return torch.cat(outputs, dim=2)
+
+
+def last_of(x: Tensor, spans: Sequence[Span], counts: Sequence[int]) -> Tensor:
     """The last tokens of each span, that many, of the concatenated spans x (B, T, C)."""
     if all(span.count == count for span, count in zip(spans, counts, strict=True)):
         return x

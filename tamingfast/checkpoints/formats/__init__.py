@@ -1,0 +1,1 @@
+"""Families of checkpoints that are not in the original's layout: one file each."""
