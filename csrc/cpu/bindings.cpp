@@ -84,6 +84,10 @@ GPTWeights read_weights(const Arrays& from, const Geometry& g) {
         {at(block + "ln1.weight", c, 1), shift(block + "ln1"), at(block + "ln2.weight", c, 1), shift(block + "ln2"),
          linear(block + "attn.query", c, c), linear(block + "attn.key", c, c), linear(block + "attn.value", c, c),
          linear(block + "attn.proj", c, c), linear(block + "mlp.0", inside, c), linear(block + "mlp.2", c, inside)});
+    if (g.qk_norm) {
+      weights.layers.back().query_norm = at(block + "attn.query_norm.weight", c / g.n_head, 1);
+      weights.layers.back().key_norm = at(block + "attn.key_norm.weight", c / g.n_head, 1);
+    }
     if (g.gated) weights.layers.back().gate = linear(block + "mlp.gate", inside, c);
   }
   return weights;
@@ -99,8 +103,9 @@ Geometry read_geometry(const Sizes& from) {
   const auto given = [&](const char* name) { return from.find(name) != from.end(); };
   if (given("extra_tokens")) g.extra_tokens = at("extra_tokens");
   if (given("hidden")) g.hidden = at("hidden");
-  for (const auto& [name, flag] : {std::pair{"rms_norm", &g.rms_norm}, std::pair{"gated", &g.gated},
-                                   std::pair{"rotary", &g.rotary}, std::pair{"biases", &g.biases}})
+  for (const auto& [name, flag] :
+       {std::pair{"rms_norm", &g.rms_norm}, std::pair{"gated", &g.gated}, std::pair{"rotary", &g.rotary},
+        std::pair{"biases", &g.biases}, std::pair{"qk_norm", &g.qk_norm}})
     if (given(name)) *flag = at(name) != 0;
   return g;
 }

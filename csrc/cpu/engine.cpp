@@ -119,7 +119,7 @@ PackedMatrix pack(const Kernels& kernels, Dtype dtype, const Stack& stack, std::
 }
 
 struct Layer {
-  Vector ln1_weight, ln1_bias, ln2_weight, ln2_bias;
+  Vector ln1_weight, ln1_bias, ln2_weight, ln2_bias, query_norm, key_norm;
   PackedMatrix qkv, proj, up, down;
 };
 
@@ -174,7 +174,8 @@ struct Engine::State {
   void norm(const float* from, const Vector& weight, const Vector& bias, void* out) const;
   void normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias, int thread, int of);
   void gate(std::int64_t rows, int thread, int of);
-  void turn(float* heads, std::int64_t position) const;
+  void norm_head(float* head, const float* gain) const;
+  void turn(float* head, std::int64_t position) const;
   void linear(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows, Epilogue epilogue,
               Memory& out, std::int64_t ldo, int thread, int of);
   void attend(const Pass& pass, std::int64_t layer, int thread, int of);
@@ -232,6 +233,10 @@ void Engine::State::load(const GPTWeights& weights) {
     layer.ln1_bias = padded(from.ln1_bias, c);
     layer.ln2_weight = padded(from.ln2_weight, c);
     layer.ln2_bias = padded(from.ln2_bias, c);
+    if (geometry.qk_norm) {
+      layer.query_norm = padded(from.query_norm, head_dim);
+      layer.key_norm = padded(from.key_norm, head_dim);
+    }
     layer.qkv = pack(kernels, dtype, {{from.query, from.key, from.value}, c}, c, team);
     layer.proj = pack(kernels, dtype, {{from.proj}, c}, c, team);
     std::vector<Linear> up{from.up};
@@ -317,6 +322,14 @@ void Engine::State::gate(std::int64_t rows, int thread, int of) {
   barrier.wait(of, [] {});
 }
 
+// RMSNorm of a head's values.
+void Engine::State::norm_head(float* head, const float* gain) const {
+  float squares = 0.0f;
+  for (std::int64_t i = 0; i < head_dim; ++i) squares += head[i] * head[i];
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(head_dim) + 1e-5f);
+  for (std::int64_t i = 0; i < head_dim; ++i) head[i] *= scale * gain[i];
+}
+
 // Turns each pair of a head's values by the angle of its position.
 void Engine::State::turn(float* head, std::int64_t position) const {
   const float* angle = pos_emb.as<float>() + position * head_dim;
@@ -335,6 +348,11 @@ void Engine::State::attend(const Pass& pass, std::int64_t layer, int thread, int
     const std::int64_t row = pass.first_rows[task / heads], head_index = task % heads;
     char* keys = cache_of(layer, span.slot, head_index);
     float* q = qkv.as<float>() + row * ldq + head_index * head_dim;
+    if (geometry.qk_norm)
+      for (std::int64_t i = 0; i < span.count; ++i) {
+        norm_head(q + i * ldq, layers[layer].query_norm.at());
+        norm_head(q + i * ldq + c, layers[layer].key_norm.at());
+      }
     if (geometry.rotary)
       for (std::int64_t i = 0; i < span.count; ++i)
         for (float* values : {q + i * ldq, q + i * ldq + c}) turn(values, span.start + i);

@@ -29,6 +29,7 @@ struct Geometry {
   bool gated = false;             // the MLP is down(silu(up(x)) * gate(x))
   bool rotary = false;            // queries and keys are turned by their position
   bool biases = true;             // of the linear layers in blocks
+  bool qk_norm = false;           // queries and keys of each head are normed by RMSNorm
 
   std::int64_t mlp_width() const { return hidden ? hidden : 4 * n_embd; }
   std::int64_t tokens() const { return vocab_size + extra_tokens; }
@@ -42,7 +43,8 @@ struct Linear {
 struct LayerWeights {
   const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;  // biases are null with RMSNorm
   Linear query, key, value, proj, up, down;
-  Linear gate{nullptr, nullptr};  // if the MLP is gated
+  Linear gate{nullptr, nullptr};                           // if the MLP is gated
+  const float *query_norm = nullptr, *key_norm = nullptr;  // (n_embd / n_head,), with qk_norm
 };
 
 // Addresses of the model's parameters, read by the engine's constructor and not kept.

@@ -159,7 +159,7 @@ def _gpt(numbers: _Numbers) -> Size:
     width, layers = numbers.get("n_embd", 256), numbers.get("n_layer", 12)
     numbers.get("n_head", 1)  # only to check that it is a number
     rows = 2 * numbers.get("vocab_size") + numbers.get("block_size")
-    return Size(16, 12 * width**2 + 13 * width) * layers + Size(5, (rows + 2) * width)
+    return Size(18, 12 * width**2 + 15 * width) * layers + Size(5, (rows + 2) * width)
 
 
 def _llama_gpt(numbers: _Numbers) -> Size:

@@ -25,7 +25,7 @@ from tamingfast.ops import backends, check
 from tamingfast.ops.choice import check_chosen
 
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
-_KIND = ("extra_tokens", "hidden", "rms_norm", "gated", "rotary", "biases")
+_KIND = ("extra_tokens", "hidden", "rms_norm", "gated", "rotary", "biases", "qk_norm")
 _MOST_THREADS = 256
 #: Of which the width of a gated MLP must be a multiple, and that of a head with rotary positions.
 _PANEL, _PAIR = 32, 2

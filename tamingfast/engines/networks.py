@@ -37,6 +37,7 @@ class Kind:
         gated: the MLP is ``down(silu(up(x)) * gate(x))`` in place of ``down(gelu(up(x)))``.
         rotary: queries and keys are turned by their position, in place of learned positions.
         biases: of the linear layers in blocks.
+        qk_norm: the queries and keys of each head are normed by RMSNorm.
         side: the image tokens' positions are those of a square of this side, so that windows have it too; 0 is any.
     """
 
@@ -46,6 +47,7 @@ class Kind:
     gated: bool = False
     rotary: bool = False
     biases: bool = True
+    qk_norm: bool = False
     side: int = 0
 
 
@@ -83,6 +85,9 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         if not kind.rms_norm:
             shapes[f"{norm}.bias"] = (width,)
     for block in blocks:
+        if kind.qk_norm:
+            head = (width // config.n_head,)
+            shapes |= {f"{block}attn.query_norm.weight": head, f"{block}attn.key_norm.weight": head}
         for name, shape in linear.items():
             shapes[f"{block}{name}.weight"] = shape
             if kind.biases:

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.engines.networks import LayerCache, TransformerConfig
+from tamingfast.engines.networks import GPT2, Kind, LayerCache, TransformerConfig
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least
 from tamingfast.ops import reference
 from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
+
+EPSILON = 1e-5  # of `RMSNorm`
 
 
 class GPTConfig:
@@ -29,6 +31,7 @@ class GPTConfig:
     embd_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     attn_pdrop: float = 0.1
+    kind: Kind = GPT2
 
     def __init__(self, vocab_size: int, block_size: int, **kwargs: Any):
         self.vocab_size = vocab_size
@@ -37,8 +40,25 @@ class GPTConfig:
             setattr(self, key, value)
 
 
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean of squares + 1e-5) * weight`` over the last axis, in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape and dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).type_as(x) * self.weight
+
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention, bidirectional among the first ``n_unmasked`` positions."""
+    """Multi-head causal attention, bidirectional among the first ``n_unmasked`` positions.
+
+    With ``config.kind.qk_norm`` the queries and keys of each head are normed (Dehghani et al., "Scaling Vision
+    Transformers to 22 Billion Parameters", 2023, section 2; here by RMSNorm).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -53,6 +73,9 @@ class CausalSelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(config.attn_pdrop)
         self.resid_drop = nn.Dropout(config.resid_pdrop)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.n_embd // config.n_head) if config.kind.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -60,7 +83,13 @@ class CausalSelfAttention(nn.Module):
         return _mask_buffer(self.block_size, self.n_unmasked, self.proj.weight.device)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        return self._queries(x), self._keys(x), self._split(self.value(x))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.query_norm(self._split(self.query(x)))
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return self.key_norm(self._split(self.key(x)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
@@ -92,8 +121,8 @@ class CausalSelfAttention(nn.Module):
 
         Only the outputs of the last ``asked`` tokens of each span are computed: (B, their sum, n_embd).
         """
-        k, v = self._split(self.key(x)), self._split(self.value(x))
-        q = self._split(self.query(last_of(x, spans, asked)))
+        k, v = self._keys(x), self._split(self.value(x))
+        q = self._queries(last_of(x, spans, asked))
         return self._join(attend_ragged(q, k, v, cache, spans, asked, self.n_unmasked))
 
 
@@ -126,7 +155,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT2 with learned absolute positions, no weight tying and no bias in the head.
+    """GPT2 with learned absolute positions, no weight tying and no bias in the head; ``qk_norm`` is no part of GPT2.
 
     As in the original, state dicts contain the attention mask of each block; loading one sets
     ``n_unmasked`` from its masks.
@@ -145,13 +174,14 @@ class GPT(nn.Module):
         resid_pdrop: float = 0.0,
         attn_pdrop: float = 0.0,
         n_unmasked: int = 0,
+        qk_norm: bool = False,
     ):
         super().__init__()
         at_least(1, vocab_size=vocab_size, block_size=block_size, n_head=n_head, n_embd=n_embd)
         at_least(0, n_layer=n_layer)
         self.config = GPTConfig(
             vocab_size, block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_unmasked=n_unmasked,
-            embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop,
+            embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop, kind=Kind(qk_norm=bool(qk_norm)),
         )  # fmt: skip
         self.block_size = block_size
         self.tok_emb = nn.Embedding(vocab_size, n_embd)

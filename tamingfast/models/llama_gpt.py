@@ -17,23 +17,9 @@ from tamingfast import ops
 from tamingfast.engines.networks import Kind, LayerCache
 from tamingfast.engines.request import Span
 from tamingfast.models.base import at_least
-from tamingfast.models.gpt import GPTConfig, attend_ragged, last_of
+from tamingfast.models.gpt import GPTConfig, RMSNorm, attend_ragged, last_of
 
-EPSILON = 1e-5  # of the norms
 _MULTIPLE = 256  # of which the MLP's width is one, unless it is given
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean of squares + 1e-5) * weight`` over the last axis, in float32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> the same shape and dtype."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).type_as(x) * self.weight
 
 
 class RotaryAttention(nn.Module):

@@ -70,8 +70,8 @@ Model: TypeAlias = str | os.PathLike[str] | nn.Module | Unread
 def paired(gpt: nn.Module, first_stage: nn.Module) -> Net2NetTransformer:
     """The class-conditional prior that a transformer is together with its first stage; both become part of it.
 
-    Both come from `tamingfast.load_model`. Raises UserError for any other model than a `LlamaGPT`, and for a first stage
-    with another number of codes.
+    Both come from `tamingfast.load_model`. Raises UserError for any other model than a `LlamaGPT`, and for a first
+    stage with another number of codes.
     """
     if not isinstance(gpt, LlamaGPT):
         raise UserError(

@@ -76,6 +76,11 @@ def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_toke
     over two grids at once; raises UserError for any other number.
     """
     if side := kind_of(model.transformer.config).side:
+        if columns < side:
+            raise UserError(
+                f"size: got {columns} tokens a row, expected at least {side}, as the transformer knows the places of "
+                "that many; draw wider images"
+            )
         return side
     room = model.transformer.config.block_size - condition_tokens + 1
     trained = room - 1  # most blocks have a position for the last token, too, which is never an input
