@@ -1,4 +1,4 @@
-"""The CPU engine on LlamaGPT: torch's logits with all weight types, lookahead and guidance, on every instruction set."""
+"""The CPU engine on LlamaGPT: the logits of torch with all weight types, lookahead, guidance, every instruction set."""
 
 from __future__ import annotations
 
