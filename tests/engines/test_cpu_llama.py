@@ -101,7 +101,7 @@ def test_guidance_may_change_from_token_to_token(drafts):
                 choice=Choice(greedy=True),
                 lookahead=lookahead,
                 second=second,
-            )  # fmt: skip
+            )
         )
         assert torch.equal(tokens[:, 1:], found["greedy_cfg_4.0_interval_3"])
 
