@@ -22,6 +22,7 @@ _HOMES = {
     "VectorQuantizer": "models.quantize",
     "GumbelQuantize": "models.quantize",
     "GPT": "models.gpt",
+    "LlamaGPT": "models.llama_gpt",
     "Net2NetTransformer": "models.prior",
     "MultiscaleTransformer": "models.multiscale",
     "KMeans": "models.color_clusters",

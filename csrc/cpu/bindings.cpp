@@ -68,23 +68,28 @@ GPTWeights read_weights(const Arrays& from, const Geometry& g) {
     if (found == from.end()) refuse("weights", "no '" + name + "'", "every parameter of the GPT");
     return array_at<const float>("weights['" + name + "']", found->second, rows, columns);
   };
-  const std::int64_t c = g.n_embd;
+  const std::int64_t c = g.n_embd, inside = g.mlp_width();
   const auto linear = [&](const std::string& name, std::int64_t out, std::int64_t in) {
-    return Linear{at(name + ".weight", out, in), at(name + ".bias", out, 1)};
+    return Linear{at(name + ".weight", out, in), g.biases ? at(name + ".bias", out, 1) : nullptr};
   };
-  GPTWeights weights{at("tok_emb.weight", g.vocab_size, c),
-                     at("pos_emb", g.block_size, c),
+  const auto shift = [&](const std::string& norm) { return g.rms_norm ? nullptr : at(norm + ".bias", c, 1); };
+  GPTWeights weights{at("tok_emb.weight", g.tokens(), c),
+                     at("pos_emb", g.block_size, g.rotary ? c / g.n_head : c),
                      {},
                      at("ln_f.weight", c, 1),
-                     at("ln_f.bias", c, 1),
+                     shift("ln_f"),
                      {at("head.weight", g.vocab_size, c), nullptr}};
   for (std::int64_t i = 0; i < g.n_layer; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    weights.layers.push_back({at(block + "ln1.weight", c, 1), at(block + "ln1.bias", c, 1),
-                              at(block + "ln2.weight", c, 1), at(block + "ln2.bias", c, 1),
-                              linear(block + "attn.query", c, c), linear(block + "attn.key", c, c),
-                              linear(block + "attn.value", c, c), linear(block + "attn.proj", c, c),
-                              linear(block + "mlp.0", 4 * c, c), linear(block + "mlp.2", c, 4 * c)});
+    weights.layers.push_back(
+        {at(block + "ln1.weight", c, 1), shift(block + "ln1"), at(block + "ln2.weight", c, 1), shift(block + "ln2"),
+         linear(block + "attn.query", c, c), linear(block + "attn.key", c, c), linear(block + "attn.value", c, c),
+         linear(block + "attn.proj", c, c), linear(block + "mlp.0", inside, c), linear(block + "mlp.2", c, inside)});
+    if (g.qk_norm) {
+      weights.layers.back().query_norm = at(block + "attn.query_norm.weight", c / g.n_head, 1);
+      weights.layers.back().key_norm = at(block + "attn.key_norm.weight", c / g.n_head, 1);
+    }
+    if (g.gated) weights.layers.back().gate = linear(block + "mlp.gate", inside, c);
   }
   return weights;
 }
@@ -95,7 +100,15 @@ Geometry read_geometry(const Sizes& from) {
     if (found == from.end()) refuse("geometry", std::string("no '") + name + "'", "every size of the GPT");
     return found->second;
   };
-  return {at("vocab_size"), at("block_size"), at("n_layer"), at("n_head"), at("n_embd"), at("n_unmasked")};
+  Geometry g{at("vocab_size"), at("block_size"), at("n_layer"), at("n_head"), at("n_embd"), at("n_unmasked")};
+  const auto given = [&](const char* name) { return from.find(name) != from.end(); };
+  if (given("extra_tokens")) g.extra_tokens = at("extra_tokens");
+  if (given("hidden")) g.hidden = at("hidden");
+  for (const auto& [name, flag] :
+       {std::pair{"rms_norm", &g.rms_norm}, std::pair{"gated", &g.gated}, std::pair{"rotary", &g.rotary},
+        std::pair{"biases", &g.biases}, std::pair{"qk_norm", &g.qk_norm}})
+    if (given(name)) *flag = at(name) != 0;
+  return g;
 }
 
 // The Python object: an engine that one thread uses at a time and that can be closed.
@@ -326,7 +339,8 @@ void bind_engine(py::module_& module) {
           py::arg("weights"), py::arg("geometry"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
           py::arg("draft") = "",
           "weights: (address, bytes) of each contiguous float32 parameter by its name in the state dict, read here and "
-          "not kept; geometry: vocab_size, block_size, n_layer, n_head, n_embd, n_unmasked; draft: the dtype of a "
+          "not kept; geometry: the fields of Geometry in csrc/cpu/engine.h, flags as 0 and 1, those with defaults may "
+          "be left out; draft: the dtype of a "
           "second copy that guesses, or none.")
       .def(
           "reserve",

@@ -52,7 +52,7 @@ struct PackedMatrix {
   Matrix view{};
 };
 
-// (n,) float32, zero-padded to a whole panel.
+// (n,) float32, zero-padded to a whole panel; zeros where a model has none.
 struct Vector {
   Memory data;
   const float* at() const { return data.as<float>(); }
@@ -60,7 +60,7 @@ struct Vector {
 
 Vector padded(const float* values, std::int64_t n) {
   Vector vector{Memory(round_up(n, kPanel) * sizeof(float))};
-  std::memcpy(vector.data.as<float>(), values, n * sizeof(float));
+  if (values) std::memcpy(vector.data.as<float>(), values, n * sizeof(float));
   return vector;
 }
 
@@ -119,7 +119,7 @@ PackedMatrix pack(const Kernels& kernels, Dtype dtype, const Stack& stack, std::
 }
 
 struct Layer {
-  Vector ln1_weight, ln1_bias, ln2_weight, ln2_bias;
+  Vector ln1_weight, ln1_bias, ln2_weight, ln2_bias, query_norm, key_norm;
   PackedMatrix qkv, proj, up, down;
 };
 
@@ -130,11 +130,11 @@ struct Engine::State {
   Dtype dtype;
   const Kernels& kernels;
   int threads;
-  // n_embd, 4 n_embd, 3 n_embd and vocab_size, rounded up to whole panels.
+  // n_embd, the MLP's width, 3 n_embd and vocab_size, rounded up to whole panels.
   std::int64_t width, hidden, qkv_width, vocab;
   std::int64_t head_dim;
 
-  Memory tok_emb, pos_emb;  // (vocab_size, width), (block_size, width)
+  Memory tok_emb, pos_emb;  // (tokens, width), (block_size, width, or head_dim with rotary positions)
   std::vector<Layer> layers;
   Vector ln_f_weight, ln_f_bias;
   PackedMatrix head;
@@ -147,7 +147,7 @@ struct Engine::State {
 
   // Scratch of a pass. Row strides are not powers of two, so that rows do not compete for the same cache sets.
   std::int64_t scratch_rows = 0, logits_room = 0;
-  Memory x, activation, qkv, joined, inner, logits;
+  Memory x, activation, qkv, joined, inner, gates, logits;
   std::vector<Memory> attention_scratch;
 
   Barrier barrier;
@@ -171,7 +171,11 @@ struct Engine::State {
   void run(Pass& pass);
   void work(Pass& pass, int thread, int of);
   void embed(const Pass& pass, Range rows);
+  void norm(const float* from, const Vector& weight, const Vector& bias, void* out) const;
   void normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias, int thread, int of);
+  void gate(std::int64_t rows, int thread, int of);
+  void norm_head(float* head, const float* gain) const;
+  void turn(float* head, std::int64_t position) const;
   void linear(const PackedMatrix& matrix, const Memory& input, std::int64_t ldx, std::int64_t rows, Epilogue epilogue,
               Memory& out, std::int64_t ldo, int thread, int of);
   void attend(const Pass& pass, std::int64_t layer, int thread, int of);
@@ -204,21 +208,24 @@ struct Engine::State::Pass {
 void Engine::State::load(const GPTWeights& weights) {
   const std::int64_t c = geometry.n_embd;
   width = round_up(c, kPanel);
-  hidden = round_up(4 * c, kPanel);
+  const std::int64_t inside = geometry.mlp_width();
+  hidden = round_up(inside, kPanel);
   qkv_width = round_up(3 * c, kPanel);
   vocab = round_up(geometry.vocab_size, kPanel);
   head_dim = c / geometry.n_head;
-  const double matrices = 12.0 * c * c * geometry.n_layer + static_cast<double>(geometry.vocab_size) * c;
-  const double tables = static_cast<double>(geometry.vocab_size + geometry.block_size) * width * 4.0;
+  const double block = 4.0 * c * c + (geometry.gated ? 3.0 : 2.0) * inside * c;
+  const double matrices = block * geometry.n_layer + static_cast<double>(geometry.vocab_size) * c;
+  const double tables = static_cast<double>(geometry.tokens() + geometry.block_size) * width * 4.0;
   require_memory("weights", matrices * element_size(dtype) + tables);
-  const auto table = [&](const float* from, std::int64_t rows) {
-    Memory memory(rows * width * sizeof(float));
+  const auto table = [&](const float* from, std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+    Memory memory(rows * stride * sizeof(float));
     for (std::int64_t i = 0; i < rows; ++i)
-      std::memcpy(memory.as<float>() + i * width, from + i * c, c * sizeof(float));
+      std::memcpy(memory.as<float>() + i * stride, from + i * columns, columns * sizeof(float));
     return memory;
   };
-  tok_emb = table(weights.tok_emb, geometry.vocab_size);
-  pos_emb = table(weights.pos_emb, geometry.block_size);
+  tok_emb = table(weights.tok_emb, geometry.tokens(), c, width);
+  pos_emb = geometry.rotary ? table(weights.pos_emb, geometry.block_size, head_dim, head_dim)
+                            : table(weights.pos_emb, geometry.block_size, c, width);
   const int team = usable_threads();
   for (const LayerWeights& from : weights.layers) {
     Layer layer;
@@ -226,10 +233,16 @@ void Engine::State::load(const GPTWeights& weights) {
     layer.ln1_bias = padded(from.ln1_bias, c);
     layer.ln2_weight = padded(from.ln2_weight, c);
     layer.ln2_bias = padded(from.ln2_bias, c);
+    if (geometry.qk_norm) {
+      layer.query_norm = padded(from.query_norm, head_dim);
+      layer.key_norm = padded(from.key_norm, head_dim);
+    }
     layer.qkv = pack(kernels, dtype, {{from.query, from.key, from.value}, c}, c, team);
     layer.proj = pack(kernels, dtype, {{from.proj}, c}, c, team);
-    layer.up = pack(kernels, dtype, {{from.up}, 4 * c}, c, team);
-    layer.down = pack(kernels, dtype, {{from.down}, c}, 4 * c, team);
+    std::vector<Linear> up{from.up};
+    if (geometry.gated) up.push_back(from.gate);
+    layer.up = pack(kernels, dtype, {up, inside}, c, team);
+    layer.down = pack(kernels, dtype, {{from.down}, c}, inside, team);
     for (const PackedMatrix* matrix : {&layer.qkv, &layer.proj, &layer.up, &layer.down})
       weight_bytes += matrix->panels.size();
     layers.push_back(std::move(layer));
@@ -247,6 +260,7 @@ void Engine::State::make_scratch(std::int64_t rows, std::int64_t logits_rows) {
     qkv = Memory(rows * stride(qkv_width) * sizeof(float));
     joined = Memory(rows * stride(width) * sizeof(float));
     inner = Memory(rows * stride(hidden) * sizeof(float));
+    if (geometry.gated) gates = Memory(rows * stride(2 * hidden) * sizeof(float));
     scratch_rows = rows;
   }
   if (logits_rows > logits_room) {
@@ -263,18 +277,28 @@ void Engine::State::make_scratch(std::int64_t rows, std::int64_t logits_rows) {
 void Engine::State::embed(const Pass& pass, Range rows) {
   for (std::int64_t r = rows.first; r < rows.last; ++r) {
     const float* token = tok_emb.as<float>() + pass.tokens[r] * width;
-    const float* position = pos_emb.as<float>() + pass.positions[r] * width;
     float* to = x.as<float>() + r * stride(width);
+    if (geometry.rotary) {
+      std::memcpy(to, token, width * sizeof(float));
+      continue;
+    }
+    const float* position = pos_emb.as<float>() + pass.positions[r] * width;
     for (std::int64_t i = 0; i < width; ++i) to[i] = token[i] + position[i];
   }
+}
+
+void Engine::State::norm(const float* from, const Vector& weight, const Vector& bias, void* out) const {
+  if (geometry.rms_norm)
+    kernels.rms_norm(dtype, from, geometry.n_embd, weight.at(), out);
+  else
+    kernels.layer_norm(dtype, from, geometry.n_embd, weight.at(), bias.at(), out);
 }
 
 void Engine::State::normalize(const float* from, std::int64_t rows, const Vector& weight, const Vector& bias,
                               int thread, int of) {
   const Range mine = share(rows, thread, of);
   for (std::int64_t r = mine.first; r < mine.last; ++r)
-    kernels.layer_norm(dtype, from + r * stride(width), geometry.n_embd, weight.at(), bias.at(),
-                       activation.as<char>() + r * stride(width) * activation_size());
+    norm(from + r * stride(width), weight, bias, activation.as<char>() + r * stride(width) * activation_size());
   barrier.wait(of, [] {});
 }
 
@@ -286,6 +310,36 @@ void Engine::State::linear(const PackedMatrix& matrix, const Memory& input, std:
   barrier.wait(of, [] {});
 }
 
+// The inner activations of a gated MLP, in pieces of a panel.
+void Engine::State::gate(std::int64_t rows, int thread, int of) {
+  const std::int64_t pieces = hidden / kPanel;
+  const Range mine = share(rows * pieces, thread, of);
+  for (std::int64_t i = mine.first; i < mine.last; ++i) {
+    const std::int64_t row = i / pieces, at = i % pieces * kPanel;
+    const float* up = gates.as<float>() + row * stride(2 * hidden) + at;
+    kernels.gate(dtype, up, up + hidden, kPanel, inner.as<char>() + (row * stride(hidden) + at) * activation_size());
+  }
+  barrier.wait(of, [] {});
+}
+
+// RMSNorm of a head's values.
+void Engine::State::norm_head(float* head, const float* gain) const {
+  float squares = 0.0f;
+  for (std::int64_t i = 0; i < head_dim; ++i) squares += head[i] * head[i];
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(head_dim) + 1e-5f);
+  for (std::int64_t i = 0; i < head_dim; ++i) head[i] *= scale * gain[i];
+}
+
+// Turns each pair of a head's values by the angle of its position.
+void Engine::State::turn(float* head, std::int64_t position) const {
+  const float* angle = pos_emb.as<float>() + position * head_dim;
+  for (std::int64_t i = 0; i < head_dim; i += 2) {
+    const float a = head[i], b = head[i + 1];
+    head[i] = a * angle[i] - b * angle[i + 1];
+    head[i + 1] = b * angle[i] + a * angle[i + 1];
+  }
+}
+
 void Engine::State::attend(const Pass& pass, std::int64_t layer, int thread, int of) {
   const std::int64_t c = geometry.n_embd, heads = geometry.n_head, ldq = stride(qkv_width);
   const Range tasks = share(static_cast<std::int64_t>(pass.spans.size()) * heads, thread, of);
@@ -293,7 +347,15 @@ void Engine::State::attend(const Pass& pass, std::int64_t layer, int thread, int
     const Span& span = pass.spans[task / heads];
     const std::int64_t row = pass.first_rows[task / heads], head_index = task % heads;
     char* keys = cache_of(layer, span.slot, head_index);
-    const float* q = qkv.as<float>() + row * ldq + head_index * head_dim;
+    float* q = qkv.as<float>() + row * ldq + head_index * head_dim;
+    if (geometry.qk_norm)
+      for (std::int64_t i = 0; i < span.count; ++i) {
+        norm_head(q + i * ldq, layers[layer].query_norm.at());
+        norm_head(q + i * ldq + c, layers[layer].key_norm.at());
+      }
+    if (geometry.rotary)
+      for (std::int64_t i = 0; i < span.count; ++i)
+        for (float* values : {q + i * ldq, q + i * ldq + c}) turn(values, span.start + i);
     for (std::int64_t i = 0; i < span.count; ++i)
       kernels.append(dtype, q + i * ldq + c, q + i * ldq + 2 * c, head_dim, span.start + i, keys, keys + keys_bytes);
     char* out = joined.as<char>() + (row * stride(width) + head_index * head_dim) * activation_size();
@@ -310,8 +372,8 @@ void Engine::State::head_logits(Pass& pass, int thread, int of) {
   if (count == 0) return;
   const Range mine = share(count, thread, of);
   for (std::int64_t i = mine.first; i < mine.last; ++i)
-    kernels.layer_norm(dtype, x.as<float>() + pass.asked[i] * stride(width), geometry.n_embd, ln_f_weight.at(),
-                       ln_f_bias.at(), activation.as<char>() + i * stride(width) * activation_size());
+    norm(x.as<float>() + pass.asked[i] * stride(width), ln_f_weight, ln_f_bias,
+         activation.as<char>() + i * stride(width) * activation_size());
   barrier.wait(of, [] {});
   linear(head, activation, stride(width), count, Epilogue::store, logits, stride(vocab), thread, of);
   if (!pass.out) return;
@@ -331,7 +393,12 @@ void Engine::State::work(Pass& pass, int thread, int of) {
     attend(pass, static_cast<std::int64_t>(i), thread, of);
     linear(layer.proj, joined, ld, rows, Epilogue::add, x, ld, thread, of);
     normalize(x.as<float>(), rows, layer.ln2_weight, layer.ln2_bias, thread, of);
-    linear(layer.up, activation, ld, rows, Epilogue::gelu, inner, stride(hidden), thread, of);
+    if (geometry.gated) {
+      linear(layer.up, activation, ld, rows, Epilogue::store, gates, stride(2 * hidden), thread, of);
+      gate(rows, thread, of);
+    } else {
+      linear(layer.up, activation, ld, rows, Epilogue::gelu, inner, stride(hidden), thread, of);
+    }
     if (thread == 0 && *pass.poll && Clock::now() - polled > kPollEvery) {
       if ((*pass.poll)()) stop = true;
       polled = Clock::now();
@@ -366,7 +433,7 @@ void Engine::State::check_spans(const std::vector<Span>& spans, const std::int64
             "0 or from " + std::to_string(geometry.n_unmasked) +
                 " on; feed the unmasked prefix in one piece, because its tokens attend to one another");
     require_range("asked", span.asked, 0, span.count);
-    for (std::int64_t i = 0; i < span.count; ++i) require_range("token", *tokens++, 0, geometry.vocab_size - 1);
+    for (std::int64_t i = 0; i < span.count; ++i) require_range("token", *tokens++, 0, geometry.tokens() - 1);
   }
 }
 
@@ -422,6 +489,11 @@ void check_geometry(const Geometry& g) {
   require_range("n_head", g.n_head, 1, g.n_embd);
   require(g.n_embd % g.n_head == 0, "n_head", g.n_head, "a divisor of n_embd=" + std::to_string(g.n_embd));
   require_range("n_unmasked", g.n_unmasked, 0, g.block_size);
+  require_range("extra_tokens", g.extra_tokens, 0, most);
+  require_range("hidden", g.hidden, 0, std::int64_t{1} << 22);
+  require(!g.gated || g.mlp_width() % kPanel == 0, "hidden", g.hidden,
+          "a multiple of " + std::to_string(kPanel) + " for a gated MLP");
+  require(!g.rotary || g.n_embd / g.n_head % 2 == 0, "n_head", g.n_head, "heads of even width for rotary positions");
 }
 
 Engine::Engine(const GPTWeights& weights, const Geometry& g, Dtype dtype, int threads, Isa isa) {

@@ -15,13 +15,24 @@
 
 namespace tamingfast {
 
+// The sizes and the kind of a GPT. The defaults are GPT2's: LayerNorm, exact GELU, learned positions, biases.
 struct Geometry {
   std::int64_t vocab_size;
   std::int64_t block_size;
   std::int64_t n_layer;
   std::int64_t n_head;
   std::int64_t n_embd;
-  std::int64_t n_unmasked;  // leading positions that attend to one another
+  std::int64_t n_unmasked;        // leading positions that attend to one another
+  std::int64_t extra_tokens = 0;  // that can be fed but not chosen, numbered behind the vocabulary
+  std::int64_t hidden = 0;        // width of the MLP; 0 is 4 n_embd
+  bool rms_norm = false;          // RMSNorm, without biases
+  bool gated = false;             // the MLP is down(silu(up(x)) * gate(x))
+  bool rotary = false;            // queries and keys are turned by their position
+  bool biases = true;             // of the linear layers in blocks
+  bool qk_norm = false;           // queries and keys of each head are normed by RMSNorm
+
+  std::int64_t mlp_width() const { return hidden ? hidden : 4 * n_embd; }
+  std::int64_t tokens() const { return vocab_size + extra_tokens; }
 };
 
 struct Linear {
@@ -30,14 +41,17 @@ struct Linear {
 };
 
 struct LayerWeights {
-  const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;
+  const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;  // biases are null with RMSNorm
   Linear query, key, value, proj, up, down;
+  Linear gate{nullptr, nullptr};                           // if the MLP is gated
+  const float *query_norm = nullptr, *key_norm = nullptr;  // (n_embd / n_head,), with qk_norm
 };
 
 // Addresses of the model's parameters, read by the engine's constructor and not kept.
 struct GPTWeights {
-  const float* tok_emb;  // (vocab_size, n_embd)
-  const float* pos_emb;  // (block_size, n_embd)
+  const float* tok_emb;  // (vocab_size + extra_tokens, n_embd)
+  const float* pos_emb;  // (block_size, n_embd); with rotary positions the cosine and sine of each pair of a head,
+                         // (block_size, n_embd / n_head)
   std::vector<LayerWeights> layers;
   const float *ln_f_weight, *ln_f_bias;
   Linear head;

@@ -68,6 +68,10 @@ struct Kernels {
   void (*linear)(Dtype dtype, const LinearParams& params, const Matrix& matrix, std::int64_t first, std::int64_t last);
   // gain and bias are zero-padded to a multiple of kBlock.
   void (*layer_norm)(Dtype dtype, const float* x, std::int64_t n, const float* gain, const float* bias, void* out);
+  // As layer_norm, without a mean and a bias: x / sqrt(mean of squares + 1e-5) * gain.
+  void (*rms_norm)(Dtype dtype, const float* x, std::int64_t n, const float* gain, void* out);
+  // silu(a) * b of n values, a multiple of kBlock, as activations.
+  void (*gate)(Dtype dtype, const float* a, const float* b, std::int64_t n, void* out);
   // Writes the key and value of one position and head into the cache.
   void (*append)(Dtype dtype, const float* k, const float* v, std::int64_t d, std::int64_t position, void* keys,
                  void* values);

@@ -213,6 +213,30 @@ void layer_norm(Dtype dtype, const float* x, int64_t n, const float* gain, const
     store_activation(dtype, out, i, fused((load(x + i) - mean) * scale, load(gain + i), load(bias + i)));
 }
 
+void rms_norm(Dtype dtype, const float* x, int64_t n, const float* gain, void* out) {
+  const int64_t whole = n / kBlock * kBlock;
+  float last[kBlock] = {};
+  memcpy(last, x + whole, (n - whole) * sizeof(float));
+  Sums square{};
+  for (int64_t i = 0; i <= whole; i += kBlock)
+    for (int v = 0; v < kBlockPieces; ++v) {
+      const Floats value = load((i < whole ? x + i : last) + v * kLanes);
+      square.piece[v] = fused(value, value, square.piece[v]);
+    }
+  const float scale = 1.0f / __builtin_sqrtf(square.total() / static_cast<float>(n) + 1e-5f);
+  for (int64_t i = 0; i < round_up(n, kBlock); i += kLanes)  // gain is padded with zeros
+    store_activation(dtype, out, i, load(x + i) * scale * load(gain + i));
+}
+
+void gate(Dtype dtype, const float* a, const float* b, int64_t n, void* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Floats value = load(a + i);
+    // Beyond -87 the exponential would overflow, and the result is 0 in float32.
+    const Floats bounded = pick(value < -87.0f, spread(-87.0f), value);
+    store_activation(dtype, out, i, value / (1.0f + exponential(-bounded)) * load(b + i));
+  }
+}
+
 // --- linear layers ---------------------------------------------------------------------------------------------------
 
 // Element offset of weight (k, channel) within its panel.
@@ -711,7 +735,7 @@ double exercise(Dtype dtype, int64_t times) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {kDot, pack, linear, layer_norm, append, attend, exercise};
+const Kernels kernels = {kDot, pack, linear, layer_norm, rms_norm, gate, append, attend, exercise};
 
 }  // namespace TF_ISA
 }  // namespace tamingfast

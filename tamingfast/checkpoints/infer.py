@@ -13,7 +13,7 @@ from tamingfast.checkpoints.weights import prefixed, shown, unwrapped
 from tamingfast.errors import UserError
 
 #: Keys by which weights of a first stage and of a prior are recognised.
-KNOWN = ("encoder.conv_in.weight", "transformer.tok_emb.weight")
+KNOWN = ("encoder.conv_in.weight", "transformer.tok_emb.weight", "tok_embeddings.weight")
 #: What weights do not show, so that it is assumed.
 ASSUMED = "codes are the nearest codebook entries (not chosen by IBQ or another rule), and images end without tanh"
 _MOST_LEVELS, _GROUPS = 16, 32

@@ -163,7 +163,15 @@ def _gpt(numbers: _Numbers) -> Size:
     width, layers = numbers.get("n_embd", 256), numbers.get("n_layer", 12)
     numbers.get("n_head", 1)  # only to check that it is a number
     rows = 2 * numbers.get("vocab_size") + numbers.get("block_size")
-    return Size(16, 12 * width**2 + 13 * width) * layers + Size(5, (rows + 2) * width)
+    return Size(18, 12 * width**2 + 15 * width) * layers + Size(5, (rows + 2) * width)
+
+
+def _llama_gpt(numbers: _Numbers) -> Size:
+    width, layers = numbers.get("n_embd", 768), numbers.get("n_layer", 12)
+    numbers.get("n_head", 1)  # only to check that it is a number
+    hidden = numbers.get("hidden", 3 * width + 256)
+    rows = 2 * numbers.get("vocab_size") + numbers.get("n_classes", 1000) + numbers.get("block_size", 256)
+    return Size(8, 4 * width**2 + 3 * width * hidden + 2 * width) * layers + Size(4, (rows + 2) * width)
 
 
 def _block(before: int, width: int) -> Size:
@@ -263,6 +271,7 @@ _COUNTS: dict[str, Callable[[_Numbers], Size]] = {
     **dict.fromkeys(("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel"), _first_stage),
     "LookupFreeVQModel": _steered,
     "MoVQ": lambda numbers: _steered(numbers) + Size(1, numbers.get("n_embed") * numbers.get("embed_dim")),
+    "LlamaGPT": _llama_gpt,
     "EMAVQ": _ema,
     "GumbelVQ": _gumbel,
     "FSQ": _fsq,

@@ -21,6 +21,7 @@ from tamingfast.checkpoints.config import (
     plain,
     without_checkpoints,
 )
+from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
 from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
@@ -75,7 +76,7 @@ def load_model(
     check_sizes(settings["model"], "model", found.state, path)
     model = instantiate_from_config(settings["model"])
     load_into(model, found.state, path, optional=_OPTIONAL)
-    model.config, model.allow = settings, frozenset(allow)
+    _remember(model, settings, allow)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -98,8 +99,14 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
             model = instantiate_from_config(settings["model"])
     except UserError:  # such as for a remapping that the weights contain, but no file
         return None
-    model.config, model.allow = settings, frozenset(allow)
+    _remember(model, settings, allow)
     return model.eval()
+
+
+def _remember(model: nn.Module, settings: dict[str, Any], allow: Collection[str]) -> None:
+    # The config of a transformer alone is its sizes.
+    setattr(model, "settings" if settings["model"]["target"] == llamagen_gpt.TARGET else "config", settings)
+    model.allow = frozenset(allow)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -38,7 +38,7 @@ TRAINING_ONLY = (
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DEEPEST = 8  # parts of a shared prefix that are looked at
 # Where checkpoints keep the weights; without any of these the whole content is meant.
-_STATES = ("state_dict", "model", "model_state_dict")
+_STATES = ("state_dict", "model", "model_state_dict", "module")
 # By this name the averages of a LlamaGen training are recognised, which count there: its evaluation takes them.
 _LLAMAGEN = "encoder.conv_blocks.0.res.0.conv1.weight"
 _LARGEST_INDEX = 64 << 20

@@ -8,7 +8,17 @@ from collections.abc import Callable
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
-from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, RECONSTRUCT, Commands, command, condition_options, load
+from tamingfast.cli.options import (
+    ALLOW,
+    DEVICE,
+    DRAWING,
+    FIRST_STAGE,
+    RECONSTRUCT,
+    Commands,
+    command,
+    condition_options,
+    load,
+)
 
 SIDES = ("left", "right", "top", "bottom")
 
@@ -33,7 +43,7 @@ def add_to(commands: Commands) -> None:
 def _command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, ALLOW, DRAWING, condition_options(), KEEPING))
+    added = command(commands, name, run, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING))
     added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
     added.add_argument("photo", type=source, help="image file, or a canvas saved with --canvas")
     added.add_argument("-n", "--count", type=whole(1), help="number of versions; default: 1, or that of the canvas")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 
 from tamingfast.cli.arguments import output, source, whole
-from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, data_settings, given_options, load
+from tamingfast.cli.options import (
+    ALLOW,
+    DEVICE,
+    DRAWING,
+    FIRST_STAGE,
+    Commands,
+    command,
+    data_settings,
+    given_options,
+    load,
+)
 from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import write_json
@@ -15,7 +25,7 @@ from tamingfast.tasks.options import SAMPLES, DrawingOptions
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
-    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, DRAWING))
+    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING))
     added.add_argument("model", type=source, help="run directory or checkpoint of a first stage or a prior")
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"

@@ -36,7 +36,7 @@ def add_to(commands: Commands) -> None:
     added.add_argument("--out", type=output, default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
     text = "keep the upper half of images and redraw the lower half"
-    added = _command(commands, "complete", complete, text, (DRAWING, condition_options(nargs="+")))
+    added = _command(commands, "complete", complete, text, (FIRST_STAGE, DRAWING, condition_options(nargs="+")))
     added.add_argument("--out", type=output, default="completed.png", help="PNG to write (default: %(default)s)")
     added.add_argument("--reconstruct", action="store_true", help=RECONSTRUCT)
     added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")

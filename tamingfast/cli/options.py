@@ -63,6 +63,13 @@ ALLOW = options((
         "help": "a class that is not ours, but which the model's config may name; can be repeated",
     },
 ))  # fmt: skip
+FIRST_STAGE = options((
+    "--first-stage",
+    {
+        "type": source, "metavar": "FILE",
+        "help": "the first stage of a model that is a transformer alone, such as LlamaGen's",
+    },
+))  # fmt: skip
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 #: Of commands that only encode or decode; those that draw have the engine of `DRAWING`.
@@ -186,4 +193,4 @@ def load(arguments: argparse.Namespace) -> Unread:
     """The model named on the command line, for the device of --device; it is read when it is needed."""
     from tamingfast.tasks import Unread
 
-    return Unread(arguments.model, arguments.device, arguments.allow)
+    return Unread(arguments.model, arguments.device, arguments.allow, getattr(arguments, "first_stage", None))

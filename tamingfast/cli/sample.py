@@ -7,13 +7,23 @@ import argparse
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
-from tamingfast.cli.options import ALLOW, DEVICE, DRAWING, Commands, command, condition_options, load, size_of
+from tamingfast.cli.options import (
+    ALLOW,
+    DEVICE,
+    DRAWING,
+    FIRST_STAGE,
+    Commands,
+    command,
+    condition_options,
+    load,
+    size_of,
+)
 from tamingfast.tasks.options import COUNT
 
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
-    parents = (DEVICE, ALLOW, DRAWING, condition_options(), KEEPING)
+    parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING)
     added = command(commands, "sample", sample, "draw new images", parents)
     added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
     added.add_argument("-n", "--count", type=whole(1), help=f"number of images; default: {COUNT}")

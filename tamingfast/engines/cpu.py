@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tamingfast.engines.networks import Transformer, checked_parameters
+from tamingfast.engines.networks import Transformer, checked_parameters, kind_of
 from tamingfast.engines.request import (
     Asked,
     DecodeRequest,
@@ -25,7 +25,10 @@ from tamingfast.ops import backends, check
 from tamingfast.ops.choice import check_chosen
 
 _GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked")
+_KIND = ("extra_tokens", "hidden", "rms_norm", "gated", "rotary", "biases", "qk_norm")
 _MOST_THREADS = 256
+#: Of which the width of a gated MLP must be a multiple, and that of a head with rotary positions.
+_PANEL, _PAIR = 32, 2
 
 
 class GPTEngine:
@@ -61,7 +64,14 @@ class GPTEngine:
         if module is None:
             return reason
         device = next(gpt.parameters()).device.type
-        return None if device == "cpu" else f"it runs on the CPU, and the transformer is on {device}"
+        if device != "cpu":
+            return f"it runs on the CPU, and the transformer is on {device}"
+        kind = kind_of(gpt.config)
+        if kind.gated and (kind.hidden or 4 * gpt.config.n_embd) % _PANEL:
+            return f"the width of a gated MLP must be a multiple of {_PANEL}, and it is {kind.hidden}"
+        if kind.rotary and gpt.config.n_embd // gpt.config.n_head % _PAIR:
+            return "heads must have an even width for rotary positions"
+        return None
 
     def __init__(
         self, gpt: Transformer, dtype: str = "float32", threads: int | None = None, drafts: bool = False
@@ -79,7 +89,9 @@ class GPTEngine:
         weights = {
             name: value.to(torch.float32).contiguous().resolve_neg() for name, value in checked_parameters(gpt).items()
         }
+        kind = kind_of(gpt.config)
         geometry = {name: getattr(gpt.config, name, 0) for name in _GEOMETRY}
+        geometry |= {name: int(getattr(kind, name)) for name in _KIND}
         self._native = module.GPTEngine(
             {name: check.array(name, value, torch.float32) for name, value in weights.items()},
             geometry,
@@ -88,14 +100,14 @@ class GPTEngine:
             backends.isa(),
             draft="int8" if drafts else "",
         )
-        self._n_unmasked = geometry["n_unmasked"]
+        self._n_unmasked, self._extra_tokens = geometry["n_unmasked"], kind.extra_tokens
         self._room = self._room_of(0, 0)
 
     def _thread_count(self) -> int:
         return min(torch.get_num_threads() if self.threads is None else self.threads, _MOST_THREADS)
 
     def _room_of(self, slots: int, capacity: int) -> Room:
-        return Room(self.vocab_size, slots, capacity, self._native.length, self._n_unmasked)
+        return Room(self.vocab_size, slots, capacity, self._native.length, self._n_unmasked, self._extra_tokens)
 
     def reserve(self, slots: int, length: int) -> None:
         """Replaces the cache with one of ``slots`` empty slots of ``length`` positions.

@@ -59,6 +59,7 @@ class Room:
         capacity: positions of a slot.
         length: returns the current number of valid positions of a slot.
         n_unmasked: leading positions that attend to each other; 0 for plain causal attention.
+        extra_tokens: tokens behind the vocabulary, which can be fed but not chosen.
     """
 
     vocab_size: int
@@ -66,6 +67,7 @@ class Room:
     capacity: int
     length: Callable[[int], int]
     n_unmasked: int = 0
+    extra_tokens: int = 0
 
     def check_slot(self, name: str, slot: int) -> None:
         """The slot must exist."""
@@ -78,10 +80,10 @@ class Room:
         check_range("length", length, 0, self.length(slot))
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """All tokens must lie in the vocabulary. On a GPU, this makes the host wait."""
+        """All tokens must be ones that can be fed. On a GPU, this makes the host wait."""
         if tokens.numel():
             for token in torch.stack(tokens.aminmax()).tolist():
-                check_range("token", token, 0, self.vocab_size - 1)
+                check_range("token", token, 0, self.vocab_size + self.extra_tokens - 1)
 
     def check_step(self, tokens: Tensor, spans: Sequence[Span], logits: Asked) -> None:
         """Spans must fit their slots, ``tokens`` be int64 (T,) of all spans in turn, ``logits`` as in `asked_of`."""
@@ -274,7 +276,7 @@ class DecodeRequest:
         if self.choices is not None:
             check_range("choices", self.choices, 1, room.vocab_size)
         if self.second is not None:
-            check_range("second.null", self.second.null, 0, room.vocab_size - 1)
+            check_range("second.null", self.second.null, 0, room.vocab_size + room.extra_tokens - 1)
         for slot in self.all_slots:
             room.check_slot("slot", slot)
             held = room.length(slot)

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import ops
-from tamingfast.engines.networks import LayerCache, TransformerConfig
+from tamingfast.engines.networks import GPT2, Kind, LayerCache, TransformerConfig
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
 from tamingfast.models.base import at_least, in_turn
 from tamingfast.ops import reference
 from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
+
+EPSILON = 1e-5  # of `RMSNorm`
 
 
 class GPTConfig:
@@ -29,6 +31,7 @@ class GPTConfig:
     embd_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     attn_pdrop: float = 0.1
+    kind: Kind = GPT2
 
     def __init__(self, vocab_size: int, block_size: int, **kwargs: Any):
         self.vocab_size = vocab_size
@@ -37,8 +40,25 @@ class GPTConfig:
             setattr(self, key, value)
 
 
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean of squares + 1e-5) * weight`` over the last axis, in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape and dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).type_as(x) * self.weight
+
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention, bidirectional among the first ``n_unmasked`` positions."""
+    """Multi-head causal attention, bidirectional among the first ``n_unmasked`` positions.
+
+    With ``config.kind.qk_norm`` the queries and keys of each head are normed (Dehghani et al., "Scaling Vision
+    Transformers to 22 Billion Parameters", 2023, section 2; here by RMSNorm).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -53,6 +73,9 @@ class CausalSelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(config.attn_pdrop)
         self.resid_drop = nn.Dropout(config.resid_pdrop)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.n_embd // config.n_head) if config.kind.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -60,7 +83,13 @@ class CausalSelfAttention(nn.Module):
         return _mask_buffer(self.block_size, self.n_unmasked, self.proj.weight.device)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        return self._queries(x), self._keys(x), self._split(self.value(x))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.query_norm(self._split(self.query(x)))
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return self.key_norm(self._split(self.key(x)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
@@ -92,24 +121,9 @@ class CausalSelfAttention(nn.Module):
 
         Only the outputs of the last ``asked`` tokens of each span are computed: (B, their sum, n_embd).
         """
-        k, v = self._split(self.key(x)), self._split(self.value(x))
-        q = self._split(self.query(_last_of(x, spans, asked)))
-        outputs = []
-        for span, end, count, last in zip(spans, _ends(spans), asked, itertools.accumulate(asked), strict=True):
-            begin = end - span.count
-            keys, values = cache[0][span.slot], cache[1][span.slot]
-            keys[:, :, span.start : span.stop] = k[:, :, begin:end]
-            values[:, :, span.start : span.stop] = v[:, :, begin:end]
-            asking, seen = q[:, :, last - count : last], (keys[:, :, : span.stop], values[:, :, : span.stop])
-            if count == 1:
-                outputs.append(F.scaled_dot_product_attention(asking, *seen))
-            elif span.start == 0 and count == span.count:
-                own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
-                outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=self.n_unmasked))
-            elif count > 0:
-                mask = _seen(span.stop - count, span.stop, x.device, self.n_unmasked)
-                outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
-        return self._join(torch.cat(outputs, dim=2))
+        k, v = self._keys(x), self._split(self.value(x))
+        q = self._queries(last_of(x, spans, asked))
+        return self._join(attend_ragged(q, k, v, cache, spans, asked, self.n_unmasked))
 
 
 class Block(nn.Module):
@@ -136,12 +150,12 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x))
 
     def forward_ragged(self, x: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int]) -> Tensor:
-        x = _last_of(x, spans, asked) + self.attn.forward_ragged(self.ln1(x), cache, spans, asked)
+        x = last_of(x, spans, asked) + self.attn.forward_ragged(self.ln1(x), cache, spans, asked)
         return x + self.mlp(self.ln2(x))
 
 
 class GPT(nn.Module):
-    """GPT2 with learned absolute positions, no weight tying and no bias in the head.
+    """GPT2 with learned absolute positions, no weight tying and no bias in the head; ``qk_norm`` is no part of GPT2.
 
     As in the original, state dicts contain the attention mask of each block; loading one sets
     ``n_unmasked`` from its masks.
@@ -161,13 +175,14 @@ class GPT(nn.Module):
         resid_pdrop: float = 0.0,
         attn_pdrop: float = 0.0,
         n_unmasked: int = 0,
+        qk_norm: bool = False,
     ):
         super().__init__()
         at_least(1, vocab_size=vocab_size, block_size=block_size, n_head=n_head, n_embd=n_embd)
         at_least(0, n_layer=n_layer)
         self.config = GPTConfig(
             vocab_size, block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_unmasked=n_unmasked,
-            embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop,
+            embd_pdrop=embd_pdrop, resid_pdrop=resid_pdrop, attn_pdrop=attn_pdrop, kind=Kind(qk_norm=bool(qk_norm)),
         )  # fmt: skip
         self.block_size = block_size
         self.tok_emb = nn.Embedding(vocab_size, n_embd)
@@ -320,7 +335,32 @@ def _ends(spans: Sequence[Span]) -> list[int]:
     return list(itertools.accumulate(span.count for span in spans))
 
 
-def _last_of(x: Tensor, spans: Sequence[Span], counts: Sequence[int]) -> Tensor:
+def attend_ragged(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, spans: Sequence[Span], asked: Sequence[int], n_unmasked: int = 0
+) -> Tensor:
+    """Attention of the last ``asked`` tokens of each span, of which q (B, H, their sum, D) holds the queries.
+
+    k and v (B, H, T, D) are those of all tokens and are written to ``cache``, keys and values (slots, B, H, length, D).
+    """
+    outputs = []
+    for span, end, count, last in zip(spans, _ends(spans), asked, itertools.accumulate(asked), strict=True):
+        begin = end - span.count
+        keys, values = cache[0][span.slot], cache[1][span.slot]
+        keys[:, :, span.start : span.stop] = k[:, :, begin:end]
+        values[:, :, span.start : span.stop] = v[:, :, begin:end]
+        asking, seen = q[:, :, last - count : last], (keys[:, :, : span.stop], values[:, :, : span.stop])
+        if count == 1:
+            outputs.append(F.scaled_dot_product_attention(asking, *seen))
+        elif span.start == 0 and count == span.count:
+            own_k, own_v = k[:, :, begin:end], v[:, :, begin:end]
+            outputs.append(ops.causal_attention(asking, own_k, own_v, n_unmasked=n_unmasked))
+        elif count > 0:
+            mask = _seen(span.stop - count, span.stop, q.device, n_unmasked)
+            outputs.append(F.scaled_dot_product_attention(asking, *seen, attn_mask=mask))
+    return torch.cat(outputs, dim=2)
+
+
+def last_of(x: Tensor, spans: Sequence[Span], counts: Sequence[int]) -> Tensor:
     """The last tokens of each span, that many, of the concatenated spans x (B, T, C)."""
     if all(span.count == count for span, count in zip(spans, counts, strict=True)):
         return x

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints.fingerprint import identity
 from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
+from tamingfast.engines.networks import token_count
 from tamingfast.errors import UserError, first_line
 from tamingfast.files import atomic_write, locked, reported, writable_path
 from tamingfast.sampling.plan import Sampled, describe, plan_grid
@@ -226,7 +227,7 @@ class Canvas:
 
     def check_vocabulary(self, model: Sampled) -> None:
         """Raise UserError unless the known tokens and those of the condition are ones of ``model``."""
-        known, entries = describe(model), describe(model).gpt.config.vocab_size
+        known, entries = describe(model), token_count(describe(model).gpt.config)
         kept = self.tokens.masked_fill(self.pending, 0)
         for what, tokens, size in (("tokens", kept, known.vocab), ("condition tokens", self.cond, entries)):
             low, high = int(tokens.min()), int(tokens.max())

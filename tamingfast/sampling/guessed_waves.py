@@ -53,7 +53,7 @@ def torch_cost(gpt: Transformer, owner: Transformer) -> PassCost:
     ``owner`` is the caller's transformer, of which ``gpt`` may be a copy in another type.
     """
     known = _costs.setdefault(owner, {})
-    how = (gpt.pos_emb.device, gpt.pos_emb.dtype, torch.get_num_threads())
+    how = (next(gpt.parameters()).device, next(gpt.parameters()).dtype, torch.get_num_threads())
     if how not in known:
         known[how] = PassCost.measured(lambda rows: _time_pass(gpt, rows))
     return known[how]
@@ -64,7 +64,7 @@ _costs: weakref.WeakKeyDictionary[Transformer, dict[tuple[Any, ...], PassCost]] 
 
 def _time_pass(gpt: Transformer, rows: int) -> float:
     """Seconds that the transformer takes for a pass over that many tokens."""
-    device = gpt.pos_emb.device
+    device = next(gpt.parameters()).device
     count = min(rows, gpt.block_size)
     cache = gpt.new_slots(1, 1, count)
     begun = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tamingfast.engines.networks import Transformer
+from tamingfast.engines.networks import Transformer, kind_of, token_count
 from tamingfast.errors import UserError
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
@@ -81,7 +81,7 @@ class GridPlan:
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return self.gpt.pos_emb.device
+        return next(self.gpt.parameters()).device
 
     @property
     def causal(self) -> bool:
@@ -107,10 +107,16 @@ def plan_grid(
             )
         window = known.row_length
     layout = make_schedule(height, width, window, schedule, stride)
+    side = kind_of(known.gpt.config).side
+    if side and (layout.window_width != side or layout.window_height > side):
+        raise UserError(
+            f"window: got {layout.window_height} x {layout.window_width} tokens, expected up to {side} rows of {side}, "
+            "whose places the transformer knows; draw images at least that wide"
+        )
     if known.order is not None:
         layout = _permuted(layout, known.order)
     gpt = known.gpt
-    cond = checked_tokens("cond", cond, gpt.config.vocab_size, gpt.pos_emb.device)
+    cond = checked_tokens("cond", cond, token_count(gpt.config), next(gpt.parameters()).device)
     shape = cond.shape[1:]
     if not shape or shape[-1] < 1 or (len(shape) > 1 and (shape[:2] != (height, width) or len(shape) > 3)):
         raise ValueError(

@@ -383,7 +383,7 @@ def _evaluating(gpt: Transformer, dtype: str) -> Iterator[Transformer]:
     training = [module for module in gpt.modules() if module.training]
     gpt.eval()
     try:
-        with torch.autocast(gpt.pos_emb.device.type, enabled=False):
+        with torch.autocast(next(gpt.parameters()).device.type, enabled=False):
             yield gpt
     finally:
         for module in training:

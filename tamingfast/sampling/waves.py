@@ -64,7 +64,7 @@ class NativeWaves:
 
 def slot_bytes(gpt: Transformer, batch: int, length: int) -> int:
     """Bytes of the keys and values of ``batch`` sequences of ``length`` tokens."""
-    return 2 * gpt.config.n_layer * batch * length * gpt.config.n_embd * gpt.pos_emb.element_size()
+    return 2 * gpt.config.n_layer * batch * length * gpt.config.n_embd * next(gpt.parameters()).element_size()
 
 
 def check_room(batch: int, height: int, width: int) -> None:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.models import is_multiscale as is_multiscale
     from tamingfast.tasks.models import is_spatial as is_spatial
     from tamingfast.tasks.models import opened as opened
+    from tamingfast.tasks.models import paired as paired
     from tamingfast.tasks.models import unread as unread
     from tamingfast.tasks.options import DrawingOptions as DrawingOptions
     from tamingfast.tasks.pictures import image_files as image_files
@@ -89,7 +90,7 @@ _HOMES = {
     "labels": ("class_names_of", "labels_of"),
     "models": (
         "Unread", "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of",
-        "is_multiscale", "is_spatial", "opened", "unread",
+        "is_multiscale", "is_spatial", "opened", "paired", "unread",
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tamingfast.data import conditions as kinds
 from tamingfast.data.conditions import Scene
 from tamingfast.data.views import View
 from tamingfast.errors import UserError
-from tamingfast.models.condition_stages import DummyCondStage
+from tamingfast.models.condition_stages import DummyCondStage, Labelator
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.sampling.schedule import make_schedule
@@ -114,7 +114,8 @@ def conditions(model: Net2NetTransformer, count: int, label: Label | None = None
         )
     chosen = list(range(classes)) if label is None else labels_of(model, label)
     labels = torch.tensor(chosen, dtype=torch.int64, device=model.device)
-    return labels[torch.arange(count, device=model.device) % len(chosen)][:, None]
+    labels = labels[torch.arange(count, device=model.device) % len(chosen)][:, None]
+    return labels + cast(Labelator, model.cond_stage_model).first
 
 
 def kind_of(model: Net2NetTransformer) -> kinds.Kind:

@@ -5,28 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import nn
 
+from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.load import load_model, outline
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
+from tamingfast.models.llama_gpt import LlamaGPT
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.ops.backends import pick_device
+from tamingfast.training.prior_config import LABELATOR, MODEL
 
 
 class Unread:
     """A model at a path, whose weights are read when they are needed, so that cheap checks can come before.
 
-    ``device`` None is the GPU if there is one; ``allow`` is as for `tamingfast.load_model`.
+    ``device`` None is the GPU if there is one; ``allow`` is as for `tamingfast.load_model`. ``first_stage`` is the path
+    of the first stage of a transformer that comes without one; see `paired`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str | None = None, allow: Collection[str] = ()) -> None:
-        self.path, self.device, self.allow = path, device, allow
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str | None = None,
+        allow: Collection[str] = (),
+        first_stage: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path, self.device, self.allow, self.first_stage = path, device, allow, first_stage
 
     def __str__(self) -> str:
         return os.fspath(self.path)
@@ -34,16 +45,54 @@ class Unread:
     @cached_property
     def outline(self) -> nn.Module:
         """The model as its config describes it, without weights; the model itself where that takes the weights."""
-        return outline(self.path, allow=self.allow) or self.model
+        found = None if self.first_stage is not None else outline(self.path, allow=self.allow)
+        return found or self.model
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model, read once. Raises UserError as `tamingfast.load_model` does."""
-        return load_model(self.path, device=pick_device(self.device), allow=self.allow)
+        """The model, read once. Raises UserError as `tamingfast.load_model` and `paired` do."""
+        device = pick_device(self.device)
+        model = load_model(self.path, device=device, allow=self.allow)
+        if isinstance(model, LlamaGPT) and self.first_stage is None:
+            raise UserError(
+                "first_stage: got none, expected the file of a first stage, as the model is a transformer alone; give "
+                "the one that it was trained on"
+            )
+        if self.first_stage is None:
+            return model
+        return paired(model, load_model(self.first_stage, device=device, allow=self.allow))
 
 
 #: A loaded model, the path of a run directory or checkpoint, or a path whose model is read when it is needed.
 Model: TypeAlias = str | os.PathLike[str] | nn.Module | Unread
+
+
+def paired(gpt: nn.Module, first_stage: nn.Module) -> Net2NetTransformer:
+    """The class-conditional prior that a transformer is together with its first stage; both become part of it.
+
+    Both come from `tamingfast.load_model`. Raises UserError for any other model than a `LlamaGPT`, and for a first
+    stage with another number of codes.
+    """
+    if not isinstance(gpt, LlamaGPT):
+        raise UserError(
+            f"first_stage: got one for a {type(gpt).__name__}, expected none, as only a transformer alone needs it; "
+            "leave it out"
+        )
+    stage = first_stage_of(first_stage)
+    if stage is not first_stage or stage.n_embed != gpt.config.vocab_size:
+        codes = "a prior" if stage is not first_stage else f"one of {stage.n_embed} codes"
+        raise UserError(f"first_stage: got {codes}, expected a first stage of {gpt.config.vocab_size} codes")
+    classes = {"n_classes": gpt.n_classes, "null_class": True, "first": gpt.config.vocab_size}
+    params = {
+        "transformer_config": plain(config_of(gpt)["model"]), "first_stage_config": plain(config_of(stage)["model"]),
+        "cond_stage_config": {"target": LABELATOR, "params": classes}, "cond_stage_key": "class_label",
+    }  # fmt: skip
+    config = {"target": MODEL, "params": params}
+    with torch.device("meta"):  # the parts have their weights already
+        prior = check_prior(instantiate_from_config(config))
+    prior.transformer, prior.first_stage_model = cast(Any, gpt), stage
+    prior.config, prior.allow = {"model": config}, cast(Any, getattr(stage, "allow", frozenset()))
+    return prior.eval()
 
 
 def unread(model: Model) -> Unread:
@@ -67,7 +116,8 @@ def opened(model: Model) -> nn.Module:
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The config that a model was loaded with; empty for models made by hand."""
-    return getattr(model, "config", None) or {}
+    found = getattr(model, "settings" if isinstance(model, LlamaGPT) else "config", None)
+    return cast("dict[str, Any]", found or {})
 
 
 def data_of(model: nn.Module) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import trained_side
+from tamingfast.engines.networks import kind_of
 from tamingfast.errors import UserError
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.orderings import Identity
@@ -23,6 +24,8 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
     factor = first_stage_of(model).factor
     if isinstance(model, MultiscaleTransformer):
         return model.pyramid.height * factor, model.pyramid.width * factor
+    if isinstance(model, Net2NetTransformer) and (tokens := kind_of(model.transformer.config).side):
+        return tokens * factor, tokens * factor
     side = trained_side(config_of(model))
     if side is not None:
         return side, side
@@ -72,6 +75,13 @@ def window_of(model: Net2NetTransformer, rows: int, columns: int, condition_toke
     A prior on tokens of two levels draws only the number of tokens that it was trained on, because no window can slide
     over two grids at once; raises UserError for any other number.
     """
+    if side := kind_of(model.transformer.config).side:
+        if columns < side:
+            raise UserError(
+                f"size: got {columns} tokens a row, expected at least {side}, as the transformer knows the places of "
+                "that many; draw wider images"
+            )
+        return side
     room = model.transformer.config.block_size - condition_tokens + 1
     trained = room - 1  # most blocks have a position for the last token, too, which is never an input
     if first_stage_of(model).levels > 1 and rows * columns not in (trained, room):

@@ -69,15 +69,20 @@ struct Model {
   GPTWeights weights;
 
   explicit Model(const Geometry& geometry) : g(geometry) {
-    const std::int64_t c = g.n_embd;
-    arrays.reserve(16 * g.n_layer + 8);
-    weights.tok_emb = add(g.vocab_size * c, 1.0f);
-    weights.pos_emb = add(g.block_size * c, 1.0f);
-    for (std::int64_t i = 0; i < g.n_layer; ++i)
-      weights.layers.push_back({add(c, 1), add(c, 1), add(c, 1), add(c, 1), linear(c, c), linear(c, c), linear(c, c),
-                                linear(c, c), linear(4 * c, c), linear(c, 4 * c)});
+    const std::int64_t c = g.n_embd, head = c / g.n_head, inside = g.mlp_width();
+    arrays.reserve(20 * g.n_layer + 8);
+    weights.tok_emb = add(g.tokens() * c, 1.0f);
+    weights.pos_emb = add(g.block_size * (g.rotary ? head : c), 1.0f);
+    const auto shift = [&] { return g.rms_norm ? nullptr : add(c, 1); };
+    for (std::int64_t i = 0; i < g.n_layer; ++i) {
+      weights.layers.push_back({add(c, 1), shift(), add(c, 1), shift(), linear(c, c), linear(c, c), linear(c, c),
+                                linear(c, c), linear(inside, c), linear(c, inside)});
+      LayerWeights& layer = weights.layers.back();
+      if (g.gated) layer.gate = linear(inside, c);
+      if (g.qk_norm) layer.query_norm = add(head, 1), layer.key_norm = add(head, 1);
+    }
     weights.ln_f_weight = add(c, 1);
-    weights.ln_f_bias = add(c, 1);
+    weights.ln_f_bias = shift();
     weights.head = {add(g.vocab_size * c, 1.0f / std::sqrt(static_cast<float>(c))), nullptr};
   }
   Model(const Model&) = delete;
@@ -87,7 +92,7 @@ struct Model {
     return arrays.back().data();
   }
   Linear linear(std::int64_t out, std::int64_t in) {
-    return {add(out * in, 1.0f / std::sqrt(static_cast<float>(in))), add(out, 0.1f)};
+    return {add(out * in, 1.0f / std::sqrt(static_cast<float>(in))), g.biases ? add(out, 0.1f) : nullptr};
   }
 };
 
@@ -113,9 +118,14 @@ void add_to(Row& x, const Row& y) {
   for (std::size_t i = 0; i < x.size(); ++i) x[i] += y[i];
 }
 
-// The logits of every token.
+bool is_gpt2(const Geometry& g) {
+  return !(g.extra_tokens || g.hidden || g.rms_norm || g.gated || g.rotary || g.qk_norm || !g.biases);
+}
+
+// The logits of every token; zeros for what is no GPT2, of which only memory and finiteness are checked.
 std::vector<Row> logits_of(const Model& model, const Tokens& tokens) {
   const Geometry& g = model.g;
+  if (!is_gpt2(g)) return std::vector<Row>(tokens.size(), Row(g.vocab_size));
   const std::int64_t c = g.n_embd, n = static_cast<std::int64_t>(tokens.size()), width = c / g.n_head;
   std::vector<Row> x(n, Row(c));
   for (std::int64_t t = 0; t < n; ++t)
@@ -227,6 +237,9 @@ struct Driven {
     Tokens slots(held.size());
     for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
     std::shuffle(slots.begin(), slots.end(), generator);
+    Tokens nulls;
+    if (2 * batch <= static_cast<std::int64_t>(slots.size()) && any(0, 1))
+      nulls.assign(slots.begin() + batch, slots.begin() + 2 * batch);
     slots.resize(batch);
     Tokens sequences = random_tokens(batch * length), steps;
     for (std::int64_t i = least; i < length; ++i)
@@ -249,6 +262,13 @@ struct Driven {
     p.choices = any(1, model.g.vocab_size);
     p.choice = {any(0, 2) == 0, one_of<float>({1.2e-38f, 0.5f, 1.0f, 3e38f}), any(0, model.g.vocab_size + 2),
                 one_of<double>({1e-300, 0.3, 0.999, 1.0}), static_cast<std::uint64_t>(any(0, 1 << 20))};
+    const std::vector<float> scales(length, one_of<float>({0.0f, 1.5f, 4.0f}));
+    if (!nulls.empty()) {
+      p.null_slots = nulls.data();
+      p.null_token = any(0, model.g.tokens() - 1);
+      p.prefix = 1;
+      p.scales = scales.data();
+    }
     p.lookahead = 1;
     Tokens ahead = sequences;
     expect(engine.decode(p, never, [](std::int64_t) {}) == 0, "tokens can be chosen");
@@ -266,6 +286,10 @@ struct Driven {
       if (std::none_of(wanted.begin() + b * p.count, wanted.begin() + (b + 1) * p.count, [](auto w) { return w; }))
         continue;
       own.assign(sequences.begin() + b * length, sequences.begin() + b * length + now);
+      if (nulls.empty()) continue;
+      expect(engine.length(nulls[b]) == now, "both slots of a sequence are as long");
+      held[nulls[b]] = own;
+      if (now > 0) held[nulls[b]][0] = p.null_token;
     }
   }
 
@@ -285,7 +309,7 @@ struct Driven {
 
   void mistakes() {
     const std::int64_t slots = static_cast<std::int64_t>(held.size()), far = std::numeric_limits<std::int64_t>::max();
-    const Tokens token{0}, wrong{one_of<std::int64_t>({-1, model.g.vocab_size, far, -far})};
+    const Tokens token{0}, wrong{one_of<std::int64_t>({-1, model.g.tokens(), far, -far})};
     std::vector<float> out(model.g.vocab_size);
     const auto step = [&](const Span& span, const Tokens& tokens) {
       engine.step({span}, tokens.data(), out.data(), never);
@@ -315,6 +339,16 @@ void drive_engine() {
   g.vocab_size = one_of<std::int64_t>({1, 2, 31, 32, 33, 64, 97});
   g.block_size = one_of<std::int64_t>({1, 2, 15, 16, 17, 33, 50});
   g.n_unmasked = one_of<std::int64_t>({0, 0, any(0, g.block_size)});
+  const bool other = any(0, 2) == 0;  // than GPT2, which alone has a reference here
+  if (other) {
+    g.extra_tokens = any(0, 3);
+    g.rms_norm = any(0, 1);
+    g.gated = any(0, 1);
+    g.rotary = any(0, 1) && g.n_embd / g.n_head % 2 == 0;
+    g.biases = any(0, 1);
+    g.qk_norm = any(0, 1);
+    g.hidden = g.gated ? one_of<std::int64_t>({32, 64}) : one_of<std::int64_t>({0, 5, 33});
+  }
   const Model model(g);
   const Dtype dtype = one_of<Dtype>({Dtype::float32, Dtype::bfloat16, Dtype::int8});
   const std::string isa = one_of(supported_isas());
@@ -324,8 +358,8 @@ void drive_engine() {
               std::to_string(g.n_unmasked);
   Engine engine(model.weights, g, dtype, static_cast<int>(any(1, 4)), parse_isa(isa));
   // Half types round the inputs of every layer. Norms of one or two values enlarge any difference without limit.
-  const double loose = g.n_embd < 8 ? INFINITY : dtype == Dtype::bfloat16 ? 0.2 : 0.5;
-  Driven driven{model, engine, dtype == Dtype::float32 ? (g.n_embd < 3 ? INFINITY : 2e-3) : loose, {}};
+  const double loose = g.n_embd < 8 || !is_gpt2(g) ? INFINITY : dtype == Dtype::bfloat16 ? 0.2 : 0.5;
+  Driven driven{model, engine, dtype == Dtype::float32 ? (g.n_embd < 3 || !is_gpt2(g) ? INFINITY : 2e-3) : loose, {}};
   if (any(0, 1))
     engine.set_draft(std::make_unique<Engine>(model.weights, g, Dtype::int8, engine.threads(), parse_isa(isa)));
   driven.reserve();

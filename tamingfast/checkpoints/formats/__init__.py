@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tamingfast.checkpoints.formats import diffusers, latent_diffusion, llamagen, maskgit, seed_voken, vqgan_jax
+from tamingfast.checkpoints.formats import (
+    diffusers,
+    latent_diffusion,
+    llamagen,
+    llamagen_gpt,
+    maskgit,
+    seed_voken,
+    vqgan_jax,
+)
 from tamingfast.checkpoints.formats.family import Family, Opened, Source
 
 FAMILIES = (
     latent_diffusion.FAMILY,
     llamagen.FAMILY,
     llamagen.JANUS,
+    llamagen_gpt.FAMILY,
     seed_voken.IBQ,
     seed_voken.MAGVIT,
     diffusers.FAMILY,

@@ -18,7 +18,7 @@ from tamingfast.engines.cuda.passes import Passes
 from tamingfast.engines.cuda.step import Step
 from tamingfast.engines.cuda.weights import Geometry, Weights
 from tamingfast.engines.cuda.window import Window
-from tamingfast.engines.networks import Transformer
+from tamingfast.engines.networks import GPT2, Transformer, kind_of
 from tamingfast.engines.request import Asked, DecodeRequest, Items, Span, check_range, spans_of
 from tamingfast.errors import SettingError
 from tamingfast.ops import backends
@@ -57,7 +57,9 @@ class CudaEngine:
         state = backends.cuda()
         if not state.available:
             return state.reason
-        capability = torch.cuda.get_device_capability(gpt.pos_emb.device)
+        if kind_of(gpt.config) != GPT2:
+            return "its kernels are those of GPT2, and this transformer has other norms, activations or positions"
+        capability = torch.cuda.get_device_capability(next(gpt.parameters()).device)
         if capability < backends.OLDEST_CUDA:
             oldest = dotted(backends.OLDEST_CUDA)
             return f"its kernels need compute capability {oldest}, and this device has {dotted(capability)}"
@@ -79,7 +81,7 @@ class CudaEngine:
             kernels = module.cuda
         self.dtype = dtype
         self.vocab_size = gpt.config.vocab_size
-        self.device = gpt.pos_emb.device
+        self.device = next(gpt.parameters()).device
         self._device = Device(self.device, dtype, kernels)
         self._geometry = Geometry.of(gpt)
         size = sum(value.numel() for value in gpt.parameters()) * self._device.number.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Weights:
 
     def __init__(self, gpt: Transformer, number: torch.dtype) -> None:
         named = checked_parameters(gpt)
-        epsilon = gpt.ln_f.eps  # the same in all norms of a GPT
+        epsilon = cast(Any, gpt).ln_f.eps  # the same in all norms of a GPT
 
         def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
             return value.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
