@@ -103,7 +103,7 @@ def outline(checkpoint: str | os.PathLike, *, allow: Collection[str] = ()) -> nn
     return model.eval()
 
 
-def _remember(model: nn.Module, settings: dict[str, Any], allow: Collection[str]) -> None:
+def _remember(model: Any, settings: dict[str, Any], allow: Collection[str]) -> None:
     # The config of a transformer alone is its sizes.
     setattr(model, "settings" if settings["model"]["target"] == llamagen_gpt.TARGET else "config", settings)
     model.allow = frozenset(allow)
