@@ -132,7 +132,7 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out, inner, kernel, _ = weight.shape
     winograd = kernel == 3 and stride == 1 and inner % LANES == 0
-    method = "winograd4" if winograd else "patches"
+    method = "winograd" if winograd else "patches"
     native = module.Convolution(
         _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
     )
