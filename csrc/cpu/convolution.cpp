@@ -25,7 +25,7 @@ namespace {
 bool amx() {
 #if defined(__x86_64__) && defined(__linux__)
   static const bool allowed = [] {
-    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr int kRequest = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
@@ -165,9 +165,8 @@ void choose_blocks(std::int64_t channels, bool shared, int m, const ConvolutionK
     rows = 8 * scale;
     columns = channels <= 256 ? 16 * scale : 8 * scale;
   } else if (channels <= 256) {
-    rows = kernels.lanes == 16 ? 4 : 3;
-    columns = kernels.lanes == 16 ? 8 : 6;
-    rows *= scale;
+    rows = (kernels.lanes == 16 ? 4 : 3) * scale;
+    columns = (kernels.lanes == 16 ? 12 : 6) * scale;
   } else {
     rows = columns = 4;
     rows *= scale;
@@ -176,16 +175,19 @@ void choose_blocks(std::int64_t channels, bool shared, int m, const ConvolutionK
 
 }  // namespace
 
-Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads, Isa isa) {
+Convolution::Convolution(const ConvolutionWeights& w, Method wanted, int threads, Isa isa) {
   require_least("out", w.out, 1);
   require_least("in", w.in, 1);
   require_range("kernel", w.kernel, 1, kMostKernel);
   require_range("stride", w.stride, 1, kMostKernel);
   require_least("threads", threads, 1);
   const ConvolutionKernels& kernels = convolution_kernels_for(isa);
-  const bool winograd = method != Method::patches;
+  const bool winograd = wanted != Method::patches;
   if (winograd && (w.kernel != 3 || w.stride != 1)) refuse("method", "Winograd", "patches for any but 3x3 of stride 1");
   if (winograd) require(w.in % kernels.lanes == 0, "in", w.in, "a multiple of " + std::to_string(kernels.lanes));
+  // Products on AMX are so fast that many weights take longer to read than to multiply.
+  const bool fewer = kernels.storage.split && w.in * w.out > kSharedChannels;
+  const Method method = wanted != Method::winograd ? wanted : fewer ? Method::winograd2 : Method::winograd4;
   packed_.reset(
       new Packed{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}});
   Packed& p = *packed_;
@@ -239,6 +241,13 @@ struct Convolution::Packed::Scratch {
   Memory staged;  // of one block; every thread has its own
   Memory values;  // transformed inputs
   Memory products;
+
+  static void reserve(Memory& memory, std::int64_t floats) {
+    const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
+    if (memory.size() >= bytes) return;
+    memory = Memory();  // before its successor needs the space
+    memory = Memory(bytes, false);
+  }
 };
 
 // A band in units that threads share out: blocks of tiles, or rows of pixels.
@@ -452,18 +461,21 @@ void Convolution::run(const ConvolutionParams& p, int threads) const {
   }
   const std::int64_t useful = own.shared ? own.positions : pieces(work.units, work.group);
   const int team = forked() ? 1 : static_cast<int>(std::min({std::int64_t{threads}, useful, kMaxThreads}));
-  // All memory is allocated before the parallel region, which no exception may leave.
-  std::vector<Packed::Scratch> scratch(team);
+  // All memory is allocated before the parallel region, which no exception may leave. The calls of a thread follow one
+  // another, and new pages cost as much as a small layer: the memory is kept for the next call.
+  static thread_local std::vector<Packed::Scratch> kept;
+  if (kept.size() < static_cast<std::size_t>(team)) kept.resize(team);
+  Packed::Scratch* scratch = kept.data();
   for (int t = 0; t < team; ++t) {
-    scratch[t].staged = Memory(staged * sizeof(float));
+    Packed::Scratch::reserve(scratch[t].staged, staged);
     if (t > 0 && own.shared) continue;
-    scratch[t].values = Memory(values * sizeof(float));
-    scratch[t].products = Memory(products * sizeof(float));
+    Packed::Scratch::reserve(scratch[t].values, values);
+    Packed::Scratch::reserve(scratch[t].products, products);
   }
   Barrier barrier;
   parallel(team, [&](int thread, int of) {
     if (own.winograd())
-      own.tiles(work, scratch.data(), barrier, thread, of);
+      own.tiles(work, scratch, barrier, thread, of);
     else
       own.patches(work, scratch[thread], thread, of);
   });

@@ -17,8 +17,8 @@
 namespace tamingfast {
 
 // winograd4: 4x4 outputs from 6x6 inputs, 36 products in place of 144; winograd2: 2x2 from 4x4, 16 in place of 36, with
-// less than half the weights in memory; patches: any kernel size and stride.
-enum class Method { patches, winograd2, winograd4 };
+// less than half the weights in memory; winograd: the faster of the two; patches: any kernel size and stride.
+enum class Method { patches, winograd2, winograd4, winograd };
 
 struct ConvolutionWeights {
   const float* weight;  // (out, in, kernel, kernel), contiguous

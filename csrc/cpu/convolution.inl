@@ -14,9 +14,10 @@ constexpr int64_t kProductDepth = 256;                  // inner dimension per p
 
 // --- products --------------------------------------------------------------------------------------------------------
 
+// Fetches a value of every `step` from `next` on into the second-level cache.
 template <int Rows, bool Add>
 [[gnu::always_inline]] inline void product_tile(const float* a, int64_t lda, const float* panel, int64_t k, float* c,
-                                                int64_t ldc) {
+                                                int64_t ldc, const float* next, int64_t step) {
   Floats sum[Rows][kProductPieces];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kProductPieces; ++v) sum[r][v] = Add ? load(c + r * ldc + v * kLanes) : Floats{};
@@ -24,6 +25,7 @@ template <int Rows, bool Add>
   for (int64_t i = 0; i < k; ++i) {
     Floats b[kProductPieces];
     for (int v = 0; v < kProductPieces; ++v) b[v] = load(panel + i * kProductPanel + v * kLanes);
+    __builtin_prefetch(next + i * step, 0, 2);
     for (int r = 0; r < Rows; ++r) {
       const Floats x = spread(a[r * lda + i]);
       for (int v = 0; v < kProductPieces; ++v) sum[r][v] = fused(x, b[v], sum[r][v]);
@@ -34,25 +36,26 @@ template <int Rows, bool Add>
 }
 
 template <bool Add>
-void product_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, float* c, int64_t ldc) {
+void product_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, float* c, int64_t ldc,
+                  const float* next, int64_t step) {
   switch (rows) {
     case 1:
-      return product_tile<1, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<1, Add>(a, lda, panel, k, c, ldc, next, step);
     case 2:
-      return product_tile<2, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<2, Add>(a, lda, panel, k, c, ldc, next, step);
     case 3:
-      return product_tile<3, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<3, Add>(a, lda, panel, k, c, ldc, next, step);
     case 4:
-      return product_tile<4, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<4, Add>(a, lda, panel, k, c, ldc, next, step);
     case 5:
-      return product_tile<5, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<5, Add>(a, lda, panel, k, c, ldc, next, step);
     case 6:
-      return product_tile<6, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<6, Add>(a, lda, panel, k, c, ldc, next, step);
 #if TF_LANES == 16
     case 7:
-      return product_tile<7, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<7, Add>(a, lda, panel, k, c, ldc, next, step);
     case 8:
-      return product_tile<8, Add>(a, lda, panel, k, c, ldc);
+      return product_tile<8, Add>(a, lda, panel, k, c, ldc, next, step);
 #endif
   }
 }
@@ -67,10 +70,13 @@ void product(const ProductParams& p) {
         const int64_t top = p.rows * tile / tiles, rows = p.rows * (tile + 1) / tiles - top;
         const float* a = p.a + top * p.lda + first;
         float* c = p.c + top * p.ldc + panel * kProductPanel;
+        // The tiles of a panel fetch the next one, which follows in memory, in equal parts.
+        const int64_t step = kProductPanel / tiles;
+        const float* next = b + p.k * kProductPanel + tile * depth * step;
         if (first == 0)
-          product_rows<false>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc);
+          product_rows<false>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc, next, step);
         else
-          product_rows<true>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc);
+          product_rows<true>(static_cast<int>(rows), a, p.lda, b, depth, c, p.ldc, next, step);
       }
     }
   }
@@ -115,11 +121,13 @@ template <int Rows>
 }
 
 // 16 * Rows rows of A, `row_tile` apart, by a panel. The large products come last: what is added before them is small,
-// and so is its rounding.
+// and so is its rounding. Fetches one of `parts` of the next panel, which follows in memory, into the second-level
+// cache.
 template <int Rows>
-void amx_product(const uint16_t* a, int64_t row_tile, const uint16_t* b, int64_t chunks, float* c, int64_t ldc) {
+void amx_product(const uint16_t* a, int64_t row_tile, const uint16_t* b, int64_t chunks, float* c, int64_t ldc,
+                 int64_t part, int64_t parts) {
   constexpr int64_t kA = Storage::kSplit * kAmxTile, kB = 2 * kA;  // of 32 positions
-  constexpr int64_t kNextB = 2 * kAmxTile;
+  constexpr int64_t kNextB = 2 * kAmxTile, kLinesB = kB / 32;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -129,6 +137,8 @@ void amx_product(const uint16_t* a, int64_t row_tile, const uint16_t* b, int64_t
     amx_load_rows<Rows>(x, row_tile);
     amx_load_columns(y + 2 * kNextB);
     amx_multiply<Rows>();  // high, low
+    for (int64_t line = kLinesB * part / parts; line < kLinesB * (part + 1) / parts; ++line)
+      __builtin_prefetch(y + chunks * kB + line * 32, 0, 2);
     amx_load_columns(y + kNextB);
     amx_multiply<Rows>();  // high, middle
     amx_load_rows<Rows>(x + kAmxTile, row_tile);
@@ -161,10 +171,11 @@ void tile_product(const ProductParams& p) {
   for (int64_t panel = 0; panel < p.count; ++panel) {
     const uint16_t* b = reinterpret_cast<const uint16_t*>(p.panels + panel * p.panel_stride);
     float* c = p.c + panel * kProductPanel;
-    int64_t tile = 0;
-    for (; tile + 2 <= tiles; tile += 2)
-      amx_product<2>(a + tile * row_tile, row_tile, b, chunks, c + tile * 16 * p.ldc, p.ldc);
-    if (tile < tiles) amx_product<1>(a + tile * row_tile, row_tile, b, chunks, c + tile * 16 * p.ldc, p.ldc);
+    const int64_t pairs = (tiles + 1) / 2;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const auto multiply = 2 * pair + 1 < tiles ? amx_product<2> : amx_product<1>;
+      multiply(a + 2 * pair * row_tile, row_tile, b, chunks, c + 32 * pair * p.ldc, p.ldc, pair, pairs);
+    }
   }
   _tile_release();
 }
@@ -186,6 +197,7 @@ struct Slot {
     for (int64_t part = 0; part < Storage::kSplit; ++part, to += kAmxTile / 2) {
       // Rounds halves away from zero; what is left for the last part fits it.
       const Words a = ((Words)first + 0x8000u) & 0xffff0000u, b = ((Words)second + 0x8000u) & 0xffff0000u;
+      __builtin_prefetch(to + kLanes, 1);  // the next tile's
       *reinterpret_cast<Words*>(to) = a >> 16 | b;
       first -= (Floats)a;
       second -= (Floats)b;
@@ -209,10 +221,38 @@ struct Slot {
 
 // --- pixels of a block -----------------------------------------------------------------------------------------------
 
-// x * sigmoid(x).
+// 1 / x for x >= 1.
+inline Floats inverse(Floats x) {
+#if TF_LANES == 16
+  // Faster than a division; one step of Newton's method makes all bits but the last of the fourteen.
+  const Floats guess = (Floats)_mm512_rcp14_ps((__m512)x);
+  return guess * fused(-x, guess, spread(2.0f));
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline Floats clipped(Floats x, float least, float most) {  // NaN stays NaN
+#if TF_LANES == 16
+  return (Floats)_mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), (__m512)x));
+#elif TF_LANES == 8
+  return (Floats)_mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(least), (__m256)x));
+#else
+  x = pick(x < least, spread(least), x);
+  return pick(x > most, spread(most), x);
+#endif
+}
+
+// x * sigmoid(x), the exponential to about 1e-7 absolutely of the result: 2^n times a polynomial (minimax) for 2^r.
 inline Floats silu(Floats x) {
-  const Floats clipped = pick(x < -88.0f, spread(-88.0f), x);
-  return x / (1.0f + exponential(-clipped));
+  const Floats t = clipped(-1.44269504f * x, -126.0f, 126.0f);
+  const Floats shifted = t + 12582912.0f;  // the nearest integer, in the low bits
+  const Floats r = t - (shifted - 12582912.0f);
+  Floats p = spread(1.5403530e-4f);
+  const float rest[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+  for (const float c : rest) p = fused(p, r, spread(c));
+  const Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
+  return x * inverse(1.0f + power);
 }
 
 inline Floats activated(const StageParams& p, const float* x, int64_t channel) {
@@ -222,9 +262,13 @@ inline Floats activated(const StageParams& p, const float* x, int64_t channel) {
   return p.silu ? silu(v) : v;
 }
 
+constexpr int64_t kAhead = 1024;  // floats; maps are larger than the caches, and no row of a block follows the last
 inline void stage_pixel(const StageParams& p, const float* x, float* out) {
   int64_t c = 0;
-  for (; c + kLanes <= p.channels; c += kLanes) store(out + c, activated(p, x, c));
+  for (; c + kLanes <= p.channels; c += kLanes) {
+    __builtin_prefetch(x + c + kAhead);
+    store(out + c, activated(p, x, c));
+  }
   if (c == p.channels) return;
   // The last channels, one vector that reads and writes nothing beyond them.
   float from[3][kLanes] = {};
@@ -342,18 +386,21 @@ void input_transform(int m, const TileParams& p) { m == 4 ? input_transform_of<4
 
 // --- the way out -----------------------------------------------------------------------------------------------------
 
-// Moments of one vector of channels while the pixels of a block pass by.
+// Moments of one vector of channels while the pixels of a block pass by, a tile at a time: the sum of a tile is small
+// and so is its rounding.
 struct Moments {
   float* at;  // (3, channels), or null
   int64_t channels;
+  bool first;
   Floats pivot, sum, square;
 
-  [[gnu::always_inline]] inline void begin(float* moments, int64_t all, int64_t channel, bool first, Floats value) {
+  [[gnu::always_inline]] inline void begin(float* moments, int64_t all, int64_t channel, bool first_tile,
+                                           Floats value) {
     at = moments ? moments + channel : nullptr;
     channels = all;
+    first = first_tile;
     pivot = first || !at ? value : load(at);
-    sum = first || !at ? Floats{} : load(at + channels);
-    square = first || !at ? Floats{} : load(at + 2 * channels);
+    sum = square = Floats{};
   }
   [[gnu::always_inline]] inline void add(Floats value) {
     const Floats centred = value - pivot;
@@ -363,8 +410,8 @@ struct Moments {
   [[gnu::always_inline]] inline void end() const {
     if (!at) return;
     store(at, pivot);
-    store(at + channels, sum);
-    store(at + 2 * channels, square);
+    store(at + channels, first ? sum : load(at + channels) + sum);
+    store(at + 2 * channels, first ? square : load(at + 2 * channels) + square);
   }
 };
 
@@ -413,6 +460,7 @@ void output_transform_of(const TileParams& t, const StoreParams& p) {
               store_last(p, value, offset, last);
               continue;
             }
+            __builtin_prefetch(p.out + offset + M * p.channels, 1);  // the next tile's
             if (p.residual) value += load(p.residual + offset);
             store(p.out + offset, value);
             if (y == 0 && x == 0) moments.begin(p.moments, p.channels, c, first, value);

@@ -20,8 +20,10 @@ namespace tamingfast {
 namespace {
 
 constexpr std::int64_t kMostSide = std::int64_t{1} << 24;  // so that products of sizes stay far from overflow
-const std::map<std::string, Method> kMethods{
-    {"patches", Method::patches}, {"winograd2", Method::winograd2}, {"winograd4", Method::winograd4}};
+const std::map<std::string, Method> kMethods{{"patches", Method::patches},
+                                             {"winograd2", Method::winograd2},
+                                             {"winograd4", Method::winograd4},
+                                             {"winograd", Method::winograd}};
 
 using MaybeArray = std::optional<Array>;
 
@@ -144,7 +146,7 @@ void bind_convolutions(py::module_& module) {
       .def(py::init(&make), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("in_"), py::arg("kernel"),
            py::arg("stride"), py::arg("method"), py::arg("threads"), py::arg("isa") = "auto",
            "weight, bias: (address, bytes) of float32 (out, in, kernel, kernel) and (out,) or None, read and not kept; "
-           "method: 'winograd4', 'winograd2' or 'patches'.")
+           "method: 'winograd', 'winograd4', 'winograd2' or 'patches'.")
       .def("run", &run, py::arg("images"), py::arg("x"), py::arg("x_first"), py::arg("x_rows"), py::arg("x_height"),
            py::arg("x_width"), py::arg("out"), py::arg("height"), py::arg("width"), py::arg("top"), py::arg("bottom"),
            py::arg("padding"), py::arg("upsample"), py::arg("scale"), py::arg("shift"), py::arg("silu"),

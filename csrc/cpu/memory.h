@@ -1,4 +1,4 @@
-// Large allocations: zeroed, aligned, and in huge pages if the system has them.
+// Large allocations: aligned, and in huge pages if the system has them.
 #pragma once
 
 #include <cstddef>
@@ -22,11 +22,12 @@ constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 inline std::string bytes_text(double bytes) { return std::to_string(static_cast<long long>(bytes)) + " bytes"; }
 
-// Zeroed memory, which Linux is advised to back with huge pages: weights are streamed, and page walks cost bandwidth.
+// Memory, zeroed unless told otherwise, which Linux is advised to back with huge pages: weights are streamed, and page
+// walks cost bandwidth.
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(std::size_t size) : size_(size) {
+  explicit Memory(std::size_t size, bool zeroed = true) : size_(size) {
     if (size == 0) return;
     const std::size_t alignment = size >= kHugePage ? kHugePage : 64;
     const std::size_t whole = (size + alignment - 1) / alignment * alignment;
@@ -37,7 +38,7 @@ class Memory {
 #if defined(__linux__)
     if (alignment == kHugePage) madvise(data_.get(), whole, MADV_HUGEPAGE);
 #endif
-    std::memset(data_.get(), 0, whole);
+    if (zeroed) std::memset(data_.get(), 0, whole);
   }
   template <class T>
   T* as() const {

@@ -138,8 +138,7 @@ def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out, inner, kernel, _ = weight.shape
     winograd = kernel == 3 and stride == 1 and inner % LANES == 0 and inner > FEW
-    tile = "winograd2" if inner * out <= NARROW else "winograd4"
-    method = tile if winograd else "patches"
+    method = "patches" if not winograd else "winograd2" if inner * out <= NARROW else "winograd"
     native = module.Convolution(
         _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
     )

@@ -115,6 +115,8 @@ CASES = [
     Case(method="winograd2", inner=64, height=11, width=19, act="silu", residual=True),
     Case(inner=16, out=3, height=30, width=21, act="silu"),
     Case(inner=384, out=384, height=16, width=9, images=3, act="silu", residual=True),  # threads share the tiles
+    Case(inner=384, out=352, height=15, width=22, method="winograd", act="silu"),
+    Case(inner=48, out=80, height=70, width=135, method="winograd"),  # several blocks of tiles, half a step of channels
     Case(method="patches", inner=3, height=31, width=54),
     Case(method="patches", inner=33, out=5, height=5, width=130, act="silu"),
     Case(method="patches", kernel=1, height=7, width=99, residual=True),
@@ -150,8 +152,8 @@ def test_threads_bands_and_other_images_change_no_bit(case, isa):
     st.builds(
         Case, inner=st.sampled_from([16, 48]), out=st.sampled_from([1, 16, 40]), height=st.integers(1, 40),
         width=st.integers(1, 40), images=st.integers(1, 3), upsample=st.booleans(), residual=st.booleans(),
-        method=st.sampled_from(["winograd4", "winograd2", "patches"]), act=st.sampled_from(["", "norm", "silu"]),
-        seed=st.integers(0, 1000),
+        method=st.sampled_from(["winograd", "winograd4", "winograd2", "patches"]),
+        act=st.sampled_from(["", "norm", "silu"]), seed=st.integers(0, 1000),
     )
 )  # fmt: skip
 def test_any_shape(case):
@@ -189,6 +191,7 @@ def test_not_a_number_stays_in_reach_and_stays_one():
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        ({"method": "winograd", "kernel": 1}, "method"),
         ({"method": "other"}, "method"), ({"kernel": 1}, "method"), ({"inner": 12}, "in"), ({"stride": 2}, "method"),
         ({"kernel": 5, "method": "patches"}, "kernel"), ({"out": 0}, "out"), ({"out": 1 << 40}, "out"),
     ],
