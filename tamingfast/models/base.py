@@ -170,7 +170,14 @@ def _encode_grid(stage: Any, x: Tensor) -> Tensor:
 
 def _codes(stage: Any, grid: Tensor) -> Tensor:
     """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
+    if not isinstance(grid, Tensor) or grid.dtype not in (torch.int64, torch.int32) or grid.ndim != 3:
+        raise ValueError(f"grid: got {described(grid)}, expected int64 tokens (B, rows, columns)")
     return stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
+
+
+def described(value: object) -> str:
+    """The type and shape of a tensor, the type of anything else: for messages."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def at_least(least: int, **numbers: int) -> None:

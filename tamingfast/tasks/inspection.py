@@ -15,6 +15,7 @@ from tamingfast.checkpoints.infer import KNOWN
 from tamingfast.checkpoints.locate import embedded_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.weights import read_checkpoint, unwrapped
 from tamingfast.data.tokens import FORMAT, TokenDataset
+from tamingfast.files import check_path
 from tamingfast.models.prior import UNCONDITIONAL
 
 
@@ -24,6 +25,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``first_stage`` is the fingerprint of the first stage's weights; for a token file, of the first stage that made the
     tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
     """
+    check_path("path", path)
     path = weights_path(Path(path))
     checkpoint = read_checkpoint(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
