@@ -24,8 +24,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     fits = isinstance(images, Tensor) and images.ndim in (3, 4) and images.is_floating_point()
     if not fits or images.shape[-3] not in (1, 3):
         raise ValueError(
-            f"images: got {_described(images)}, expected a floating-point tensor (B, C, H, W) or (C, H, W) with 1 or 3 "
-            "channels"
+            f"images: got {_described(images)}, expected floating point (B, C, H, W) or (C, H, W) with 1 or 3 channels"
         )
     clipped = images.detach().float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
     pixels = ((clipped + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
