@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from numbers import Integral
 
 #: From which likeness on a name may be meant, and what keys of the same section have ahead of others.
 _LIKE, _NEIGHBOUR = 0.6, 0.15
@@ -53,6 +54,14 @@ def brief(value: object, length: int = 80) -> str:
     """``repr(value)`` for a message, cut off after ``length`` signs."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_count(name: str, value: object, most: int = 2**32 - 1) -> None:
+    """Raise UserError about ``name`` unless ``value`` is a whole number from 1 to ``most``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name}: got {brief(value)}, expected a whole number")
+    if not 1 <= (number := int(value)) <= most:
+        raise UserError(f"{name}: got {brief(value)}, expected {'at least 1' if number < 1 else f'at most {most}'}")
 
 
 def in_words(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from typing import IO
 
 import filelock
 
-from tamingfast.errors import UserError, storage_sentence, system_refusal, torch_writer_failed
+from tamingfast.errors import UserError, brief, storage_sentence, system_refusal, torch_writer_failed
 
 if os.name == "posix":
     import fcntl
@@ -296,8 +296,15 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_path(name: str, value: object) -> None:
+    """Raise UserError about ``name`` unless ``value`` is a path as text or as an object."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}: got {brief(value)}, expected a path")
+
+
 def check_png(path: str | os.PathLike) -> None:
     """Raise UserError when ``path`` has the suffix of another format or is not the name of a file to write."""
+    check_path("path", path)
     suffix = Path(path).suffix
     if suffix.lower() not in ("", ".png"):
         raise UserError(f"{path}: got the suffix '{suffix}', expected .png")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tamingfast.errors import brief
 from tamingfast.files import atomic_write, check_png
 
 
@@ -20,14 +21,18 @@ def to_uint8(images: Tensor) -> np.ndarray:
     Values outside the range are clipped, NaN becomes black, and a single channel becomes gray. Raises ValueError for
     any other shape and for integer tensors.
     """
-    if images.ndim not in (3, 4) or images.shape[-3] not in (1, 3) or not images.is_floating_point():
+    fits = isinstance(images, Tensor) and images.ndim in (3, 4) and images.is_floating_point()
+    if not fits or images.shape[-3] not in (1, 3):
         raise ValueError(
-            f"images: got {images.dtype} of shape {tuple(images.shape)}, expected floating point (B, C, H, W) or "
-            "(C, H, W) with 1 or 3 channels"
+            f"images: got {_described(images)}, expected floating point (B, C, H, W) or (C, H, W) with 1 or 3 channels"
         )
     clipped = images.detach().float().nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
     pixels = ((clipped + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else brief(value)
 
 
 def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
@@ -36,9 +41,12 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int =
     ``columns`` is the number of images per row; by default the sheet is as close to a square as possible. Images are
     ``padding`` white pixels apart, and places without an image are white. Raises ValueError for an empty batch.
     """
-    pixels = to_uint8(images) if isinstance(images, Tensor) else np.asarray(images)
-    if pixels.ndim != 4 or not len(pixels):
-        raise ValueError(f"images: got shape {tuple(images.shape)}, expected at least one image as (B, C, H, W)")
+    pixels = images if isinstance(images, np.ndarray) else to_uint8(images)
+    if pixels.ndim != 4 or not len(pixels) or pixels.dtype != np.uint8 or pixels.shape[3] != 3:
+        raise ValueError(
+            f"images: got {_described(images)}, expected at least one image, a tensor (B, C, H, W) or an array uint8 "
+            "(B, H, W, 3)"
+        )
     count, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -60,6 +68,8 @@ def magnified(pixels: np.ndarray, scale: int) -> np.ndarray:
 def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
     """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; raises what `check_png` raises."""
     check_png(path)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
+        raise ValueError(f"pixels: got {_described(pixels)}, expected an array uint8 (H, W, 3); see images.to_uint8")
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG")
 

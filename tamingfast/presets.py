@@ -37,7 +37,7 @@ class Preset:
     purpose: str
 
     def hours(self, rate: float) -> float:
-        """Hours of all steps at ``rate`` operations per second, which no run beats."""
+        """Hours of all steps at ``rate`` operations per second."""
         return self.operations * 1e15 / rate / 3600
 
 
@@ -67,17 +67,17 @@ PRESETS = {
 }
 
 NOTE = (
-    "Times are computed, not measured: the operations of all steps, forward and backward, without those of losses,\n"
-    f"at {CPU_RATE / 1e12:g} TFLOP/s (two CPU cores) and {GPU_RATE / 1e12:g} TFLOP/s (a GPU). A run takes longer;\n"
-    "on a GPU, small models are limited by other things than arithmetic (-)."
+    "Times are rough and computed: the operations of all steps, forward and backward, without those of losses,\n"
+    f"at {CPU_RATE / 1e12:g} TFLOP/s (two CPU cores in float32) and {GPU_RATE / 1e12:g} TFLOP/s (a GPU in bfloat16, "
+    "on which none was measured).\n"
+    "A CPU with AMX needs 0.5 to 0.9 of it; LPIPS, a discriminator and a busy machine add to it. A run says after its\n"
+    "first steps what it will take. On a GPU, small models are limited by other things than arithmetic (-)."
 )
 
 
 def rows(stages: Iterable[str] = ("vqgan", "prior")) -> list[tuple[str, ...]]:
     """The table as text, the heading first: of the presets of these stages."""
-    found: list[tuple[str, ...]] = [
-        ("preset", "data", "pixels", "f", "parameters", "CPU, at least", "GPU, at least", "for")
-    ]
+    found: list[tuple[str, ...]] = [("preset", "data", "pixels", "f", "parameters", "CPU, about", "GPU, about", "for")]
     for name, preset in PRESETS.items():
         if preset.stage in stages:
             found.append((

@@ -6,6 +6,7 @@ Nothing else in the package draws bars.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ EVERY = 60.0
 BRIEF = 1.0
 #: Seconds of work before an estimate of the rest, and seconds of the rest that are worth one.
 MEASURED, LONG = 5.0, 60.0
+#: Size of a terminal that does not say how large it is.
+_COLUMNS, _ROWS = 80, 24
 _KNOWN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 _OPEN = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} elapsed{postfix}"
 
@@ -80,12 +83,13 @@ class Lines(Bar):
 class Estimated:
     """A counter of long work that logs once how long the rest will take, and what would shorten it.
 
-    It does so when `MEASURED` seconds of the work have shown that more than `LONG` seconds are left.
+    It does so when `MEASURED` seconds of the work have shown that more than `LONG` seconds are left. What precedes the
+    first report does not count, because it prepares the rest, too.
     """
 
     def __init__(self, counter: Bar, work: str, advice: str, told: set[str]) -> None:
         self._counter, self._work, self._advice, self._told = counter, work, advice, told
-        self._began, self._first = time.monotonic(), counter.n
+        self._first: tuple[float, float] | None = None  # time and count of the first report
 
     def update(self, n: float | None = 1) -> None:
         """Count ``n`` more."""
@@ -98,7 +102,9 @@ class Estimated:
         self._estimate()
 
     def _estimate(self) -> None:
-        done, spent = self._counter.n - self._first, time.monotonic() - self._began
+        now = time.monotonic(), self._counter.n
+        self._first = self._first or now
+        spent, done = (after - before for after, before in zip(now, self._first, strict=True))
         if self._work in self._told or not self._counter.total or done <= 0 or spent < MEASURED:
             return
         left = spent / done * (self._counter.total - self._counter.n)
@@ -118,8 +124,16 @@ def duration(seconds: float) -> str:
 def bar(unit: str, total: int | None = None, **options: Any) -> Bar:
     """A context manager that counts ``unit`` up to ``total``; ``options`` are tqdm's."""
     if sys.stderr.isatty() or options.get("disable", False):
-        return Bar(total=total, unit=unit, **options)
+        return Bar(total=total, unit=unit, **(_size() | options))
     return Lines(total=total, unit=unit, **options)
+
+
+def _size() -> dict[str, Any]:
+    """Columns and rows for tqdm, which draws nothing where a terminal, as some in containers, says that it has none."""
+    try:
+        return {} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": _COLUMNS, "nrows": _ROWS}
+    except (OSError, ValueError):  # no terminal
+        return {}
 
 
 def silent(unit: str, total: int | None = None) -> Bar:

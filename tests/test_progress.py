@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +108,19 @@ def test_a_moment_of_work_is_not_worth_a_line_even_when_one_is_due(clock, capsys
         clock[0] += 0.01
         bar.update(10)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs terminals as of Unix")
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_shows_bars_even_without_a_size(columns):
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    code = "from tamingfast import progress\nwith progress.bar(' x', 9) as bar: bar.update(4); bar.refresh()"
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 4096)
+    os.close(ours)
+    assert b"4/9" in shown

@@ -28,6 +28,7 @@ from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbour
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
 from tamingfast.errors import UserError
+from tamingfast.files import check_path
 from tamingfast.ops.backends import pick_device
 from tamingfast.ops.check import FLOATS
 
@@ -68,6 +69,7 @@ def load_model(
     Raises:
         UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
     """
+    check_path("checkpoint", checkpoint)
     dtype, device = _dtype(dtype), pick_device(str(device or "cpu"))
     path = weights_path(Path(checkpoint))
     allowed = None if isinstance(config, Mapping) else allow  # a mapping is the caller's own, and may name any class

@@ -52,6 +52,8 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
     wrong with the data themselves.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"data: got {brief(config)}, expected a mapping of settings, such as name=photos")
     originals = {split: config[split] for split in SPLITS if split in config}
     name = config.get("name")
     if name is None:

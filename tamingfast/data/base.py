@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from tamingfast.data.conditions import Kind
+from tamingfast.errors import UserError, brief
 
 
 class ConditionRecord(TypedDict, total=False):
@@ -110,7 +112,13 @@ class _Foreign(EpochDataset):
         return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its subclasses
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index]
+        item = self.dataset[index]
+        if not isinstance(item, Mapping):  # other libraries' data sets have tuples of an image and its class
+            raise UserError(
+                f"data: got an item that is a {type(item).__name__}, expected a mapping such as {{'image': float32 (H, "
+                "W, 3) in [-1, 1], 'class_label': a number}"
+            )
+        return item
 
 
 def as_epoch_dataset(dataset: Dataset[dict[str, Any]]) -> EpochDataset:
@@ -118,7 +126,13 @@ def as_epoch_dataset(dataset: Dataset[dict[str, Any]]) -> EpochDataset:
 
     Nothing else inspects foreign datasets (a config's ``target``, a caller's own class) for the attributes they have.
     """
-    return dataset if isinstance(dataset, EpochDataset) else _Foreign(dataset)
+    if isinstance(dataset, EpochDataset):
+        return dataset
+    if isinstance(dataset, str | bytes | np.ndarray | Tensor) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
+        raise UserError(f"data: got {brief(dataset)}, expected a data set with a length and items, or settings of one")
+    return _Foreign(dataset)
 
 
 class ArrayDataset(EpochDataset):

@@ -121,7 +121,7 @@ _NETWORKS: dict[str, Callable[[str | os.PathLike | None], Extractor]] = {
 
 def check_features(name: str) -> None:
     """Raise UserError unless ``name`` is that of a network for `extract`."""
-    if name not in _NETWORKS:
+    if not isinstance(name, str) or name not in _NETWORKS:
         raise UserError(f"features: got {name!r}, expected {' or '.join(_NETWORKS)}{nearest(str(name), _NETWORKS)}")
 
 

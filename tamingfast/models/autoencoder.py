@@ -17,18 +17,9 @@ from torch import Tensor, nn
 from tamingfast import ops
 from tamingfast.engines import layers
 from tamingfast.errors import UserError
-from tamingfast.models.base import at_least, in_turn
+from tamingfast.models.base import at_least, described, in_turn
 
 GROUPS = 32  # of every norm, unless a relative's network has others
-
-
-def _attends(attn_type: str | None) -> bool:
-    """Whether there is attention: "vanilla", the original's, or "none"; UserError for another word."""
-    if attn_type not in ("vanilla", "none", None):
-        raise UserError(
-            f"ddconfig.attn_type: got {attn_type!r}, expected vanilla or none, as no other network is built"
-        )
-    return attn_type != "none"
 
 
 @layers.described
@@ -339,11 +330,10 @@ class Encoder(nn.Module):
             fits = x.dtype == dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
             if fits and x.ndim == 4 and x.shape[1] == channels and min(x.shape[2:]) >= side:
                 return
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         sides = f", H and W at least {side}" if side > 1 else ""
         raise ValueError(
-            f"x: got {got}, expected a {dtype} tensor (B, {channels}, H, W) in [-1, 1]{sides}; from 8-bit pixels "
-            "(H, W, C): torch.as_tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1"
+            f"x: got {described(x)}, expected a {dtype} tensor (B, {channels}, H, W) in [-1, 1]{sides}; from 8-bit "
+            "pixels (H, W, C): torch.as_tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1"
         )
 
     def forward(self, x: Tensor) -> Tensor:

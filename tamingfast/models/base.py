@@ -267,6 +267,8 @@ def _encode_grid(stage: Any, x: Tensor, engine: str) -> Tensor:
 
 def _codes(stage: Any, grid: Tensor) -> Tensor:
     """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
+    if not isinstance(grid, Tensor) or grid.dtype not in (torch.int64, torch.int32) or grid.ndim != 3:
+        raise ValueError(f"grid: got {described(grid)}, expected int64 tokens (B, rows, columns)")
     return stage.quantize.get_codebook_entry(grid.reshape(-1), (*grid.shape, stage.embed_dim))
 
 
@@ -283,6 +285,11 @@ def in_turn(parts: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tenso
 
 def _differentiates(part: nn.Module, x: Tensor) -> bool:
     return x.requires_grad or any(parameter.requires_grad for parameter in part.parameters())
+
+
+def described(value: object) -> str:
+    """The type and shape of a tensor, the type of anything else: for messages."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def at_least(least: int, **numbers: int) -> None:

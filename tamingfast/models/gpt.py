@@ -14,7 +14,7 @@ from tamingfast import ops
 from tamingfast.engines.networks import GPT2, Kind, LayerCache, TransformerConfig
 from tamingfast.engines.request import Span
 from tamingfast.errors import UserError
-from tamingfast.models.base import at_least, in_turn
+from tamingfast.models.base import at_least, described, in_turn
 from tamingfast.ops import reference
 from tamingfast.ops.choice import check_filters, scaled, top_k_top_p
 
@@ -215,6 +215,8 @@ class GPT(nn.Module):
         entropy is in nats, against ``targets`` int64, one for each position. Raises ValueError if the sequence is
         longer than ``block_size``.
         """
+        if not isinstance(idx, Tensor) or idx.dtype not in (torch.int64, torch.int32) or idx.ndim != 2:
+            raise ValueError(f"idx: got {described(idx)}, expected an int64 tensor (B, T) of tokens")
         x = self._embed(idx, embeddings)
         self._check_length(x.shape[1])
         x = self.drop(x + self.pos_emb[:, : x.shape[1]])
@@ -317,7 +319,15 @@ class GPT(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    return None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    if targets is None:
+        return None
+    if (
+        not isinstance(targets, Tensor)
+        or targets.dtype != torch.int64
+        or targets.shape.numel() != logits[..., 0].numel()
+    ):
+        raise ValueError(f"targets: got {described(targets)}, expected an int64 tensor {tuple(logits.shape[:2])}")
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _mask_buffer(size: int, n_unmasked: int, device: torch.device) -> Tensor:

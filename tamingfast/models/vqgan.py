@@ -19,7 +19,7 @@ from tamingfast.checkpoints.weights import init_from_ckpt
 from tamingfast.engines import first_stage
 from tamingfast.errors import UserError
 from tamingfast.models.autoencoder import Decoder, Encoder
-from tamingfast.models.base import FirstStage, Progress, image_from_batch
+from tamingfast.models.base import FirstStage, Progress, described, image_from_batch
 from tamingfast.models.quantize import EMAVectorQuantizer, GumbelQuantize, Quantised, Quantizer, VectorQuantizer
 
 ADAM_BETAS = (0.5, 0.9)
@@ -177,6 +177,12 @@ class VQModel(FirstStage):
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""
+        fits = isinstance(quant, Tensor) and quant.is_floating_point() and quant.ndim == 4
+        if not fits or quant.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"quant: got {described(quant)}, expected floating-point latents (B, {self.embed_dim}, h, w) as encode "
+                "returns them; decode_code takes tokens"
+            )
         return self._from_range(first_stage.forward(self.decoder, self.decoder_input(quant)))
 
     def decoder_input(self, quant: Tensor) -> Tensor:
@@ -188,6 +194,8 @@ class VQModel(FirstStage):
 
         The original's method calls a function that does not exist.
         """
+        if not isinstance(code_b, Tensor):
+            raise ValueError(f"code_b: got {described(code_b)}, expected int64 tokens (B, h, w)")
         if code_b.ndim == 1:
             code_b = code_b[None]
         if code_b.ndim == 2:

@@ -161,6 +161,10 @@ _FEATURES = re.compile(
     r"\b(avx|avx2|fma|f16c|avx512(?:f|bw|dq|vl|_vnni|_bf16|_fp16)|avx_vnni|amx_\w+|asimd\w*|sve\w*|i8mm|bf16)\b"
 )
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+# Those with which torch trains faster than in float32. Vector units for bfloat16 multiply twice as fast, but what
+# surrounds each layer costs more than that: measured were 1.1 to 1.3 times the time in float32 with avx512_bf16, and
+# 0.5 to 0.9 times with amx_bf16.
+_FASTER = {"amx_bf16"}
 
 
 def _cpu() -> tuple[str, list[str]]:
@@ -173,6 +177,11 @@ def _cpu() -> tuple[str, list[str]]:
         name.group(1).strip() if name else platform.processor() or platform.machine(),
         sorted(set(_FEATURES.findall(flags.group(1)))) if flags else [],
     )
+
+
+def trains_faster_in_bfloat16(device: torch.device) -> bool:
+    """Whether torch trains faster under autocast to bfloat16 than in float32: on GPUs and CPUs with matrix units."""
+    return multiplies_bfloat16(device) and (device.type != "cpu" or not _FASTER.isdisjoint(_cpu()[1]))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

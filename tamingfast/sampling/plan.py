@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamingfast.engines.networks import Transformer, kind_of, token_count
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 from tamingfast.sampling.context import Context
 from tamingfast.sampling.schedule import Schedule, make_schedule, one_window
 
@@ -46,6 +46,8 @@ def describe(model: Sampled) -> SequenceModel:
     (the number of codes left after a remap), ``pyramid.tokens`` and ``cond_stage_model.null``.
     """
     gpt = cast(Transformer, getattr(model, "transformer", model))  # a module without one is the GPT itself
+    if not isinstance(gpt, nn.Module) or not hasattr(gpt, "config"):
+        raise UserError(f"transformer: got {brief(model)}, expected a GPT or a prior; load one with load_model")
     order = getattr(getattr(model, "permuter", None), "forward_shuffle_idx", None)
     quantize = getattr(getattr(model, "first_stage_model", None), "quantize", None)
     codes = getattr(quantize, "re_embed", gpt.config.vocab_size)
@@ -133,14 +135,20 @@ def plan_grid(
     return plan
 
 
-def as_given(value: Tensor | NDArray | Sequence) -> Tensor:
-    """A tensor as it is; an array or nested lists as a tensor on the CPU, whatever the default device is."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+def as_given(name: str, value: Tensor | NDArray | Sequence) -> Tensor:
+    """A tensor as it is; an array or nested lists as a tensor on the CPU, whatever the default device is.
+
+    Raises ValueError about ``name`` for what cannot become a tensor.
+    """
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: got {brief(value)}, expected a tensor or an array") from error
 
 
 def checked_tokens(name: str, value: Tensor, vocab: int, device: torch.device) -> Tensor:
     """``value`` as int64 on the device; ValueError unless it holds integers from 0 to vocab - 1."""
-    value = as_given(value)
+    value = as_given(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name}: got dtype {value.dtype}, expected integer tokens")
     if value.numel():

@@ -313,9 +313,9 @@ def _canvas(start: Tensor | None, mask: Tensor | None, plan: GridPlan) -> tuple[
     grid = (batch, layout.height, layout.width)
     canvas = torch.zeros(batch, layout.height * layout.width, dtype=torch.int64, device=device)
     wanted = torch.ones_like(canvas, dtype=torch.bool)
-    start = None if start is None else as_given(start)
+    start = None if start is None else as_given("start", start)
     if mask is not None:
-        mask = as_given(mask)
+        mask = as_given("mask", mask)
         if start is None or start.shape != grid:
             got = "None" if start is None else f"shape {tuple(start.shape)}"
             raise ValueError(f"start: got {got}, expected shape {grid}, as there is a mask")

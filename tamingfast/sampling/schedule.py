@@ -34,7 +34,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, check_count
 
 RULES = ("paper", "scene", "strided", "block")
 #: Side of the window in tokens, unless another is given: the paper's.
@@ -159,8 +159,7 @@ def make_schedule(height: int, width: int, window: int = WINDOW, rule: str = "pa
     """
     check_rule(rule, window, stride)
     for name, value in (("height", height), ("width", width)):
-        if value < 1:
-            raise UserError(f"{name}: got {value} tokens, expected at least 1")
+        check_count(name, value)
     window_height, window_width = min(window, height), min(window, width)
     return Schedule(
         height=height,

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from tamingfast.errors import UserError, first_line
-from tamingfast.files import check_png
+from tamingfast.errors import UserError, brief, first_line
+from tamingfast.files import check_path, check_png
 from tamingfast.models.condition_stages import CoordStage, DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
@@ -54,6 +54,10 @@ class Painter:
     bars: Bars
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, DrawingOptions | None):
+            raise UserError(f"options: got {brief(self.options)}, expected DrawingOptions, or None for the paper's")
+        if self.canvas is not None:
+            check_path("canvas", self.canvas)
         if self.preview is not None and not callable(self.preview):
             check_png(self.preview)
         if self.resume and self.canvas is None:

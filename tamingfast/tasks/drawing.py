@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tamingfast.engines.first_stage import Progress
-from tamingfast.errors import UserError
+from tamingfast.errors import check_count
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.sampling import sample_grid
@@ -158,7 +158,6 @@ def lower_half(rows: int, columns: int) -> Tensor:
 
 
 def at_least_one(value: int, name: str) -> int:
-    """``value``; raises UserError about the argument ``name`` if it is below 1."""
-    if value < 1:
-        raise UserError(f"{name}: got {value}, expected at least 1")
+    """``value``; raises UserError about the argument ``name`` unless it is a whole number of at least 1."""
+    check_count(name, value)
     return value

@@ -16,6 +16,7 @@ from tamingfast.checkpoints.load import config_beside, read_translated
 from tamingfast.checkpoints.locate import embedded_config, weights_path
 from tamingfast.checkpoints.weights import unwrapped
 from tamingfast.data.tokens import FORMAT, TokenDataset
+from tamingfast.files import check_path
 from tamingfast.models.prior import UNCONDITIONAL
 
 
@@ -25,6 +26,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``first_stage`` is the fingerprint of the first stage's weights; for a token file, of the first stage that made the
     tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
     """
+    check_path("path", path)
     path = weights_path(Path(path))
     checkpoint, config = read_translated(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}

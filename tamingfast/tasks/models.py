@@ -13,7 +13,7 @@ from torch import nn
 from tamingfast.checkpoints.config import instantiate_from_config, plain
 from tamingfast.checkpoints.load import load_model, outline
 from tamingfast.checkpoints.targets import check_targets
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.llama_gpt import LlamaGPT
@@ -100,6 +100,8 @@ def unread(model: Model) -> Unread:
     if isinstance(model, Unread):
         return model
     if not isinstance(model, nn.Module):
+        if not isinstance(model, str | os.PathLike):
+            raise UserError(f"model: got {brief(model)}, expected a model, or the path of its run or checkpoint")
         return Unread(model)
     found = Unread("")
     found.outline = found.model = model

@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from tamingfast.errors import UserError
+from tamingfast.errors import check_count
 
 #: Number of images that `sample` draws.
 COUNT = 16
@@ -74,8 +74,7 @@ class DrawingOptions:
 
         check_settings(self.deciding())
         check_names(self.engine)
-        if self.batch < 1:
-            raise UserError(f"batch: got {self.batch}, expected at least 1 image at a time")
+        check_count("batch", self.batch)
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide the tokens, by the names of `Canvas.settings`."""

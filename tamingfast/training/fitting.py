@@ -25,10 +25,14 @@ def fitted(settings: Training, dataset: EpochDataset, among: World) -> Training:
 
 
 def _precision(asked: str, among: World) -> str:
-    fast = machine.multiplies_bfloat16(among.device)
     if asked == AUTO:
-        return "bfloat16" if fast else "float32"
-    if asked == "bfloat16" and not fast and among.device.type == "cpu" and among.rank == 0:
+        return "bfloat16" if machine.trains_faster_in_bfloat16(among.device) else "float32"
+    if (
+        asked == "bfloat16"
+        and not machine.multiplies_bfloat16(among.device)
+        and among.device.type == "cpu"
+        and among.rank == 0
+    ):
         logger.warning(
             "training.precision=bfloat16: this processor has no units for it, and may take several times as long as "
             "with training.precision=float32"

@@ -111,6 +111,13 @@ def test_an_estimate_is_made_once_and_only_of_long_work(monkeypatch, caplog):
                 counter.moved(done, 100)
         assert caplog.text.count("left at this pace; do less") == said
     assert "slow: about 5 minutes left" in caplog.text
+    caplog.clear()
+    with progress.bar("begun", None) as bar:
+        counter = progress.Estimated(bar, "begun", "", told)
+        for done, passed in enumerate((30.0, *[0.5] * 29), 1):  # half a minute of preparation, then a quick pace
+            now[0] += passed
+            counter.moved(done, 100)
+    assert not caplog.text
     assert [progress.duration(each) for each in (61, 180, 7200, 3 * 86400)] == [
         "61 seconds", "3 minutes", "2 hours", "3 days",
     ]  # fmt: skip

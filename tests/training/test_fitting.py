@@ -26,16 +26,22 @@ NOISE = as_epoch_dataset(tiny.Noise(13))
 def units(monkeypatch, there: bool) -> None:
     """Say whether this machine multiplies bfloat16."""
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: there)
+    monkeypatch.setattr(machine, "trains_faster_in_bfloat16", lambda device: there)
 
 
 @pytest.mark.parametrize(
-    ("features", "there"),
-    [([], False), (["avx2", "avx512f"], False), (["avx512_bf16"], True), (["amx_bf16"], True), (["bf16"], True)],
-)
-def test_a_cpu_multiplies_bfloat16_if_it_lists_such_an_instruction(monkeypatch, features, there):
+    ("features", "there", "faster"),
+    [
+        ([], False, False), (["avx2", "avx512f"], False, False), (["avx512_bf16"], True, False),
+        (["amx_bf16", "avx512_bf16"], True, True), (["bf16"], True, False),
+    ],
+)  # fmt: skip
+def test_a_cpu_multiplies_bfloat16_if_it_lists_such_an_instruction(monkeypatch, features, there, faster):
     monkeypatch.setattr(machine, "_cpu", lambda: ("a processor", features))
     assert machine.multiplies_bfloat16(CPU) is there
+    assert machine.trains_faster_in_bfloat16(CPU) is faster
     assert not machine.multiplies_bfloat16(torch.device("meta"))
+    assert not machine.trains_faster_in_bfloat16(torch.device("meta"))
 
 
 @pytest.mark.parametrize(("there", "precision"), [(True, "bfloat16"), (False, "float32")])
