@@ -181,7 +181,9 @@ Convolution::Convolution(const ConvolutionWeights& w, Method wanted, int threads
   require_range("kernel", w.kernel, 1, kMostKernel);
   require_range("stride", w.stride, 1, kMostKernel);
   require_least("threads", threads, 1);
-  const ConvolutionKernels& kernels = convolution_kernels_for(isa);
+  // The smaller tile is for exactness, and over short sums split values round more than whole ones.
+  const bool exact = wanted == Method::winograd2 && isa == Isa::avx512bf16;
+  const ConvolutionKernels& kernels = convolution_kernels_for(exact ? Isa::avx512 : isa);
   const bool winograd = wanted != Method::patches;
   if (winograd && (w.kernel != 3 || w.stride != 1)) refuse("method", "Winograd", "patches for any but 3x3 of stride 1");
   if (winograd) require(w.in % kernels.lanes == 0, "in", w.in, "a multiple of " + std::to_string(kernels.lanes));

@@ -149,14 +149,15 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
 
 
 def config_beside(path: Path) -> Any:
-    """The plain config in the file or beside it; a config.json counts if it is that of a family."""
+    """The plain config in the file or beside it; a config.json counts if it is one of ours or of a family."""
     found = plain(embedded_config(path) or neighbouring_config(path))
     if found is None:
         try:
             found = plain(hub_config(path))
         except UserError as error:  # it need not be meant for these weights
             logger.warning("config.json is left out: %s", error)
-        return None if formats.family_of(found) is None else found
+        ours = at(found, "model", "target") is not None  # else it is a family's or another library's
+        return found if ours or formats.family_of(found) is not None else None
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tamingfast.checkpoints import hub
-from tamingfast.checkpoints.config import at, load_yaml
+from tamingfast.checkpoints.config import load_yaml
 from tamingfast.checkpoints.run_directory import CONFIG, WEIGHTS
 from tamingfast.checkpoints.weights import metadata_of, read_checkpoint
 from tamingfast.errors import UserError
@@ -141,7 +141,4 @@ def neighbouring_config(path: Path) -> Any:
     for candidate in (path.with_suffix(".yaml"), path.parent / CONFIG, run / "configs" / "model.yaml"):
         if candidate.exists():
             return load_yaml(candidate)
-    if (path.parent / HUB_CONFIG).exists():
-        config = load_yaml(path.parent / HUB_CONFIG)
-        return config if at(config, "model", "target") is not None else None  # else it is another library's
     return None

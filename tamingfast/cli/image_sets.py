@@ -15,6 +15,7 @@ from tamingfast.cli.options import (
     ALLOW,
     DEVICE,
     DRAWING,
+    ENGINE,
     FIRST_STAGE,
     RECONSTRUCT,
     Commands,
@@ -32,7 +33,7 @@ from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOp
 
 def add_to(commands: Commands) -> None:
     """Declare the three commands."""
-    added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", (FIRST_STAGE,))
+    added = _command(commands, "reconstruct", reconstruct, "show images above their reconstructions", (ENGINE,))
     added.add_argument("--out", type=output, default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
     text = "keep the upper half of images and redraw the lower half"

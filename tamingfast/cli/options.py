@@ -73,7 +73,7 @@ FIRST_STAGE = options((
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 #: Of commands that only encode or decode; those that draw have the engine of `DRAWING`.
-FIRST_STAGE = options(
+ENGINE = options(
     ("--engine", {"default": "auto", "help": "implementation of the first stage: auto, native or torch; default: auto"})
 )
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.

@@ -228,7 +228,7 @@ class _Middle(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What an encoder and a decoder share of a ``ddconfig``."""
 
     make: Blocks
@@ -254,7 +254,7 @@ class _Shape:
         bias: bool = True,
         branch_shortcut: bool = False,
         **ignored: Any,
-    ) -> _Shape:
+    ) -> Shape:
         if use_linear_attn or attn_type not in ("vanilla", "none", None):
             name, value = ("use_linear_attn", use_linear_attn) if use_linear_attn else ("attn_type", attn_type)
             valid = "false" if use_linear_attn else "'vanilla' or 'none'"
@@ -305,7 +305,7 @@ class Encoder(nn.Module):
         super().__init__()
         at_least(1, in_channels=in_channels, z_channels=z_channels, resolution=resolution)
         at_least(0, num_res_blocks=num_res_blocks)
-        shape = _Shape.of(ch, ch_mult, resolution, attn_resolutions, dropout, **others)
+        shape = Shape.of(ch, ch_mult, resolution, attn_resolutions, dropout, **others)
         make, widths = shape.make, shape.widths
         self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
         self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
@@ -377,7 +377,7 @@ class Decoder(nn.Module):
         super().__init__()
         at_least(1, out_ch=out_ch, z_channels=z_channels, resolution=resolution)
         at_least(-1, num_res_blocks=num_res_blocks)
-        shape = _Shape.of(ch, ch_mult, resolution, attn_resolutions, dropout, **others)
+        shape = Shape.of(ch, ch_mult, resolution, attn_resolutions, dropout, **others)
         make, widths = shape.make, shape.widths
         self.give_pre_end, self.tanh_out = give_pre_end, bool(tanh_out)
         self.ch, self.temb_ch, self.resolution = ch, 0, resolution

@@ -108,9 +108,11 @@ def _class(config: Mapping[str, Any], where: str, default: str | None) -> type:
     return class_of(config.get("target", default), f"{where}.target")
 
 
-def _coders() -> list[type]:
-    """The classes that read ``ddconfig``."""
-    return [class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")]
+def _coders() -> list[Callable[..., Any]]:
+    """The classes that read ``ddconfig``, and what reads the settings that both hand on."""
+    from tamingfast.models.autoencoder import Shape  # imports torch, which the help does without
+
+    return [*(class_of(f"taming.modules.diffusionmodules.model.{part}") for part in ("Encoder", "Decoder")), Shape.of]
 
 
 def parameters_of(target: Callable[..., Any]) -> list[str] | None:

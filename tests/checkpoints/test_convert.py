@@ -69,7 +69,7 @@ def test_what_the_original_lacks_is_refused(tmp_path):
         ):
             model.config = {"model": config["model"] | change}
             with pytest.raises(UserError, match=said):
-                checkpoints.convert.__globals__["_write_original"](model, tmp_path / "x.ckpt")
+                checkpoints.convert.__globals__["_write_original"](model, model.config["model"], tmp_path / "x.ckpt")
 
 
 def test_the_command(tmp_path):

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import tamingfast
 from tamingfast import checkpoints, tasks
 from tamingfast.checkpoints.formats import FAMILIES as OURS
+from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.locate import weights_path
 from tamingfast.checkpoints.weights import read_state_dict
 from tamingfast.errors import UserError
@@ -90,7 +91,8 @@ def test_a_published_checkpoint_opens_and_converts(family, name, tmp_path):
 def test_the_documentation_has_a_row_for_every_family():
     text = (ROOT / "docs" / "families.md").read_text()
     rows = re.findall(r"^\| \*\*(.+?)\*\* \|", text, re.MULTILINE)
-    assert rows == list(FAMILIES) == list(dict.fromkeys(family.name for family in OURS))
+    first_stages = [family.name for family in OURS if family is not llamagen_gpt.FAMILY]
+    assert rows == list(FAMILIES) == list(dict.fromkeys(first_stages))
 
 
 @pytest.mark.parametrize(("family", "name"), FOR_DIFFUSERS)

@@ -36,7 +36,7 @@ def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_the_engine_runs_them_or_says_why_not(family, name, tmp_path, caplog):
     made = FAMILIES[family][name](tmp_path)
     model = tamingfast.load_model(made.path, made.config)
-    first_stage._log_once.cache_clear()
+    first_stage._logged.cache_clear()
     for side, x in inputs(model).items():
         network = getattr(model, side)
         with torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_engine_runs_them_or_says_why_not(family, name, tmp_path, caplog):
             first_stage.run(network, x, engine="native")
         caplog.clear()
         with torch.no_grad(), caplog.at_level(logging.WARNING):
-            first_stage._log_once.cache_clear()
+            first_stage._logged.cache_clear()
             for _ in range(2):
                 torch.testing.assert_close(first_stage.forward(network, x), whole, atol=2e-5, rtol=2e-5)
         assert len(caplog.records) == 1 and "torch" in caplog.text

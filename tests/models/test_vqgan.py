@@ -94,5 +94,5 @@ class TestNoAttention:
                 assert_close(first_stage.forward(network.eval(), x), expected, rtol=1e-4, atol=1e-4)  # by the engine
 
     def test_another_word(self):
-        with pytest.raises(UserError, match=r"^ddconfig.attn_type: got 'linear', expected vanilla or none"):
+        with pytest.raises(UserError, match=r"^ddconfig.attn_type: got 'linear', expected 'vanilla' or 'none'"):
             self.networks(attn_type="linear")

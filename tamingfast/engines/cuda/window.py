@@ -35,7 +35,7 @@ class Window(Step):
         super().__init__(geometry, weights, cache, device, batch * width)
         place = device.place
         with lasting_tensors():
-            self.ahead = torch.arange(width, device=place)
+            self.ahead = torch.arange(width, dtype=torch.int64, device=place)
             self.tokens = torch.zeros(batch, self.length, dtype=torch.int64, device=place)
             self.guessed = torch.zeros(batch, self.length, dtype=torch.bool, device=place)
             self.known = torch.zeros(batch, 1, dtype=torch.int64, device=place)
@@ -61,7 +61,7 @@ class Window(Step):
     def collect_known(self, sequences: Tensor) -> None:
         """Writes the tokens up to ``known`` into ``sequences``, of each what it has room for."""
         count = min(sequences.shape[1], self.length)
-        known = torch.arange(count, device=self.known.device) <= self.known
+        known = torch.arange(count, dtype=torch.int64, device=self.known.device) <= self.known
         sequences[:, :count] = torch.where(known, self.tokens[:, :count], sequences[:, :count])
 
     def _queue(self) -> None:
