@@ -31,7 +31,7 @@ TAMINGFAST_HOST_DEVICE inline void next_keys(std::uint32_t& key0, std::uint32_t&
 }
 
 TAMINGFAST_HOST_DEVICE inline Words philox4x32(Words counter, std::uint32_t key0, std::uint32_t key1) {
-  // The rounds are written out here: with `philox_round`, nvcc puts the words on the stack of the kernel that uses them.
+  // Written out: with `philox_round` and `next_keys`, nvcc puts the words on the stack of the kernel that draws them.
   std::uint32_t* c = counter.at;
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t product0 = static_cast<std::uint64_t>(c[0]) * 0xD2511F53u;
@@ -40,7 +40,8 @@ TAMINGFAST_HOST_DEVICE inline Words philox4x32(Words counter, std::uint32_t key0
     c[2] = static_cast<std::uint32_t>(product0 >> 32) ^ c[3] ^ key1;
     c[1] = static_cast<std::uint32_t>(product1);
     c[3] = static_cast<std::uint32_t>(product0);
-    next_keys(key0, key1);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
   }
   return counter;
 }
