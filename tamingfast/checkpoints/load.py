@@ -24,7 +24,7 @@ from tamingfast.checkpoints.config import (
 from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
-from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.locate import HUB_WEIGHTS, embedded_config, hub_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
 from tamingfast.errors import UserError
@@ -154,7 +154,10 @@ def config_beside(path: Path) -> Any:
     if found is None:
         try:
             found = plain(hub_config(path))
-        except UserError as error:  # it need not be meant for these weights
+        except UserError as error:
+            if path.name == HUB_WEIGHTS:
+                raise
+            # It need not be meant for these weights.
             logger.warning("config.json is left out: %s", error)
         ours = at(found, "model", "target") is not None  # else it is a family's or another library's
         return found if ours or formats.family_of(found) is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 from tamingfast import report
 from tamingfast.checkpoints import run_directory
+from tamingfast.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Panels at most beside each other.
 _COLUMNS = 3
@@ -28,7 +32,11 @@ def plot(out: Path, shown: Iterable[str]) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         return
-    records = run_directory.read_metrics(out)
+    try:
+        records = run_directory.read_metrics(out)
+    except UserError as error:  # a record that was damaged, which training does not need
+        logger.warning("no curves are drawn: %s", error)
+        return
     panels = {name: curves_of(records, name) for name in shown}
     panels = {name: curves for name, curves in panels.items() if any(curves.values())}
     if not panels:

@@ -187,7 +187,7 @@ def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monke
         ),
         ({"name": "folder"}, "data.path: got none"),
         ({"name": "tokens", "path": "x", "crop": 4}, "data.crop: got 4 for data.name=tokens, expected images without"),
-        ({"train": {"target": "taming.data.imagenet.ImageNetTrain"}}, "ImageNetTrain.*give data.name=folder"),
+        ({"train": {"target": "taming.data.imagenet.ImageNetTrain"}}, "ImageNet.*give data.name=folder"),
         ({"name": "photos", "size": 301}, "at most 300"),
         ({"name": "photos", "size": 0}, "size: got 0"),
         ({"name": "photos", "size": "32"}, "size: got '32'"),

@@ -104,7 +104,7 @@ def test_all_commands_that_write_are_here():
                 yield from leaves(chosen, f"{words} {name}")
 
     assert set(leaves(cli.parser())) - NOT_WRITING == COMMANDS.keys() - {
-        "train --resume", "sample --separate", "sample --canvas",
+        "train --resume", "sample --separate", "sample --canvas", "convert --layout",
     }  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -154,7 +152,7 @@ def test_mistakes_in_token_files(first_stage, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "conditions of 'edges' without a first stage" in said("encode", first_stage, "--out", file, *where)
-    objects = SimpleNamespace(kind=Boxes(classes=["a"], tokens=32))
+    objects = type("Objects", (list,), {"kind": Boxes(classes=["a"], tokens=32)})()
     with pytest.raises(UserError, match="got 'boxes', whose order changes"):
         tasks.encode(load_model(first_stage), objects, file)
     boxes = ["name=conditions", "kind=boxes", f"path={data / 'boxes'}", "classes=[a]", f"size={SIZE}"]
