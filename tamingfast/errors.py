@@ -82,14 +82,19 @@ def in_words(error: BaseException) -> str | None:
             "give TORCH_LOGS=help, which lists them"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
-        return (
-            f"training.workers: got a process that ended while it read data ({first_line(error)}), expected it to go "
-            "on; it was killed or lacked memory, so free some, or use fewer workers"
-        )
+        return lost_worker(error)
     refused = system_refusal(error)
     if refused is None and isinstance(error, OSError):  # of a library, in its own words
         refused = OSError(None, first_line(error))
     return None if refused is None else storage_sentence(refused)
+
+
+def lost_worker(error: BaseException) -> str:
+    """The sentence for a worker process that ended, which ``error`` showed."""
+    return (
+        f"training.workers: got a process that ended while it read data ({first_line(error)}), expected it to go on; "
+        "it was killed or lacked memory, so free some, or use fewer workers"
+    )
 
 
 def storage_problem(error: BaseException) -> str | None:

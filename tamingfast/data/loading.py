@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.randomness import random_bits
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, lost_worker
 from tamingfast.ops.machine import processors
 
 
@@ -103,6 +103,11 @@ def read(dataset: EpochDataset, parts: Iterable[Part], workers: int = 0) -> Iter
         # A worker's error arrives with its whole traceback as the message.
         own = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
         raise UserError(own.strip()) from error
+    except (ConnectionError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):  # the data set's own, in a worker that goes on
+            raise
+        # The connection to a killed worker may break before torch notices its end.
+        raise UserError(lost_worker(error)) from error
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _PROTOCOLS = {
     "cached": "(b) key/value cache",
     "fastest": "(c) our fastest path",
 }
+#: Steps of training before which pictures show nothing to recognise.
+_STEPS_THAT_SHOW = 300
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
@@ -40,9 +42,20 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         "## Sampling speed\n\n" + speed_table(results["speed"]) + "\n\n" + _speed_notes(results["speed"]),
         "## Quality at the same budget\n\n" + _quality(results["quality"]),
         "## Training\n\n" + _training_table(results),
-        "## Pictures",
+        "## Pictures\n\n" + _what_to_expect(results["runs"]),
         *report.pictures(results["pictures"]),
     ]
+
+
+def _what_to_expect(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What pictures of networks trained for so many steps can show."""
+    trained = ", ".join(f"{run['label']} {run['steps']}" for run in runs)
+    if min(run["steps"] for run in runs) >= _STEPS_THAT_SHOW:
+        return f"Steps of training: {trained}."
+    return (
+        f"Steps of training: {trained}. After fewer than {_STEPS_THAT_SHOW}, pictures are patches of colour, and "
+        "completions do not resemble the half that was kept: they show that everything runs, not what it can learn."
+    )
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:

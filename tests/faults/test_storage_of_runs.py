@@ -17,6 +17,7 @@ from forked import Forked
 
 from tamingfast import UserError, cli
 from tamingfast.checkpoints import run_directory
+from tamingfast.data import loading
 from tamingfast.training import loop
 
 
@@ -151,6 +152,27 @@ def test_asked_twice_to_stop_while_it_saves(tmp_path, whole, monkeypatch, number
     tiny.train("vqgan", out, resume=True, steps=12)
     runs.same_run(out, whole)
     assert not runs.leftovers(out)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), EOFError("")], ids=repr)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_connection_to_a_loader_process_that_breaks(monkeypatch, error, own):
+    """Before torch notices its end; a data set's own error is its own."""
+    if own:
+        error = type(error)(f"Caught {type(error).__name__} in DataLoader worker process 0.\n{error}")
+
+    class Broken:
+        def __init__(self, *args, **options):
+            pass
+
+        def __iter__(self):
+            raise error
+
+    monkeypatch.setattr(loading, "DataLoader", Broken)
+    with pytest.raises(
+        type(error) if own else UserError, match="Caught" if own else "^training.workers: got a process"
+    ):
+        next(loading.read([{"image": 0}], [], workers=1))
 
 
 def test_a_killed_loader_process(tmp_path, whole, monkeypatch, capsys):

@@ -53,3 +53,9 @@ def test_stars_that_coincide_are_all_visible_and_named_once(tmp_path, monkeypatc
     assert [float(star.get_ydata()[0]) for star in stars] == [7.0, 1.0, 1.0]
     assert stars[1].get_markersize() > stars[2].get_markersize()
     assert [note.get_text() for note in axis.texts] == ["f = 4 over 2"] * 2
+
+
+def test_a_report_says_what_pictures_of_so_few_steps_can_show():
+    runs = [{"label": "first stage", "steps": 30}, {"label": "latents", "steps": 5000}]
+    assert "do not resemble the half that was kept" in pixels_report._what_to_expect(runs)
+    assert pixels_report._what_to_expect(runs[1:]) == "Steps of training: latents 5000."
