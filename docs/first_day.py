@@ -65,6 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory, trainings = options.directory or Path(temporary), 0
+        directory.mkdir(parents=True, exist_ok=True)
         for block in blocks(PAGE):
             if block.kind == "install" or (block.kind == "network" and options.offline):
                 continue
