@@ -19,7 +19,7 @@ SOURCES = [
     HERE / "openmp_threads.cpp",
 ]
 DRIVERS = ["engine_driver", "convolution_driver"]
-HEADERS = sorted(path for ending in ("h", "inl") for path in (ROOT / "csrc").rglob(f"*.{ending}"))
+HEADERS = [*sorted(path for ending in ("h", "inl") for path in (ROOT / "csrc").rglob(f"*.{ending}")), HERE / "driver.h"]
 SANITIZERS = ["address,undefined", "thread"]
 
 
