@@ -157,7 +157,8 @@ struct Engine::State {
   std::unique_ptr<Engine> draft;
   Counts counts{};
   PassCost cost;
-  int cost_threads = 0;  // with which it was measured
+  int cost_threads = 0;            // with which it was measured
+  std::int64_t cost_capacity = 0;  // likewise
 
   State(const Geometry& g, Dtype dtype_, const Kernels& k) : geometry(g), dtype(dtype_), kernels(k) {}
 
@@ -468,16 +469,25 @@ void Engine::State::feed(const std::vector<Span>& spans, const std::int64_t* tok
   }
 }
 
-// Seconds of a pass over that many tokens without attention, which would need the cache.
+// Seconds of a pass over that many tokens of the first slot, behind those that it holds and at least in the middle of
+// the cache, where attention costs as much as on average. Where there is no room, attention is left out.
 double Engine::State::time_pass(std::int64_t rows, const Poll& poll) {
   Pass pass;
   pass.poll = &poll;
   pass.tokens.assign(rows, 0);
-  pass.positions.assign(rows, 0);
-  for (std::int64_t i = 0; i < rows; ++i) pass.asked.push_back(i);
+  const std::int64_t held = slots > 0 ? lengths[0] : 0;
+  const std::int64_t first = std::max(held, std::min(capacity / 2, capacity - rows));
+  const bool room = first + rows <= capacity;
+  if (room) pass.spans.push_back({0, first, rows, rows}), pass.first_rows.push_back(0);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    pass.positions.push_back(room ? first + i : 0);
+    pass.asked.push_back(i);
+  }
   const Clock::time_point begun = Clock::now();
   run(pass);
-  return std::chrono::duration<double>(Clock::now() - begun).count();
+  const double seconds = std::chrono::duration<double>(Clock::now() - begun).count();
+  if (room) lengths[0] = held;
+  return seconds;
 }
 
 void check_geometry(const Geometry& g) {
@@ -595,9 +605,11 @@ void Engine::count_pass(std::int64_t rows, std::int64_t tokens) {
 
 const PassCost& Engine::pass_cost(const Poll& poll) {
   State& s = *state_;
-  if (s.cost_threads != s.threads) {
+  const auto [less, more] = std::minmax(s.cost_capacity, s.capacity);
+  if (s.cost_threads != s.threads || more > 2 * less) {
     s.cost = PassCost::measure([&](std::int64_t rows) { return s.time_pass(rows, poll); });
     s.cost_threads = s.threads;
+    s.cost_capacity = s.capacity;
   }
   return s.cost;
 }

@@ -12,10 +12,10 @@ constexpr int kRounds = 3;           // passes of each size that are timed; the 
 constexpr double kFirstRight = 0.6;  // the share of the first guess, and the power with which deeper ones fade
 constexpr double kFading = -0.7;
 constexpr double kDraftsRight = 0.97;  // each draft
-constexpr double kSlowest = 1.0 / 16;  // weight of the latest pass in the long run, and at first
-constexpr double kFastest = 1.0 / 3;
+constexpr double kSlowest = 1.0 / 64;  // weight of the latest pass in the long run, and at first
+constexpr double kFastest = 1.0 / 5;
 constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
-constexpr double kForgotten = 1.0 / 512;  // how fast a sequence without guesses returns to what is expected
+constexpr double kForgotten = 1.0 / 1024;  // how fast a sequence without guesses returns to what is expected
 
 }  // namespace
 

@@ -20,7 +20,7 @@ SIZES, ROUNDS = (1, 2, 4, 8, 16, 32), 3
 #: corrected already): float64 (WIDEST,).
 EXPECTED = np.concatenate(([1.0], 0.6 * np.arange(1.0, WIDEST) ** -0.7))
 #: Weight of the latest pass, in the long run and at first; how fast the share returns to `EXPECTED` without guesses.
-SLOWEST, FASTEST, FORGOTTEN = 1 / 16, 1 / 3, 1 / 512
+SLOWEST, FASTEST, FORGOTTEN = 1 / 64, 1 / 5, 1 / 1024
 #: No share is smaller, so that ratios stay defined.
 LEAST = 1e-9
 

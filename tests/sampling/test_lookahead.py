@@ -230,14 +230,14 @@ def test_survival_learns_what_it_sees():
     survival = Survival()
     assert survival.share == pytest.approx(EXPECTED)
     assert (np.diff(EXPECTED) < 0).all() and EXPECTED[0] == 1
-    for _ in range(100):
+    for _ in range(400):
         survival.observe([1.0, 1.0, 0.0, 0.0])
     assert survival.share[:4] == pytest.approx([1, 1, 0, 0], abs=0.02)
     assert survival.share[4:].max() < 0.01
     for _ in range(3000):  # no guesses: it returns to what is expected
         survival.observe([1.0])
     assert survival.share == pytest.approx(EXPECTED, abs=0.01)
-    for _ in range(100):  # all were right: deeper ones keep their ratio
+    for _ in range(400):  # all were right: deeper ones keep their ratio
         survival.observe([1.0, 1.0, 1.0])
     assert survival.share[2] > 0.99
     assert survival.share[3] / survival.share[2] == pytest.approx(EXPECTED[3] / EXPECTED[2], abs=0.02)
