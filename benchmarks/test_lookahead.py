@@ -116,12 +116,18 @@ def test_rows(benchmark, dtype):
         spent[rows].append(seconds(rows))
     milliseconds = {rows: statistics.median(values) * 1e3 for rows, values in spent.items()}
     benchmark.pedantic(lambda: seconds(8), rounds=ROUNDS)
+    kind = "float32" if dtype == "float32" else "bfloat16"  # int8 weights multiply as bfloat16
+    rate = native.arithmetic_rate(kind, torch.get_num_threads(), isa=backends.isa())
+    weights = engine.info()["weight_bytes"] / {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    of_rate = 2 * weights * ROWS[-1] / (milliseconds[ROWS[-1]] / 1e3) / rate
     benchmark.extra_info |= {
         "milliseconds": milliseconds,
+        "of_arithmetic_at_32_rows": of_rate,
         "times_one_row": {rows: value / milliseconds[1] for rows, value in milliseconds.items()},
         "isa": backends.isa(),
     }
     print("\n  " + ", ".join(f"{rows}: {value:.2f} ms" for rows, value in milliseconds.items()))
+    print(f"  {ROWS[-1]} rows at {of_rate:.0%} of the arithmetic rate")
 
 
 @pytest.mark.parametrize("batch", [1, 2] if TINY else [1, 2, 4, 8])

@@ -33,9 +33,9 @@ constexpr int kWide = kLanes == 4 ? 2 : kPieces;                    // vectors p
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 4;  // so that a tile's sums fill the registers
 constexpr int64_t kRowBlock = 96;                                   // rows whose activations fit into L2
 constexpr bool kDot = TF_DOT;
-// Low tiles convert bfloat16 and int8 weights once for all tiles, so many positions of the inner dimension at a time.
-constexpr bool kConvertOnce = !kDot && kTileRows < 8;
-constexpr int64_t kConverted = 128;
+// Where tiles are low, several take turns with so many positions of the inner dimension.
+constexpr bool kParts = kTileRows < 8;
+constexpr int64_t kPart = 128;
 
 typedef float Floats __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(TF_LANES * 4), aligned(4), may_alias));
@@ -411,16 +411,17 @@ inline void any_tile(int rows, const void* x, int64_t ldx, int64_t k, const void
   tile<D, Rows>(x, ldx, k, panel, ahead, sums);
 }
 
-// As any_tile, for weights that were converted to float, of positions whose products are added to `sums`.
-template <int Rows = kTileRows>
-inline void converted_tile(int rows, const float* x, int64_t ldx, int64_t k, const float* weights, Ahead ahead,
-                           float* sums, bool go_on) {
+// As any_tile, for weights that are float or were converted to it, in pairs, of positions whose products are added to
+// `sums`.
+template <bool Pairs, int Rows = kTileRows>
+inline void part_tile(int rows, const float* x, int64_t ldx, int64_t k, const float* weights, Ahead ahead, float* sums,
+                      bool go_on) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return converted_tile<Rows - 1>(rows, x, ldx, k, weights, ahead, sums, go_on);
+    if (rows < Rows) return part_tile<Pairs, Rows - 1>(rows, x, ldx, k, weights, ahead, sums, go_on);
   }
   constexpr int kColumns = Rows == 1 ? kPieces : kWide;
   for (int v = 0; v < kPieces; v += kColumns)
-    float_tile<Dtype::float32, Rows, kColumns, true>(x, ldx, k, weights, v * kLanes, ahead, sums, go_on);
+    float_tile<Dtype::float32, Rows, kColumns, Pairs>(x, ldx, k, weights, v * kLanes, ahead, sums, go_on);
 }
 
 template <Dtype D>
@@ -463,21 +464,28 @@ void panel_sums(const void* x, int64_t ldx, int64_t rows, int64_t k, const char*
   }
 }
 
-// As panel_sums, for several tiles: the weights are converted once for all of them.
+// As panel_sums, for several low tiles. They take turns for a part of the inner dimension at a time, whose weights stay
+// in the first-level cache and are converted once for all of them.
 template <Dtype D>
-void converted_sums(const float* x, int64_t ldx, int64_t rows, int64_t k, const char* panel, float* sums) {
-  float weights[kConverted * kPanel];
+void sums_by_parts(const float* x, int64_t ldx, int64_t rows, int64_t k, const char* panel, float* sums) {
+  constexpr bool kConvert = D != Dtype::float32;
+  float converted[kConvert ? kPart * kPanel : 1];
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t turn = 2 * kPanel * (D == Dtype::int8 ? 1 : 2);  // bytes of a pair
-  for (int64_t first = 0; first < k; first += kConverted) {
-    const int64_t count = k - first < kConverted ? k - first : kConverted;
-    convert<D>(panel, first, count, weights);
+  const int64_t size = kPanel * (D == Dtype::int8 ? 1 : D == Dtype::bfloat16 ? 2 : 4);  // bytes of a position
+  constexpr int64_t kStep = kConvert ? 2 : 1;  // positions per iteration of a tile's loop
+  for (int64_t first = 0; first < k; first += kPart) {
+    const int64_t count = k - first < kPart ? k - first : kPart;
+    const float* weights = converted;
+    if constexpr (kConvert)
+      convert<D>(panel, first, count, converted);
+    else
+      weights = reinterpret_cast<const float*>(panel) + first * kPanel;
     int64_t row = 0;
     for (int64_t t = tiles; t > 0; --t) {
       const int here = static_cast<int>((rows - row + t - 1) / t);
-      const char* next = panel + (first + count) / 2 * turn + (tiles - t) * (count / 2) * turn / tiles;
-      converted_tile(here, x + row * ldx + first, ldx, count, weights, {next, turn / tiles}, sums + row * kPanel,
-                     first > 0);
+      const char* next = panel + (first + count) * size + (tiles - t) * count * size / tiles;
+      part_tile<kConvert>(here, x + row * ldx + first, ldx, count, weights, {next, kStep * size / tiles},
+                          sums + row * kPanel, first > 0);
       row += here;
     }
   }
@@ -492,9 +500,9 @@ void linear_typed(const LinearParams& p, const Matrix& m, int64_t first, int64_t
     const char* x = static_cast<const char*>(p.x) + block * p.ldx * element;
     for (int64_t panel = first; panel < last; ++panel) {
       const char* weights = static_cast<const char*>(m.panels) + panel * m.panel_size;
-      if constexpr (kConvertOnce && D != Dtype::float32) {
+      if constexpr (kParts && (!kDot || D == Dtype::float32)) {
         if (rows > kTileRows)
-          converted_sums<D>(reinterpret_cast<const float*>(x), p.ldx, rows, m.k, weights, sums);
+          sums_by_parts<D>(reinterpret_cast<const float*>(x), p.ldx, rows, m.k, weights, sums);
         else
           panel_sums<D>(x, p.ldx, rows, m.k, weights, m.panel_size, sums);
       } else {

@@ -234,7 +234,7 @@ def test_survival_learns_what_it_sees():
         survival.observe([1.0, 1.0, 0.0, 0.0])
     assert survival.share[:4] == pytest.approx([1, 1, 0, 0], abs=0.02)
     assert survival.share[4:].max() < 0.01
-    for _ in range(3000):  # no guesses: it returns to what is expected
+    for _ in range(6000):  # no guesses: it returns to what is expected
         survival.observe([1.0])
     assert survival.share == pytest.approx(EXPECTED, abs=0.01)
     for _ in range(400):  # all were right: deeper ones keep their ratio
