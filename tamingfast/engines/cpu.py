@@ -200,9 +200,10 @@ class GPTEngine:
         check_chosen(nan=bool(found & 1), nothing=bool(found))
 
     def pass_seconds(self, rows: Sequence[int]) -> list[float]:
-        """Seconds of a pass over each number of tokens, without attention.
+        """Seconds of a pass over each number of tokens in the middle of the cache; before `reserve`, without attention.
 
-        Measured when it is first needed and interpolated; `decode` chooses by it how far to look ahead.
+        Measured when it is first needed, and anew when the capacity more than doubled or halved, and interpolated;
+        `decode` chooses by it how far to look ahead.
         """
         self._native.set_threads(self._thread_count())
         found = self._native.pass_seconds(list(rows))

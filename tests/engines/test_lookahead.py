@@ -237,6 +237,23 @@ def test_an_interrupt_in_mid_window_leaves_what_is_known():
     assert result.stdout.split("\n") == ["stopped", "True", "True", ""], result.stderr
 
 
+@pytest.mark.parametrize("held", [0, 7, LENGTH - 1])
+def test_measuring_passes_leaves_the_cache_as_it_was(held):
+    tokens = torch.arange(LENGTH).remainder(VOCAB).tolist()
+
+    def last_logits(measured: bool) -> Tensor:
+        engine = GPTEngine(MODELS["random"], threads=1)
+        engine.reserve(2, LENGTH)
+        if held:
+            engine.step([(0, 0, tokens[:held])], "none")
+        if measured:
+            assert all(seconds > 0 for seconds in engine.pass_seconds(SIZES))
+        assert engine.length(0) == held
+        return engine.step([(0, held, tokens[held:])], "all")
+
+    assert torch.equal(last_logits(measured=True), last_logits(measured=False))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_rows_go_where_they_promise_most(data):
