@@ -8,16 +8,20 @@ from typing import Any
 _COUNTS = ("steps", "warmup_steps", "decay_steps", "log_every", "validate_every", "image_every", "checkpoint_every")
 
 
-def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) -> float:
-    """Floating-point operations to train a GPT on one sequence: three times a forward pass.
+def forward_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) -> tuple[float, float]:
+    """Floating-point operations of linear layers and of attention in a GPT's forward pass over one sequence.
 
-    With L layers of width d, T tokens and a vocabulary of V, a forward pass takes two operations per token for each
-    weight of a linear layer (12 L d^2 in the blocks, V d in the head), and 4 T^2 d per layer for the attention scores
-    and the weighted values.
+    With L layers of width d, T tokens and a vocabulary of V, linear layers take two operations per token for each
+    weight (12 L d^2 in the blocks, V d in the head), attention 4 T^2 d per layer for scores and weighted values.
     """
     layers, width = geometry["n_layer"], geometry["n_embd"]
     linear = 2 * tokens * (12 * layers * width**2 + vocabulary * width)
-    return 3.0 * (linear + 4 * layers * tokens**2 * width)
+    return float(linear), float(4 * layers * tokens**2 * width)
+
+
+def training_flops(geometry: Mapping[str, int], tokens: int, vocabulary: int) -> float:
+    """Floating-point operations to train a GPT on one sequence: three times a forward pass."""
+    return 3.0 * sum(forward_flops(geometry, tokens, vocabulary))
 
 
 def scaled(training: Mapping[str, Any], share: float) -> dict[str, Any]:

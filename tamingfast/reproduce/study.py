@@ -127,6 +127,7 @@ def sampling_options(prior: Net2NetTransformer, sampling: Mapping[str, Any]) -> 
         "temperature": sampling["temperature"],
         "top_k": min(sampling["top_k"], prior.transformer.config.vocab_size),
         "seed": sampling["seed"],
+        "lookahead": sampling.get("lookahead"),
     }
 
 

@@ -82,8 +82,10 @@ class Timer:
         step_seconds = self.naive_steps(batch, nodes)
         middles = [node + (STEPS_PER_NODE - 1) / 2 for node in nodes]
         every_step = np.interp(np.arange(self.tokens), middles, step_seconds)
-        return self.figures(float(every_step.sum()) + self.decode(batch), batch) | {
+        decode = self.decode(batch)
+        return self.figures(float(every_step.sum()) + decode, batch) | {
             "integrated": True,
+            "decode_seconds": decode,
             "prefixes": nodes,
             "step_seconds": step_seconds,
             "whole_run_seconds_per_image": check,
