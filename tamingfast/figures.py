@@ -28,6 +28,8 @@ _DISTANCES = {
     "inception_score_mean": "Inception score",
     "frechet_distance": "Frechet distance, {} features",
     "kernel_distance": "kernel distance, {} features",
+    "precision": "precision",
+    "recall": "recall",
 }
 
 

@@ -8,7 +8,7 @@ that applies to a model; `evaluate_model` does the same from paths and settings.
 from __future__ import annotations
 
 from tamingfast.evaluation.batches import images_of
-from tamingfast.evaluation.distances import compare, distances, frechet_distance, kernel_distance
+from tamingfast.evaluation.distances import compare, distances, frechet_distance, kernel_distance, precision_recall
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Features, extract, load_features
 from tamingfast.evaluation.generated import reconstructions, samples
 from tamingfast.evaluation.likelihood import likelihood
@@ -36,6 +36,7 @@ __all__ = [
     "load_features",
     "plot_lookahead",
     "plot_schedules",
+    "precision_recall",
     "reconstruction",
     "reconstructions",
     "samples",

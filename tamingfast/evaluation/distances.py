@@ -9,6 +9,10 @@ from torch import Tensor
 
 from tamingfast.evaluation.features import INCEPTION, Extractor, Features, extract
 
+#: Neighbours that say how far a point's surroundings reach (Kynkaanniemi et al. 2019).
+_NEIGHBOURS = 3
+#: Points that are compared with all others at a time, so that memory does not grow with the square of their number.
+_CHUNK = 1024
 #: Largest number of parts that the Inception score is averaged over (Salimans et al. 2016).
 _SPLITS = 10
 
@@ -26,8 +30,8 @@ def compare(drawn: Features, real: Features) -> dict[str, str | float]:
 
     In Inception's features they are ``fid``, ``kid`` and the Inception score of ``drawn``; in others
     ``frechet_distance`` and ``kernel_distance``. The Frechet distance is biased upwards for small sets, so only values
-    for equal numbers of images can be compared; the kernel distance is unbiased. Raises ValueError for features of two
-    different networks.
+    for equal numbers of images can be compared; the kernel distance is unbiased. With more than 3 images in each set
+    there are ``precision`` and ``recall`` as well. Raises ValueError for features of two different networks.
     """
     if drawn.network != real.network:
         raise ValueError(f"real: got features of {real.network}, expected those of {drawn.network} as in drawn")
@@ -35,6 +39,8 @@ def compare(drawn: Features, real: Features) -> dict[str, str | float]:
         "network": real.network, "images": len(drawn.values), "real_images": len(real.values)
     }  # fmt: skip
     frechet, kernel = (distance(drawn.values, real.values) for distance in (frechet_distance, kernel_distance))
+    if min(len(drawn.values), len(real.values)) > _NEIGHBOURS:
+        found["precision"], found["recall"] = precision_recall(drawn.values, real.values)
     if real.network != INCEPTION:
         return found | {"frechet_distance": frechet, "kernel_distance": kernel}
     from torch_fidelity.metric_isc import isc_features_to_metric  # optional package
@@ -69,11 +75,44 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+    def total(x: np.ndarray, y: np.ndarray) -> float:
+        return sum(float(kernel(part, y).sum()) for part in _chunks(x))
 
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    def within(x: np.ndarray) -> float:
+        own = (np.square(x).sum(1) / x.shape[1] + 1) ** 3
+        return (total(x, x) - float(own.sum())) / (len(x) * (len(x) - 1))
+
+    return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
+
+
+def precision_recall(drawn: np.ndarray, real: np.ndarray, neighbours: int = _NEIGHBOURS) -> tuple[float, float]:
+    """Precision and recall of features ``drawn`` (N, D) against ``real`` (M, D), both in [0, 1].
+
+    Precision is the share of drawn points within the surroundings of a real point, recall that of real points within
+    the surroundings of a drawn one; a point's surroundings reach as far as its ``neighbours``-th nearest neighbour in
+    its own set (Kynkaanniemi et al. 2019, eq. 1 and 2). Raises ValueError unless N and M are above ``neighbours``.
+    """
+    drawn, real = _checked(drawn, real)
+    if min(len(drawn), len(real)) <= neighbours:
+        raise ValueError(f"features: got {len(drawn)} and {len(real)} points, expected more than {neighbours} each")
+    return _covered(drawn, real, neighbours), _covered(real, drawn, neighbours)
+
+
+def _covered(points: np.ndarray, of: np.ndarray, neighbours: int) -> float:
+    """The share of ``points`` within the surroundings of a point in ``of``."""
+    # The nearest point of its own set is the point itself.
+    reach = np.concatenate([np.partition(_squares(part, of), neighbours, 1)[:, neighbours] for part in _chunks(of)])
+    inside = [(_squares(part, of) <= reach).any(1) for part in _chunks(points)]
+    return float(np.concatenate(inside).mean())
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances (N, M) of points (N, D) and (M, D)."""
+    return np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
+
+
+def _chunks(x: np.ndarray) -> list[np.ndarray]:
+    return [x[first : first + _CHUNK] for first in range(0, len(x), _CHUNK)]
 
 
 def _factor(x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import linalg
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from tamingfast import UserError, evaluation
-from tamingfast.evaluation import Features, frechet_distance, kernel_distance
+from tamingfast.evaluation import Features, frechet_distance, kernel_distance, precision_recall
 
 
 def _normal(count: int, mean: float, spread: float, seed: int, width: int = 6) -> np.ndarray:
@@ -54,6 +55,34 @@ def test_kernel_distance_is_unbiased_and_frechet_is_not():
     kernel = np.array([kernel_distance(*pair) for pair in pairs])
     assert abs(kernel.mean()) < 3 * kernel.std() / math.sqrt(len(pairs))
     assert np.mean([frechet_distance(*pair) for pair in pairs]) > 1
+
+
+@pytest.mark.parametrize(("n", "m", "shift"), [(40, 60, 0.0), (60, 40, 1.5), (4, 5, 0.5)])
+def test_precision_and_recall_are_their_definition(n, m, shift, monkeypatch):
+    monkeypatch.setattr(sys.modules[frechet_distance.__module__], "_CHUNK", 7)
+    drawn, real = _normal(n, shift, 1, 0, 3), _normal(m, 0, 1, 1, 3)
+
+    def covered(points: np.ndarray, of: np.ndarray) -> float:
+        reach = [sorted(np.linalg.norm(of - one, axis=1))[3] for one in of]
+        return np.mean([any(np.linalg.norm(of - one, axis=1) <= reach) for one in points])
+
+    assert precision_recall(drawn, real) == pytest.approx((covered(drawn, real), covered(real, drawn)))
+
+
+def test_precision_and_recall_tell_apart_what_is_missed():
+    real = np.concatenate([_normal(100, 0, 1, 0), _normal(100, 20, 1, 1)])
+    assert precision_recall(real, real) == (1, 1)
+    few, other = precision_recall(_normal(200, 0, 1, 2), real), precision_recall(_normal(200, -20, 1, 3), real)
+    assert few[0] > 0.8 and few[1] < 0.55 and other == (0, 0)
+    with pytest.raises(ValueError, match="expected more than 3 each"):
+        precision_recall(real[:3], real)
+
+
+def test_kernel_distance_does_not_depend_on_its_chunks(monkeypatch):
+    a, b = _normal(50, 0, 1, 0), _normal(33, 0.2, 1, 1)
+    whole = kernel_distance(a, b)
+    monkeypatch.setattr(sys.modules[frechet_distance.__module__], "_CHUNK", 7)
+    assert kernel_distance(a, b) == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.parametrize("shapes", [((1, 4), (5, 4)), ((5, 4), (5, 3)), ((5,), (5,))])
