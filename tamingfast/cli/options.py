@@ -71,6 +71,9 @@ FIRST_STAGE = options((
     },
 ))  # fmt: skip
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
+JSON = options(
+    ("--json", {"action": "store_true", "help": "print one JSON object, and nothing else, to standard output"})
+)
 METADATA = options((
     "--no-metadata",
     {
