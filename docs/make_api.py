@@ -19,8 +19,21 @@ SECTIONS: dict[str, tuple[str, list[str] | None]] = {
     "Models and checkpoints": ("tamingfast", None),
     "Tasks": (
         "tamingfast.tasks",
-        ["sample", "edit", "outpaint", "complete", "reconstruct", "encode", "likelihood", "inspect"],
-    ),
+        [
+            "sample",
+            "edit",
+            "outpaint",
+            "complete",
+            "reconstruct",
+            "encode",
+            "likelihood",
+            "inspect",
+            "recipe_of",
+            "Drawing",
+            "Completion",
+            "Recipe",
+        ],
+    ),  # fmt: skip
     "Sampling": ("tamingfast.sampling", None),
     "Operations": ("tamingfast.ops", ["causal_attention", "nearest_code", "quantize", "group_norm_silu"]),
     "Engines": ("tamingfast.engines", None),

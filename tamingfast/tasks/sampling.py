@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tamingfast.data.conditions import Coordinates
 from tamingfast.errors import UserError
+from tamingfast.files import check_path
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
@@ -32,6 +33,7 @@ from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
 from tamingfast.tasks.recipes import (
+    Recipe,
     RecipeSource,
     check_same_model,
     inputs_of,
@@ -136,6 +138,8 @@ def _like(source: RecipeSource, wanted: _Wanted, given: Mapping[str, Any], resum
     """What is wanted, with all that it leaves out taken from a recipe."""
     if resume:
         raise UserError("like: got a picture to repeat and a canvas to resume, expected one of them; leave one out")
+    if not isinstance(source, Recipe):
+        check_path("like", source)
     recipe = repeatable(source, given)
     say_changed(source, wanted.count, wanted.size, wanted.label, wanted.options)
     numbers = recipe.together if wanted.count is None else range(recipe.first, recipe.first + wanted.count)

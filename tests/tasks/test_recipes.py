@@ -302,6 +302,8 @@ def test_every_cut_of_the_file_is_one_sentence_or_works(valid):
 
 
 def test_pictures_of_others(runs):
+    with pytest.raises(UserError, match="like: got 3, expected a path"):
+        tasks.sample(runs / "prior", like=3)
     Image.new("RGB", (4, 4)).save("x.jpg")
     for path, said in (
         (picture(None), "without a recipe"),
