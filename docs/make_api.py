@@ -33,7 +33,7 @@ SECTIONS: dict[str, tuple[str, list[str] | None]] = {
             "Completion",
             "Recipe",
         ],
-    ),  # fmt: skip
+    ),
     "Sampling": ("tamingfast.sampling", None),
     "Operations": ("tamingfast.ops", ["causal_attention", "nearest_code", "quantize", "group_norm_silu"]),
     "Engines": ("tamingfast.engines", None),
