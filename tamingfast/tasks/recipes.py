@@ -24,7 +24,6 @@ from tamingfast.files import check_path, digest
 from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.sampling.canvas import Canvas
-from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Unread
 from tamingfast.tasks.options import DrawingOptions
 
@@ -313,13 +312,13 @@ def say_changed(
     source: RecipeSource,
     count: int | None,
     size: tuple[int, int] | None,
-    label: Label | None,
+    classes: list[int] | None,
     options: DrawingOptions | None,
 ) -> None:
     """Log which of the values given now, None standing for those left out, are not those of the recipe."""
     recipe = recipe_of(source)
     before: dict[str, Any] = {"count": recipe.count, "size": recipe.size, "classes": recipe.classes}
-    now = {name: value for name, value in (("count", count), ("size", size), ("classes", label)) if value is not None}
+    now = {name: value for name, value in (("count", count), ("size", size), ("classes", classes)) if value is not None}
     if options is not None:
         before |= asdict(recipe.options)
         now |= {name: getattr(options, name) for name in sorted(_OPTIONS)}

@@ -28,7 +28,7 @@ from tamingfast.tasks.conditioning import (
     tokens_under,
 )
 from tamingfast.tasks.drawing import PAPER, Drawing, at_least_one, begun
-from tamingfast.tasks.labels import Label
+from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
@@ -91,13 +91,13 @@ def sample(
         at_least_one(count, "count")
     given: dict[str, Any] = {"condition": condition, "condition_of": condition_of, "photo": photo}
     wanted = _Wanted(count, size, label, scales, options)
-    if like is not None:
-        wanted = _like(like, wanted, given, resume)
-    size, label, options = wanted.size, wanted.label, wanted.options
-    painter = Painter(options, canvas, resume, preview, bars)
     source = unread(model)
     outline = check_prior(source.outline)
     check_label(outline, label)
+    if like is not None:
+        wanted = _like(like, outline, wanted, given, resume)
+    size, label, options = wanted.size, wanted.label, wanted.options
+    painter = Painter(options, canvas, resume, preview, bars)
     found = _condition(outline, Given(condition, condition_of), size, resume)
     start = _scales_of(outline, photo, wanted.scales, size)
     if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):
@@ -134,14 +134,17 @@ class _Wanted:
     image: int | None = None
 
 
-def _like(source: RecipeSource, wanted: _Wanted, given: Mapping[str, Any], resume: bool) -> _Wanted:
+def _like(
+    source: RecipeSource, outline: Net2NetTransformer, wanted: _Wanted, given: Mapping[str, Any], resume: bool
+) -> _Wanted:
     """What is wanted, with all that it leaves out taken from a recipe."""
     if resume:
         raise UserError("like: got a picture to repeat and a canvas to resume, expected one of them; leave one out")
     if not isinstance(source, Recipe):
         check_path("like", source)
     recipe = repeatable(source, given)
-    say_changed(source, wanted.count, wanted.size, wanted.label, wanted.options)
+    classes = None if wanted.label is None else labels_of(outline, wanted.label)
+    say_changed(source, wanted.count, wanted.size, classes, wanted.options)
     numbers = recipe.together if wanted.count is None else range(recipe.first, recipe.first + wanted.count)
     return _Wanted(
         len(numbers),
