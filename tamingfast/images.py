@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tamingfast.errors import brief
@@ -65,18 +66,31 @@ def magnified(pixels: np.ndarray, scale: int) -> np.ndarray:
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else pixels
 
 
-def save_png(path: str | os.PathLike, pixels: np.ndarray, scale: int = 1) -> None:
-    """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; raises what `check_png` raises."""
+def save_png(
+    path: str | os.PathLike, pixels: np.ndarray, scale: int = 1, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write uint8 pixels (H, W, 3), `magnified` by ``scale``, as PNG, atomically; raises what `check_png` raises.
+
+    ``texts`` are kept in the file by their names, each in a text chunk before the pixels.
+    """
     check_png(path)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
         raise ValueError(f"pixels: got {_described(pixels)}, expected an array uint8 (H, W, 3); see images.to_uint8")
+    kept = PngInfo()
+    for name, text in (texts or {}).items():
+        kept.add_text(name, text)
     with atomic_write(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG")
+        Image.fromarray(np.ascontiguousarray(magnified(pixels, scale))).save(temporary, format="PNG", pnginfo=kept)
 
 
-def save_grid(path: str | os.PathLike, images: Tensor | np.ndarray, columns: int | None = None) -> None:
-    """Write `grid` of ``images`` as PNG."""
-    save_png(path, grid(images, columns))
+def save_grid(
+    path: str | os.PathLike,
+    images: Tensor | np.ndarray,
+    columns: int | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write `grid` of ``images`` as PNG; ``texts`` as in `save_png`."""
+    save_png(path, grid(images, columns), texts=texts)
 
 
 def table(rows: Sequence[Tensor | Sequence[Tensor]], padding: int = 2) -> np.ndarray:
@@ -100,14 +114,19 @@ def table(rows: Sequence[Tensor | Sequence[Tensor]], padding: int = 2) -> np.nda
 
 
 def save_rows(
-    path: str | os.PathLike, rows: Sequence[Tensor | Sequence[Tensor]], names: Sequence[str] = (), scale: int = 1
+    path: str | os.PathLike,
+    rows: Sequence[Tensor | Sequence[Tensor]],
+    names: Sequence[str] = (),
+    scale: int = 1,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write images (C, H, W), or batches of them, as the rows of one PNG, such as images above reconstructions.
 
-    ``names`` are written to the left of their rows; ``scale`` is as in `save_png`. Raises what `table` raises.
+    ``names`` are written to the left of their rows; ``scale`` and ``texts`` are as in `save_png`. Raises what `table`
+    raises.
     """
     sheet = magnified(table(rows), scale)
-    save_png(path, labelled(sheet, names) if names else sheet)
+    save_png(path, labelled(sheet, names) if names else sheet, texts=texts)
 
 
 def labelled(sheet: np.ndarray, names: Sequence[str]) -> np.ndarray:

@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
+from tamingfast.cli import about, completion, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
 from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
 from tamingfast.errors import Stopped, UserError, in_words
 from tamingfast.ops import backends
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
-COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about)  # in the order of --help
+COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about, completion)  # in the order of --help
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -36,7 +36,8 @@ class _AboveBars(logging.Handler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0; 1 for a bug of ours; 2 for what the user can correct; 130 when interrupted.
+    Returns the exit status: 0; 1 for a bug of ours; 2 for what the user can correct; 130 when interrupted. They are
+    documented in docs/command-line.md.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = None

@@ -1,19 +1,19 @@
-"""`tamingfast inspect`, `convert`, `export`, `download` and `info`: checkpoints, and what this machine can run."""
+"""`tamingfast inspect`, `convert`, `export`, `download` and `info`: files, and what this machine can run."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
 from tamingfast import __version__, tasks
 from tamingfast.cli.arguments import output, output_directory, source
-from tamingfast.cli.options import ALLOW, Commands, command
-from tamingfast.cli.progress import bars_of, say_written
+from tamingfast.cli.options import ALLOW, JSON, Commands, command
+from tamingfast.cli.progress import bars_of, print_json, say_written
 
 
 def add_to(commands: Commands) -> None:
-    added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
-    added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
+    text = "describe a checkpoint or token file, or how a picture was made"
+    added = command(commands, "inspect", inspect, text, (JSON,))
+    added.add_argument("file", type=source, help="run directory, checkpoint, token file, or PNG that tamingfast drew")
     added = command(
         commands,
         "convert",
@@ -39,11 +39,17 @@ def add_to(commands: Commands) -> None:
     added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
     added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
-    command(commands, "info", info, "what this machine can run, and what is missing for the rest")
+    command(commands, "info", info, "what this machine can run, and what is missing for the rest", (JSON,))
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    print(json.dumps(tasks.inspect(arguments.checkpoint), indent=2))
+    import yaml
+
+    facts = tasks.inspect(arguments.file)
+    if arguments.json:
+        print_json(facts)
+    else:
+        print(yaml.safe_dump(facts, sort_keys=False, width=120), end="")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -73,4 +79,7 @@ def info(arguments: argparse.Namespace) -> None:
     from tamingfast.models import lpips_weights
     from tamingfast.ops import info
 
-    print(f"tamingfast {__version__}\n{info.describe()}\nlpips      {lpips_weights.describe()}")
+    if arguments.json:
+        print_json({"version": __version__, **info.facts(), "lpips": lpips_weights.describe()})
+    else:
+        print(f"tamingfast {__version__}\n{info.describe()}\nlpips      {lpips_weights.describe()}")

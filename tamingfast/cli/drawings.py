@@ -41,10 +41,11 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.resume:
         drawing = replace(tasks.begun_with(canvas), **given)
     else:
-        drawing = DrawingOptions(**given)
+        like = getattr(arguments, "like", None)
+        drawing = DrawingOptions(**given) if like is None else replace(tasks.recipe_of(like).options, **given)
         if arguments.canvas is None:
             tasks.check_unused(canvas)
-    names = ("count", "label", "condition", "condition_of", "resume", "preview")
+    names = ("count", "label", "condition", "condition_of", "resume", "preview", "metadata")
     shared = {name: getattr(arguments, name) for name in names}
     return shared | {"options": drawing, "canvas": canvas, "bars": bars_of(arguments)}
 
@@ -57,27 +58,8 @@ def canvas_file(arguments: argparse.Namespace) -> Path:
 
 
 def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
-    """Write the images of a drawing and pictures of its conditions, and delete its canvas unless --canvas names it.
-
-    A single image, or with --separate each image, gets a file of its own, with the conditions in files beside it;
-    otherwise the conditions and all images are written on one sheet.
-    """
-    import torch
-
-    from tamingfast import images
-    from tamingfast.tasks.pictures import save_pictures
-
-    batch, out = drawing.images, Path(arguments.out)
-    written = [out]
-    if arguments.separate:
-        written = [out.with_name(f"{out.stem}-{number:04d}.png") for number in range(len(batch))]
-        for path, image in zip(written, batch, strict=True):
-            images.save_png(path, images.to_uint8(image))
-    else:
-        save_pictures(out, batch if len(batch) == 1 else torch.cat([*drawing.conditions, batch]))
-    if arguments.separate or len(batch) == 1:
-        for picture in drawing.conditions:
-            save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
+    """Write the pictures of a drawing, and delete its canvas unless --canvas names it."""
+    written = drawing.save(arguments.out, arguments.separate)
     if not arguments.canvas:  # it was saved only for resuming
         tasks.forget(canvas_file(arguments))
     say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")

@@ -13,6 +13,7 @@ from tamingfast.cli.options import (
     DEVICE,
     DRAWING,
     FIRST_STAGE,
+    METADATA,
     RECONSTRUCT,
     Commands,
     command,
@@ -43,7 +44,8 @@ def add_to(commands: Commands) -> None:
 def _command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING))
+    parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING, METADATA)
+    added = command(commands, name, run, text, parents)
     added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
     added.add_argument("photo", type=source, help="image file, or a canvas saved with --canvas")
     added.add_argument("-n", "--count", type=whole(1), help="number of versions; default: 1, or that of the canvas")

@@ -10,13 +10,14 @@ from tamingfast.cli.options import (
     DEVICE,
     DRAWING,
     FIRST_STAGE,
+    JSON,
     Commands,
     command,
     data_settings,
     given_options,
     load,
 )
-from tamingfast.cli.progress import bars_of, say_written
+from tamingfast.cli.progress import bars_of, print_json, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import write_json
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
@@ -25,7 +26,7 @@ from tamingfast.tasks.options import SAMPLES, DrawingOptions
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
-    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING))
+    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, JSON))
     added.add_argument("model", type=source, help="run directory or checkpoint of a first stage or a prior")
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
@@ -68,9 +69,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         perceptual_weights=arguments.perceptual_weights, options=options, bars=bars_of(arguments),
     )  # fmt: skip
     found["model"] = arguments.model
-    print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")
-    for name, reason in found["missing"].items():
-        print(f"\nNot computed: {name}, as {reason}.")
+    if arguments.json:
+        print_json(found)
+    else:
+        print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")
+        for name, reason in found["missing"].items():
+            print(f"\nNot computed: {name}, as {reason}.")
     if arguments.out:
         write_json(arguments.out, found)
-        say_written(arguments.out)
+        say_written(arguments.out, apart=arguments.json)

@@ -17,6 +17,7 @@ from tamingfast.cli.options import (
     DRAWING,
     ENGINE,
     FIRST_STAGE,
+    METADATA,
     RECONSTRUCT,
     Commands,
     command,
@@ -37,7 +38,9 @@ def add_to(commands: Commands) -> None:
     added.add_argument("--out", type=output, default="reconstructed.png", help="PNG to write (default: %(default)s)")
 
     text = "keep the upper half of images and redraw the lower half"
-    added = _command(commands, "complete", complete, text, (FIRST_STAGE, DRAWING, condition_options(nargs="+")))
+    added = _command(
+        commands, "complete", complete, text, (FIRST_STAGE, DRAWING, condition_options(nargs="+"), METADATA)
+    )
     added.add_argument("--out", type=output, default="completed.png", help="PNG to write (default: %(default)s)")
     added.add_argument("--reconstruct", action="store_true", help=RECONSTRUCT)
     added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")
@@ -94,17 +97,15 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def complete(arguments: argparse.Namespace) -> None:
-    from tamingfast import images
-
     check_png(arguments.out)
     size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
     found = tasks.complete(
         load(arguments), _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
         label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of,
-        own_pixels=not arguments.reconstruct, options=options, bars=bars_of(arguments),
+        own_pixels=not arguments.reconstruct, options=options, metadata=arguments.metadata,
+        bars=bars_of(arguments),
     )  # fmt: skip
-    shown = [] if found.conditions is None else [found.conditions]
-    images.save_rows(arguments.out, [*shown, found.images, *zip(*found.completed, strict=True)])
+    found.save(arguments.out)
     say_written(arguments.out)
 
 

@@ -71,6 +71,16 @@ FIRST_STAGE = options((
     },
 ))  # fmt: skip
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
+JSON = options(
+    ("--json", {"action": "store_true", "help": "print one JSON object, and nothing else, to standard output"})
+)
+METADATA = options((
+    "--no-metadata",
+    {
+        "dest": "metadata", "action": "store_false",
+        "help": "do not write into the PNG how it was made (`tamingfast inspect` shows it)",
+    },
+))  # fmt: skip
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 #: Of commands that only encode or decode; those that draw have the engine of `DRAWING`.
 ENGINE = options(

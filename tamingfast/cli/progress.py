@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,11 @@ def _advice(unit: str, arguments: argparse.Namespace) -> str:
     return f"; {smaller} takes less" if hasattr(arguments, "strides") else ""
 
 
-def say_written(path: str | Path, *more: str) -> None:
-    """Print which file has been written."""
-    print(", ".join([f"written: {path}", *more]))
+def say_written(path: str | Path, *more: str, apart: bool = False) -> None:
+    """Print which file has been written; ``apart`` from the results, on standard error."""
+    print(", ".join([f"written: {path}", *more]), file=sys.stderr if apart else sys.stdout)
+
+
+def print_json(facts: Mapping[str, object]) -> None:
+    """Print one JSON object. Raises ValueError for NaN and infinities, which JSON does not have."""
+    print(json.dumps(facts, indent=2, allow_nan=False))

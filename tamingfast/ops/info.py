@@ -1,8 +1,9 @@
-"""What this machine can run, in words: the text of ``tamingfast info``."""
+"""What this machine can run, as facts and in words: what ``tamingfast info`` prints."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tamingfast.ops import attention, backends, codes, norm
 from tamingfast.ops.backends import Availability
@@ -14,24 +15,42 @@ def implementations() -> dict[str, tuple[str, ...]]:
     return {op.name: op.backends for op in ops}
 
 
-def describe() -> str:
-    """The text of ``tamingfast info``: the machine, each backend and its ops, the CUDA engine, and the settings."""
-    facts = backends.machine()
-    lines = [
-        f"python     {facts['python']} on {facts['platform']}",
-        f"torch      {facts['torch']}, threads: {facts['threads']}, processors: {facts['cpu_count']}",
-        f"cpu        {facts['cpu']} ({' '.join(facts['cpu_features']) or 'no known vector instructions'})",
-        f"gpu        {facts['gpu']}",
-    ]
+def facts() -> dict[str, Any]:
+    """The machine, each backend with its ops, the CUDA engine and the settings, in values of JSON."""
     having = implementations()
-    for name, state in backends.status().items():
-        ops = ", ".join(op for op, names in having.items() if name in names)
-        lines.append(f"{name:<10} {_yes_or_no(state)}" + (f" [{ops}]" if state.available else ""))
-    lines.append(f"cuda engine {_yes_or_no(backends.cuda())}")
-    for variable in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA"):
-        lines.append(f"{variable} = {os.environ.get(variable) or 'not set, chosen by device and dtype'}")
+    found = {
+        name: _state(state) | {"ops": [op for op, names in having.items() if name in names]}
+        for name, state in backends.status().items()
+    }
+    settings = {name: os.environ.get(name) or None for name in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA")}
+    return {
+        "machine": backends.machine(), "backends": found, "cuda_engine": _state(backends.cuda()), "settings": settings,
+    }  # fmt: skip
+
+
+def describe() -> str:
+    """`facts` as the text of ``tamingfast info``."""
+    found = facts()
+    machine = found["machine"]
+    lines = [
+        f"python     {machine['python']} on {machine['platform']}",
+        f"torch      {machine['torch']}, threads: {machine['threads']}, processors: {machine['cpu_count']}",
+        f"cpu        {machine['cpu']} ({' '.join(machine['cpu_features']) or 'no known vector instructions'})",
+        f"gpu        {machine['gpu']}",
+    ]
+    for name, state in found["backends"].items():
+        lines.append(
+            f"{name:<10} {_yes_or_no(state)}" + (f" [{', '.join(state['ops'])}]" if state["available"] else "")
+        )
+    lines.append(f"cuda engine {_yes_or_no(found['cuda_engine'])}")
+    for variable, value in found["settings"].items():
+        lines.append(f"{variable} = {value or 'not set, chosen by device and dtype'}")
     return "\n".join(lines)
 
 
-def _yes_or_no(state: Availability) -> str:
-    return f"{'yes' if state.available else 'no'}: {state.reason}"
+def _state(state: Availability) -> dict[str, Any]:
+    return {"available": state.available, "reason": state.reason}
+
+
+def _yes_or_no(state: dict[str, Any]) -> str:
+    return f"{'yes' if state['available'] else 'no'}: {state['reason']}"

@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     from tamingfast.tasks.pictures import load_images as load_images
     from tamingfast.tasks.pictures import read_mask as read_mask
     from tamingfast.tasks.pictures import read_photo as read_photo
+    from tamingfast.tasks.recipes import Recipe as Recipe
+    from tamingfast.tasks.recipes import model_named as model_named
+    from tamingfast.tasks.recipes import recipe_of as recipe_of
     from tamingfast.tasks.reconstruction import Reconstruction as Reconstruction
     from tamingfast.tasks.reconstruction import reconstruct as reconstruct
     from tamingfast.tasks.reconstruction import reconstructed as reconstructed
@@ -94,6 +97,7 @@ _HOMES = {
     ),
     "options": ("DrawingOptions",),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo"),
+    "recipes": ("Recipe", "model_named", "recipe_of"),
     "reconstruction": ("Reconstruction", "reconstruct", "reconstructed"),
     "sampling": ("sample",),
     "sizes": ("grid_size", "image_size", "trained_size", "window_of"),

@@ -19,9 +19,10 @@ from tamingfast.progress import Bars
 from tamingfast.sampling.canvas import Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
 from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted, token_unit
-from tamingfast.tasks.models import is_spatial
+from tamingfast.tasks.models import Unread, is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
+from tamingfast.tasks.recipes import Input, classes_in, made
 
 SUFFIX = ".canvas"  # of a saved `tamingfast.sampling.canvas.Canvas`
 
@@ -82,7 +83,8 @@ class Painter:
             canvas = self._resumed(model, begun, count)
         else:
             assert begun is not None  # may be None only on resuming
-            canvas = painted(model, begun, **options.deciding())
+            first = {name: value for name, value in begun.settings.items() if name == "first_image"}
+            canvas = painted(model, begun, **options.deciding(), **first)
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
         _, rows, columns = canvas.tokens.shape
@@ -103,6 +105,27 @@ class Painter:
         with self.bars("multiply-adds of decoding", None) as counter:
             batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
         return Drawing((batch if keep is None else keep(batch)).clamp(-1, 1), canvas, conditions)
+
+    def noted(
+        self,
+        drawing: Drawing,
+        task: str,
+        source: Unread,
+        model: Net2NetTransformer,
+        inputs: dict[str, Input],
+        *,
+        size: tuple[int, int] | None = None,
+        **arguments: Any,
+    ) -> Drawing:
+        """The drawing with its recipe; the arguments are as in `tamingfast.tasks.recipes.made`, ``size`` its own."""
+        canvas, running = drawing.canvas, self.options or PAPER
+        recipe = made(
+            task, source, model, inputs, first=canvas.settings.get("first_image", 0), count=len(canvas.tokens),
+            prior=canvas.model, classes=classes_in(model, canvas.cond), **arguments,
+            size=size or (drawing.images.shape[2], drawing.images.shape[3]),
+            options=replace(begun_with(canvas), engine=running.engine, batch=running.batch),
+        )  # fmt: skip
+        return replace(drawing, recipe=recipe)
 
     def _resumed(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
         assert self.canvas is not None  # checked in __post_init__

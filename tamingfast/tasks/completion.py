@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamingfast.images import save_rows
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.canvas import keep_pixels
@@ -27,6 +29,7 @@ from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import TIMES, DrawingOptions
 from tamingfast.tasks.pictures import Picture, Pictures, batches, sized
+from tamingfast.tasks.recipes import Recipe, classes_in, inputs_of, made, texts_of
 from tamingfast.tasks.sizes import fixed_size, grid_size
 
 logger = logging.getLogger(__name__)
@@ -40,11 +43,19 @@ class Completion:
         images: (3, H, W) each, as they were completed.
         completed: (times, 3, H, W) of each.
         conditions: (3, H, W) each, pictures of the spatial conditions; None for priors without one.
+        recipe: how they were drawn; None if the task was told to keep none.
     """
 
     images: list[Tensor]
     completed: list[Tensor]
     conditions: list[Tensor] | None
+    recipe: Recipe | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one PNG, with the recipe: rows of the conditions, the images, and each of their completions."""
+        shown = [] if self.conditions is None else [self.conditions]
+        rows = [*shown, self.images, *zip(*self.completed, strict=True)]
+        save_rows(path, rows, texts=texts_of(self.recipe))
 
 
 def complete(
@@ -58,6 +69,7 @@ def complete(
     conditions_of: Sequence[Picture] | None = None,
     own_pixels: bool = True,
     options: DrawingOptions = PAPER,
+    metadata: bool = True,
     bars: Bars = silent,
 ) -> Completion:
     """Keep the upper half of each image and redraw the lower half, ``times`` times.
@@ -73,7 +85,7 @@ def complete(
             from the image, if that kind of condition can be.
         own_pixels: as in `edit`.
         options: how tokens are drawn.
-        bars: as in `sample`.
+        metadata, bars: as in `sample`; the recipe is that of `Completion`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; or images that do not fit into
@@ -91,18 +103,33 @@ def complete(
     given = given_each(len(pictures), conditions, conditions_of)
     for one in {picture.size for picture in pictures}:
         check_schedule(outline, *grid_size(outline, *one), options.schedule, options.stride)
+    inputs: dict[str, Any] = {
+        "images": [one.picture for one in pictures],
+        "conditions": conditions,
+        "conditions_of": conditions_of,
+    }
+    inputs = inputs_of(**inputs) if metadata else {}
     prior = check_windowed(source.model)
+    classes: list[int] = []
     shown: list[Tensor] = []
-    made = Completion([], [], None)
+    taken: list[Tensor] = []
+    completions: list[Tensor] = []
     with options.first_stage():
         for part, x in batches(pictures, first_stage_of(prior).factor):
             found = conditions_of_each(prior, given[part], x, whole)
             cond = tokens_of_each(prior, found, part.stop, label)[-len(x) :]
+            classes += classes_in(prior, cond) or []
             shown += [condition_picture(prior, condition)[0] for condition in found]
             numbers = [again * len(pictures) + part.start for again in range(times)]
-            made.images.extend(x)
-            made.completed.extend(_completions(prior, x, cond, numbers, own_pixels, options, bars).unbind(1))
-    return Completion(made.images, made.completed, shown or None)
+            taken.extend(x)
+            completions.extend(_completions(prior, x, cond, numbers, own_pixels, options, bars).unbind(1))
+    recipe = None
+    if metadata:
+        recipe = made(
+            "complete", source, prior, inputs, count=times * len(pictures), size=size, classes=times * classes or None,
+            options=options, own_pixels=own_pixels, times=times,
+        )  # fmt: skip
+    return Completion(taken, completions, shown or None, recipe)
 
 
 def _completions(

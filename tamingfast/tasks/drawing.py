@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tamingfast import images
 from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import check_count
 from tamingfast.models.multiscale import MultiscaleTransformer
@@ -17,6 +20,8 @@ from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.tasks.models import check_windowed, first_stage_of
 from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.pictures import save_pictures
+from tamingfast.tasks.recipes import Recipe, texts_of
 from tamingfast.tasks.sizes import grid_size, window_under
 
 #: The default options, which are the paper's.
@@ -33,11 +38,45 @@ class Drawing:
         canvas: their tokens, complete, with the settings and condition that decided them; `edit` and `outpaint` accept
             it in place of a photo.
         conditions: pictures (1, 3, H, W) of the spatial condition, or of the photo whose coarse scales were given.
+        recipe: how they were drawn; None if the task was told to keep none.
     """
 
     images: Tensor
     canvas: Canvas
     conditions: tuple[Tensor, ...]
+    recipe: Recipe | None = None
+
+    def save(self, path: str | os.PathLike[str], separate: bool = False) -> list[Path]:
+        """Write the images and pictures of their conditions as PNG, each with its recipe; returns the images' files.
+
+        A single image, or if they are ``separate`` each image, gets a file of its own, with the conditions in files
+        beside it; otherwise the conditions and all images are written on one sheet. Raises what
+        `tamingfast.files.check_png` raises.
+        """
+        out, batch = Path(path), self.images
+        written = [out]
+        if separate:
+            written = [out.with_name(f"{out.stem}-{number:04d}.png") for number in range(len(batch))]
+            for number, (file, image) in enumerate(zip(written, batch, strict=True)):
+                images.save_png(file, images.to_uint8(image), texts=texts_of(self.recipe, number))
+        else:
+            sheet = batch if len(batch) == 1 else torch.cat([*self.conditions, batch])
+            save_pictures(out, sheet, texts_of(self.recipe))
+        if separate or len(batch) == 1:
+            for picture in self.conditions:
+                save_pictures(out.with_name(f"{out.stem}-condition.png"), picture)
+        return written
+
+    def only(self, image: int) -> Drawing:
+        """The drawing of the image of this number alone; numbers begin with the canvas's first."""
+        canvas, first = self.canvas, self.canvas.settings.get("first_image", 0)
+        place = slice(image - first, image - first + 1)
+        alone = replace(
+            canvas, tokens=canvas.tokens[place], pending=canvas.pending[place], cond=canvas.cond[place],
+            settings=canvas.settings | {"first_image": image},
+        )  # fmt: skip
+        recipe = self.recipe and replace(self.recipe, image=image)
+        return replace(self, images=self.images[place], canvas=alone, recipe=recipe)
 
 
 def draw(
@@ -128,14 +167,14 @@ def decoded(
 
     ``progress`` as in `tamingfast.engines.first_stage.run`; it restarts with each batch.
     """
-    images = []
+    drawn = []
     grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
     for tokens, pending in zip(grids.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
         pixels = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())
-        images.append(pixels.masked_fill(gray, 0.0))
-    return torch.cat(images)
+        drawn.append(pixels.masked_fill(gray, 0.0))
+    return torch.cat(drawn)
 
 
 @torch.no_grad()

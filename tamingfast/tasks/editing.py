@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +30,7 @@ from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import Picture, named, read_mask, read_photo
+from tamingfast.tasks.recipes import inputs_of
 from tamingfast.tasks.sizes import grid_size
 
 #: A photo, a canvas to continue, or the path of a saved canvas, which ends in `SUFFIX`.
@@ -50,6 +51,7 @@ def edit(
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    metadata: bool = True,
     bars: Bars = silent,
 ) -> Drawing:
     """Redraw the masked region of a photo.
@@ -64,7 +66,7 @@ def edit(
             the photo, if that kind of condition can be.
         own_pixels: show the photo's own pixels in the part that is kept, instead of their reconstruction by the first
             stage. A seam one token wide around what is resampled fades from one to the other.
-        options, canvas, resume, preview, bars: as in `sample`.
+        options, canvas, resume, preview, metadata, bars: as in `sample`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; an empty mask; or an unfinished
@@ -82,10 +84,15 @@ def edit(
             f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint what is to change white, "
             "on black or on nothing"
         )
+    inputs = inputs_of(photo=photo, mask=mask, condition=condition, condition_of=condition_of) if metadata else {}
     prior = check_windowed(source.model)
     with (options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
-        return _painted(painter, prior, replace(opening, canvas=opening.canvas.resample(tokens)), count, own_pixels)
+        opening = replace(opening, canvas=opening.canvas.resample(tokens))
+        drawing = _painted(painter, prior, opening, count, own_pixels)
+    if not metadata:
+        return drawing
+    return painter.noted(drawing, "edit", source, prior, inputs, own_pixels=own_pixels)
 
 
 def outpaint(
@@ -105,6 +112,7 @@ def outpaint(
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    metadata: bool = True,
     bars: Bars = silent,
 ) -> Drawing:
     """Draw what lies around a photo.
@@ -114,7 +122,7 @@ def outpaint(
         photo: the photo, or a canvas from an earlier drawing.
         left, right, top, bottom: pixels to add, multiples of f.
         condition, condition_of: as in `edit`, but of the size of the larger image.
-        count, label, own_pixels, options, canvas, resume, preview, bars: as in `edit`.
+        count, label, own_pixels, options, canvas, resume, preview, metadata, bars: as in `edit`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; or an unfinished canvas that
@@ -132,12 +140,17 @@ def outpaint(
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
     added = Added(*(pixels // factor for pixels in sides.values()))
     kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, added)
+    inputs = inputs_of(photo=photo, condition=condition, condition_of=condition_of) if metadata else {}
     prior = check_windowed(source.model)
     with (options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
         if opening.photo is not None:
             opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))
-        return _painted(painter, prior, opening, count, own_pixels)
+        drawing = _painted(painter, prior, opening, count, own_pixels)
+    if not metadata:
+        return drawing
+    arguments: dict[str, Any] = {"own_pixels": own_pixels, **sides}
+    return painter.noted(drawing, "outpaint", source, prior, inputs, **arguments)
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,25 @@ from tamingfast.checkpoints.infer import KNOWN
 from tamingfast.checkpoints.load import config_beside, read_translated
 from tamingfast.checkpoints.locate import embedded_config, weights_path
 from tamingfast.checkpoints.weights import unwrapped
+from tamingfast.data.rgb import upright_size
 from tamingfast.data.tokens import FORMAT, TokenDataset
-from tamingfast.files import check_path
+from tamingfast.files import check_path, open_regular
 from tamingfast.models.prior import UNCONDITIONAL
+from tamingfast.tasks.recipes import recipe_of
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe the contents and the config of a run directory, checkpoint or token file, without building a model.
 
     ``first_stage`` is the fingerprint of the first stage's weights; for a token file, of the first stage that made the
-    tokens. Raises UserError if the file is missing, damaged, or neither a checkpoint nor a token file.
+    tokens. Of a PNG that a task drew, ``recipe`` says how, as `Recipe.facts` does. Raises UserError if the file is
+    missing, damaged, or none of these.
     """
     check_path("path", path)
+    if _is_png(path):
+        height, width = upright_size(path)
+        picture = {"file": str(path), "bytes": os.path.getsize(path), "size": f"{height}x{width}"}
+        return picture | {"recipe": recipe_of(path).facts()}
     path = weights_path(Path(path))
     checkpoint, config = read_translated(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
@@ -42,6 +49,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "values_by_dtype": _counted(state, lambda key: str(state[key].dtype).removeprefix("torch.")),
         "values_by_part": _counted(state, lambda key: key.split(".")[0]),
     }
+
+
+def _is_png(path: str | os.PathLike[str]) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open_regular(path) as stream:
+        return stream.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def _of_tokens(path: Path) -> dict[str, Any]:

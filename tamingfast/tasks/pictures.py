@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -239,12 +239,15 @@ def as_image(source: Picture, name: str = "picture", background: str = "white") 
     return Image.fromarray(source).convert("RGB")
 
 
-def save_pictures(path: str | os.PathLike[str], batch: Tensor) -> None:
-    """Write images (B, 3, H, W) in [-1, 1] to one PNG: a single image as it is, several as a sheet."""
+def save_pictures(path: str | os.PathLike[str], batch: Tensor, texts: Mapping[str, str] | None = None) -> None:
+    """Write images (B, 3, H, W) in [-1, 1] to one PNG: a single image as it is, several as a sheet.
+
+    ``texts`` as in `tamingfast.images.save_png`.
+    """
     if len(batch) == 1:
-        images.save_png(path, images.to_uint8(batch[0]))
+        images.save_png(path, images.to_uint8(batch[0]), texts=texts)
     else:
-        images.save_grid(path, batch)
+        images.save_grid(path, batch, texts=texts)
 
 
 def cover(image: Image.Image, height: int, width: int) -> np.ndarray:

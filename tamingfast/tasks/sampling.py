@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
+from tamingfast.data.conditions import Coordinates
 from tamingfast.errors import UserError
+from tamingfast.files import check_path
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
@@ -23,10 +28,18 @@ from tamingfast.tasks.conditioning import (
     tokens_under,
 )
 from tamingfast.tasks.drawing import PAPER, Drawing, at_least_one, begun
-from tamingfast.tasks.labels import Label
+from tamingfast.tasks.labels import Label, labels_of
 from tamingfast.tasks.models import Model, check_prior, is_spatial, unread
 from tamingfast.tasks.options import COUNT, DrawingOptions
 from tamingfast.tasks.pictures import Picture, load_images
+from tamingfast.tasks.recipes import (
+    Recipe,
+    RecipeSource,
+    check_same_model,
+    inputs_of,
+    repeatable,
+    say_changed,
+)
 from tamingfast.tasks.sizes import grid_size, image_size
 
 
@@ -44,6 +57,8 @@ def sample(
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    like: RecipeSource | None = None,
+    metadata: bool = True,
     bars: Bars = silent,
 ) -> Drawing:
     """Draw new images.
@@ -62,51 +77,107 @@ def sample(
         resume: continue the interrupted drawing in ``canvas``. Other arguments, if given, must be those it was begun
             with.
         preview: called with the images so far (B, 3, H, W) every few seconds, or the PNG to write them to.
+        like: a picture of an earlier `sample`, or its recipe, to repeat: it gives what is left out of count, size,
+            label, scales and options. The model must be the one that drew it, and a photo or a condition that it began
+            with is given again. What is given besides replaces the recipe's, which a warning says.
+        metadata: note how the images were drawn in `Drawing.recipe`, which `Drawing.save` writes into the files.
         bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; or an unfinished canvas that
-            would be overwritten.
+            would be overwritten; or a picture to repeat that another model or another task drew.
     """
-    painter = Painter(options, canvas, resume, preview, bars)
-    source = unread(model)
-    outline = check_prior(source.outline)
     if count is not None:
         at_least_one(count, "count")
+    given: dict[str, Any] = {"condition": condition, "condition_of": condition_of, "photo": photo}
+    wanted = _Wanted(count, size, label, scales, options)
+    source = unread(model)
+    outline = check_prior(source.outline)
     check_label(outline, label)
+    if like is not None:
+        wanted = _like(like, outline, wanted, given, resume)
+    size, label, options = wanted.size, wanted.label, wanted.options
+    painter = Painter(options, canvas, resume, preview, bars)
     found = _condition(outline, Given(condition, condition_of), size, resume)
-    start = _scales_of(outline, photo, scales, size)
+    start = _scales_of(outline, photo, wanted.scales, size)
     if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):
         drawn = image_size(outline, size) if found is None else (found.shape[0], found.shape[1])
         check_schedule(outline, *grid_size(outline, *drawn), options.schedule, options.stride)
+    inputs = inputs_of(**given) if metadata else {}
     prior = check_prior(source.model)
+    if like is not None:
+        check_same_model(like, prior)
     blank = None
     with (options or PAPER).first_stage():
         if not resume or any(value is not None for value in (found, start, label, size)):
-            blank = _blank(prior, count or COUNT, found, label, size, start, scales)
-        finished = painter.paint(prior, blank, count)
+            blank = _blank(prior, wanted, found, start)
+        finished = painter.paint(prior, blank, wanted.count)
         shown = condition_pictures(prior, found, finished.cond) if start is None else (start,)
-        return painter.finish(prior, finished, shown)
+        drawing = painter.finish(prior, finished, shown)
+    if metadata and not (resume and _begins_with_a_picture(prior) and not inputs):  # which the canvas does not tell
+        drawing = painter.noted(
+            drawing, "sample", source, prior, inputs, size=size if inputs else None, scales=wanted.scales
+        )
+    return drawing if wanted.image is None else drawing.only(wanted.image)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """What is to be drawn: the arguments of `sample`, the first image's number, and the only image wanted of all."""
+
+    count: int | None
+    size: tuple[int, int] | None
+    label: Label | None
+    scales: int | None
+    options: DrawingOptions | None
+    first: int = 0
+    image: int | None = None
+
+
+def _like(
+    source: RecipeSource, outline: Net2NetTransformer, wanted: _Wanted, given: Mapping[str, Any], resume: bool
+) -> _Wanted:
+    """What is wanted, with all that it leaves out taken from a recipe."""
+    if resume:
+        raise UserError("like: got a picture to repeat and a canvas to resume, expected one of them; leave one out")
+    if not isinstance(source, Recipe):
+        check_path("like", source)
+    recipe = repeatable(source, given)
+    classes = None if wanted.label is None else labels_of(outline, wanted.label)
+    say_changed(source, wanted.count, wanted.size, classes, wanted.options)
+    numbers = recipe.together if wanted.count is None else range(recipe.first, recipe.first + wanted.count)
+    return _Wanted(
+        len(numbers),
+        wanted.size or recipe.size,
+        recipe.classes_from(numbers.start) if wanted.label is None else wanted.label,
+        recipe.arguments.get("scales") if wanted.scales is None else wanted.scales,
+        wanted.options or recipe.options,
+        numbers.start,
+        recipe.image if wanted.count is None else None,
+    )
+
+
+def _begins_with_a_picture(model: Net2NetTransformer) -> bool:
+    """Whether a drawing of this prior may begin with a photo or a condition."""
+    return isinstance(model, MultiscaleTransformer) or (is_spatial(model) and model.cond_stage_key != Coordinates.key)
 
 
 def _blank(
     model: Net2NetTransformer,
-    count: int,
+    wanted: _Wanted,
     condition: Condition | None,
-    label: Label | None,
-    size: tuple[int, int] | None,
     start: Tensor | None,
-    scales: int | None,
 ) -> Canvas:
     """The canvas to draw; nothing is known but the coarse scales of ``start``, if given."""
-    cond = tokens_under(model, count, condition, label)
-    if start is not None and scales is not None and isinstance(model, MultiscaleTransformer):
-        return begun(model, start.to(model.device), scales, cond)
+    cond = tokens_under(model, wanted.count or COUNT, condition, wanted.label)
+    numbered = {"first_image": wanted.first} if wanted.first else {}
+    if start is not None and wanted.scales is not None and isinstance(model, MultiscaleTransformer):
+        return replace(begun(model, start.to(model.device), wanted.scales, cond), settings=numbered)
     if condition is not None:
         rows, columns = cond.shape[1:3]
     else:
-        rows, columns = grid_size(model, *image_size(model, size))
-    return Canvas.blank(cond, *model.canvas_size(rows, columns))
+        rows, columns = grid_size(model, *image_size(model, wanted.size))
+    return Canvas.blank(cond, *model.canvas_size(rows, columns), **numbered)
 
 
 def _scales_of(

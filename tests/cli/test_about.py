@@ -15,13 +15,13 @@ from tamingfast.training import prior
 
 class TestFiles:
     def test_inspect(self, capsys):
-        assert run("inspect", golden.checkpoint("net2net_seg")) == 0
+        assert run("inspect", golden.checkpoint("net2net_seg"), "--json") == 0
         facts = json.loads(capsys.readouterr().out)
         assert facts["values_by_part"]["cond_stage_model"] > 0 and facts["condition"] == "segmentation"
 
     def test_inspect_a_run_its_converted_file_and_the_tokens_it_learned(self, runs, tmp_path, capsys):
         def inspected(path):
-            assert run("inspect", path) == 0
+            assert run("inspect", path, "--json") == 0
             return json.loads(capsys.readouterr().out)
 
         stage, converted, file = runs / "vqgan", tmp_path / "c.safetensors", tmp_path / "tokens.safetensors"

@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": ["convert", "model", "out.safetensors"],
     "export": ["export", "model", "--out", "out"],
     "download": ["download", "lpips"],
+    "completion": ["completion", "bash"],
 }
 MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
 NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "9" * 5000, str(2**64))
@@ -43,7 +44,7 @@ NO_NUMBERS = {
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format"}
+NAMES = {"shell", "schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.

@@ -58,7 +58,7 @@ def test_names_travel_with_the_run_and_its_converted_file(named, tmp_path, capsy
     converted = checkpoints.convert(named, tmp_path / "c.safetensors")
     for path in (named, converted):
         assert tasks.class_names_of(load_model(path)) == NAMES
-        assert run("inspect", path) == 0
+        assert run("inspect", path, "--json") == 0
         assert json.loads(capsys.readouterr().out)["classes"] == NAMES
         assert run("sample", path, "-n", 1, "--class", "dog", "--size", 8, "--out", tmp_path / "s.png") == 0
         capsys.readouterr()
