@@ -62,7 +62,7 @@ def test_causal_attention_in_half_precision_errs_as_its_formula(rng, dtype, n_un
 
 @pytest.mark.parametrize("n_unmasked", [0, 5])
 def test_gradients_under_autocast_on_a_cpu_err_by_the_rounding_of_their_inputs(rng, n_unmasked):
-    """Nothing but inputs, output and gradients is rounded: exactly what attention in float32 gives of rounded inputs."""
+    """Only inputs, output and gradients are rounded: they are what attention in float32 gives of rounded inputs."""
     inputs = [normal(rng, 2, 4, 40, 24).requires_grad_() for _ in range(3)]
     weight = normal(rng, 2, 4, 40, 24)
     with torch.autocast("cpu", torch.bfloat16):
