@@ -7,13 +7,13 @@ import json
 
 from tamingfast import __version__, tasks
 from tamingfast.cli.arguments import output, output_directory, source
-from tamingfast.cli.options import ALLOW, Commands, command
+from tamingfast.cli.options import ALLOW, OR_DEMO, Commands, command
 from tamingfast.cli.progress import bars_of, say_written
 
 
 def add_to(commands: Commands) -> None:
     added = command(commands, "inspect", inspect, "describe a checkpoint or token file")
-    added.add_argument("checkpoint", type=source, help="run directory, checkpoint or token file")
+    added.add_argument("checkpoint", type=source, help=f"run directory, checkpoint or token file{OR_DEMO}")
     added = command(
         commands,
         "convert",
@@ -31,10 +31,11 @@ def add_to(commands: Commands) -> None:
         "--layout", choices=["tamingfast", "diffusers"], default="tamingfast",
         help="what to write: one file, or the folder of a VQModel of diffusers (default: %(default)s)",
     )  # fmt: skip
+    added.add_argument("--dtype", help="round the weights to this: float32, bfloat16 or float16; default: float32")
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
     text = "write the encoder, decoder and transformer as programs that run without tamingfast, and check them"
     added = command(commands, "export", export, text, (ALLOW,))
-    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint{OR_DEMO}")
     added.add_argument("--out", type=output_directory, required=True, help="directory to write into")
     added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
@@ -50,8 +51,9 @@ def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
     written = checkpoints.convert(
-        arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout
-    )
+        arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout,
+        dtype=arguments.dtype,
+    )  # fmt: skip
     say_written(written)
 
 

@@ -10,6 +10,7 @@ from tamingfast.cli.options import (
     DEVICE,
     DRAWING,
     FIRST_STAGE,
+    OR_DEMO,
     Commands,
     command,
     data_settings,
@@ -26,7 +27,7 @@ def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
     added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING))
-    added.add_argument("model", type=source, help="run directory or checkpoint of a first stage or a prior")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint of a first stage or a prior{OR_DEMO}")
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
     )

@@ -70,6 +70,8 @@ FIRST_STAGE = options((
         "help": "the first stage of a model that is a transformer alone, such as LlamaGen's",
     },
 ))  # fmt: skip
+#: In the help of a command that takes a model.
+OR_DEMO = "; or demo, which comes with the package"
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 RESUME = options(("--resume", {"action": "store_true", "help": "continue the run in --out"}))
 #: Of commands that only encode or decode; those that draw have the engine of `DRAWING`.

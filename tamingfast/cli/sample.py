@@ -12,6 +12,7 @@ from tamingfast.cli.options import (
     DEVICE,
     DRAWING,
     FIRST_STAGE,
+    OR_DEMO,
     Commands,
     command,
     condition_options,
@@ -25,7 +26,7 @@ def add_to(commands: Commands) -> None:
     """Declare the command."""
     parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING)
     added = command(commands, "sample", sample, "draw new images", parents)
-    added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint of a prior{OR_DEMO}")
     added.add_argument("-n", "--count", type=whole(1), help=f"number of images; default: {COUNT}")
     added.add_argument("--size", help="HEIGHTxWIDTH in pixels; default: the training size")
     added.add_argument("--out", type=output, default="samples.png", help="PNG with all images (default: %(default)s)")
