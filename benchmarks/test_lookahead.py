@@ -3,8 +3,8 @@
 The tokens of the CPU engine are those of decoding one after the other, which is asserted for every image that is timed.
 How many a pass chooses depends on how well tokens can be guessed, hence on the prior: `TAMINGFAST_BENCH_PRIOR` names
 run directories or checkpoints of unconditional or class-conditional priors, of latent tokens or of pixels, separated by
-colons. Without it a prior with random weights takes their place, whose tokens hardly can be guessed: that shows what
-lookahead costs where it does not pay. docs/make_lookahead.py counts tokens per pass without timing anything.
+colons, by default the model of the package. "random weights" is a prior whose tokens can hardly be guessed: that shows
+what lookahead costs where it does not pay. docs/make_lookahead.py counts tokens per pass without timing anything.
 
 TAMINGFAST_BENCH_TINY=1 runs everything in seconds, with tiny networks. TAMINGFAST_ISA=avx2 measures that path.
 """
@@ -32,7 +32,9 @@ from tamingfast.ops.choice import Choice
 from tamingfast.sampling import sample_grid
 
 TINY = os.environ.get("TAMINGFAST_BENCH_TINY") == "1"
-PRIORS = [path for path in os.environ.get("TAMINGFAST_BENCH_PRIOR", "").split(":") if path] or ["random weights"]
+PRIORS = [
+    path for path in os.environ.get("TAMINGFAST_BENCH_PRIOR", "random weights" if TINY else "demo").split(":") if path
+]
 WIDTHS = (2, 4) if TINY else (2, 4, 8, 16, 32)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32)
 #: Images that are compared in torch, and rounds that are timed.

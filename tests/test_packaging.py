@@ -32,7 +32,8 @@ def modules() -> set[str]:
 
 
 def data_files() -> set[str]:
-    return {str(path.relative_to(ROOT)) for path in ROOT.glob("tamingfast/configs/**/*.yaml")} | {"tamingfast/py.typed"}
+    kept = [*ROOT.glob("tamingfast/configs/**/*.yaml"), *ROOT.glob("tamingfast/pretrained/demo/*")]
+    return {str(path.relative_to(ROOT)) for path in kept} | {"tamingfast/py.typed"}
 
 
 def native_files() -> set[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from tamingfast.checkpoints import compat
 from tamingfast.checkpoints.config import at, without_checkpoints
 from tamingfast.checkpoints.formats import diffusers
-from tamingfast.checkpoints.load import load_model
+from tamingfast.checkpoints.load import dtype_of, load_model
 from tamingfast.checkpoints.pretrained import weights_of
 from tamingfast.checkpoints.targets import class_of
 from tamingfast.checkpoints.weights import save_weights
@@ -43,16 +43,18 @@ def convert(
     *,
     allow: Collection[str] = (),
     layout: str = "tamingfast",
+    dtype: torch.dtype | str | None = None,
 ) -> Path:
     """Write a checkpoint that `load_model` can open as one file, without optimizer states and losses.
 
     A ``.safetensors`` file has its config inside. A ``.ckpt`` file is one that the original's code loads, and its
     config with the original's names is put beside it as ``.yaml``. With ``layout`` "diffusers" it is a folder of
     config.json and weights, for networks that diffusers' VQModel can be. Quantisers become plain codebooks where those
-    do the same; ``allow`` is as for `load_model`. Returns the path of the file or folder. UserError for another suffix
-    or layout, and for a model that the layout has not.
+    do the same; ``allow`` is as for `load_model`. With a ``dtype``, such as "bfloat16", weights are rounded to that.
+    Returns the path of the file or folder. UserError for another suffix or layout, and for a model that the layout has
+    not.
     """
-    out = Path(out)
+    out, dtype = Path(out), dtype_of(dtype)
     if layout not in LAYOUTS:
         raise UserError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout == "diffusers":
@@ -62,30 +64,30 @@ def convert(
     model = load_model(checkpoint, config, allow=allow)
     settings = _plain(without_checkpoints(model.config))
     if layout == "diffusers":
-        _write_for_diffusers(model, settings["model"]["params"], out)
+        _write_for_diffusers(model, settings["model"]["params"], out, dtype)
     elif out.suffix == ".ckpt":
-        _write_original(model, settings["model"], out)
+        _write_original(model, settings["model"], out, dtype)
     else:
-        save_weights(out, weights_of(model), {"config": json.dumps(settings)})
+        save_weights(out, weights_of(model, dtype), {"config": json.dumps(settings)})
     return out
 
 
-def _write_for_diffusers(model: nn.Module, params: dict[str, Any], out: Path) -> None:
+def _write_for_diffusers(model: nn.Module, params: dict[str, Any], out: Path, dtype: torch.dtype) -> None:
     name = type(model).__name__
     if name not in diffusers.CLASSES:
         raise UserError(f"layout: got 'diffusers' for a {name}, expected one of {', '.join(diffusers.CLASSES)}")
-    config, state = diffusers.written(params, weights_of(model))
+    config, state = diffusers.written(params, weights_of(model, dtype))
     out.mkdir(parents=True, exist_ok=True)
     # The config first: without weights the folder is refused, and weights without their config could be misread.
     write_json(out / "config.json", config)
     save_weights(out / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
 
 
-def _write_original(model: nn.Module, settings: dict[str, Any], out: Path) -> None:
+def _write_original(model: nn.Module, settings: dict[str, Any], out: Path, dtype: torch.dtype) -> None:
     """Write ``out`` and the YAML beside it, both or none."""
     described: Any = _with_their_names(settings, "model")
     beside = out.with_suffix(".yaml")
-    state = {key: value.contiguous() for key, value in weights_of(model).items()}
+    state = {key: value.contiguous() for key, value in weights_of(model, dtype).items()}
     with atomic_write(beside) as written:
         OmegaConf.save(OmegaConf.create({"model": described}), written)
         with atomic_write(out) as temporary, reported(out, temporary):

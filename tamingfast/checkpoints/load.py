@@ -70,7 +70,7 @@ def load_model(
         UserError: a file is missing, damaged or unsafe, holds weights that are not finite, or does not fit the config.
     """
     check_path("checkpoint", checkpoint)
-    dtype, device = _dtype(dtype), pick_device(str(device or "cpu"))
+    dtype, device = dtype_of(dtype), pick_device(str(device or "cpu"))
     path = weights_path(Path(checkpoint))
     allowed = None if isinstance(config, Mapping) else allow  # a mapping is the caller's own, and may name any class
     found, settings = _opened(path, config, allowed)
@@ -111,7 +111,8 @@ def _remember(model: Any, settings: dict[str, Any], allow: Collection[str]) -> N
     model.allow = frozenset(allow)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The floating dtype of that name, float32 for None; UserError for anything else."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(found, torch.dtype) or found not in FLOATS:
         names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)

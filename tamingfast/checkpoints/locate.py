@@ -32,17 +32,38 @@ _PUBLISHED = (
     "diffusion_pytorch_model.fp16.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "model.ckpt",
 )  # fmt: skip
 _PIPELINE_PARTS = ("vqvae", "movq", "vqmodel")
+#: Models that come with the package, each a folder of its name in the Hub's layout.
+PACKAGED = Path(__file__).parents[1] / "pretrained"
 _DEEPEST_CONFIG = 64  # levels of sections; those of real configs have about ten
+
+
+def located(name: str | os.PathLike[str], access: hub.Access = hub.USUAL) -> Path:
+    """The file or folder that a user means: what is at that path or, if nothing is, what has that name.
+
+    That is a model in `PACKAGED`, or the local copy of a repository of the Hub (`tamingfast.checkpoints.hub`).
+    """
+    if names_packaged(name):
+        return PACKAGED / name
+    return hub.fetched(name, access) if hub.names_repository(name) else Path(name)
+
+
+def names_packaged(name: str | os.PathLike[str]) -> bool:
+    """Whether a path means a model in `PACKAGED`: it is the name of one, and there is nothing at it."""
+    return os.fspath(name) in packaged_names() and not os.path.lexists(name)
+
+
+def packaged_names() -> list[str]:
+    """The names of the models in `PACKAGED`."""
+    return sorted(path.parent.name for path in PACKAGED.glob(f"*/{HUB_CONFIG}"))
 
 
 def weights_path(path: Path) -> Path:
     """The weights of a run directory of either project, UserError if there are none; any other path unchanged.
 
-    Of several checkpoints it is the one of the most steps, as the files themselves record them. A path at which there
-    is nothing, but which is the name of a repository of the Hub, is its local copy (`tamingfast.checkpoints.hub`).
+    Of several checkpoints it is the one of the most steps, as the files themselves record them. Names stand for what
+    `located` finds.
     """
-    if hub.names_repository(path):
-        path = hub.fetched(path)
+    path = located(path)
     if not os.path.isdir(path):  # as Path.is_dir, but False for a path that no system call takes
         return path
     for name in (WEIGHTS, HUB_WEIGHTS):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tamingfast.checkpoints import hub
 from tamingfast.checkpoints.config import at, check_config_values, plain, without_checkpoints
-from tamingfast.checkpoints.load import load_model
-from tamingfast.checkpoints.locate import HUB_CONFIG, HUB_WEIGHTS
+from tamingfast.checkpoints.load import dtype_of, load_model
+from tamingfast.checkpoints.locate import HUB_CONFIG, HUB_WEIGHTS, located
 from tamingfast.checkpoints.model_card import CARD, model_card
-from tamingfast.checkpoints.weights import folded, save_weights
+from tamingfast.checkpoints.weights import check_finite, folded, save_weights
 from tamingfast.errors import UserError
 from tamingfast.files import check_directory, writable_path, write_json, write_text
 
@@ -33,9 +33,8 @@ def open_pretrained(
     allow: Collection[str] = (),
     access: hub.Access = hub.USUAL,
 ) -> nn.Module:
-    """`load_model` of a path or, if there is nothing at it, of a repository that is reached as ``access`` says."""
-    path = hub.fetched(name, access) if hub.names_repository(name) else Path(name)
-    return load_model(path, config, device, dtype, allow=allow)
+    """`load_model` of what a name stands for; a repository is reached as ``access`` says."""
+    return load_model(located(name, access), config, device, dtype, allow=allow)
 
 
 def save_pretrained(
@@ -44,21 +43,24 @@ def save_pretrained(
     config: Mapping[str, Any] | None = None,
     figures: Mapping[str, Any] | None = None,
     title: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and, unless there is one, ``README.md`` into ``folder``.
 
     Losses are left out, and so are settings that name local files. ``config`` is the config of a model that was not
-    loaded with one; ``figures`` is a result of `tamingfast.evaluation.evaluate_model`, for the card. Returns
-    ``folder``; UserError if there is no config, or if the folder cannot be written.
+    loaded with one; ``figures`` is a result of `tamingfast.evaluation.evaluate_model`, for the card; ``dtype`` is that
+    of the weights in the file, by default the model's. Returns ``folder``; UserError if there is no config, if the
+    weights do not fit into that type, or if the folder cannot be written.
     """
     folder = Path(folder)
+    weights = weights_of(model, dtype)
     settings = published(model, config)
     card = model_card(model, settings, title or folder.resolve().name, figures)
     check_directory(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (HUB_CONFIG, HUB_WEIGHTS, CARD):
         writable_path(folder / name)
-    save_weights(folder / HUB_WEIGHTS, weights_of(model), {"format": "pt"})
+    save_weights(folder / HUB_WEIGHTS, weights, {"format": "pt"})
     write_json(folder / HUB_CONFIG, settings)
     if not (folder / CARD).exists():
         write_text(folder / CARD, card)
@@ -90,10 +92,19 @@ def push_to_hub(
         )  # fmt: skip
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that using the model takes: without losses, with quantisers as `Quantizer.fold` leaves them."""
+def weights_of(model: nn.Module, dtype: torch.dtype | str | None = None) -> dict[str, Tensor]:
+    """The state dict that using the model takes: without losses, with quantisers as `Quantizer.fold` leaves them.
+
+    With a ``dtype``, such as "bfloat16", its real numbers are rounded to that; UserError if one becomes infinite.
+    """
+    wanted = None if dtype is None else dtype_of(dtype)
     state = folded(model, model.state_dict())
-    return {key: value for key, value in state.items() if ".loss." not in f".{key}"}
+    state = {key: value for key, value in state.items() if ".loss." not in f".{key}"}
+    if wanted is None:
+        return state
+    state = {key: value.to(wanted) if value.is_floating_point() else value for key, value in state.items()}
+    check_finite(state, f"weights in {dtype}")
+    return state
 
 
 def published(model: nn.Module, config: Mapping[str, Any] | None = None) -> dict[str, Any]:

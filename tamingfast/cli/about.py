@@ -6,14 +6,16 @@ import argparse
 
 from tamingfast import __version__, tasks
 from tamingfast.cli.arguments import output, output_directory, source
-from tamingfast.cli.options import ALLOW, JSON, Commands, command
+from tamingfast.cli.options import ALLOW, JSON, OR_DEMO, Commands, command
 from tamingfast.cli.progress import bars_of, print_json, say_written
 
 
 def add_to(commands: Commands) -> None:
     text = "describe a checkpoint or token file, or how a picture was made"
     added = command(commands, "inspect", inspect, text, (JSON,))
-    added.add_argument("file", type=source, help="run directory, checkpoint, token file, or PNG that tamingfast drew")
+    added.add_argument(
+        "file", type=source, help=f"run directory, checkpoint, token file, or PNG that tamingfast drew{OR_DEMO}"
+    )
     added = command(
         commands,
         "convert",
@@ -31,10 +33,11 @@ def add_to(commands: Commands) -> None:
         "--layout", choices=["tamingfast", "diffusers"], default="tamingfast",
         help="what to write: one file, or the folder of a VQModel of diffusers (default: %(default)s)",
     )  # fmt: skip
+    added.add_argument("--dtype", help="round the weights to this: float32, bfloat16 or float16; default: float32")
     added.add_argument("--config", type=source, help="YAML config of the checkpoint, if it is not beside it")
     text = "write the encoder, decoder and transformer as programs that run without tamingfast, and check them"
     added = command(commands, "export", export, text, (ALLOW,))
-    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint{OR_DEMO}")
     added.add_argument("--out", type=output_directory, required=True, help="directory to write into")
     added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
@@ -56,8 +59,9 @@ def convert(arguments: argparse.Namespace) -> None:
     from tamingfast import checkpoints
 
     written = checkpoints.convert(
-        arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout
-    )
+        arguments.checkpoint, arguments.out, arguments.config, allow=arguments.allow, layout=arguments.layout,
+        dtype=arguments.dtype,
+    )  # fmt: skip
     say_written(written)
 
 

@@ -14,6 +14,7 @@ from tamingfast.cli.options import (
     DRAWING,
     FIRST_STAGE,
     METADATA,
+    OR_DEMO,
     RECONSTRUCT,
     Commands,
     command,
@@ -46,7 +47,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING, METADATA)
     added = command(commands, name, run, text, parents)
-    added.add_argument("model", type=source, help="run directory or checkpoint of a prior")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint of a prior{OR_DEMO}")
     added.add_argument("photo", type=source, help="image file, or a canvas saved with --canvas")
     added.add_argument("-n", "--count", type=whole(1), help="number of versions; default: 1, or that of the canvas")
     added.add_argument("--out", type=output, default=f"{name}ed.png", help="PNG to write (default: %(default)s)")

@@ -6,7 +6,7 @@ import argparse
 
 from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
-from tamingfast.cli.options import ALLOW, DEVICE, ENGINE, Commands, command, data_settings, load
+from tamingfast.cli.options import ALLOW, DEVICE, ENGINE, OR_DEMO, Commands, command, data_settings, load
 from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 
@@ -16,7 +16,7 @@ def add_to(commands: Commands) -> None:
     added = command(
         commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE, ALLOW, ENGINE)
     )
-    added.add_argument("model", type=source, help="run directory or checkpoint of a first stage")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint of a first stage{OR_DEMO}")
     added.add_argument("--out", type=output, required=True, help="token file to write (.safetensors)")
     added.add_argument(
         "--cond-stage", type=source, help="run or checkpoint of the conditions' first stage, if they have one"

@@ -11,6 +11,7 @@ from tamingfast.cli.options import (
     DRAWING,
     FIRST_STAGE,
     JSON,
+    OR_DEMO,
     Commands,
     command,
     data_settings,
@@ -27,7 +28,7 @@ def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
     added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, JSON))
-    added.add_argument("model", type=source, help="run directory or checkpoint of a first stage or a prior")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint of a first stage or a prior{OR_DEMO}")
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
     )

@@ -18,6 +18,7 @@ from tamingfast.cli.options import (
     ENGINE,
     FIRST_STAGE,
     METADATA,
+    OR_DEMO,
     RECONSTRUCT,
     Commands,
     command,
@@ -68,7 +69,7 @@ def _command(
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
     added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
-    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("model", type=source, help=f"run directory or checkpoint{OR_DEMO}")
     added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
     whole = "the training size" if name == "likelihood" else "each whole, its sides rounded down to multiples of f"
     added.add_argument("--size", help=f"HEIGHTxWIDTH in pixels to scale and cut them to; default: {whole}")

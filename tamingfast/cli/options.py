@@ -70,6 +70,8 @@ FIRST_STAGE = options((
         "help": "the first stage of a model that is a transformer alone, such as LlamaGen's",
     },
 ))  # fmt: skip
+#: In the help of a command that takes a model.
+OR_DEMO = "; or demo, which comes with the package"
 RECONSTRUCT = "show the first stage's reconstruction of the kept part, not its own pixels"
 JSON = options(
     ("--json", {"action": "store_true", "help": "print one JSON object, and nothing else, to standard output"})

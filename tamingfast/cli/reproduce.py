@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
     )
     text = (
         f"one of {', '.join(experiments.EXPERIMENTS)} (default: {experiments.DEFAULT}), then settings that override "
-        "the preset's; or all, with settings EXPERIMENT.key=value"
+        f"the preset's; or all, which leaves out {', '.join(experiments.ALONE)}, with settings EXPERIMENT.key=value"
     )
     added.add_argument("overrides", nargs="*", metavar="EXPERIMENT | key=value", help=text)
 

@@ -13,6 +13,7 @@ from tamingfast.cli.options import (
     DRAWING,
     FIRST_STAGE,
     METADATA,
+    OR_DEMO,
     Commands,
     command,
     condition_options,
@@ -28,7 +29,8 @@ def add_to(commands: Commands) -> None:
     parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING, METADATA)
     added = command(commands, "sample", sample, "draw new images", parents)
     text = (
-        "run directory or checkpoint of a prior; with --like, by default the one of the recorded name here or in runs/"
+        f"run directory or checkpoint of a prior{OR_DEMO}; with --like, by default the one of the recorded name here "
+        "or in runs/"
     )
     added.add_argument("model", type=source, nargs="?", help=text)
     added.add_argument("-n", "--count", type=whole(1), help=f"number of images; default: {COUNT}")

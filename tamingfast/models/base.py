@@ -93,9 +93,10 @@ class Module(nn.Module):
         *,
         config: Mapping[str, Any] | None = None,
         figures: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card; see `pretrained.save_pretrained`."""
-        return pretrained.save_pretrained(self, save_directory, config, figures)
+        return pretrained.save_pretrained(self, save_directory, config, figures, dtype=dtype)
 
     def push_to_hub(
         self,

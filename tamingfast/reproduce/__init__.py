@@ -20,6 +20,8 @@ EXPERIMENTS = {
 }
 DEFAULT = "pixels"
 ALL = "all"
+#: What `ALL` leaves out: it would take longer than all others together.
+ALONE = ("recipe",)
 
 
 def run(
@@ -30,7 +32,7 @@ def run(
     resume: bool = False,
     device: str | None = None,
 ) -> Path:
-    """Run one of `EXPERIMENTS`, or `ALL` of them; returns the path of ``out/report.md``.
+    """Run one of `EXPERIMENTS`, or `ALL` of them but `ALONE`; returns the path of ``out/report.md``.
 
     Args:
         preset: name of a packaged preset, as listed by `tamingfast.reproduce.settings.presets`.

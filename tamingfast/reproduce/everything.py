@@ -1,4 +1,4 @@
-"""All experiments, one after another: ``tamingfast reproduce all``."""
+"""The experiments, one after another: ``tamingfast reproduce all``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tamingfast.reproduce.settings import presets
 def run(
     preset: str, out: str | os.PathLike, overrides: Sequence[str] = (), resume: bool = False, device: str | None = None
 ) -> Path:
-    """Run all of `tamingfast.reproduce.EXPERIMENTS`, each in a directory of its name; returns the path of an index.
+    """Run `tamingfast.reproduce.EXPERIMENTS` but `ALONE`, each in a directory of its name; returns an index's path.
 
     The index ``out/report.md`` links to their reports and is updated after each. Overrides are
     ``EXPERIMENT.key=value``. ``resume`` skips experiments that have a report. Raises UserError
     as `tamingfast.reproduce.run` does, and before anything runs if an experiment lacks the preset.
     """
-    out, names = Path(out), list(reproduce.EXPERIMENTS)
+    out, names = Path(out), [name for name in reproduce.EXPERIMENTS if name not in reproduce.ALONE]
     for name in names:
         known = presets(name)
         if preset not in known:

@@ -13,7 +13,7 @@ from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.orderings import Identity
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
-from tamingfast.tasks.models import config_of, first_stage_of
+from tamingfast.tasks.models import config_of, first_stage_of, is_spatial
 
 #: Side in tokens of the largest window, the paper's; a grid that fits into the block gets one window of its own size.
 WINDOW = 16
@@ -29,8 +29,13 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
     side = trained_side(config_of(model))
     if side is not None:
         return side, side
-    # The published VQGANs were trained on 16 x 16 tokens.
-    return (WINDOW * factor, WINDOW * factor) if isinstance(first_stage_of(model), VQModel) else None
+    if not isinstance(first_stage_of(model), VQModel):
+        return None
+    # The published models were trained on 16 x 16 tokens; a block of a smaller grid has no room for them.
+    side = WINDOW
+    if isinstance(model, Net2NetTransformer) and not is_spatial(model):
+        side = min(WINDOW, math.isqrt(model.transformer.config.block_size))
+    return side * factor, side * factor
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:

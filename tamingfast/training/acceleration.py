@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -46,3 +49,23 @@ def _check_compiler() -> None:
             f"training.compile: got true without a C++ compiler ({first_line(error)}), expected one on the path; "
             "install it, or leave training.compile out"
         ) from error
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Raises UserError for an error of torch's compilers, which run when a compiled network is first called."""
+    try:
+        yield
+    except Exception as error:
+        if not any(_is_of_compilers(kind) for kind in type(error).__mro__):
+            raise
+        reason = first_line(getattr(error, "inner_exception", error))
+        raise UserError(
+            f"training.compile: got true, but torch could not compile the networks ({reason}), expected a compiler "
+            "that works and has room for its files; leave training.compile out"
+        ) from error
+
+
+def _is_of_compilers(kind: type) -> bool:
+    # Dynamo's other errors are those of the networks themselves.
+    return kind.__module__.startswith("torch._inductor") or kind.__name__ == "BackendCompilerFailed"

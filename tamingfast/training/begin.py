@@ -20,6 +20,7 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
+from tamingfast.training.acceleration import compiling
 from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
 from tamingfast.training.events import writer_class
@@ -127,7 +128,7 @@ def _check_forward(stage: Stage, dataset: EpochDataset, among: World) -> None:
     stage.model.eval()
     devices = [among.device] if among.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with compiling(), torch.no_grad(), torch.random.fork_rng(devices):
             stage.validate([to_device(batch, among.device)])
     except UserError:
         raise

@@ -21,6 +21,7 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
+from tamingfast.training.acceleration import compiling
 from tamingfast.training.averages import Averages
 from tamingfast.training.distributed import World
 from tamingfast.training.events import Events
@@ -170,16 +171,17 @@ class _Run:
     def move(self, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One step of the optimizers; raises UserError with the likely cause when a value is not finite."""
         try:
-            return step(
-                self.stage.optimizers,
-                self.stage.loss,
-                batches,
-                device=self.among.device.type,
-                precision=self.settings.precision,
-                grad_clip=self.settings.grad_clip,
-                reduce=self.among.average_gradients,
-                check=lambda loss, norm, values: self.monitor.check(self.step, loss, norm, values, batches),
-            )
+            with compiling():
+                return step(
+                    self.stage.optimizers,
+                    self.stage.loss,
+                    batches,
+                    device=self.among.device.type,
+                    precision=self.settings.precision,
+                    grad_clip=self.settings.grad_clip,
+                    reduce=self.among.average_gradients,
+                    check=lambda loss, norm, values: self.monitor.check(self.step, loss, norm, values, batches),
+                )
         except ValueError as error:
             self.monitor.explain(self.step, error, batches)
             raise

@@ -12,6 +12,7 @@ from refusals import refused, unchanged
 from tamingfast import UserError, checkpoints, load_model
 from tamingfast.checkpoints import compat
 from tamingfast.checkpoints.targets import descriptions
+from tamingfast.checkpoints.weights import read_state_dict
 
 NAMES = [
     "vqmodel_f2", "vqmodel_f8_rect", "gumbelvq_f2", "vqsegmentation_f2", "net2net_uncond", "net2net_class",
@@ -62,6 +63,7 @@ def test_every_class_of_a_config_has_its_way_back():
 def test_what_the_original_lacks_is_refused(tmp_path):
     config = yaml.safe_load(golden.path("vqmodel_f2.yaml").read_text())
     model = load_model(golden.checkpoint("vqmodel_f2"), config)
+    write = checkpoints.convert.__globals__["_write_original"]
     with unchanged(tmp_path):
         for change, said in (
             ({"target": "tamingfast.models.multiscale.MultiscaleTransformer"}, "which the original lacks"),
@@ -69,10 +71,37 @@ def test_what_the_original_lacks_is_refused(tmp_path):
         ):
             model.config = {"model": config["model"] | change}
             with pytest.raises(UserError, match=said):
-                checkpoints.convert.__globals__["_write_original"](model, model.config["model"], tmp_path / "x.ckpt")
+                write(model, model.config["model"], tmp_path / "x.ckpt", torch.float32)
 
 
 def test_the_command(tmp_path):
     assert run("convert", golden.checkpoint("vqmodel_f2"), tmp_path / "t.ckpt") == 0
     assert (tmp_path / "t.yaml").is_file()
     refused("convert", golden.checkpoint("vqmodel_f2"), tmp_path / "t.pt", names=".safetensors or .ckpt")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_are_rounded_to_a_type(dtype, tmp_path):
+    checkpoint = golden.checkpoint("net2net_class")
+    exact, wanted = load_model(checkpoint), getattr(torch, dtype)
+    for name in ("m.safetensors", "m.ckpt"):
+        assert run("convert", checkpoint, tmp_path / name, "--dtype", dtype) == 0
+        stored = read_state_dict(tmp_path / name)
+        found = load_model(tmp_path / name)
+        for key, value in exact.state_dict().items():
+            if not key.endswith(".attn.mask"):
+                assert stored[key].dtype == (wanted if value.is_floating_point() else value.dtype), key
+                assert torch.equal(found.state_dict()[key], value.to(stored[key].dtype).to(value.dtype)), key
+    folder = exact.save_pretrained(tmp_path / "hub", dtype=dtype)
+    assert {value.dtype for value in read_state_dict(folder / "model.safetensors").values()} <= {wanted, torch.int64}
+    for key, value in load_model(folder).state_dict().items():
+        assert torch.equal(value, found.state_dict()[key]), key
+
+
+def test_weights_that_a_type_cannot_hold(tmp_path):
+    model = load_model(golden.checkpoint("vqmodel_f2"))
+    model.quantize.embedding.weight.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"^weights in float16: got 1 non-finite values"):
+        model.save_pretrained(tmp_path / "m", dtype="float16")
+    assert not (tmp_path / "m").exists()
+    refused("convert", golden.checkpoint("vqmodel_f2"), tmp_path / "t.safetensors", "--dtype", "int8", names="--dtype")

@@ -8,5 +8,4 @@ SMALLER = {
     "orderings": ("data.length=48",),
     "compression": (),
     "multiscale": ("data.length=48", "sampling.images=3"),
-    "recipe": (),
 }

@@ -60,6 +60,26 @@ def test_causal_attention_in_half_precision_errs_as_its_formula(rng, dtype, n_un
     assert error <= 2 * own + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("n_unmasked", [0, 5])
+def test_gradients_under_autocast_on_a_cpu_err_by_the_rounding_of_their_inputs(rng, n_unmasked):
+    """Only inputs, output and gradients are rounded: they are what attention in float32 gives of rounded inputs."""
+    inputs = [normal(rng, 2, 4, 40, 24).requires_grad_() for _ in range(3)]
+    weight = normal(rng, 2, 4, 40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.causal_attention(*inputs, n_unmasked)
+    assert out.dtype == torch.bfloat16
+    found = (out, *torch.autograd.grad((out * weight).sum(), inputs))
+    rounded = [each.detach().bfloat16().float().requires_grad_() for each in inputs]
+    exact = ops.causal_attention(*rounded, n_unmasked)
+    expected = (exact, *torch.autograd.grad(exact, rounded, weight.bfloat16().float()))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.float(), theirs.bfloat16().float())
+    precise = attention_by_rows(*inputs, n_unmasked, 24**-0.5)
+    gradients = torch.autograd.grad((precise * weight).sum(), inputs)
+    for mine, theirs in zip(found, (precise, *gradients), strict=True):
+        assert (mine - theirs).norm() < 4 * torch.finfo(torch.bfloat16).eps * theirs.norm()
+
+
 @pytest.mark.parametrize("name", [None, "reference"])
 @pytest.mark.parametrize("n_unmasked", [0, 3])
 def test_causal_attention_drops_weights(rng, name, n_unmasked):

@@ -19,8 +19,8 @@ def rows_of(out):
     return {row["name"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
 
 
-def test_every_row_is_measured(everything):
-    out = everything / "recipe"
+def test_every_row_is_measured(tmp_path):
+    out = reproduce.run("recipe", "smoke", tmp_path / "recipe").parent
     rows, text = rows_of(out), (out / "report.md").read_text()
     assert list(rows) == ROWS
     for name, row in rows.items():
@@ -36,7 +36,7 @@ def test_every_row_is_measured(everything):
     assert "not measured (evaluation.features=null)" in text and "Not run yet" not in text
 
 
-def test_a_study_continues_with_the_rows_that_are_missing(everything, monkeypatch, tmp_path):
+def test_a_study_continues_with_the_rows_that_are_missing(monkeypatch, tmp_path):
     out = tmp_path / "recipe"
     trained = []
 

@@ -46,6 +46,11 @@ def test_a_class_by_name_number_and_list(named):
     assert labels(named, None, 5) == [0, 1, 2, 3, 0]
 
 
+def test_the_size_of_token_files_is_the_size_that_is_drawn(named):
+    """Their config records no pixels, but the transformer's block has room for 4 x 4 tokens only."""
+    assert tasks.image_size(load_model(named)) == (8, 8) == tuple(tasks.sample(named, 1).images.shape[2:])
+
+
 @pytest.mark.parametrize("label", ["fish", "doq", 4, -1, "4", 1.5, [], ["cat", "fish"], "cat,fish"])
 def test_a_class_that_is_none(named, label):
     with pytest.raises(UserError, match="label: got .*expected") as caught:

@@ -92,6 +92,22 @@ def without_dropout(stage: str, out: Path, first_stage: Path, **settings: bool) 
     return prior.train(made, first_stage, out, False, "cpu", tiny.datasets())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_networks_that_are_not_compiled(training, tmp_path, monkeypatch):
+    def broken(module: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        if torch.is_grad_enabled() or not training:
+            raise OSError("No space left")
+        return module
+
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(compile, backend=broken))
+    torch._dynamo.reset()
+    said = r"^training.compile: got true, but .*No space left.*, expected a compiler"
+    with torch._functorch.config.patch(donated_buffer=True), pytest.raises(UserError, match=said):  # restores it
+        tiny.train("vqgan", tmp_path / "run", compile=True)
+    assert (tmp_path / "run").exists() == training
+
+
 def test_without_a_compiler(tmp_path, monkeypatch):
     from torch._inductor import cpp_builder, exc
 
