@@ -137,6 +137,24 @@ def test_a_convolution_is_torchs(case, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sums_of_many_terms_round_less_than_torchs(isa, kernel):
+    """A direct sum goes in groups of terms; one after the other, 4,608 terms round four times as much."""
+    case = Case(inner=512, out=32, height=6, width=6, kernel=kernel, method="patches")
+    expected = case.reference(torch.float64)
+    torchs = (case.reference(torch.float32) - expected).square().mean()
+    assert (case.run(isa).out - expected).square().mean() <= torchs
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_blocks_of_a_convolution_are_known_before_it_is_made(case, isa):
+    sizes = case.out, case.inner, case.kernel, case.stride, case.method
+    planned = NATIVE.Convolution.planned_blocks(*sizes, isa)
+    assert planned == NATIVE.Convolution(array(case.weight), None, *sizes, 1, isa).blocks
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threads_bands_and_other_images_change_no_bit(case, isa):
     whole = case.run(isa)
@@ -202,6 +220,10 @@ def test_impossible_convolutions_are_refused(change, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         NATIVE.Convolution(
             array(weight), None, sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"], 1
+        )
+    with pytest.raises(ValueError, match=f"^{name}"):
+        NATIVE.Convolution.planned_blocks(
+            sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"]
         )
 
 
