@@ -148,6 +148,7 @@ struct Convolution::Packed {
 
   struct Work;
   struct Scratch;
+  static Packed plan(const ConvolutionWeights& weights, Method wanted, Isa isa);
   void tiles(const Work& work, Scratch* scratch, Barrier& barrier, int thread, int of) const;
   void patches(const Work& work, Scratch& scratch, int thread, int of) const;
 };
@@ -175,12 +176,12 @@ void choose_blocks(std::int64_t channels, bool shared, int m, const ConvolutionK
 
 }  // namespace
 
-Convolution::Convolution(const ConvolutionWeights& w, Method wanted, int threads, Isa isa) {
+// Everything but the weights.
+Convolution::Packed Convolution::Packed::plan(const ConvolutionWeights& w, Method wanted, Isa isa) {
   require_least("out", w.out, 1);
   require_least("in", w.in, 1);
   require_range("kernel", w.kernel, 1, kMostKernel);
   require_range("stride", w.stride, 1, kMostKernel);
-  require_least("threads", threads, 1);
   // The smaller tile is for exactness, and over short sums split values round more than whole ones.
   const bool exact = wanted == Method::winograd2 && isa == Isa::avx512bf16;
   const ConvolutionKernels& kernels = convolution_kernels_for(exact ? Isa::avx512 : isa);
@@ -190,15 +191,21 @@ Convolution::Convolution(const ConvolutionWeights& w, Method wanted, int threads
   // Products on AMX are so fast that many weights take longer to read than to multiply.
   const bool fewer = kernels.storage.split && w.in * w.out > kSharedChannels;
   const Method method = wanted != Method::winograd ? wanted : fewer ? Method::winograd2 : Method::winograd4;
-  packed_.reset(
-      new Packed{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}});
-  Packed& p = *packed_;
+  Packed p{w.out, w.in, w.kernel, w.stride, method, kernels, kernels.panel, 0, 0, 0, 0, 0, false, {}, {}};
   p.padded = round_to(w.out, p.panel);
   p.depth = winograd ? round_to(w.in, kernels.storage.depth_step) : w.in * w.kernel * w.kernel;
   const int side = p.m() + 2;
   p.positions = winograd ? side * side : 1;
   p.shared = winograd && w.in * w.out > kSharedChannels;
   choose_blocks(w.in + w.out, p.shared, p.m(), kernels, p.tile_rows, p.tile_columns);
+  return p;
+}
+
+Convolution::Convolution(const ConvolutionWeights& w, Method method, int threads, Isa isa)
+    : packed_(new Packed(Packed::plan(w, method, isa))) {
+  require_least("threads", threads, 1);
+  Packed& p = *packed_;
+  const bool winograd = p.winograd();
   p.panels = Memory(static_cast<std::size_t>(p.positions * p.matrix()) * sizeof(float));
   p.bias = Memory(static_cast<std::size_t>(p.padded) * sizeof(float));
   if (w.bias) std::memcpy(p.bias.as<float>(), w.bias, w.out * sizeof(float));
@@ -235,6 +242,9 @@ Convolution::Convolution(const ConvolutionWeights& w, Method wanted, int threads
 Convolution::~Convolution() = default;
 std::size_t Convolution::bytes() const { return packed_->panels.size() + packed_->bias.size(); }
 Blocks Convolution::blocks() const { return packed_->blocks(); }
+Blocks Convolution::planned_blocks(const ConvolutionWeights& weights, Method method, Isa isa) {
+  return Packed::plan(weights, method, isa).blocks();
+}
 std::int64_t Convolution::out() const { return packed_->out; }
 std::int64_t Convolution::in() const { return packed_->in; }
 

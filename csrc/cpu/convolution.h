@@ -68,6 +68,8 @@ class Convolution {
 
   std::size_t bytes() const;  // of the packed weights
   Blocks blocks() const;      // whose moments a run writes; blocks().rows is also the unit of bands
+  // blocks() of a convolution that is still to be made; its weights and bias are not read.
+  static Blocks planned_blocks(const ConvolutionWeights& weights, Method method, Isa isa);
   std::int64_t out() const;
   std::int64_t in() const;
 

@@ -11,6 +11,9 @@ constexpr int kProductPieces = 2;                       // vectors per row of a 
 constexpr int kProductRows = kLanes == 16 ? 8 : 6;      // so that a tile's sums fill the registers
 constexpr int kProductPanel = kProductPieces * kLanes;  // output channels per panel
 constexpr int64_t kProductDepth = 256;                  // inner dimension per pass: a panel of it stays in L1
+// Terms that are summed on their own before they join the sum of all: n in a row round as much as about n / 2 sums of
+// two, and n in groups of the square root of n as about that many.
+constexpr int64_t kProductTerms = 64;
 
 // --- products --------------------------------------------------------------------------------------------------------
 
@@ -18,21 +21,25 @@ constexpr int64_t kProductDepth = 256;                  // inner dimension per p
 template <int Rows, bool Add>
 [[gnu::always_inline]] inline void product_tile(const float* a, int64_t lda, const float* panel, int64_t k, float* c,
                                                 int64_t ldc, const float* next, int64_t step) {
-  Floats sum[Rows][kProductPieces];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kProductPieces; ++v) sum[r][v] = Add ? load(c + r * ldc + v * kLanes) : Floats{};
+  for (int64_t first = 0; first < k; first += kProductTerms) {
+    const int64_t last = first + kProductTerms < k ? first + kProductTerms : k;
+    Floats sum[Rows][kProductPieces] = {};
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < k; ++i) {
-    Floats b[kProductPieces];
-    for (int v = 0; v < kProductPieces; ++v) b[v] = load(panel + i * kProductPanel + v * kLanes);
-    __builtin_prefetch(next + i * step, 0, 2);
-    for (int r = 0; r < Rows; ++r) {
-      const Floats x = spread(a[r * lda + i]);
-      for (int v = 0; v < kProductPieces; ++v) sum[r][v] = fused(x, b[v], sum[r][v]);
+    for (int64_t i = first; i < last; ++i) {
+      Floats b[kProductPieces];
+      for (int v = 0; v < kProductPieces; ++v) b[v] = load(panel + i * kProductPanel + v * kLanes);
+      __builtin_prefetch(next + i * step, 0, 2);
+      for (int r = 0; r < Rows; ++r) {
+        const Floats x = spread(a[r * lda + i]);
+        for (int v = 0; v < kProductPieces; ++v) sum[r][v] = fused(x, b[v], sum[r][v]);
+      }
     }
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < kProductPieces; ++v) {
+        float* at = c + r * ldc + v * kLanes;
+        store(at, Add || first > 0 ? load(at) + sum[r][v] : sum[r][v]);
+      }
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kProductPieces; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
 }
 
 template <bool Add>

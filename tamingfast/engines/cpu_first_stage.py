@@ -42,9 +42,9 @@ from tamingfast.ops import backends, check
 MAPS, ATTENTION_MAPS = 3, 6
 #: Bytes of a band; a smaller one would not keep all threads busy.
 BAND = 8 << 20
-#: Where few channels are summed, a transform's rounding alone would exceed 4 times the error of torch. Convolutions of
-#: at most `FEW` input channels are direct, those of at most `NARROW` pairs of channels take the smaller tile. Neither
-#: costs time: with so few channels transforms take longer than products.
+#: Where few channels are summed, a transform's rounding alone would come close to 4 times the error of torch, or exceed
+#: it. Convolutions of at most `FEW` input channels are direct, those of at most `NARROW` pairs of channels take the
+#: smaller tile; they take two to three times as long for it.
 FEW, NARROW = 32, 64 * 64
 _MOST_THREADS = 256
 
@@ -57,21 +57,27 @@ def _ignore(layer: int, part: float) -> None:
 
 
 class FirstStageEngine:
-    """An encoder or a decoder with packed weights; calls may run side by side."""
+    """An encoder or a decoder; calls may run side by side.
 
-    def __init__(self, network: LayeredNetwork) -> None:
+    Args:
+        network: is not kept.
+        keep: pack all weights now and keep them. Otherwise each call packs those of a layer when it reaches the layer,
+            and drops them after it; the results have the same bits.
+    """
+
+    def __init__(self, network: LayeredNetwork, keep: bool = True) -> None:
         self.layers = network.layers()
-        self._packed = {id(conv): _pack(conv) for layer in self.layers for conv in layer.convolutions}
-        self._projections = {
-            id(layer): _pack_together(layer.query, layer.key, layer.value)
-            for layer in self.layers
-            if isinstance(layer, Attention)
-        }
+        self._joined = [convs for layer in self.layers for convs in _joined(layer)]
+        self._kept = {tuple(map(id, convs)): _pack(convs) for convs in self._joined} if keep else {}
+
+    def packed(self, convs: tuple[nn.Conv2d, ...]) -> _Packed:
+        """Convolutions of one input as one, their outputs one after the other."""
+        known = self._kept.get(tuple(map(id, convs)))
+        return _pack(convs) if known is None else known
 
     def info(self) -> dict[str, int]:
-        """weight_bytes: bytes of the packed weights."""
-        packed = [*self._packed.values(), *self._projections.values()]
-        return {"weight_bytes": sum(conv.native.bytes for conv in packed)}
+        """weight_bytes: bytes of the packed weights that are kept."""
+        return {"weight_bytes": sum(conv.native.bytes for conv in self._kept.values())}
 
     def peak(self, before: Shape) -> int:
         """Bytes of feature maps at most in memory for an image of shape ``before``, if all of them fit."""
@@ -81,7 +87,7 @@ class FirstStageEngine:
 
     def band(self, before: Shape) -> int:
         """Bytes of the smallest band of any layer."""
-        rows = [conv.native.blocks[0] for conv in self._packed.values()]
+        rows = [_plan(convs).blocks[0] for convs in self._joined]
         return 4 * max(rows) * max(channels * width for channels, _, width in shapes(self.layers, before))
 
     def result(self, before: Shape) -> int:
@@ -113,36 +119,68 @@ class FirstStageEngine:
 # --- packed weights ---------------------------------------------------------------------------------------------------
 
 
+def _joined(layer: Layer) -> list[tuple[nn.Conv2d, ...]]:
+    """The convolutions of a layer, those together that read the same input."""
+    if isinstance(layer, Attention):
+        return [(layer.query, layer.key, layer.value), (layer.projection,)]
+    return [(conv,) for conv in layer.convolutions]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How convolutions of one input are computed."""
+
+    out: int
+    inner: int
+    kernel: int
+    stride: int
+
+    @property
+    def method(self) -> str:
+        winograd = self.kernel == 3 and self.stride == 1 and self.inner % LANES == 0 and self.inner > FEW
+        return "patches" if not winograd else "winograd2" if self.inner * self.out <= NARROW else "winograd"
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, str]:
+        return self.out, self.inner, self.kernel, self.stride, self.method
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns of the blocks of which moments are summed; bands are whole rows of blocks."""
+        return _native().Convolution.planned_blocks(*self.arguments, backends.isa())
+
+    @property
+    def reach(self) -> int:
+        """Padding of a convolution of stride 1."""
+        return self.kernel // 2
+
+
 @dataclass(frozen=True)
 class _Packed:
     native: Any
-    inner: int
-    reach: int  # padding of a convolution of stride 1
-    stride: int
+    plan: _Plan
 
 
-def _pack(conv: nn.Conv2d) -> _Packed:
-    return _pack_weights(conv.weight, conv.bias, conv.stride[0])
+def _plan(convs: tuple[nn.Conv2d, ...]) -> _Plan:
+    first = convs[0]
+    return _Plan(sum(conv.out_channels for conv in convs), first.in_channels, first.kernel_size[0], first.stride[0])
 
 
-def _pack_together(*convs: nn.Conv2d) -> _Packed:
-    """Convolutions of one input as one, their outputs one after the other."""
-    biases = [conv.bias if conv.bias is not None else conv.weight.new_zeros(len(conv.weight)) for conv in convs]
-    return _pack_weights(torch.cat([conv.weight for conv in convs]), torch.cat(biases), 1)
-
-
-def _pack_weights(weight: Tensor, bias: Tensor | None, stride: int) -> _Packed:
-    module, reason = backends.native()
-    assert module is not None, reason
-    weight = weight.detach().to(torch.float32).contiguous()
-    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    out, inner, kernel, _ = weight.shape
-    winograd = kernel == 3 and stride == 1 and inner % LANES == 0 and inner > FEW
-    method = "patches" if not winograd else "winograd2" if inner * out <= NARROW else "winograd"
-    native = module.Convolution(
-        _array("weight", weight), _maybe("bias", bias), out, inner, kernel, stride, method, _threads(), backends.isa()
+def _pack(convs: tuple[nn.Conv2d, ...]) -> _Packed:
+    plan = _plan(convs)
+    weight = _together([conv.weight for conv in convs])
+    bias = None
+    if any(conv.bias is not None for conv in convs):
+        bias = _together([conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias for conv in convs])
+    native = _native().Convolution(
+        _array("weight", weight), _maybe("bias", bias), *plan.arguments, _threads(), backends.isa()
     )
-    return _Packed(native, inner, kernel // 2, stride)
+    return _Packed(native, plan)
+
+
+def _together(tensors: list[Tensor]) -> Tensor:
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return joined.detach().to(torch.float32).contiguous()
 
 
 def _array(name: str, tensor: Tensor) -> tuple[int, int]:
@@ -179,12 +217,12 @@ class _Run:
             return self.resample(layer, x)
         out = self.new(layer.shape(x.shape))
         if isinstance(layer, Upsample):
-            self.convolve(layer.conv, x, out, upsample=True)
+            self.convolve(layer.convolutions, x, out, upsample=True)
         elif isinstance(layer, Downsample):
-            self.convolve(layer.conv, x, out, padding=layer.padding[0])
+            self.convolve(layer.convolutions, x, out, padding=layer.padding[0])
         else:
             assert isinstance(layer, Convolution), "other layers are refused"
-            self.convolve(layer.conv, x, out, norm=layer.norm)
+            self.convolve(layer.convolutions, x, out, norm=layer.norm)
         x.close()
         return out
 
@@ -201,25 +239,25 @@ class _Run:
 
     def residual(self, layer: Residual, x: Map) -> Map:
         hidden = self.new(layer.shape(x.shape))
-        self.convolve(layer.conv1, x, hidden, norm=layer.norm1, share=0.5)
+        self.convolve((layer.conv1,), x, hidden, norm=layer.norm1, share=0.5)
         out = x
         if layer.shortcut is not None:
             out = self.new(layer.shape(x.shape))
-            self.convolve(layer.shortcut, x, out, share=0.0)
+            self.convolve((layer.shortcut,), x, out, share=0.0)
             x.close()
-        self.convolve(layer.conv2, hidden, out, norm=layer.norm2, residual=True, share=0.5)
+        self.convolve((layer.conv2,), hidden, out, norm=layer.norm2, residual=True, share=0.5)
         hidden.close()
         return out
 
     def attention(self, layer: Attention, x: Map) -> Map:
         channels, height, width = x.shape
         joined = self.new((3 * channels, height, width))
-        self.convolve_packed(self.engine._projections[id(layer)], x, joined, norm=layer.norm, share=0.25)
+        self.convolve((layer.query, layer.key, layer.value), x, joined, norm=layer.norm, share=0.25)
         whole, _ = joined.window(0, height)
         q, k, v = whole.view(self.images, 1, height * width, 3, channels).unbind(3)
         mixed = mix(q, k, v, lambda part: self.advance(part / 2)).view(self.images, height, width, channels)
         joined.close()
-        self.convolve(layer.projection, InMemory(mixed.contiguous()), x, residual=True, share=0.25)
+        self.convolve((layer.projection,), InMemory(mixed.contiguous()), x, residual=True, share=0.25)
         return x
 
     def resample(self, layer: Upsample | Downsample, x: Map) -> Map:
@@ -255,13 +293,9 @@ class _Run:
         x.close()
         return out
 
-    def convolve(self, conv: nn.Conv2d | None, x: Map, out: Map, **options: Any) -> None:
-        """`convolve_packed` with the packed weights of ``conv``."""
-        self.convolve_packed(self.engine._packed[id(conv)], x, out, **options)
-
-    def convolve_packed(
+    def convolve(
         self,
-        conv: _Packed,
+        convs: tuple[nn.Conv2d, ...],
         x: Map,
         out: Map,
         *,
@@ -271,13 +305,15 @@ class _Run:
         padding: int | None = None,
         share: float = 1.0,
     ) -> None:
-        """``out`` = conv(norm(x)), plus ``out`` itself if ``residual``; with the moments of ``out``."""
-        if x.shape[0] != conv.inner:
-            raise ValueError(f"x: got {x.shape[0]} channels, expected {conv.inner}, the convolution's")
-        padding = conv.reach if padding is None else padding
+        """``out`` = convs(norm(x)), plus ``out`` itself if ``residual``; with the moments of ``out``."""
+        conv = self.engine.packed(convs)
+        plan = conv.plan
+        if x.shape[0] != plan.inner:
+            raise ValueError(f"x: got {x.shape[0]} channels, expected {plan.inner}, the convolution's")
+        padding = plan.reach if padding is None else padding
         scale, shift = (None, None) if norm is None else _affine(norm, x)
         _, height, width = out.shape
-        kernel, stride = 2 * conv.reach + 1, conv.stride
+        kernel, stride = plan.kernel, plan.stride
         moments = out.measure(conv.native.blocks)
         for top, bottom in self.bands(out, conv.native.blocks[0]):
             first, last = top * stride - padding, (bottom - 1) * stride - padding + kernel

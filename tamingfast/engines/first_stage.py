@@ -88,8 +88,7 @@ def forward(network: nn.Module, x: Tensor) -> Tensor:
         return network(x)
     if not describes(network):
         return network(x)
-    chosen = _chosen(network, x, "auto")
-    return network(x) if chosen is None else _run(chosen, x)
+    return _run(network, x) if _runs(network, x, "auto") else network(x)
 
 
 def describes(network: nn.Module) -> TypeGuard[LayeredNetwork]:
@@ -126,7 +125,9 @@ def run(
     Args:
         network: an encoder or a decoder.
         x: (B, C, H, W).
-        memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory.
+        memory: bytes for feature maps and the result, weights not counted. Default: half of the free memory. Where an
+            image goes in bands for want of it, the engine keeps no packed copy of the weights but that of the layer
+            that runs; the result has the same bits.
         progress: called as progress(done, total) in multiply-adds over all images, after each layer or band.
         engine: one of `ENGINES`; "auto" gives way to `using`.
 
@@ -134,14 +135,16 @@ def run(
         UserError: ``memory`` is too small for bands, or the disk for the feature maps that exceed it, or ``engine`` is
             "native" and cannot run.
     """
-    chosen = _chosen(network, x, engine)
-    if chosen is None:
-        return bands.run(network, x, memory, progress)
-    return _run(chosen, x, memory, progress)
+    run = _run if _runs(network, x, engine) else bands.run
+    return run(network, x, memory, progress)
 
 
-def _run(engine: FirstStageEngine, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
+def _run(network: LayeredNetwork, x: Tensor, memory: int | None = None, progress: Progress | None = None) -> Tensor:
     memory = backends.available_memory(x.device) // 2 if memory is None else memory
+    engine = FirstStageEngine(network, keep=False)
+    result = 4 * engine.result(shape_of(x))
+    at_once = min(len(x), memory // (engine.peak(shape_of(x)) + result))
+    engine = engine_for(network, keep=at_once > 0)
     work = engine.work(shape_of(x))
     total, done = sum(work) * len(x), 0.0
 
@@ -151,8 +154,6 @@ def _run(engine: FirstStageEngine, x: Tensor, memory: int | None = None, progres
         if progress is not None:
             progress(min(round(done), total), total)
 
-    result = 4 * engine.result(shape_of(x))
-    at_once = min(len(x), memory // (engine.peak(shape_of(x)) + result))
     if at_once:
         parts = [engine(part, advance=functools.partial(advance, len(part))) for part in x.split(at_once)]
     else:
@@ -163,18 +164,16 @@ def _run(engine: FirstStageEngine, x: Tensor, memory: int | None = None, progres
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _chosen(network: LayeredNetwork, x: Tensor, engine: str) -> FirstStageEngine | None:
-    """The engine that runs the network on ``x``, None for torch."""
+def _runs(network: LayeredNetwork, x: Tensor, engine: str) -> bool:
+    """Whether the CPU engine runs the network on ``x``, and not torch."""
     check_name(engine)
     engine = _preferred.get() if engine == "auto" else engine
     if engine == "torch" or (engine == "auto" and backends.requested() not in (None, "native")):
-        return None
+        return False
     reason = refusal(network, x)
-    if reason is None:
-        return engine_for(network)
-    if engine == "native":
+    if reason is not None and engine == "native":
         raise UserError(f"engine: got 'native', which cannot run here ({reason}), expected one that can; use 'auto'")
-    return None
+    return reason is None
 
 
 def refusal(network: LayeredNetwork, x: Tensor) -> str | None:
@@ -245,9 +244,10 @@ def _logged(reason: str) -> str:
     return reason
 
 
-def engine_for(network: LayeredNetwork) -> FirstStageEngine:
+def engine_for(network: LayeredNetwork, keep: bool = True) -> FirstStageEngine:
     """The engine of this network; it is kept, and its weights are packed again only after they have changed.
 
+    Without ``keep`` an engine that is not there already is made without packed weights, for one call.
     Threads may call it side by side: one packs, the others wait. The weights must not change meanwhile.
     """
     assert isinstance(network, nn.Module)
@@ -259,9 +259,10 @@ def engine_for(network: LayeredNetwork) -> FirstStageEngine:
             return known.engine
         known = None
         _kept.pop(network, None)  # both references, before its successor needs the memory
-        kept = _Kept(modules, state, FirstStageEngine(network))
-        _kept[network] = kept
-    return kept.engine
+        engine = FirstStageEngine(network, keep)
+        if keep:
+            _kept[network] = _Kept(modules, state, engine)
+    return engine
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,24 @@ def test_a_convolution_is_torchs(case, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sums_of_many_terms_hardly_round(isa, kernel):
+    """They go in groups: added one after the other, 4,608 terms round to 18 units of the last place, 512 to 7."""
+    case = Case(inner=512, height=6, width=6, kernel=kernel, method="patches")
+    expected = case.reference(torch.float64)
+    unit = 2**-24 * (expected - case.bias).square().mean().sqrt()
+    assert (case.run(isa).out - expected).square().mean().sqrt() <= 5 * unit
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_blocks_of_a_convolution_are_known_before_it_is_made(case, isa):
+    sizes = case.out, case.inner, case.kernel, case.stride, case.method
+    planned = NATIVE.Convolution.planned_blocks(*sizes, isa)
+    assert planned == NATIVE.Convolution(array(case.weight), None, *sizes, 1, isa).blocks
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threads_bands_and_other_images_change_no_bit(case, isa):
     whole = case.run(isa)
@@ -202,6 +220,10 @@ def test_impossible_convolutions_are_refused(change, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         NATIVE.Convolution(
             array(weight), None, sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"], 1
+        )
+    with pytest.raises(ValueError, match=f"^{name}"):
+        NATIVE.Convolution.planned_blocks(
+            sizes["out"], sizes["inner"], sizes["kernel"], sizes["stride"], sizes["method"]
         )
 
 

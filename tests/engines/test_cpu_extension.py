@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -211,3 +212,14 @@ def test_it_compiles_for_arm():
     command = [compiler("aarch64-linux-gnu-g++"), "-std=c++17", "-fopenmp", "-Wall", "-Werror", "-fsyntax-only"]
     result = subprocess.run([*command, *ENGINE_SOURCES], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("flags", "amx"), [([], True), (["-DTAMINGFAST_NO_AMX"], False)])
+def test_compilers_without_amx_build_the_other_kernels(flags, amx, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("these kernels are for x86-64")
+    source, made = ROOT / "csrc" / "cpu" / "kernels_avx512bf16.cpp", tmp_path / "kernels.s"
+    command = [compiler("g++"), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fopenmp", *flags, "-S", source]
+    result = subprocess.run([*command, "-o", made], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert ("tdpbf16ps" in made.read_text()) == amx

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -258,8 +259,37 @@ def test_little_memory_changes_nothing_but_the_bands():
     assert torch.equal(in_bands, whole)
     assert all(before[0] <= after[0] for before, after in itertools.pairwise(seen))
     assert seen[-1] == (seen[-1][1], sum(engine.work(shape)) * 2)
-    with pytest.raises(UserError, match=r"memory: got \d+ MiB, expected at least \d+ MiB"):
-        first_stage.run(model, x, least // 4)
+    for less in (least - 1, least // 4, 0):
+        with pytest.raises(UserError, match=r"memory: got \d+ MiB, expected at least \d+ MiB"):
+            first_stage.run(model, x, less)
+
+
+@needs_extension
+@torch.no_grad()
+def test_little_memory_has_room_for_the_packed_weights_of_one_layer(monkeypatch):
+    """They are at most twice the checkpoint's at any time; where all fit, or are there already, they are kept."""
+    model = network()
+    x = inputs(model)
+    shape = tuple(x.shape[1:])
+    plan = cpu_first_stage.FirstStageEngine(model, keep=False)
+    least = 4 * plan.band(shape) + 4 * plan.result(shape)
+    pack, alive, most = cpu_first_stage._pack, [0], [0]
+
+    def counted(convs):
+        packed = pack(convs)
+        alive[0] += packed.native.bytes
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(packed, lambda size: alive.__setitem__(0, alive[0] - size), packed.native.bytes)
+        return packed
+
+    monkeypatch.setattr(cpu_first_stage, "_pack", counted)
+    found = first_stage.run(model, x, least)
+    checkpoint = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert 0 < most[0] <= 2 * checkpoint and alive[0] == 0
+    assert torch.equal(first_stage.run(model, x), found)
+    assert alive[0] == first_stage.engine_for(model).info()["weight_bytes"] > 0
+    monkeypatch.setattr(cpu_first_stage, "_pack", None)  # nothing is packed twice
+    assert torch.equal(first_stage.run(model, x, least), found)
 
 
 @needs_extension

@@ -67,7 +67,7 @@ def test_an_interrupt_ends_a_decode_and_leaves_nothing(files):
 
 def test_an_interrupted_packing_is_repeated(monkeypatch):
     model, x = network(), torch.randn(1, 4, 5, 5)
-    pack = cpu_first_stage._pack_weights
+    pack = cpu_first_stage._pack
     packed = []
 
     def interrupted(*arguments):
@@ -76,7 +76,7 @@ def test_an_interrupted_packing_is_repeated(monkeypatch):
             raise KeyboardInterrupt
         return pack(*arguments)
 
-    monkeypatch.setattr(cpu_first_stage, "_pack_weights", interrupted)
+    monkeypatch.setattr(cpu_first_stage, "_pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         first_stage.run(model, x)
     torch.testing.assert_close(
@@ -89,10 +89,11 @@ def test_threads_share_a_model(monkeypatch):
     model, made = network(), []
     create = cpu_first_stage.FirstStageEngine.__init__
 
-    def slow(self, network):
-        made.append(1)
-        time.sleep(0.05)  # for the others to arrive
-        create(self, network)
+    def slow(self, network, keep=True):
+        if keep:
+            made.append(1)
+            time.sleep(0.05)  # for the others to arrive
+        create(self, network, keep)
 
     monkeypatch.setattr(cpu_first_stage.FirstStageEngine, "__init__", slow)
     inputs = [torch.randn(1 + number % 2, 4, 7 + number, 9) for number in range(6)]
