@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tamingfast.checkpoints import hub
 from tamingfast.checkpoints.fingerprint import fingerprint, identity
 from tamingfast.data.png import LONGEST
 from tamingfast.data.rgb import opened
+from tamingfast.engines.lending import Snapshot
 from tamingfast.errors import UserError, brief, first_line
 from tamingfast.files import check_path, digest
 from tamingfast.models.condition_stages import Labelator
@@ -226,11 +228,23 @@ def _name_of(source: Unread) -> str | None:
 
 def _weights_of(model: Net2NetTransformer, prior: str = "") -> dict[str, str]:
     """The fingerprints of the parts that decide a picture; ``prior`` is that of the transformer, if it is known."""
-    found = {"prior": prior or identity(model), "first_stage": fingerprint(model.first_stage_model)}
+    found = {"prior": prior or identity(model), "first_stage": _fingerprint(model.first_stage_model)}
     condition = getattr(model, "cond_stage_model", None)
     if isinstance(condition, nn.Module) and condition.state_dict():
-        found["cond_stage"] = fingerprint(condition)
+        found["cond_stage"] = _fingerprint(condition)
     return found
+
+
+def _fingerprint(part: nn.Module) -> str:
+    """`fingerprint`, which takes a second for a large first stage, again only after the weights have changed."""
+    state = Snapshot(list(part.state_dict().values()))
+    known = _fingerprints.get(part)
+    if known is None or known[0] != state:
+        known = _fingerprints[part] = state, fingerprint(part)
+    return known[1]
+
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = weakref.WeakKeyDictionary()
 
 
 def _cycle(classes: list[int]) -> list[int]:

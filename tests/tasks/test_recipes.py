@@ -172,8 +172,10 @@ def test_the_model_is_found_by_its_name_or_named_anew(runs, classes):
 def test_another_first_stage_is_another_model(runs):
     model = load_model(runs / "prior")
     tasks.sample(model, 1).save("a.png")
-    with torch.no_grad():
-        model.first_stage_model.decoder.conv_out.bias += 0.1
+    first = tasks.recipe_of("a.png").weights["first_stage"]
+    assert tasks.sample(model, 1).recipe.weights["first_stage"] == first
+    model.first_stage_model.decoder.conv_out.bias.data += 0.1  # which torch does not count as a change
+    assert tasks.sample(model, 1).recipe.weights["first_stage"] == fingerprint(model.first_stage_model) != first
     with pytest.raises(UserError, match="model: got one of first_stage .* name that model"):
         tasks.sample(model, like="a.png")
 
