@@ -24,7 +24,7 @@ from tamingfast.checkpoints.config import (
 from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
-from tamingfast.checkpoints.locate import HUB_WEIGHTS, embedded_config, hub_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import (
     ADVICE,
@@ -149,7 +149,7 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
 
 
 def read_as_published(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
-    """As `read_translated`, but in the family's own terms; of a larger model, only the first stage's weights are read."""
+    """As `read_translated`, in the family's own terms; of a larger model, the first stage's weights alone are read."""
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
@@ -198,16 +198,14 @@ def _check_unseen(unseen: Mapping[str, Any], config: Any, path: str | os.PathLik
 
 
 def config_beside(path: Path) -> Any:
-    """The plain config in the file or beside it; a config.json counts if it is one of ours or of a family."""
+    """The plain config in the file or beside it; a config.json counts if it is one of ours or of a family.
+
+    Raises UserError for one that cannot be read, whatever the weights are called: they may be another network than
+    they seem without it.
+    """
     found = plain(embedded_config(path) or neighbouring_config(path))
     if found is None:
-        try:
-            found = plain(hub_config(path))
-        except UserError as error:
-            if path.name == HUB_WEIGHTS:
-                raise
-            # It need not be meant for these weights.
-            logger.warning("config.json is left out: %s", error)
+        found = plain(hub_config(path))
         ours = at(found, "model", "target") is not None  # else it is a family's or another library's
         return found if ours or formats.family_of(found) is not None else None
     return found

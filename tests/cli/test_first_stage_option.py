@@ -69,6 +69,7 @@ def test_edits_and_larger_images(parts, tmp_path, runs):
     assert run("edit", gpt, tmp_path / "photo.png", "--mask", tmp_path / "mask.png", *both, "--out", out) == 0
     assert run("outpaint", gpt, tmp_path / "photo.png", "--right", 2, *both, "--out", tmp_path / "wide.png") == 0
     assert run("complete", gpt, tmp_path / "photo.png", "--times", 1, *both, "--out", tmp_path / "half.png") == 0
+    assert run("likelihood", gpt, tmp_path / "photo.png", "--first-stage", stage, "--class", 1, "--strides", 2) == 0
     assert run("sample", gpt, "-n", 1, "--size", "12x16", *both, "--out", tmp_path / "large.png") == 0
     assert Image.open(tmp_path / "large.png").size == (16, 12)
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
     "export": ["export", "model", "--out", "out"],
+    "push": ["push", "model", "owner/name"],
     "download": ["download", "lpips"],
 }
 MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
@@ -43,7 +44,7 @@ NO_NUMBERS = {
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format"}
+NAMES = {"schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format", "repository"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.
