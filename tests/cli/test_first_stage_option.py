@@ -79,6 +79,7 @@ def test_mistakes_are_one_sentence(parts, tmp_path, capsys, runs):
     other = written(tmp_path / "other", codes=20)
     wrong = (
         ([gpt], "--first-stage: got none, expected the file of a first stage"),
+        (["none.pt", "--first-stage", "none2.pt"], "none2.pt: got no file"),  # the smaller one is opened first
         ([gpt, "--first-stage", gpt], "got a LlamaGPT, expected a first stage"),
         ([gpt, "--first-stage", runs / "prior"], "--first-stage: got a prior, expected a first stage of 16 codes"),
         ([other, "--first-stage", stage], "--first-stage: got one of 16 codes, expected a first stage of 20 codes"),
