@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from tamingfast import report
+from tamingfast.errors import UserError
+from tamingfast.files import read_text
 
 _LABELS = {
     "images": "images",
@@ -22,6 +26,7 @@ _LABELS = {
     "token_bits_per_image_dimension": "rate of the tokens, bits per image dimension",
     "pixel_bits_per_dimension": "NLL of the 8-bit pixels, bits per dimension",
 }
+_LARGEST = 1 << 20
 _DISTANCES = {
     "fid": "FID",
     "kid": "KID",
@@ -31,6 +36,21 @@ _DISTANCES = {
     "precision": "precision",
     "recall": "recall",
 }
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The result of `tamingfast.evaluation.evaluate_model` in a file; UserError for a file of anything else."""
+    expected = "the JSON that `tamingfast evaluate --out` wrote"
+    try:
+        found: dict[str, Any] = json.loads(read_text(path, expected, largest=_LARGEST))
+        whole = isinstance(found["data"], str) and table(found) and report.on(found["machine"])
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        if isinstance(error, UserError):
+            raise
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: got no figures of a model, expected {expected}; give that file")
+    return found
 
 
 def table(found: Mapping[str, Any]) -> str:

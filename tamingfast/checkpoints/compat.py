@@ -22,6 +22,7 @@ _MODELS = "tamingfast.models"
 _CONFIG = "tamingfast.checkpoints.config"
 _LISTS = "tamingfast.data.image_lists"
 _SETS = "tamingfast.data.originals"
+_OBJECTS = "tamingfast.data.annotated_objects"
 
 #: The packages whose imports `install` serves.
 SERVED = ("taming.", "ldm.")
@@ -127,6 +128,10 @@ NAMES: dict[str, dict[str, str]] = {
         "Examples": f"{_SETS}:CocoExamples",
         "CocoImagesAndCaptionsTrain": f"{_SETS}:CocoImagesAndCaptionsTrain",
         "CocoImagesAndCaptionsValidation": f"{_SETS}:CocoImagesAndCaptionsValidation",
+    },
+    "taming.data.annotated_objects_coco": {"AnnotatedObjectsCoco": f"{_OBJECTS}:AnnotatedObjectsCoco"},
+    "taming.data.annotated_objects_open_images": {
+        "AnnotatedObjectsOpenImages": f"{_OBJECTS}:AnnotatedObjectsOpenImages"
     },
     "ldm.modules.diffusionmodules.model": {
         name: f"{_MODELS}.autoencoder:{name}"

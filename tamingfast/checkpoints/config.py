@@ -43,31 +43,37 @@ def load_yaml(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # of PyYAML and of OmegaConf, which share no class
         raise UserError(
-            f"{path}: got unreadable YAML ({_problem(error)}), expected a config; correct the file"
+            f"{path}: got unreadable {_language(path)} ({_problem(error)}), expected a config; correct or remove "
+            "the file"
         ) from error
     check_config_values(raw, path)
     check_references(raw, source=path)
     return loaded
 
 
+def _language(path: Path) -> str:
+    return "JSON" if path.suffix.lower() == ".json" else "YAML"
+
+
 def _text(path: Path) -> str:
+    expected = f"a {_language(path)} config"
     try:
-        check_regular(path, "a YAML config")
+        check_regular(path, expected)
         with open_regular(path) as stream:
             content = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: got no file, expected a YAML config; give the path of an existing one") from None
+        raise UserError(f"{path}: got no file, expected {expected}; give the path of an existing one") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: got '{first_line(error)}', expected a YAML config that can be read") from error
+        raise UserError(f"{path}: got '{first_line(error)}', expected {expected} that can be read") from error
     if len(content) > _MOST_BYTES:
-        raise UserError(f"{path}: got more than {_MOST_BYTES} bytes, expected a YAML config, which is far smaller")
+        raise UserError(f"{path}: got more than {_MOST_BYTES} bytes, expected {expected}, which is far smaller")
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: got bytes that are not text ({error}), expected a YAML config in UTF-8") from error
+        raise UserError(f"{path}: got bytes that are not text ({error}), expected {expected} in UTF-8") from error
 
 
 def _json(text: str, path: Path) -> Any:

@@ -81,17 +81,22 @@ def fetched(name: str | os.PathLike[str], access: Access = USUAL) -> Path:
     raise UserError(f"{text}: got a repository without weights, expected one with a model; correct the name")
 
 
+def check_repository(name: str) -> None:
+    """Raise UserError unless ``name`` is one of a whole repository: ``owner/name``."""
+    if _NAME.fullmatch(name) is None or name.count("/") != 1 or "@" in name:
+        raise UserError(f"repository: got {name!r}, expected owner/name, as on the Hub")
+
+
 def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | bool | None, **commit: Any) -> str:
     """Upload the files of ``folder`` as one commit to a repository, made if it is missing; returns the commit's URL.
 
     ``commit`` are further arguments of ``huggingface_hub.HfApi.upload_folder``. Raises UserError if it cannot be done.
     """
-    if _NAME.fullmatch(repo_id) is None or repo_id.count("/") != 1 or "@" in repo_id:
-        raise UserError(f"repo_id: got {repo_id!r}, expected owner/name, as on the Hub")
+    check_repository(repo_id)
     hub = _library(repo_id)
     if os.environ.get(OFFLINE) == "1":
-        raise _unreachable(repo_id, f"{OFFLINE} is 1")
-    with _in_words(hub, repo_id):
+        raise _unanswered(repo_id, f"{OFFLINE} is 1")
+    with _upload_in_words(hub, repo_id):
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token, **_LIBRARY)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit).commit_url)
@@ -145,12 +150,37 @@ def _in_words(hub: ModuleType, name: str) -> Iterator[None]:
             f"{name}: got no valid name ({first_line(error)}), expected owner/name, as on the Hub"
         ) from error
     except Exception as error:
-        # The HTTP library's errors share no class over its versions, and the system's are told elsewhere.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
+        if _of_network(error):
             raise _unreachable(name, first_line(error)) from error
         raise
+
+
+@contextlib.contextmanager
+def _upload_in_words(hub: ModuleType, name: str) -> Iterator[None]:
+    """The library's errors of an upload as sentences."""
+    errors = hub.errors
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise _unanswered(name, "HF_HUB_OFFLINE is 1") from error
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403, 404) or isinstance(error, errors.LocalTokenNotFoundError):
+            raise UserError(
+                f"{name}: got no permission to write there, expected the token of somebody who may; run 'hf auth "
+                "login', or set HF_TOKEN"
+            ) from error
+        if _of_network(error):
+            raise _unanswered(name, first_line(error)) from error
+        raise
+
+
+def _of_network(error: Exception) -> bool:
+    """Whether an error is of the connection or of the server, not of this system, whose errors are told elsewhere."""
+    if isinstance(error, OSError):
+        return error.errno is None
+    # The HTTP library's errors share no class over its versions.
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
 
 
 def _reason(error: BaseException) -> str:
@@ -165,3 +195,7 @@ def _unreachable(name: str, reason: str) -> UserError:
         f"{name}: got neither a file here nor an answer of the Hub ({reason}), expected one of them or a copy in the "
         "cache; correct the path, or try again with a network"
     )
+
+
+def _unanswered(name: str, reason: str) -> UserError:
+    return UserError(f"{name}: got nothing ({reason}), expected an answer of the Hub; try again with a network")

@@ -16,6 +16,7 @@ from tamingfast.errors import UserError
 KNOWN = ("encoder.conv_in.weight", "transformer.tok_emb.weight", "tok_embeddings.weight")
 #: What weights do not show, so that it is assumed.
 ASSUMED = "codes are the nearest codebook entries (not chosen by IBQ or another rule), and images end without tanh"
+CONFIG_ADVICE = "put it beside the file as <name>.yaml, or give it to `tamingfast convert` with --config"
 _MOST_LEVELS, _GROUPS = 16, 32
 _MOST_VALUES = 100_000  # beside weights that are searched for signs
 
@@ -39,7 +40,7 @@ def infer_config(state: Mapping[str, Tensor], source: str | os.PathLike = "the c
     if any(key.startswith("model_ema.") for key in state):
         raise UserError(
             f"{source}: got averages of the weights (model_ema.*) and no config that says which count, expected its "
-            "config, too"
+            f"config, too; {CONFIG_ADVICE}"
         )
     gumbel = "quantize.embed.weight" in state
     try:

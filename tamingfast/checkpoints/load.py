@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,17 @@ from tamingfast.checkpoints.config import (
 from tamingfast.checkpoints.formats import llamagen_gpt
 from tamingfast.checkpoints.infer import ASSUMED, KNOWN, check_signs, infer_config
 from tamingfast.checkpoints.limits import check_sizes
-from tamingfast.checkpoints.locate import HUB_WEIGHTS, embedded_config, hub_config, neighbouring_config, weights_path
+from tamingfast.checkpoints.locate import embedded_config, hub_config, neighbouring_config, weights_path
 from tamingfast.checkpoints.targets import check_targets
-from tamingfast.checkpoints.weights import Checkpoint, check_real, load_into, read_checkpoint, unwrapped
+from tamingfast.checkpoints.weights import (
+    ADVICE,
+    Checkpoint,
+    check_real,
+    load_into,
+    read_checkpoint,
+    read_state_dict,
+    unwrapped,
+)
 from tamingfast.errors import UserError
 from tamingfast.files import check_path
 from tamingfast.ops.backends import pick_device
@@ -136,6 +144,13 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     If it is of a family of `tamingfast.checkpoints.formats`, whose name is then the config's ``family``, both are in
     our terms. Raises UserError for a file that cannot be read, or is of a family and cannot be opened.
     """
+    found, config = read_as_published(path, config)
+    check_real(found.state, path)
+    return _translated(found, config)
+
+
+def read_as_published(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
+    """As `read_translated`, in the family's own terms; of a larger model, the first stage's weights alone are read."""
     if isinstance(config, str | os.PathLike):
         config = load_yaml(config)
     elif config is None:
@@ -144,22 +159,54 @@ def read_translated(path: Path, config: Any = None) -> tuple[Checkpoint, Any]:
     if config is not None:
         check_config_values(config, path)
     family = formats.family_of(config)
-    found = read_checkpoint(path, prefix="" if family is None else family.prefix(config))
-    check_real(found.state, path)
-    return _translated(found, config)
+    return read_checkpoint(path, prefix="" if family is None else family.prefix(config)), config
+
+
+def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
+    """The original's ``init_from_ckpt``: load all weights of a file but those whose keys start with ``ignore_keys``.
+
+    Unlike the original's, it does not go on when weights are missing or left over: UserError, unless their keys are the
+    loss's or start with one of ``ignore_keys``. A first stage also takes checkpoints of its relatives, folders too, if
+    its settings that weights do not show, such as how codes are chosen, are theirs.
+    """
+    ignored = tuple(ignore_keys)
+    unseen = getattr(module, "unseen", None)
+    if unseen is None:
+        state = read_state_dict(path)
+    else:
+        found, config = read_translated(weights_path(Path(path)) if os.path.isdir(path) else Path(path))
+        state = found.state
+        _check_unseen(unseen, config, path)
+    state = {key: value for key, value in unwrapped(state, module.state_dict()).items() if not key.startswith(ignored)}
+    advice = f"{ADVICE}, or name what is to be left out in ignore_keys"
+    load_into(module, state, path, optional=("loss.", "colorize", *ignored), advice=advice)
+    logger.info("restored from %s", path)
+
+
+def _check_unseen(unseen: Mapping[str, Any], config: Any, path: str | os.PathLike) -> None:
+    """UserError if a checkpoint of a family is of a network whose settings differ from ``unseen``."""
+    if at(config, "family") is None:
+        return
+    params = at(config, "model", "params")
+    for name, own in unseen.items():
+        theirs = at(params, *name.split("."))
+        theirs = formats.UNSEEN[name] if theirs is None else theirs
+        if theirs != own:
+            raise UserError(
+                f"{path}: got weights ({config['family']}) of a network with {name}={theirs}, expected one with "
+                f"{name}={own}, as the model has; set model.params.{name}={theirs}"
+            )
 
 
 def config_beside(path: Path) -> Any:
-    """The plain config in the file or beside it; a config.json counts if it is one of ours or of a family."""
+    """The plain config in the file or beside it; a config.json counts if it is one of ours or of a family.
+
+    Raises UserError for one that cannot be read, whatever the weights are called: they may be another network than
+    they seem without it.
+    """
     found = plain(embedded_config(path) or neighbouring_config(path))
     if found is None:
-        try:
-            found = plain(hub_config(path))
-        except UserError as error:
-            if path.name == HUB_WEIGHTS:
-                raise
-            # It need not be meant for these weights.
-            logger.warning("config.json is left out: %s", error)
+        found = plain(hub_config(path))
         ours = at(found, "model", "target") is not None  # else it is a family's or another library's
         return found if ours or formats.family_of(found) is not None else None
     return found

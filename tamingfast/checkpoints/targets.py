@@ -18,8 +18,6 @@ _KINDS = (nn.Module, Dataset, LRScheduler)
 _PACKAGES = {"model": "models", "data": "data"}
 _ADVICE = {"data": "; give data.name=folder data.path=DIRECTORY to train on a directory"}
 
-_ADVICE_FOR_OBJECTS = "; give data.name=conditions data.kind=boxes data.path=DIRECTORY to train on objects"
-
 
 def class_of(target: Any, where: str = "target", allow: Collection[str] | None = None, section: str = "model") -> type:
     """The class that a config means by ``target``, found without calling anything.
@@ -65,7 +63,7 @@ def _imported(target: str, where: str, section: str) -> Any:
         return compat.resolve(target)
     except KeyError:
         names = [f"{home}.{name}" for home, members in compat.NAMES.items() for name in members]
-        hint = _ADVICE_FOR_OBJECTS if ".annotated_objects" in target else _ADVICE.get(section) or nearest(target, names)
+        hint = _ADVICE.get(section) or nearest(target, names)
         raise UserError(
             f"{where}: got '{target}', expected a name of the original that has a counterpart here{hint}"
         ) from None

@@ -42,7 +42,8 @@ _STATES = ("state_dict", "model", "model_state_dict", "module")
 # By this name the averages of a LlamaGen training are recognised, which count there: its evaluation takes them.
 _LLAMAGEN = "encoder.conv_blocks.0.res.0.conv1.weight"
 _LARGEST_INDEX = 64 << 20
-_ADVICE = "use the config that the checkpoint was trained with"
+#: What to do about weights that do not fit.
+ADVICE = "use the config that the checkpoint was trained with"
 # Tied and expanded tensors are stored once, so weights may take this many times the size of their file.
 _SHARED = 16
 
@@ -358,7 +359,7 @@ def load_into(
     source: str | os.PathLike,
     *,
     optional: Iterable[str] = (),
-    advice: str = _ADVICE,
+    advice: str = ADVICE,
 ) -> None:
     """Copy ``state`` into ``module``; UserError naming the first key that does not fit, or is not finite.
 
@@ -391,27 +392,13 @@ def load_into(
 def _check_fit(key: str, value: Tensor, own: Tensor, source: str | os.PathLike) -> None:
     if own.shape != value.shape:
         raise UserError(
-            f"{source}: got shape {tuple(value.shape)} for {shown(key)}, expected {tuple(own.shape)}; {_ADVICE}"
+            f"{source}: got shape {tuple(value.shape)} for {shown(key)}, expected {tuple(own.shape)}; {ADVICE}"
         )
     if own.is_floating_point() and not value.is_floating_point():
         raise UserError(
             f"{source}: got {str(value.dtype).removeprefix('torch.')} numbers in {shown(key)}, expected real ones with "
             "a fraction; save the weights as floating-point numbers"
         )
-
-
-def init_from_ckpt(module: nn.Module, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-    """The original's ``init_from_ckpt``: load all weights of a file but those whose keys start with ``ignore_keys``.
-
-    Unlike the original's, it does not go on when weights are missing or left over: UserError, unless their keys are the
-    loss's or start with one of ``ignore_keys``.
-    """
-    ignored = tuple(ignore_keys)
-    state = unwrapped(read_state_dict(path), module.state_dict())
-    state = {key: value for key, value in state.items() if not key.startswith(ignored)}
-    advice = f"{_ADVICE}, or name what is to be left out in ignore_keys"
-    load_into(module, state, path, optional=("loss.", "colorize", *ignored), advice=advice)
-    logger.info("restored from %s", path)
 
 
 def folded(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

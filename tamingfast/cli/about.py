@@ -1,4 +1,4 @@
-"""`tamingfast inspect`, `convert`, `export`, `download` and `info`: files, and what this machine can run."""
+"""`tamingfast inspect`, `convert`, `export`, `push`, `download`, `info`: files, and what this machine can run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from tamingfast import __version__, tasks
 from tamingfast.cli.arguments import output, output_directory, source
-from tamingfast.cli.options import ALLOW, JSON, OR_DEMO, Commands, command
+from tamingfast.cli.options import ALLOW, FIRST_STAGE, JSON, OR_DEMO, Commands, command
 from tamingfast.cli.progress import bars_of, print_json, say_written
 
 
@@ -40,6 +40,14 @@ def add_to(commands: Commands) -> None:
     added.add_argument("model", type=source, help=f"run directory or checkpoint{OR_DEMO}")
     added.add_argument("--out", type=output_directory, required=True, help="directory to write into")
     added.add_argument("--format", default="torch", help="torch (.pt2 of torch.export) or onnx (default: torch)")
+    text = "upload a model to the Hugging Face Hub, with a model card; HF_TOKEN or `hf auth login` says as whom"
+    added = command(commands, "push", push, text, (ALLOW, FIRST_STAGE))
+    added.add_argument("model", type=source, help="run directory or checkpoint")
+    added.add_argument("repository", help="owner/name, which is made if it is missing")
+    added.add_argument(
+        "--figures", type=source, metavar="JSON", help="what `tamingfast evaluate --out` wrote, for the model card"
+    )
+    added.add_argument("--private", action="store_true", help="only its owner sees a repository that is made")
     added = command(commands, "download", download, "fetch what is downloaded on first use otherwise")
     added.add_argument("what", choices=["lpips"], help="the weights of the perceptual distance (64 MB)")
     command(commands, "info", info, "what this machine can run, and what is missing for the rest", (JSON,))
@@ -71,6 +79,17 @@ def export(arguments: argparse.Namespace) -> None:
     for name, network in written.items():
         share = "tokens that differ" if "encoder" in name else "largest difference"
         say_written(f"{arguments.out}/{network.file}", f"{share} from the model's: {network.difference:.2g}")
+
+
+def push(arguments: argparse.Namespace) -> None:
+    from tamingfast import figures
+    from tamingfast.checkpoints import hub, pretrained
+
+    hub.check_repository(arguments.repository)
+    measured = None if arguments.figures is None else figures.read(arguments.figures)
+    model = tasks.Unread(arguments.model, "cpu", arguments.allow, arguments.first_stage).model
+    url = pretrained.push_to_hub(model, arguments.repository, figures=measured, private=arguments.private or None)
+    print(f"pushed: {url}")
 
 
 def download(arguments: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def add_to(commands: Commands) -> None:
     added.add_argument("--times", type=whole(1), default=TIMES, help="completions of each image (default: %(default)s)")
 
     text = "measure what each schedule costs, in nats per token of real images"
-    added = _command(commands, "likelihood", likelihood, text, (condition_options(nargs="+"),))
+    added = _command(commands, "likelihood", likelihood, text, (FIRST_STAGE, ENGINE, condition_options(nargs="+")))
     added.add_argument(
         "--strides",
         type=whole(1),
@@ -119,7 +119,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     costs = tasks.likelihood(
         load(arguments), _pictures(arguments, "--plot", arguments.plot), size=size, label=arguments.label,
         conditions=arguments.condition, conditions_of=arguments.condition_of, strides=arguments.strides,
-        batch=arguments.batch, bars=bars_of(arguments),
+        batch=arguments.batch, engine=arguments.engine, bars=bars_of(arguments),
     )  # fmt: skip
     rows = [asdict(cost) for cost in costs]
     for row in rows:

@@ -52,7 +52,7 @@ class StuffThings(Segmentation):
         return (super().values(path) + 1) % 256
 
 
-class _Pictures(ImageFiles):
+class Pictures(ImageFiles):
     """`ImageFiles` of squares of ``crop_size`` in images whose shorter side is ``size``, perhaps with a condition."""
 
     def __init__(
@@ -85,7 +85,7 @@ class _Pictures(ImageFiles):
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
 
 
-class _ImageNet(_Pictures):
+class _ImageNet(Pictures):
     """Images in folders of their classes, as ImageNet's archives unpack; ``class_label`` is the folder's number."""
 
     name: ClassVar[str]
@@ -126,7 +126,7 @@ class _ImageNet(_Pictures):
         sources: list[str] = []
         if depth_path is not None:
             maps = _directory("depth_path", depth_path, "depth maps in folders of classes")
-            sources = _existing([str((maps / name).with_suffix(".png")) for name, _ in chosen], "a depth map")
+            sources = existing([str((maps / name).with_suffix(".png")) for name, _ in chosen], "a depth map")
         warn_skipped(broken)
         super().__init__(
             [str(root / name) for name, _ in chosen], size or config.get("size"), random_crop, crop_size,
@@ -224,7 +224,7 @@ def _cache() -> Path:
 # --- faces ------------------------------------------------------------------------------------------------------------
 
 
-class _FacesHQ(_Pictures):
+class _FacesHQ(Pictures):
     """CelebA-HQ (class 0) and FFHQ (class 1), each a directory and a list of files in it, with coordinates if asked."""
 
     split: ClassVar[str]
@@ -268,7 +268,7 @@ class FacesHQValidation(_FacesHQ):
 # --- label maps -------------------------------------------------------------------------------------------------------
 
 
-class SegmentationBase(_Pictures):
+class SegmentationBase(Pictures):
     """``taming.data.sflckr.SegmentationBase``: listed images with label maps of the same names in another directory."""
 
     def __init__(
@@ -287,7 +287,7 @@ class SegmentationBase(_Pictures):
         paths = _listed(data_csv, data_root)
         maps = [Path(segmentation_root, os.path.relpath(path, data_root)).with_suffix(".png") for path in paths]
         kind = (StuffThings if flag("shift_segmentation", shift_segmentation) else Segmentation)(n_labels)
-        super().__init__(paths, size, random_crop, crop_size, kind, _existing(list(map(str, maps)), "a label map"))
+        super().__init__(paths, size, random_crop, crop_size, kind, existing(list(map(str, maps)), "a label map"))
 
 
 class _Examples(SegmentationBase):
@@ -368,7 +368,7 @@ class ADE20kValidation(_ADE20k):
     listed, random = "data/ade20k_test.txt", False
 
 
-class _Coco(_Pictures):
+class _Coco(Pictures):
     """COCO's images with their maps of stuff and things, 183 labels; captions, which no model here reads, are left out.
 
     The images are those in ``path`` that have a map of the same name in ``segmentation_path``.
@@ -437,7 +437,7 @@ def _listed(paths_file: str | os.PathLike, root: str | os.PathLike) -> list[str]
     """The images that a text file lists, one path below ``root`` a line; UserError if one is missing or none opens."""
     text = read_text(paths_file, "a list of the data set's images, one path a line", errors="surrogateescape")
     paths = [os.path.join(root, line.strip()) for line in lines_of(text) if line.strip()]
-    _existing(paths[:1], "an image")
+    existing(paths[:1], "an image")
     good, broken = check_headers(paths)
     if not good:
         raise UserError(
@@ -447,7 +447,8 @@ def _listed(paths_file: str | os.PathLike, root: str | os.PathLike) -> list[str]
     return list(good)
 
 
-def _existing(paths: list[str], what: str) -> list[str]:
+def existing(paths: list[str], what: str) -> list[str]:
+    """``paths``; UserError naming the first that is no file, where ``what`` is expected."""
     missing = next((path for path in paths if not os.path.isfile(path)), None)
     if missing is not None:
         raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from tamingfast.ops.reference import Quantized
 #: How the gradient of a code reaches the latent that it replaces.
 GRADIENTS = ("straight_through", "rotation")
 _EPS = 1e-12
+_MOST_BITS = 62  # of a token, an int64
 
 
 def rotated(z: Tensor, codes: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ class TableQuantizer(VectorQuantizer):
     frequent, becomes a random latent of the current pass, as in Jukebox (Dhariwal et al. 2020, section 3.1).
     """
 
+    usual_rule: ClassVar[str] = "nearest"
     usage: Tensor
 
     def __init__(
@@ -61,7 +63,9 @@ class TableQuantizer(VectorQuantizer):
         restart_below: float | None = None,
         restart_decay: float = 0.99,
     ):
-        super().__init__(n_embed, embed_dim, beta, legacy=legacy, sane_index_shape=sane_index_shape)
+        super().__init__(
+            n_embed, embed_dim, beta, legacy=legacy, sane_index_shape=sane_index_shape, rule=self.usual_rule
+        )
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: got {gradient!r}, expected {' or '.join(GRADIENTS)}")
         if restart_below is not None and not 0 < restart_below < 1:
@@ -72,10 +76,6 @@ class TableQuantizer(VectorQuantizer):
         if restart_below is not None:
             self.register_buffer("usage", torch.full((n_embed,), 1 / n_embed))
             self.register_load_state_dict_pre_hook(_uniform_usage)
-
-    def compared(self, z: Tensor) -> Tensor:
-        """What of the latents z (B, D, *) is compared with the codes."""
-        return z
 
     def replaced(self, z: Tensor) -> Quantized:
         """As `VectorQuantizer.replaced`."""
@@ -119,7 +119,7 @@ def _uniform_usage(quantizer: TableQuantizer, state: dict[str, Tensor], prefix: 
 
 
 class CosineQuantizer(TableQuantizer):
-    """Codes and latents of length 1, so that the nearest code is the one at the smallest angle.
+    """The rule "unit" (`RULES`): codes and latents of length 1, so the nearest code is at the smallest angle.
 
     The l2-normalised codes of ViT-VQGAN (Yu et al. 2021, section 3.2), which are low-dimensional: ``embed_dim`` is 32
     there, and ``quant_conv`` and ``post_quant_conv`` are the projections. A plain codebook of the codes divided by
@@ -127,13 +127,7 @@ class CosineQuantizer(TableQuantizer):
     length of z.
     """
 
-    def compared(self, z: Tensor) -> Tensor:
-        """As `TableQuantizer.compared`: the latents divided by their lengths."""
-        return F.normalize(z, dim=1, eps=_EPS)
-
-    def codes(self) -> Tensor:
-        """As `VectorQuantizer.codes`: the entries divided by their lengths."""
-        return F.normalize(self.embedding.weight, dim=1, eps=_EPS)
+    usual_rule = "unit"
 
     def fold(self, state: dict[str, Tensor], prefix: str) -> None:
         """As `Quantizer.fold`: the entries divided by their lengths."""
@@ -198,24 +192,11 @@ def _identity(quantizer: SimVQ, state: dict[str, Tensor], prefix: str, *args: An
 
 
 class _ImplicitQuantizer(Quantizer):
-    """Codes that follow from a rule; they are written out as a table, and found without a search in it.
+    """Codes that follow from a rule, and are found without a search; ``n_embed`` is their number."""
 
-    ``table`` is (n_embed, embed_dim).
-    """
-
-    def __init__(self, table: Tensor, sane_index_shape: bool):
+    def __init__(self, n_embed: int, sane_index_shape: bool):
         super().__init__()
-        self.embedding = _Table(table)
-        self.sane_index_shape = sane_index_shape
-        self._init_remap(len(table), None, "random")
-
-    def codes(self) -> Tensor:
-        """The table of codes (n_embed, embed_dim)."""
-        return self.embedding.weight
-
-    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """As `Quantizer.get_codebook_entry`."""
-        return as_grid(F.embedding(indices, self.codes()), shape)
+        self.re_embed, self.sane_index_shape = n_embed, sane_index_shape
 
     def _shaped(self, indices: Tensor) -> Tensor:
         """Indices (B, *) as they are asked for."""
@@ -243,8 +224,17 @@ class FSQ(_ImplicitQuantizer):
         places = torch.arange(n_embed)
         columns = [places // math.prod(levels[:i]) % level - level // 2 for i, level in enumerate(levels)]
         halves = torch.tensor([level // 2 for level in levels])
-        super().__init__(torch.stack(columns, 1) / halves, sane_index_shape)
+        super().__init__(n_embed, sane_index_shape)
+        self.embedding = _Table(torch.stack(columns, 1) / halves)
         self.levels = levels
+
+    def codes(self) -> Tensor:
+        """The table of codes (n_embed, embed_dim)."""
+        return self.embedding.weight
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """As `Quantizer.get_codebook_entry`."""
+        return as_grid(F.embedding(indices, self.codes()), shape)
 
     def bounded(self, z: Tensor) -> Tensor:
         """z (B, D, *) in float32, channel d in the interval of its levels, which lie at whole numbers around 0.
@@ -274,8 +264,9 @@ class LFQ(_ImplicitQuantizer):
     """Lookup-free quantisation (MAGVIT-v2: Yu et al. 2023, section 3.1): the signs of the latents' channels.
 
     The codes are the 2^embed_dim vectors of -1 and 1; a token's bits say which channels are positive, the first one
-    highest. The loss is ``beta`` |z - sg[z_q]|^2 plus ``entropy_weight`` times the entropy of a latent's soft
-    assignment to the codes, small if it decides, less that of the average assignment, large if all codes are used.
+    highest, or with ``lowest_first`` lowest, as in Open-MAGVIT2 (Luo et al. 2024). With ``table`` the weights hold the
+    codes as a codebook. The loss is ``beta`` |z - sg[z_q]|^2 plus ``entropy_weight`` times the entropy of a latent's
+    soft assignment to the codes, small if it decides, less that of the average assignment, large if all codes are used.
     Assignments are softmax(-|z - c|^2 / ``temperature``). Memory for the average is O(latents x n_embed).
     """
 
@@ -287,32 +278,50 @@ class LFQ(_ImplicitQuantizer):
         entropy_weight: float = 0.1,
         temperature: float = 0.01,
         sane_index_shape: bool = False,
+        lowest_first: bool = False,
+        table: bool = True,
     ):
-        if embed_dim > 62 or n_embed != 2**embed_dim:
+        if not 1 <= embed_dim <= _MOST_BITS:
+            raise ValueError(f"embed_dim: got {embed_dim}, expected 1 to {_MOST_BITS} bits per token")
+        if n_embed != 2**embed_dim:
             raise ValueError(f"n_embed: got {n_embed}, expected 2^embed_dim for embed_dim={embed_dim}")
         if temperature <= 0:
             raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-        bits = torch.arange(n_embed)[:, None] >> torch.arange(embed_dim - 1, -1, -1) & 1
-        super().__init__(2.0 * bits - 1, sane_index_shape)
+        super().__init__(n_embed, sane_index_shape)
         self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
+        self.embed_dim, self.lowest_first = embed_dim, lowest_first
+        if table:
+            self.embedding = _Table(self.codes())
+
+    def codes(self, device: torch.device | None = None) -> Tensor:
+        """All codes (n_embed, embed_dim), float32."""
+        return self.get_codebook_entry(torch.arange(self.re_embed, device=device), None)
+
+    def _bits(self, device: torch.device) -> Tensor:
+        """The place in a token of the bit of each channel (embed_dim,)."""
+        places = torch.arange(self.embed_dim, device=device)
+        return places if self.lowest_first else places.flip(0)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """As `Quantizer.get_codebook_entry`, in float32."""
+        bits = indices[..., None] >> self._bits(indices.device) & 1
+        return as_grid(2 * bits.float() - 1, shape)
 
     def forward(self, z: Tensor) -> Quantised:
         """z (B, D, h, w) -> ``(z_q like z, loss, (None, None, indices int64))``, straight-through."""
-        z = z.float()
         positive = z.detach() > 0
-        places = 2 ** torch.arange(z.shape[1] - 1, -1, -1, device=z.device)
-        indices = (positive.movedim(1, -1) * places).sum(-1)
-        codes = 2.0 * positive - 1
-        loss = self.beta * F.mse_loss(z, codes)
-        if self.training or torch.is_grad_enabled():
-            loss = loss + self.entropy_weight * self.entropy(z)
+        indices = (positive.movedim(1, -1) * (1 << self._bits(z.device))).sum(-1)
+        codes = 2 * positive.to(z.dtype) - 1
+        loss = self.beta * F.mse_loss(z.float(), codes.float())
+        if self.entropy_weight and (self.training or torch.is_grad_enabled()):
+            loss = loss + self.entropy_weight * self.entropy(z.float())
         return codes + (z - z.detach()), loss, (None, None, self._shaped(indices))
 
     def entropy(self, z: Tensor) -> Tensor:
         """Mean entropy of the soft assignments of z (B, D, *), less the entropy of their mean, in nats ()."""
         rows = z.movedim(1, -1).reshape(-1, z.shape[1])
         # |z - c|^2 differs between codes by -2 z.c alone.
-        logs = F.log_softmax(2 / self.temperature * rows @ self.codes().t(), dim=1)
+        logs = F.log_softmax(2 / self.temperature * rows @ self.codes(z.device).t(), dim=1)
         shares = logs.exp()
         mean = shares.mean(0)
         return -(shares * logs).sum(1).mean() + torch.special.xlogy(mean, mean.clamp(min=1e-30)).sum()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tamingfast.errors import UserError
 from tamingfast.models.autoencoder import Decoder
-from tamingfast.models.quantize import SignQuantizer
+from tamingfast.models.codebooks import LFQ
 from tamingfast.models.vqgan import VQModel
 
 _EPS = 1e-6
@@ -91,8 +91,9 @@ class LookupFreeVQModel(VQModel):
     def make_decoder(self, ddconfig: Mapping[str, Any]) -> nn.Module:
         return AdaptiveDecoder(**ddconfig)
 
-    def make_quantizer(self, ddconfig: Any, n_embed: int, embed_dim: int, *others: Any) -> SignQuantizer:
-        return SignQuantizer(embed_dim)
+    def make_quantizer(self, ddconfig: Any, n_embed: int, embed_dim: int, *others: Any) -> LFQ:
+        # The entropy of its family's training is of groups of bits: all codes at once are too many.
+        return LFQ(n_embed, embed_dim, entropy_weight=0.0, lowest_first=True, table=False)
 
     def codes_of(self, grid: Tensor) -> Tensor:
         return super().codes_of(grid).to(next(self.parameters()).dtype)

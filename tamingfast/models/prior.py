@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
-from tamingfast.checkpoints.weights import init_from_ckpt
+from tamingfast.checkpoints.load import init_from_ckpt
 from tamingfast.engines.first_stage import beside
 from tamingfast.models.base import (
     ConditionStage,
@@ -108,7 +108,7 @@ class Net2NetTransformer(Module):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.weights.init_from_ckpt`."""
+        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.load.init_from_ckpt`."""
         init_from_ckpt(self, path, ignore_keys)
 
     def init_first_stage_from_ckpt(self, config: Mapping[str, Any]) -> None:

@@ -184,11 +184,15 @@ class VectorQuantizer(Quantizer):
         weight = self.embedding.weight
         return F.normalize(weight, dim=1) if self.rule == "unit" else weight
 
+    def compared(self, z: Tensor) -> Tensor:
+        """What of the latents z (B, e_dim, *) is compared with the codes."""
+        return F.normalize(z, dim=1) if self.rule == "unit" else z
+
     def replaced(self, z: Tensor) -> Quantized:
         """The latents z (B, e_dim, *) replaced by codes, as `tamingfast.ops.quantize` gives them."""
         codes = self.codes()
         if self.rule in ("nearest", "unit"):
-            return ops.quantize(F.normalize(z, dim=1) if self.rule == "unit" else z, codes)
+            return ops.quantize(self.compared(z), codes)
         latents = z.detach().movedim(1, -1).reshape(-1, self.e_dim)
         indices = ops.nearest_code(*_as_nearest(latents, codes.detach(), self.rule))
         return reference.quantize(z, codes, indices)
@@ -216,33 +220,6 @@ def _as_nearest(z: Tensor, codebook: Tensor, rule: str) -> tuple[Tensor, Tensor]
     squares = codebook.double().square().sum(1, keepdim=True)
     last = (squares.max() - squares).clamp(min=0).sqrt().to(codebook.dtype)
     return F.pad(z, (0, 1)), torch.cat((codebook, last), 1)
-
-
-class SignQuantizer(Quantizer):
-    """Codes without a codebook: the sign of each latent, +1 or -1 (lookup-free quantisation: Yu et al. 2024).
-
-    The token is the sum of 2^k over the channels k that are above 0. The loss is ``beta * |sg[z_q] - z|^2``; the
-    entropy of the original's is not part of it.
-    """
-
-    def __init__(self, e_dim: int, beta: float = 0.25):
-        super().__init__()
-        if not 1 <= e_dim <= 62:
-            raise UserError(f"embed_dim: got {e_dim}, expected 1 to 62 bits per token")
-        self.e_dim, self.beta, self.re_embed = e_dim, beta, 2**e_dim
-
-    def forward(self, z: Tensor) -> Quantised:
-        """z (B, e_dim, h, w) -> ``(z_q like z, loss, (None, None, indices int64 (B*h*w,)))``."""
-        positive = z > 0
-        codes = positive.to(z.dtype) * 2 - 1
-        weights = 2 ** torch.arange(self.e_dim, device=z.device)
-        indices = (positive.movedim(1, -1) * weights).sum(-1).flatten()
-        return codes + (z - z.detach()), self.beta * F.mse_loss(z, codes), (None, None, indices)
-
-    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """As `Quantizer.get_codebook_entry`, in float32."""
-        bits = indices[..., None] >> torch.arange(self.e_dim, device=indices.device) & 1
-        return as_grid((bits * 2 - 1).float(), shape)
 
 
 class OneHotVectorQuantizer(VectorQuantizer):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
-from tamingfast.checkpoints.weights import init_from_ckpt
+from tamingfast.checkpoints.load import init_from_ckpt
 from tamingfast.engines import first_stage
 from tamingfast.errors import UserError
 from tamingfast.models.autoencoder import Decoder, Encoder
@@ -119,7 +119,7 @@ class VQModel(FirstStage):
         return Decoder(**ddconfig)
 
     def init_from_ckpt(self, path: str | os.PathLike, ignore_keys: Iterable[str] = ()) -> None:
-        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.weights.init_from_ckpt`."""
+        """Load the weights of a checkpoint file; see `tamingfast.checkpoints.load.init_from_ckpt`."""
         init_from_ckpt(self, path, ignore_keys)
 
     def encode(self, x: Tensor) -> Quantised:
@@ -212,6 +212,15 @@ class VQModel(FirstStage):
     def embed_dim(self) -> int:
         """Width of a codebook entry."""
         return self._embed_dim
+
+    @property
+    def unseen(self) -> dict[str, Any]:
+        """The settings that weights do not show, by the names of `tamingfast.checkpoints.formats.UNSEEN`."""
+        return {
+            "codes": getattr(self.quantize, "rule", "nearest"), "image_range": list(self.image_range),
+            "ddconfig.tanh_out": getattr(self.decoder, "tanh_out", False),
+            "ddconfig.num_groups": self.encoder.norm_out.num_groups,
+        }  # fmt: skip
 
     @property
     def factor(self) -> int:

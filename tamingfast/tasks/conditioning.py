@@ -129,6 +129,7 @@ def kind_of(model: Net2NetTransformer) -> kinds.Kind:
         what = "nothing" if model.be_unconditional else f"'{key}'"
         raise UserError(f"condition: got one, expected none, as the model is conditioned on {what}; leave it out")
     data = config_of(model).get("data") or {}
+    data = data.get("condition") or data  # of a run on objects of the original's data sets
     if data.get("kind") is not None:
         return kinds.make(data["kind"], {name: data.get(name) for name in kinds.SETTINGS})
     if key not in kinds.KINDS:

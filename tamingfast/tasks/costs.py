@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tamingfast.engines.first_stage import check_name, using
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.sampling.canvas import Canvas
@@ -54,6 +55,7 @@ def likelihood(
     conditions_of: Sequence[Picture] | None = None,
     strides: Sequence[int] = STRIDES,
     batch: int = LIKELIHOOD_BATCH,
+    engine: str = "auto",
     bars: Bars = silent,
 ) -> list[ScheduleCost]:
     """The likelihood of real images under each schedule, and the work that each schedule takes.
@@ -63,6 +65,7 @@ def likelihood(
         images, size, label, conditions, conditions_of, bars: as in `complete`.
         strides: the strides to try with "strided" and "block", in tokens.
         batch: images at a time; it does not change the results.
+        engine: the implementation that runs the first stage: "auto", "native" (C++ on the CPU) or "torch".
 
     Returns:
         "paper", "scene", then "strided" and "block" with each stride.
@@ -71,6 +74,7 @@ def likelihood(
         UserError: an argument out of range, or one that does not apply to this model.
     """
     at_least_one(batch, "batch")
+    check_name(engine)
     source = unread(model)
     outline = check_windowed(source.outline)
     check_label(outline, label)
@@ -82,8 +86,8 @@ def likelihood(
         check_schedule(outline, *grid_size(outline, x.shape[2], x.shape[3]), rule, stride)
     prior = check_windowed(source.model)
     found = conditions_of_each(prior, given, x)
-    cond = tokens_of_each(prior, found, len(x), label)
-    with bars("multiply-adds of encoding", None) as counter:
+    with using(engine), bars("multiply-adds of encoding", None) as counter:
+        cond = tokens_of_each(prior, found, len(x), label)
         canvas = painted(prior, photo_canvas(prior, x.to(prior.device), cond, counter.moved))
     with bars("tokens", len(rules) * canvas.tokens.numel()) as counter:
         return schedule_costs(prior, canvas, rules, batch, counter.update)

@@ -52,15 +52,17 @@ class Unread:
     def model(self) -> nn.Module:
         """The model, read once. Raises UserError as `tamingfast.load_model` and `paired` do."""
         device = pick_device(self.device)
+        # First, as it is the smaller one, so that a mistake in its path is told soon.
+        stage = None if self.first_stage is None else load_model(self.first_stage, device=device, allow=self.allow)
         model = load_model(self.path, device=device, allow=self.allow)
-        if isinstance(model, LlamaGPT) and self.first_stage is None:
+        if stage is not None:
+            return paired(model, stage)
+        if isinstance(model, LlamaGPT):
             raise UserError(
                 "first_stage: got none, expected the file of a first stage, as the model is a transformer alone; give "
                 "the one that it was trained on"
             )
-        if self.first_stage is None:
-            return model
-        return paired(model, load_model(self.first_stage, device=device, allow=self.allow))
+        return model
 
 
 #: A loaded model, the path of a run directory or checkpoint, or a path whose model is read when it is needed.

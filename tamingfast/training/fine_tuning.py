@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tamingfast.checkpoints import load_model
 from tamingfast.checkpoints.config import plain
 from tamingfast.checkpoints.infer import KNOWN
+from tamingfast.checkpoints.load import load_model, read_as_published
 from tamingfast.checkpoints.locate import weights_path
 from tamingfast.checkpoints.targets import check_targets
-from tamingfast.checkpoints.weights import load_into, read_checkpoint, unwrapped
+from tamingfast.checkpoints.weights import load_into, unwrapped
 from tamingfast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -71,5 +71,5 @@ class Start:
 
 
 def _discriminator(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    state = unwrapped(read_checkpoint(weights_path(Path(path))).state, KNOWN)
+    state = unwrapped(read_as_published(weights_path(Path(path)))[0].state, KNOWN)
     return {key.removeprefix(_LOSS): value for key, value in state.items() if key.startswith(_LOSS)}

@@ -252,7 +252,8 @@ def _data(section: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
 def side_of(train: Any) -> Any:
     """The size of images in the params of a data set of the original, None if they name none."""
     params = at(train, "params")
-    return at(params, "crop_size") or at(params, "size") or at(params, "config", "size")
+    names = ("crop_size", "size", "target_image_size")
+    return next((params[name] for name in names if at(params, name)), None) or at(params, "config", "size")
 
 
 def check_original_data(data: Mapping[str, Any]) -> None:
@@ -262,7 +263,7 @@ def check_original_data(data: Mapping[str, Any]) -> None:
         if described:
             check_keys(described, ("target", "params"), f"data.{split}")
     for key, value in data.items():
-        if key not in (*SPLITS, "size", "name"):
+        if key not in (*SPLITS, "size", "name", "condition"):  # the last one is for sampling
             raise UserError(
                 f"data.{key}: got {value!r}, which data sets in the original's layout do not read, expected settings "
                 "below data.params.train and data.params.validation; give data.name=folder too to replace these data"

@@ -16,7 +16,7 @@ from tamingfast.checkpoints import load_model
 from tamingfast.checkpoints.config import at, plain, trained_side
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import load_into
-from tamingfast.data.conditions import Objects
+from tamingfast.data.conditions import Objects, settings_of
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
@@ -87,6 +87,8 @@ def train(
         if training.condition is not None:
             config["data"] |= training.condition.get("data") or {}  # so that sampling knows the run's condition
         objects = training.kind if isinstance(training.kind, Objects) else None
+        if objects is not None and config["data"].get("name") is None:  # a data set of the original
+            config["data"] |= {"condition": settings_of(objects)}
         if frozen is not None:
             check_tokens(training, frozen.model)
             grid = grid_of(training, frozen.model)

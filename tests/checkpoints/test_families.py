@@ -299,10 +299,30 @@ def test_nothing_that_an_index_or_a_msgpack_says_is_believed(tmp_path):
         assert "flax_model.msgpack" in refused(made.path)
 
 
-@pytest.mark.parametrize("text", ['{"dim": 64, "n_layer": 2}', "[1, 2]", "{", ""])
-def test_a_config_json_of_something_else_is_left_out(text, tmp_path):
+DAMAGED = {
+    "{": "unreadable JSON", "": "unreadable JSON", '{"n_embed": 8, ': "unreadable JSON", "[1, 2]": "got no mapping",
+    "\ud800": "bytes that are not text", '{"a": ' * 90 + "1" + "}" * 90: "levels", " " * (1 << 21): "more than",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", DAMAGED.values(), ids=range(len(DAMAGED)))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("LlamaGen VQ", "file"), ("LlamaGen VQ", "folder"), ("Janus", "in parts"), ("diffusers VQModel", "aMUSEd"),
+     ("MaskGIT-VQGAN", "file"), ("vqgan-jax", "folder"), ("Open-MAGVIT2", "no config")],
+)  # fmt: skip
+def test_a_damaged_config_json_is_refused_wherever_it_lies(family, name, said, tmp_path):
+    made = published(family, name, tmp_path)
+    file = weights_path(made.path).with_name("config.json")
+    for text in (text for text, why in DAMAGED.items() if why == said):
+        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+        found = refused(made.path)
+        assert found.startswith(f"{file}: got ") and said in found
+
+
+def test_a_config_json_of_something_else_is_left_out(tmp_path):
     made = published("LlamaGen VQ", "file", tmp_path)
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text('{"dim": 64, "n_layer": 2}')
     check(tamingfast.load_model(made.path), made)
     assert tasks.inspect(made.path)["config"] is None
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import golden
 import hub_server
+import llamagen
 import pytest
 import torch
 import yaml
 from commands import pixels_of, run
+from family_files import FAMILIES
 from PIL import Image
 from refusals import refused
 
@@ -28,6 +30,7 @@ FIGURES = {
         "samples": {"network": "efficientnet-lite0", "images": 4, "real_images": 12, "frechet_distance": 7.5}
     },
 }
+MACHINE = {"cpu": "a CPU", "threads": 2, "gpu": "no GPU", "torch": "2.0", "python": "3.11"}
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_the_class_must_fit(stage, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "unreadable YAML"), ("[1]", "no mapping"), ('{"model": {"target": "os.system"}}', "which is not run")],
+    [("{", "unreadable JSON"), ("[1]", "no mapping"), ('{"model": {"target": "os.system"}}', "which is not run")],
 )
 def test_a_damaged_config_is_refused(stage, tmp_path, text, said):
     stage.save_pretrained(tmp_path)
@@ -266,5 +269,52 @@ def test_a_pushed_model_comes_back(stage, server):
     card = server.repositories["me/mine"]["README.md"].decode()
     assert "# me/mine" in card and 'load_model("me/mine")' in card and "21.5" in card
     assert same_weights(VQModel.from_pretrained("me/mine"), stage)
-    with pytest.raises(UserError, match="repo_id: got 'mine', expected owner/name"):
+    with pytest.raises(UserError, match="repository: got 'mine', expected owner/name"):
         stage.push_to_hub("mine")
+
+
+def test_the_command_that_pushes(stage, server, tmp_path, capsys):
+    (tmp_path / "report.json").write_text(json.dumps(FIGURES | {"machine": MACHINE}))
+    words = ["--figures", tmp_path / "report.json", "--private"]
+    assert run("push", golden.checkpoint("vqmodel_f2"), "me/mine", *words) == 0
+    assert f"pushed: {server.url}/me/mine/commit/" in capsys.readouterr().out
+    assert sorted(server.repositories["me/mine"]) == ["README.md", "config.json", "model.safetensors"]
+    assert "21.5" in server.repositories["me/mine"]["README.md"].decode()
+    assert same_weights(load_model("me/mine"), stage)
+
+
+def test_a_transformer_and_its_first_stage_are_pushed_as_one(server, tmp_path):
+    gpt = llamagen.copied_to(tmp_path)
+    torch.manual_seed(0)
+    first = FAMILIES["LlamaGen VQ"]["file"](tmp_path)
+    codes = load_model(gpt).config.vocab_size
+    held = torch.load(first.path, weights_only=False)
+    held["model"]["quantize.embedding.weight"] = torch.randn(codes, held["model"]["quantize.embedding.weight"].shape[1])
+    torch.save(held, first.path)
+    (tmp_path / "config.json").rename(tmp_path / "gpt.json")
+    (tmp_path / "gpt").mkdir()
+    gpt = gpt.rename(tmp_path / "gpt" / "model.pt")
+    (tmp_path / "gpt.json").rename(tmp_path / "gpt" / "config.json")
+    assert run("push", gpt, "me/pair", "--first-stage", first.path) == 0
+    for name, model in (("a.png", ["me/pair"]), ("b.png", [gpt, "--first-stage", first.path])):
+        assert run("sample", *model, "-n", 1, "--class", 2, "--cfg", 2, "--out", name, "--device", "cpu") == 0
+    assert (pixels_of("a.png") == pixels_of("b.png")).all()
+
+
+def test_what_cannot_be_pushed_is_one_sentence(server, tmp_path, monkeypatch):
+    model = golden.checkpoint("vqmodel_f2")
+    for name in ("mine", "me/mine@v1", "me/mine/part", "../mine", ""):
+        refused("push", model, name, names="repository")
+    refused("push", tmp_path / "none", "me/mine", names="none")
+    for text in ("{", "[]", '{"data": 3}', json.dumps({"data": "x", "machine": MACHINE, "likelihood": {"odd": 1}})):
+        (tmp_path / "f.json").write_text(text)
+        said = refused("push", model, "me/mine", "--figures", tmp_path / "f.json", names="f.json")
+        assert "the JSON that `tamingfast evaluate --out` wrote" in said
+    assert not server.requests
+    server.gated.add("me/closed")
+    assert "hf auth login" in refused("push", model, "me/closed", names="me/closed")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "expected an answer of the Hub" in refused("push", model, "me/mine", names="me/mine")
+    monkeypatch.setenv("TAMINGFAST_OFFLINE", "1")
+    assert "TAMINGFAST_OFFLINE is 1" in refused("push", model, "me/mine", names="me/mine")
+    assert not server.repositories

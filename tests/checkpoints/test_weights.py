@@ -15,15 +15,9 @@ from torch import nn
 
 import tamingfast
 from tamingfast import checkpoints
+from tamingfast.checkpoints.load import init_from_ckpt
 from tamingfast.checkpoints.seal import check_seal
-from tamingfast.checkpoints.weights import (
-    init_from_ckpt,
-    load_into,
-    metadata_of,
-    read_checkpoint,
-    read_state_dict,
-    unwrapped,
-)
+from tamingfast.checkpoints.weights import load_into, metadata_of, read_checkpoint, read_state_dict, unwrapped
 from tamingfast.errors import UserError
 
 PREFIXES = ("module.", "ddp.", "_orig_mod.", "model.", "first_stage_model.", "module._orig_mod.", "model.net.vqgan.",

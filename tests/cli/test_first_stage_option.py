@@ -69,6 +69,7 @@ def test_edits_and_larger_images(parts, tmp_path, runs):
     assert run("edit", gpt, tmp_path / "photo.png", "--mask", tmp_path / "mask.png", *both, "--out", out) == 0
     assert run("outpaint", gpt, tmp_path / "photo.png", "--right", 2, *both, "--out", tmp_path / "wide.png") == 0
     assert run("complete", gpt, tmp_path / "photo.png", "--times", 1, *both, "--out", tmp_path / "half.png") == 0
+    assert run("likelihood", gpt, tmp_path / "photo.png", "--first-stage", stage, "--class", 1, "--strides", 2) == 0
     assert run("sample", gpt, "-n", 1, "--size", "12x16", *both, "--out", tmp_path / "large.png") == 0
     assert Image.open(tmp_path / "large.png").size == (16, 12)
 
@@ -78,6 +79,7 @@ def test_mistakes_are_one_sentence(parts, tmp_path, capsys, runs):
     other = written(tmp_path / "other", codes=20)
     wrong = (
         ([gpt], "--first-stage: got none, expected the file of a first stage"),
+        (["none.pt", "--first-stage", "none2.pt"], "none2.pt: got no file"),  # the smaller one is opened first
         ([gpt, "--first-stage", gpt], "got a LlamaGPT, expected a first stage"),
         ([gpt, "--first-stage", runs / "prior"], "--first-stage: got a prior, expected a first stage of 16 codes"),
         ([other, "--first-stage", stage], "--first-stage: got one of 16 codes, expected a first stage of 20 codes"),

@@ -58,6 +58,20 @@ class TestImages:
         assert all(0 < row["nats"] < 20 for row in rows)
         assert Image.open(tmp_path / "plot.png").size[0] > 100
 
+    def test_the_engine_of_the_first_stage(self, runs, square, monkeypatch, capsys):
+        """Torch encodes if it is asked for; the likelihoods are the same up to rounding."""
+        from tamingfast.engines.cpu_first_stage import FirstStageEngine
+
+        made = []
+        begin = FirstStageEngine.__init__
+        monkeypatch.setattr(FirstStageEngine, "__init__", lambda *words: made.append(begin(*words)))
+        nats = []
+        for engine in ("native", "torch"):
+            assert run("likelihood", runs / "prior", square, "--strides", 4, "--engine", engine, "--device", "cpu") == 0
+            nats.append([json.loads(line)["nats"] for line in capsys.readouterr().out.splitlines()])
+            assert len(made) == 1
+        assert nats[0] == pytest.approx(nats[1], rel=1e-3)
+
     def test_a_directory_of_images(self, runs, photo, tmp_path):
         assert run("reconstruct", runs / "vqgan", photo.parent, "--out", tmp_path / "out" / "r.png") == 0
 

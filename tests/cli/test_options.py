@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
     "export": ["export", "model", "--out", "out"],
+    "push": ["push", "model", "owner/name"],
     "download": ["download", "lpips"],
     "completion": ["completion", "bash"],
 }
@@ -44,7 +45,7 @@ NO_NUMBERS = {
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"shell", "schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format"}
+NAMES = {"shell", "schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format", "repository"}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.

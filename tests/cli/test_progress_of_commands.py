@@ -34,8 +34,8 @@ COMMANDS = {
     "train vqgan tiny.yaml --out run": {"run"},
     "train prior prior.yaml --first-stage VQGAN --out run": {"checksum", "run"},
 }
-#: These run the others (reproduce), fetch one file (download), and do nothing long (info, completion).
-ELSEWHERE = {"reproduce", "download", "info", "completion"}
+#: These run the others (reproduce), fetch one file (download), send files (push), and do nothing long (info, completion).
+ELSEWHERE = {"reproduce", "download", "push", "info", "completion"}
 
 
 @pytest.fixture

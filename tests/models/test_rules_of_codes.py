@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tamingfast.errors import UserError
+from tamingfast.models.codebooks import LFQ
 from tamingfast.models.lookup_free import DepthToSpace
-from tamingfast.models.quantize import RULES, SignQuantizer, VectorQuantizer
+from tamingfast.models.quantize import RULES, VectorQuantizer
 
 
 def scores(z: torch.Tensor, codebook: torch.Tensor, rule: str) -> torch.Tensor:
@@ -55,15 +56,17 @@ def test_an_unknown_rule_is_refused():
         VectorQuantizer(4, 2, beta=0.25, rule="best")
 
 
-def test_signs_are_bits_lowest_first():
-    quantizer = SignQuantizer(3)
-    z = torch.tensor([[0.1, -0.2, 0.3], [0.0, 5.0, -1.0]]).T.reshape(1, 3, 1, 2)
+@pytest.mark.parametrize(("lowest_first", "tokens"), [(True, [0b011, 0b100]), (False, [0b110, 0b001])])
+def test_signs_are_bits(lowest_first, tokens):
+    quantizer = LFQ(8, 3, entropy_weight=0.0, lowest_first=lowest_first, table=False)
+    assert not quantizer.state_dict()
+    z = torch.tensor([[0.1, 0.2, -0.3], [0.0, -5.0, 1.0]]).T.reshape(1, 3, 1, 2)
     quant, _, (_, _, indices) = quantizer(z)
-    assert indices.tolist() == [0b101, 0b010]
-    torch.testing.assert_close(quant[0, :, 0].T, torch.tensor([[1.0, -1, 1], [-1, 1, -1]]))
+    assert indices.tolist() == tokens
+    torch.testing.assert_close(quant[0, :, 0].T, torch.tensor([[1.0, 1, -1], [-1, -1, 1]]))
     torch.testing.assert_close(quantizer.get_codebook_entry(indices, (1, 1, 2, 3)), quant)
-    with pytest.raises(UserError, match="embed_dim: got 63"):
-        SignQuantizer(63)
+    with pytest.raises(ValueError, match="embed_dim: got 63"):
+        LFQ(2**63, 63)
 
 
 def test_depth_to_space_orders_pixels_before_channels():

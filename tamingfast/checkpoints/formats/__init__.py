@@ -18,7 +18,7 @@ from tamingfast.checkpoints.formats import (
     seed_voken,
     vqgan_jax,
 )
-from tamingfast.checkpoints.formats.family import Family, Opened, Source
+from tamingfast.checkpoints.formats.family import UNSEEN, Family, Opened, Source
 
 FAMILIES = (
     latent_diffusion.FAMILY,
@@ -32,7 +32,7 @@ FAMILIES = (
     vqgan_jax.FAMILY,
 )
 
-__all__ = ["FAMILIES", "Family", "Opened", "Source", "family_of"]
+__all__ = ["FAMILIES", "UNSEEN", "Family", "Opened", "Source", "family_of"]
 
 
 def family_of(config: Any, names: Collection[str] = ()) -> Family | None:

@@ -16,6 +16,10 @@ from tamingfast.errors import UserError
 VQMODEL, INTERFACE = "tamingfast.models.vqgan.VQModel", "tamingfast.models.vqgan.VQModelInterface"
 _DUMMY_LOSS = {"target": "tamingfast.models.losses.DummyLoss"}
 _AVERAGES = "model_ema."
+#: Settings of a first stage that its weights do not show, and the original's values.
+UNSEEN: dict[str, Any] = {
+    "codes": "nearest", "image_range": [-1, 1], "ddconfig.tanh_out": False, "ddconfig.num_groups": 32,
+}  # fmt: skip
 #: What a constructor of ours takes of a config of the original's form; the rest is for training.
 _PARAMS = ("ddconfig", "n_embed", "embed_dim", "image_key", "colorize_nlabels", "remap", "sane_index_shape")
 

@@ -25,7 +25,7 @@ def _opened(source: Source) -> Opened:
     if len(ddconfig["ch_mult"]) == 1:
         ddconfig["resamp_with_conv"] = False
     codebook = state.get("quantize.embedding.weight")
-    if codebook is None or tuple(codebook.shape) != (len(codebook), ddconfig["z_channels"]):
+    if codebook is None or tuple(codebook.shape[1:]) != (ddconfig["z_channels"],):
         raise source.bad("no codebook as wide as the latents", f"all weights of {_WHAT}")
     params = {"ddconfig": ddconfig, "n_embed": codebook.shape[0], "embed_dim": codebook.shape[1]}
     return Opened(model_of({**params, "quant_conv": False, "image_range": [0, 1]}), state)

@@ -16,6 +16,7 @@ from tamingfast.checkpoints.formats.family import (
     renamed,
 )
 from tamingfast.checkpoints.formats.shapes import ddconfig_of
+from tamingfast.checkpoints.infer import CONFIG_ADVICE
 
 _LOOKUP_FREE = "tamingfast.models.lookup_free.LookupFreeVQModel"
 _IBQ, _IBQ_VQ, _MAGVIT = "IBQ.models.ibqgan.IBQ", "IBQ.models.ibqgan.VQModel", "Open_MAGVIT2.models.lfqgan.VQModel"
@@ -56,7 +57,9 @@ def _opened_ibq(source: Source) -> Opened:
 def _opened_magvit(source: Source) -> Opened:
     settings: Mapping[str, Any] = {} if source.config is None else _settings(source)
     if source.config is None and any(name.startswith("model_ema.") for name in source.state):
-        raise source.bad("averages beside the weights, and no config that says which count", "its config, too")
+        raise source.bad(
+            "averages beside the weights, and no config that says which count", f"its config, too; {CONFIG_ADVICE}"
+        )
     state = renamed(chosen_weights(source, bool(settings.get("use_ema"))), _RULES)
     ddconfig = ddconfig_of(state, source, "an Open-MAGVIT2 tokenizer") | {"symmetric": True}
     bits, codes = ddconfig["z_channels"], settings.get("n_embed")

@@ -11,6 +11,7 @@ from tamingfast.checkpoints.formats.family import Source
 
 _LOWEST = 16  # side of the latents of a square image of the side `resolution`, which only says where attention is
 _MOST_LEVELS = 16
+_GROUPS = 32  # of every norm
 
 
 def ddconfig_of(state: Mapping[str, Tensor], source: Source, what: str) -> dict[str, Any]:
@@ -66,6 +67,9 @@ def _side(weights: _Weights, side: str, levels_name: str) -> dict[str, Any]:
         raise weights.source.bad(f"{levels} levels '{place}'", f"at most {_MOST_LEVELS}, as of {weights.what}")
     widths = [weights.shape(f"{place}.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     ch = weights.shape("encoder.conv_in.weight")[0]
+    odd = next((width for width in (ch, *widths) if width % _GROUPS), None)
+    if odd is not None:
+        raise weights.source.bad(f"{odd} channels in the {side}", f"multiples of {_GROUPS}, the groups of a norm")
     top = _LOWEST * 2 ** (levels - 1)
     attends = [top // 2**level for level in range(levels) if f"{place}.{level}.attn.0.q.weight" in weights.state]
     change, changing = ("downsample", 0) if levels_name == "down" else ("upsample", levels - 1)

@@ -63,13 +63,18 @@ class Objects(Kind[scenes.Scene]):
 
     def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
         """The tokens of what ``view`` shows, int64 (n,), in a new order each epoch, as in the original."""
-        path = given(source)
-        scene = scenes.read(path, self.rule)
-        reading.check_shape(path, scene.shape[::-1], picture.size)
+        scene = self.scene(source, picture)
         order = np.argsort(random_bits(view.key, 0, np.arange(len(scene.things))), kind="stable")
         wide, tall = picture.size
         crop = (view.left / wide, view.top / tall, view.width / wide, view.height / tall)
         return self.rule.encode([scene.things[i] for i in order], crop, view.flipped)
+
+    def scene(self, source: str | None, picture: Picture) -> scenes.Scene:
+        """The objects of a picture of a data set, whose file is ``source``."""
+        path = given(source)
+        scene = scenes.read(path, self.rule)
+        reading.check_shape(path, scene.shape[::-1], picture.size)
+        return scene
 
     def read(self, path: str | os.PathLike, size: Size | None = None) -> scenes.Scene:
         """The objects in a file, on a canvas of ``size``, by default the file's; UserError if there are too many."""

@@ -55,5 +55,5 @@ def make(name: str, options: Mapping[str, Any]) -> Kind:
 
 def settings_of(kind: Kind) -> dict[str, Any]:
     """The ``data:`` settings that describe ``kind``: its name under "kind", and its options."""
-    name = next(name for name, made in KINDS.items() if isinstance(kind, made))
-    return {"kind": name} | dataclasses.asdict(kind)
+    name, made = next((name, made) for name, made in KINDS.items() if isinstance(kind, made))
+    return {"kind": name} | {field.name: getattr(kind, field.name) for field in dataclasses.fields(made)}
