@@ -100,20 +100,21 @@ void transform_filters(int m, const double matrix[6][3], const double (*g)[kMost
 // Row `i` of a panel that is split for AMX; rows i and i + 16 are a pair.
 void split(const double* row, std::int64_t i, std::uint16_t* panel) {
   constexpr std::int64_t kTile = 512;
-  for (std::int64_t o = 0; o < kMostPanel; ++o) {
-    double rest = row[o];
-    for (std::int64_t part = 0; part < Storage::kSplit; ++part) {
-      const float nearest = static_cast<float>(rest);
-      std::uint32_t bits;
-      std::memcpy(&bits, &nearest, sizeof bits);
-      if (nearest == nearest) bits += 0x7fffu + (bits >> 16 & 1u);  // to nearest, ties to even
-      bits &= 0xffff0000u;
-      panel[((i / 32 * Storage::kSplit + part) * 2 + o / 16) * kTile + i % 16 * 32 + o % 16 * 2 + i % 32 / 16] =
-          static_cast<std::uint16_t>(bits >> 16);
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      rest -= value;
+  float rest[kMostPanel];
+  for (std::int64_t o = 0; o < kMostPanel; ++o) rest[o] = static_cast<float>(row[o]);
+  for (std::int64_t part = 0; part < Storage::kSplit; ++part) {
+    std::uint32_t bits[kMostPanel];
+    std::memcpy(bits, rest, sizeof bits);
+    for (std::int64_t o = 0; o < kMostPanel; ++o) {
+      const std::uint32_t half = rest[o] == rest[o] ? 0x7fffu + (bits[o] >> 16 & 1u) : 0u;  // ties to even
+      bits[o] = (bits[o] + half) & 0xffff0000u;
     }
+    float nearest[kMostPanel];
+    std::memcpy(nearest, bits, sizeof nearest);
+    for (std::int64_t o = 0; o < kMostPanel; ++o) rest[o] -= nearest[o];
+    std::uint16_t* to = panel + (i / 32 * Storage::kSplit + part) * 2 * kTile + i % 16 * 32 + i % 32 / 16;
+    for (std::int64_t o = 0; o < kMostPanel; ++o)
+      to[o / 16 * kTile + o % 16 * 2] = static_cast<std::uint16_t>(bits[o] >> 16);
   }
 }
 

@@ -53,8 +53,7 @@ std::unique_ptr<Convolution> make(const Array& weight, const MaybeArray& bias, s
 std::tuple<std::int64_t, std::int64_t> pair_of(const Blocks& blocks) { return {blocks.rows, blocks.columns}; }
 
 std::tuple<std::int64_t, std::int64_t> planned(std::int64_t out, std::int64_t in, std::int64_t kernel,
-                                               std::int64_t stride, const std::string& method,
-                                               const std::string& isa) {
+                                               std::int64_t stride, const std::string& method, const std::string& isa) {
   require_range("out", out, 1, kMostSide);
   require_range("in", in, 1, kMostSide);
   return pair_of(Convolution::planned_blocks({nullptr, nullptr, out, in, kernel, stride},
@@ -169,8 +168,7 @@ void bind_convolutions(py::module_& module) {
           "blocks", [](const Convolution& c) { return pair_of(c.blocks()); },
           "(rows, columns) of the blocks of which moments are summed; bands are whole rows of blocks.")
       .def_static("planned_blocks", &planned, py::arg("out"), py::arg("in_"), py::arg("kernel"), py::arg("stride"),
-                  py::arg("method"), py::arg("isa") = "auto",
-                  "The `blocks` of a convolution that is still to be made.")
+                  py::arg("method"), py::arg("isa") = "auto", "The `blocks` of a convolution that is still to be made.")
       .def_property_readonly("bytes", &Convolution::bytes, "Bytes of the packed weights.");
   module.def("moments", &moments_of, py::arg("x"), py::arg("images"), py::arg("height"), py::arg("width"),
              py::arg("channels"), py::arg("top"), py::arg("bottom"), py::arg("blocks"), py::arg("moments"),

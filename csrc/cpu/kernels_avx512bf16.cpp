@@ -13,9 +13,8 @@
     __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
-#pragma clang attribute push(                                                                     \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16"))), \
-    apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16"))), apply_to = function)
 #endif
 #define TF_ISA avx512bf16
 #define TF_LANES 16

@@ -14,7 +14,7 @@ constexpr double kFading = -0.7;
 constexpr double kDraftsRight = 0.97;  // each draft
 constexpr double kSlowest = 1.0 / 64;  // weight of the latest pass in the long run, and at first
 constexpr double kFastest = 1.0 / 5;
-constexpr double kLeast = 1e-9;           // of a share, so that ratios stay defined
+constexpr double kLeast = 1e-9;            // of a share, so that ratios stay defined
 constexpr double kForgotten = 1.0 / 1024;  // how fast a sequence without guesses returns to what is expected
 
 }  // namespace

@@ -169,12 +169,11 @@ def _plan(convs: tuple[nn.Conv2d, ...]) -> _Plan:
 def _pack(convs: tuple[nn.Conv2d, ...]) -> _Packed:
     plan = _plan(convs)
     weight = _together([conv.weight for conv in convs])
-    bias = None
-    if any(conv.bias is not None for conv in convs):
-        zeros = (conv.weight.new_zeros(len(conv.weight)) for conv in convs)
-        bias = _together([zero if conv.bias is None else conv.bias for conv, zero in zip(convs, zeros, strict=True)])
+    bias = _together(
+        [conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias for conv in convs]
+    )  # a name, as C++ gets the address alone
     native = _native().Convolution(
-        _array("weight", weight), _maybe("bias", bias), *plan.arguments, _threads(), backends.isa()
+        _array("weight", weight), _array("bias", bias), *plan.arguments, _threads(), backends.isa()
     )
     return _Packed(native, plan)
 

@@ -67,7 +67,7 @@ def smooth(seed: int) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("isa", ISAS)
 def test_narrow_layers_take_no_large_tiles(isa, monkeypatch):
-    """By the rule that is used the engine rounds no more than torch; by large tiles it would 1.5 to 3 times as much."""
+    """By the rule that is used the engine rounds about as torch does; by large tiles, 1.5 to 3 times as much."""
     monkeypatch.setenv("TAMINGFAST_ISA", isa)
     ratios = {(cpu_first_stage.FEW, cpu_first_stage.NARROW): [], (0, 0): []}
     for seed in range(4):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-
 from tamingfast.kernels import common
 
 CONFIGS = tuple(triton.Config({"BM": size}) for size in (16, 32, 64))
