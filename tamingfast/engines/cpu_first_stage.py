@@ -266,7 +266,7 @@ class _Run:
         channels, height, width = out.shape
         blocks = (2, 1 << 40)
         moments = out.measure(blocks)
-        for top, bottom in self.bands(out, 2):
+        for top, bottom in self.bands(x, out, 2):
             first, last = (top // 2, -(-bottom // 2)) if isinstance(layer, Upsample) else (2 * top, 2 * bottom)
             source, begin = x.window(first, last)
             rows = source[:, first - begin : last - begin].permute(0, 3, 1, 2)
@@ -315,7 +315,7 @@ class _Run:
         _, height, width = out.shape
         kernel, stride = plan.kernel, plan.stride
         moments = out.measure(conv.native.blocks)
-        for top, bottom in self.bands(out, conv.native.blocks[0]):
+        for top, bottom in self.bands(x, out, conv.native.blocks[0]):
             first, last = top * stride - padding, (bottom - 1) * stride - padding + kernel
             if upsample:
                 first, last = first // 2, -(-last // 2)
@@ -330,11 +330,15 @@ class _Run:
             out.put(top, band)
             self.advance(share * (bottom - top) / height)
 
-    def bands(self, out: Map, unit: int) -> Iterator[tuple[int, int]]:
-        """Rows [top, bottom) of a map that is written in bands of whole units; several images have one band."""
-        channels, height, width = out.shape
+    def bands(self, x: Map, out: Map, unit: int) -> Iterator[tuple[int, int]]:
+        """Rows [top, bottom) of ``out``, written in bands of whole units; several images have one band.
+
+        Neither these rows nor those of ``x`` that they are computed from take more than a band, but for a unit's rows.
+        """
+        height = out.shape[1]
+        row = 4 * max(math.prod(x.shape), math.prod(out.shape)) // height
         band = BAND if self.store is None else min(BAND, self.store.band)
-        rows = max(unit, band // (4 * channels * width) // unit * unit) if self.images == 1 else height
+        rows = max(unit, band // row // unit * unit) if self.images == 1 else height
         for top in range(0, height, rows):
             yield top, min(top + rows, height)
 

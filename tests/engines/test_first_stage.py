@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from tamingfast import UserError, VQModel
-from tamingfast.engines import cpu_first_stage, feature_maps, first_stage
+from tamingfast.engines import cpu_first_stage, cpu_maps, feature_maps, first_stage
 from tamingfast.models.autoencoder import Decoder, Encoder, ResnetBlock
 from tamingfast.models.hierarchical import HierarchicalVQModel
 from tamingfast.ops import backends
@@ -351,3 +351,23 @@ def test_compiled_and_copied_models_work():
     assert torch.equal(first_stage.forward(copy.deepcopy(model), x), expected)
     stage = torch.compile(lambda x: first_stage.forward(model, x), backend="eager", fullgraph=True)
     torch.testing.assert_close(stage(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_extension
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Decoder, Encoder])
+def test_bands_count_what_they_read(kind, monkeypatch):
+    """A picture has few channels, so its rows are short; those that they are computed from are not."""
+    model = network(kind, ch=64, resolution=96)
+    x = torch.randn(1, *((4, 24, 24) if kind is Decoder else (3, 96, 96)))
+    engine, shape, read, window = first_stage.engine_for(model), tuple(x.shape[1:]), [], cpu_maps.InFile.window
+
+    def counted(self, top, bottom):
+        rows, begin = window(self, top, bottom)
+        read.append(rows.nbytes)
+        return rows, begin
+
+    monkeypatch.setattr(cpu_maps.InFile, "window", counted)
+    whole, least = first_stage.run(model, x), 4 * engine.band(shape) + 4 * engine.result(shape)
+    assert torch.equal(first_stage.run(model, x, least), whole)
+    assert max(read) <= 1.5 * engine.band(shape)
