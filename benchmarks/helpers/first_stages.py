@@ -46,7 +46,7 @@ class Work:
     @property
     def title(self) -> str:
         if self.name == "train":
-            return f"a step of a small prior on {self.batch} raw images"
+            return f"a step of a small prior on {self.batch} raw images of {self.side}x{self.side}"
         return f"{self.name} {self.side}x{self.side}, batch {self.batch}"
 
 
@@ -56,6 +56,7 @@ WORKS = (
     Work("decode", 1024, 1, 1, 2.5),
     Work("encode", 256, 1, 4, 2.0),
     Work("train", 32, 16, 4, 1.4),
+    Work("train", 256, 4, 3, 1.4),
 )
 
 
@@ -248,7 +249,10 @@ def _peers(model: Any, x: Any) -> dict[str, Callable[[], Any]]:
 
 
 def _training(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """A step of the CIFAR10 preset's first stage with a transformer of 6 layers and width 256; returns the loss."""
+    """A step of a transformer of 6 layers and width 256 on 256 tokens; returns the loss.
+
+    The first stage is that of the preset for CIFAR10 (f = 2), or for folders of larger images (f = 16).
+    """
     import torch
     import torch.nn.functional as F
     from omegaconf import OmegaConf
@@ -256,10 +260,11 @@ def _training(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]
     from tamingfast.engines import first_stage
     from tamingfast.models.prior import Net2NetTransformer
 
-    preset = OmegaConf.to_container(OmegaConf.load(ROOT / "tamingfast" / "configs" / "cifar10_vqgan.yaml"))
+    name = "cifar10_vqgan" if work.side == 32 else "folder_vqgan"
+    preset = OmegaConf.to_container(OmegaConf.load(ROOT / "tamingfast" / "configs" / f"{name}.yaml"))
     stage = preset["model"] | {}
     stage["params"] = stage["params"] | {"lossconfig": {"target": "torch.nn.Identity"}}
-    side = work.side // 2
+    side = work.side // 2 ** (len(stage["params"]["ddconfig"]["ch_mult"]) - 1)
     gpt = dict(vocab_size=1024, block_size=side * side, n_layer=6, n_head=8, n_embd=256)
     model = Net2NetTransformer(
         {"target": "tamingfast.models.gpt.GPT", "params": gpt}, stage, "__is_unconditional__"
