@@ -133,7 +133,7 @@ def test_reconstructions_resemble_photographs(demo, photographs):
         (["evaluate", "demo", "--data", "photos", "--limit", "2", "--samples", "2", "--out", "o.json"], "o.json"),
         (["convert", "demo", "o.safetensors", "--dtype", "bfloat16"], "o.safetensors"),
         (["likelihood", "demo", "photos/cat/0.png", "--class", "cat"], None),
-        (["inspect", "demo"], None),
+        (["inspect", "demo", "--json"], None),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

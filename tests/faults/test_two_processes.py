@@ -57,7 +57,7 @@ def refusal_of(words: list[object], capsys) -> str:
 def test_readers_are_not_kept_out(holder, tmp_path, capsys):
     out = tmp_path / "run"
     before = runs.contents(out)
-    assert command("inspect", out) == 0
+    assert command("inspect", out, "--json") == 0
     assert f'"global_step": {run_directory.exported(out)}' in capsys.readouterr().out
     assert run_directory.read_metrics(out)
     assert runs.contents(out) == before
@@ -85,6 +85,6 @@ def test_of_two_that_begin_at_once_one_goes_on(config, tmp_path):
 def test_reading_leaves_no_lock(config, tmp_path):
     out = tmp_path / "run"
     assert command(*runs.begin(config, out, "training.steps=1")) == 0
-    assert command("inspect", out) == 0
+    assert command("inspect", out, "--json") == 0
     run_directory.progress(out)
     assert not (out / run_directory.LOCK).exists()

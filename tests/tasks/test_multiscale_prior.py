@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -255,6 +257,11 @@ def photo(tmp_path):
     return path
 
 
+def pixels_of(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
 def test_sample_from_scratch_and_from_a_photo(trained, photo, tmp_path):
     assert run("sample", trained, "-n", 3, "--out", tmp_path / "a.png") == 0
     with Image.open(tmp_path / "a.png") as sheet:
@@ -264,10 +271,11 @@ def test_sample_from_scratch_and_from_a_photo(trained, photo, tmp_path):
         assert run("sample", trained, "-n", 2, *words) == 0
         with Image.open(tmp_path / f"{name}-condition.png") as shown:
             assert shown.size == (8, 8)
-    drawn = {name: [(tmp_path / f"{name}-000{i}.png").read_bytes() for i in (0, 1)] for name in ("none", "two", "all")}
+    names = ("none", "two", "all")
+    drawn = {name: [pixels_of(tmp_path / f"{name}-000{i}.png") for i in (0, 1)] for name in names}
     assert drawn["none"][0] != drawn["none"][1] and drawn["all"][0] == drawn["all"][1]
     assert run("sample", trained, "-n", 2, "--separate", "--out", tmp_path / "scratch.png") == 0
-    assert (tmp_path / "scratch-0001.png").read_bytes() == drawn["none"][1]
+    assert pixels_of(tmp_path / "scratch-0001.png") == drawn["none"][1]
     assert run("reconstruct", trained, photo, "--out", tmp_path / "rec.png") == 0
 
 

@@ -101,7 +101,7 @@ def test_what_a_recipe_says(classes):
     assert facts("a.png") == {
         "format": "tamingfast recipe 1", "version": __version__, "task": "sample", "model": "classes",
         "weights": {"prior": identity(model), "first_stage": fingerprint(model.first_stage_model)},
-        "first": 0, "count": 4, "image": None, "size": [32, 32], "classes": [0, 1, 2], "inputs": {}, "arguments": {},
+        "first": 0, "count": 4, "image": None, "size": [8, 8], "classes": [0, 1, 2], "inputs": {}, "arguments": {},
         "options": {
             "temperature": 1.25, "top_k": 5, "top_p": None, "greedy": False, "seed": 2**64 - 1, "batch": 2,
             "schedule": "paper", "stride": 8, "engine": "auto", "dtype": None, "cfg": 1.0,
@@ -147,7 +147,7 @@ def test_options_beside_a_recipe_replace_its_own_and_are_said(classes, caplog):
     assert run("sample", classes, "--like", "a.png", *words, "--out", "b.png") == 0
     for said in ("seed 18446744073709551615, now with 7", "classes [0, 1, 2], now with [1]", "count 3, now with 2"):
         assert f"a.png: drawn with {said}" in caplog.text
-    assert "size (32, 32), now with (8, 12)" in caplog.text and "top_k" not in caplog.text
+    assert "size (8, 8), now with (8, 12)" in caplog.text and "top_k" not in caplog.text
     recipe = facts("b.png")
     assert (recipe["count"], recipe["size"], recipe["classes"]) == (2, [8, 12], [1])
     assert recipe["options"] == facts("a.png")["options"] | {"seed": 7}
