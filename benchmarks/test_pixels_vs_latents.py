@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_cost import PAPER_RATIO, CostModel, Sequences, overhead_of_the_paper
+from sampling_cost import CostModel, Sequences, overhead_of_the_paper
 
 from tamingfast.engines import layers
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.reproduce.budget import forward_flops
 from tamingfast.reproduce.pixels import measure_speed
+from tamingfast.reproduce.pixels_report import PAPER_RATIO
 from tamingfast.reproduce.timing import STEPS_PER_NODE
 
 TINY = os.environ.get("TAMINGFAST_BENCH_TINY") == "1"

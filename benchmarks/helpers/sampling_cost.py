@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tamingfast.reproduce.budget import forward_flops
-
-#: How much faster latents are sampled than pixels on CIFAR10: Taming Transformers, section 4.4.
-PAPER_RATIO = 14.08
+from tamingfast.reproduce.pixels_report import PAPER_RATIO
 
 
 @dataclass(frozen=True)
