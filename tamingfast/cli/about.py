@@ -54,13 +54,7 @@ def add_to(commands: Commands) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    import yaml
-
-    facts = tasks.inspect(arguments.file)
-    if arguments.json:
-        print_json(facts)
-    else:
-        print(yaml.safe_dump(facts, sort_keys=False, width=120), end="")
+    print_json(tasks.inspect(arguments.file))  # with --json or without: programs read it
 
 
 def convert(arguments: argparse.Namespace) -> None:
