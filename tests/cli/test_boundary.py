@@ -211,7 +211,7 @@ def test_streams_that_fail(buffered):
 def test_streams_that_fail_in_the_middle_of_the_work():
     done = started(">/dev/full", "inspect", CHECKPOINT)
     assert FULL in judged(done.returncode, done.stderr.decode())
-    assert started("2>/dev/full", "inspect", CHECKPOINT).stdout.startswith(b"file: ")
+    assert started("2>/dev/full", "inspect", CHECKPOINT).stdout.startswith(b"{")
 
 
 def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path):
