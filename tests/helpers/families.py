@@ -90,7 +90,8 @@ class Reference:
 
     def __init__(self, style: Style, seed: int) -> None:
         self.style, self.weights = style, Weights(seed)
-        x = torch.zeros(1, 3, 8, 8)
+        side = 4 * 2 ** (len(style.widths) - 1)
+        x = torch.zeros(1, 3, side, side)
         self.decode(self.quantise(self.latents(x))[1])  # makes the weights
 
     @property
