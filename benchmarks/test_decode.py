@@ -20,9 +20,8 @@ import time
 
 import pytest
 import torch
-from decoding import TOP_K, GrowingCache, StaticCache, request, sample
+from decoding import TOP_K, GrowingCache, HuggingFace, StaticCache, request, sample
 from measuring import limits
-from torch import Tensor
 
 from tamingfast.engines import GPTEngine
 from tamingfast.models.gpt import GPT
@@ -34,30 +33,6 @@ PLACES, QUICK_PLACES, RUN = 16, 3, 8  # number of lengths that are compared, and
 
 native, reason = backends.native()
 pytestmark = pytest.mark.skipif(native is None, reason=reason)
-
-
-class HuggingFace:
-    """GPT2LMHeadModel of the same shape with its dynamic cache."""
-
-    def __init__(self, gpt: GPT, batch: int) -> None:
-        transformers = pytest.importorskip("transformers")
-        self.config = transformers.GPT2Config(
-            vocab_size=gpt.config.vocab_size, n_positions=gpt.block_size, n_embd=gpt.config.n_embd,
-            n_layer=gpt.config.n_layer, n_head=gpt.config.n_head, activation_function="gelu",
-        )  # fmt: skip
-        self.model = transformers.GPT2LMHeadModel(self.config).eval()
-        self.past = transformers.DynamicCache()
-
-    def jump(self, length: int, batch: int) -> None:
-        self.past = type(self.past)()
-        shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
-        for i in range(self.config.n_layer):
-            self.past.update(torch.zeros(shape), torch.zeros(shape), i)
-
-    def logits(self, tokens: Tensor, position: int) -> Tensor:
-        out = self.model(tokens, past_key_values=self.past, use_cache=True)
-        self.past = out.past_key_values
-        return out.logits[:, -1]
 
 
 @torch.no_grad()
@@ -90,12 +65,8 @@ def small_gpt() -> GPT:
 @functools.cache
 def rivals(batch: int) -> dict[str, object]:
     found = {"original": GrowingCache, "static cache": StaticCache}
-    try:
-        import transformers  # noqa: F401
-
+    if HuggingFace.installed():
         found["hugging face"] = HuggingFace
-    except ImportError:
-        pass
     return {name: rival(small_gpt(), batch) for name, rival in found.items()}
 
 

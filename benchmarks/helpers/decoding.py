@@ -1,8 +1,9 @@
-"""What the benchmarks of decoding share: the original's loop, our torch engine, and a request for ours."""
+"""What the benchmarks of decoding share: the original's loop, its rivals, our torch engine, and a request for ours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,36 @@ class StaticCache:
 
     def logits(self, tokens: Tensor, position: int) -> Tensor:
         return self.gpt.forward_cached(tokens, self.cache, position)[:, -1]
+
+
+class HuggingFace:
+    """GPT2LMHeadModel of the same shape with its dynamic cache."""
+
+    @staticmethod
+    def installed() -> bool:
+        return find_spec("transformers") is not None
+
+    def __init__(self, gpt: GPT, batch: int) -> None:
+        import transformers
+
+        self.config = transformers.GPT2Config(
+            vocab_size=gpt.config.vocab_size, n_positions=gpt.block_size, n_embd=gpt.config.n_embd,
+            n_layer=gpt.config.n_layer, n_head=gpt.config.n_head, activation_function="gelu",
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        self.model = transformers.GPT2LMHeadModel(self.config).eval()
+        self.past = transformers.DynamicCache()
+
+    def jump(self, length: int, batch: int) -> None:
+        self.past = type(self.past)()
+        shape = (batch, self.config.n_head, length, self.config.n_embd // self.config.n_head)
+        for i in range(self.config.n_layer):
+            self.past.update(torch.zeros(shape), torch.zeros(shape), i)
+
+    def logits(self, tokens: Tensor, position: int) -> Tensor:
+        out = self.model(tokens, past_key_values=self.past, use_cache=True)
+        self.past = out.past_key_values
+        return out.logits[:, -1]
 
 
 def sample(model, batch: int, steps: int, first: int = 0, device: str = "cpu") -> Tensor:

@@ -9,6 +9,8 @@ can be guessed would come faster. The ways are:
 
 - the original's code path: a full forward pass for every token, and the decoder, all in torch. The passes are timed at
   `PREFIXES` and integrated over all tokens;
+- what one would build of libraries today: Hugging Face's GPT2 with its cache, if `transformers` is installed, and the
+  decoder in torch. Its loop is timed whole;
 - before: the CPU engine without lookahead, and the decoder in torch;
 - now: `sample_images` with its defaults, by the type of the weights.
 
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import HuggingFace, sample
 from torch import Tensor
 
 from tamingfast.engines import GPTEngine
@@ -36,6 +39,7 @@ SIDE = 16  # tokens
 BATCHES = (1, 8)
 PREFIXES = (1, 32, 64, 96, 128, 160, 192, 224, 256)
 ORIGINAL = "the original's code path"
+LIBRARIES = "Hugging Face's GPT2 and its cache, decoder in torch"
 #: Around the table in a page.
 MARK = "<!-- seconds to pixels -->"
 
@@ -84,6 +88,8 @@ def measure(prior: Net2NetTransformer, side: int, batches: tuple[int, ...], roun
                     best[name] = min(best.get(name, spent), spent, key=lambda seconds: seconds.total)
         if original:
             best[ORIGINAL, batch] = _original(prior, cond, side)
+            if HuggingFace.installed():
+                best[LIBRARIES, batch] = _libraries(prior, batch, side)
     return best
 
 
@@ -130,13 +136,25 @@ def _original(prior: Net2NetTransformer, cond: Tensor, side: int) -> Seconds:
     return Seconds(passes, time.perf_counter() - begun)
 
 
+@torch.no_grad()
+def _libraries(prior: Net2NetTransformer, batch: int, side: int) -> Seconds:
+    rival = HuggingFace(prior.transformer, batch)
+    sample(rival, batch, 2)
+    rival.jump(0, batch)
+    begun = time.perf_counter()
+    tokens = sample(rival, batch, side * side)
+    drawn = time.perf_counter()
+    prior.first_stage_model.decode_grid(tokens.view(-1, side, side), engine="torch")
+    return Seconds(drawn - begun, time.perf_counter() - drawn)
+
+
 def table(found: dict[tuple[str, int], Seconds]) -> str:
     """The rows as a Markdown table, per call: tokens + picture = total."""
     batches = sorted({batch for _, batch in found})
     titles = ["1 image, s" if batch == 1 else f"{batch} images, s" for batch in batches]
     lines = [f"| 256x256, tokens + picture | {' | '.join(titles)} |", "|---" * (1 + len(batches)) + "|"]
     names = dict.fromkeys(name for name, _ in found)
-    for name in sorted(names, key=lambda name: (name != ORIGINAL, name.startswith("now"))):
+    for name in sorted(names, key=lambda name: (name != ORIGINAL, name != LIBRARIES, name.startswith("now"))):
         cells = []
         for batch in batches:
             spent = found[name, batch]
