@@ -37,7 +37,7 @@ def test_commands_have_these_options(page):
             assert cli._parse(words).run, line
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", WALK], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "python.md", WALK], ids=lambda page: page.name)
 def test_snippets_define_every_name_that_they_use(page):
     tree = ast.parse(code(page, "python"))
     defined = set(dir(builtins))
