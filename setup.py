@@ -171,8 +171,8 @@ class BuildEditable(Command):
     def run(self) -> None:
         if self.editable_mode:
             wheel = Path(self.get_finalized_command("install").install_lib)  # whatever is here gets into the wheel
-            (wheel / "_tamingfast_editable.py").write_text(EDITABLE, encoding="utf-8")
-            (wheel / "_tamingfast_editable.pth").write_text("import _tamingfast_editable\n", encoding="utf-8")
+            (wheel / "_editable_tamingfast.py").write_text(EDITABLE, encoding="utf-8")
+            (wheel / "_editable_tamingfast.pth").write_text("import _editable_tamingfast\n", encoding="utf-8")
 
     def get_outputs(self) -> list[str]:
         return []

@@ -75,6 +75,8 @@ def _temporary(target: Path) -> tuple[IO[bytes], Path]:
         if os.name == "posix":
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(held, fcntl.LOCK_SH)
+        else:
+            held.close()  # Windows replaces no file that is open
         if os.path.exists(name):  # another process could have tidied it away before it was locked
             return held, Path(name)
         held.close()

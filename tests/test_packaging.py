@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import re
@@ -82,31 +81,6 @@ def test_the_command_can_be_called():
     assert callable(command.load())
 
 
-def test_requirements_are_open_ranges():
-    required = metadata.requires("tamingfast")
-    assert required
-    assert not [line for line in required if "==" in line.split(";")[0]]
-
-
-def test_extras_that_the_documentation_names_exist():
-    pages = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("tamingfast/**/*.py")]
-    named = {
-        extra
-        for page in pages
-        for extras in re.findall(r"(?:tamingfast|['\s]\.)\[([a-z,]+)\]", page.read_text(encoding="utf-8"))
-        for extra in extras.split(",")
-    }
-    assert named
-    assert named <= set(metadata.metadata("tamingfast").get_all("Provides-Extra"))
-
-
-def test_constraints_pin_what_make_installs_of_the_package():
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    required = [line for line in metadata.requires("tamingfast") if not re.search("extra == (?!.test)", line)]
-    tools = ast.literal_eval(re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M).group(1))
-    assert {re.match(r"[\w-]+", line).group() for line in (*required, *tools)} <= pinned
-
-
 # --- archives ---------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +105,23 @@ def test_wheel_without_a_compiler_has_the_package_and_the_reason(source):
         assert not [name for name in names if name.startswith(("kernels", "tests", "benchmarks", "csrc"))]
         assert not [name for name in names if name.startswith("tamingfast/_C.") and not name.endswith(".txt")]
         assert "'no-such-compiler' was not found" in wheel.read("tamingfast/_C.failure.txt").decode()
+
+
+def test_a_wheel_from_the_source_archive_is_that_of_the_checkout(source, tmp_path):
+    def wheel(folder: Path) -> dict[str, int]:
+        setup(folder, "bdist_wheel", "--dist-dir", str(tmp_path), CC="no-such-compiler", CXX="no-such-compiler")
+        (archive,) = tmp_path.glob("*.whl")
+        with zipfile.ZipFile(archive) as opened:
+            files = {one.filename: one.CRC for one in opened.infolist() if not one.filename.endswith("RECORD")}
+        archive.unlink()
+        return files
+
+    setup(source, "sdist", "--dist-dir", str(tmp_path))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert wheel(unpacked) == wheel(source)
 
 
 # --- editable installations -------------------------------------------------------------------------------------------

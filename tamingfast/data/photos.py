@@ -53,6 +53,7 @@ PHOTOGRAPHS = (
     Photograph("motorcycle", "skimage", "data/motorcycle_left.png"),
     Photograph("rocket", "skimage", "data/rocket.jpg", weight=0.5),
 )
+_DISTRIBUTIONS = "scikit-image scikit-learn"  # of both packages
 CLASSES = tuple(photograph.name for photograph in PHOTOGRAPHS)
 
 # Shorter side of a scaled photograph in units of the crop's side: from nearly the whole scene to a sixteenth of it.
@@ -230,7 +231,7 @@ def _read(photograph: Photograph) -> np.ndarray:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{photograph.package}: got no such package, expected it for the photos dataset; run "
-            'pip install "tamingfast[train]"'
+            f"'pip install {_DISTRIBUTIONS}'"
         )
     path = Path(spec.submodule_search_locations[0]) / photograph.file
     try:
@@ -238,5 +239,5 @@ def _read(photograph: Photograph) -> np.ndarray:
     except UserError as error:
         raise UserError(
             f"{path}: got a file that cannot be read or is missing, expected the photograph {photograph.name}; run "
-            'pip install --force-reinstall "tamingfast[train]"'
+            f"'pip install --force-reinstall --no-deps {_DISTRIBUTIONS}'"
         ) from error

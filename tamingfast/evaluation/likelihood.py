@@ -46,9 +46,9 @@ def likelihood(
         - ``nats_per_token``, the mean cross entropy of the image tokens, and ``perplexity``, its exponential;
         - ``bits_per_token``: the same in bits, that is, bits per dimension of the token grid;
         - ``token_bits_per_image_dimension``: bits of all tokens over 3 x height x width of the images. Unless the first
-          stage is lossless this is a rate, the cost of storing the tokens, and not a likelihood of the pixels;
+            stage is lossless this is a rate, the cost of storing the tokens, and not a likelihood of the pixels;
         - ``pixel_bits_per_dimension``, only for priors on clustered colours: the likelihood of the 8-bit pixels under
-          the model that draws a colour cluster and then, uniformly, one of the 8-bit colours nearest to it.
+            the model that draws a colour cluster and then, uniformly, one of the 8-bit colours nearest to it.
 
     Raises:
         UserError: the model is not a prior, or the images have more tokens than its context holds.

@@ -111,7 +111,7 @@ def _metrics() -> ModuleType:
         from skimage import metrics  # optional package
     except ImportError as error:
         raise UserError(
-            f"scikit-image: got '{error}' on importing it, expected the package, which computes SSIM; run pip "
-            'install "tamingfast[evaluate]"'
+            f"scikit-image: got '{error}' on importing it, expected the package, which computes SSIM; run "
+            "'pip install scikit-image'"
         ) from error
     return metrics

@@ -108,6 +108,10 @@ def extension() -> Availability:
     return Availability(module is not None, reason)
 
 
+# Without these options pip takes what is installed or what it has built already.
+_AGAIN = "repeat the installation with 'pip install -v --force-reinstall --no-deps --no-cache-dir'"
+
+
 def _why_no_native(error: ImportError) -> str:
     package = Path(__file__).parents[1]
     if any(package.glob("_C.*.so")) or any(package.glob("_C.*.pyd")):
@@ -115,8 +119,8 @@ def _why_no_native(error: ImportError) -> str:
     note = package / "_C.failure.txt"
     if note.exists():
         reason = note.read_text(encoding="utf-8", errors="replace").strip()
-        return f"the build of tamingfast._C failed ({reason}); install a C++17 compiler and install tamingfast again"
-    return f"tamingfast._C was not built ({error}); install tamingfast again with `pip install -v` to see why"
+        return f"the build of tamingfast._C failed ({reason}); install a C++17 compiler and {_AGAIN}"
+    return f"tamingfast._C was not built ({error}); {_AGAIN} to see why"
 
 
 def isa() -> str:
@@ -215,8 +219,11 @@ def facts() -> Facts:
     }
 
 
+_UNTOLD = 2 << 30  # bytes taken to be free where the system does not tell
+
+
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
+    """Bytes that are free on the device now; where the system does not tell, half of all memory or a cautious guess."""
     import torch
 
     if device.type == "cuda":
@@ -224,7 +231,10 @@ def available_memory(device: torch.device) -> int:
     # MemAvailable includes the file cache that Linux would give back.
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for pages, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS knows only the second, Windows neither
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // share
+    return _UNTOLD
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -241,8 +251,9 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError as error:  # its message lists every device type of torch
         raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
     try:
-        torch.zeros(1, dtype=torch.float32, device=device).cpu()  # meta, for one, makes tensors but holds no values
-    except (RuntimeError, AssertionError) as error:
+        # meta, for one, makes tensors but holds no values; Apple's mps has no float64, by which tokens are chosen.
+        torch.zeros(1, dtype=torch.float64, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(
             f"device: got {name!r}, expected a device that works here ({reason}); see `tamingfast info`"

@@ -134,8 +134,8 @@ def _check_packages() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"format: got onnx without {', '.join(missing)}, expected these packages; run 'pip install "
-            "tamingfast[export]', or take the format torch"
+            f"format: got onnx without {', '.join(missing)}, expected these packages; run "
+            f"'pip install {' '.join(_ONNX_PACKAGES)}', or take the format torch"
         )
 
 

@@ -37,7 +37,7 @@ def writer_class() -> Any:
         from torch.utils.tensorboard import SummaryWriter  # needs an optional package
     except ImportError as error:
         raise UserError(
-            f"training.tensorboard: got '{first_line(error)}' on importing tensorboard, expected the package; run pip "
-            'install "tamingfast[tensorboard]", or leave training.tensorboard out'
+            f"training.tensorboard: got '{first_line(error)}' on importing tensorboard, expected the package; run "
+            "'pip install tensorboard', or leave training.tensorboard out"
         ) from error
     return SummaryWriter

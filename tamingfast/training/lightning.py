@@ -19,9 +19,7 @@ from tamingfast.models.vqgan import VQModel
 try:
     from lightning.pytorch import LightningModule
 except ImportError as error:
-    raise ImportError(
-        f"tamingfast.training.lightning needs Lightning ({error}): pip install tamingfast[lightning]"
-    ) from error
+    raise ImportError(f"tamingfast.training.lightning needs Lightning ({error}): pip install lightning") from error
 
 logger = logging.getLogger(__name__)
 

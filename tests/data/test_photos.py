@@ -168,7 +168,7 @@ def test_area_resize_is_the_mean_over_what_a_pixel_covers():
 def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    with pytest.raises(UserError, match=r"sklearn: got no such package, .* run pip install \"tamingfast\[train\]\""):
+    with pytest.raises(UserError, match="sklearn: got no such package, .* run 'pip install scikit-image scikit-learn'"):
         build({"name": "photos"})
     monkeypatch.setattr(importlib.util, "find_spec", find)
     monkeypatch.setattr(photos, "PHOTOGRAPHS", (photos.Photograph("lost", "skimage", "data/lost.png"),))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -21,6 +23,19 @@ def test_devices_by_name():
         ) as caught:
             backends.pick_device(wrong)
         assert len(str(caught.value)) < 200
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    zeros = torch.zeros
+
+    def on_mps(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype. Use float32 instead.")
+        return zeros(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", on_mps)
+    with pytest.raises(UserError, match=r"^device: got 'mps', .* \(.* MPS Tensor to float64 dtype\); see"):
+        backends.pick_device("mps")
 
 
 def test_facts_for_reports():
@@ -45,6 +60,27 @@ def test_a_driver_too_old_for_the_extension_alone_is_named(monkeypatch):
         "torch runs on the GPU, but kernels built by nvcc 13.0 for sm_90 do not (CUDA driver version is insufficient): "
         "update the driver, or install tamingfast again with CUDA_HOME naming an older toolkit"
     )
+
+
+def test_free_memory_is_told_or_guessed_on_every_system(monkeypatch, tmp_path):
+    device, pages = torch.device("cpu"), {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    assert 0 < machine.available_memory(device) < 1 << 50
+
+    def elsewhere(*_, **__):
+        raise FileNotFoundError("/proc/meminfo")
+
+    def sysconf(name: str) -> int:
+        if name not in pages:
+            raise ValueError("unrecognized configuration name")
+        return pages[name]
+
+    monkeypatch.setattr("builtins.open", elsewhere)
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert machine.available_memory(device) == 500 * 4096  # macOS
+    pages["SC_AVPHYS_PAGES"] = 300
+    assert machine.available_memory(device) == 300 * 4096
+    monkeypatch.delattr(os, "sysconf")
+    assert machine.available_memory(device) == 2 << 30  # Windows
 
 
 def test_a_triton_too_old_for_the_kernels_is_named(monkeypatch):

@@ -94,4 +94,4 @@ def test_two_steps_of_a_prior(trainer):
 def test_without_lightning_the_error_says_what_to_install():
     code = "import sys; sys.modules['lightning'] = None; import tamingfast.training.lightning"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install tamingfast[lightning]" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith(": pip install lightning")

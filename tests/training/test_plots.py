@@ -60,7 +60,7 @@ def test_curves_are_drawn_between_checkpoints_after_a_while(tmp_path, monkeypatc
 
 def test_events_need_their_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"^training.tensorboard: got .* pip install \"tamingfast\[tensorboard\]\""):
+    with pytest.raises(UserError, match="^training.tensorboard: got .* 'pip install tensorboard'"):
         tiny.train("vqgan", tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
 

@@ -224,5 +224,5 @@ def _skimage(part: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"skimage: got an import error ({error}), expected scikit-image, which computes this condition; run "
-            'pip install "tamingfast[train]"'
+            "'pip install scikit-image'"
         ) from error
