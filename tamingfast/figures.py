@@ -29,6 +29,7 @@ _LABELS = {
 _LARGEST = 1 << 20
 _DISTANCES = {
     "fid": "FID",
+    "sfid": "sFID",
     "kid": "KID",
     "inception_score_mean": "Inception score",
     "frechet_distance": "Frechet distance, {} features",
@@ -65,7 +66,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def distance_table(distances: Mapping[str, Mapping[str, str | float]]) -> str:
+def distance_table(distances: Mapping[str, Mapping[str, str | float | None]]) -> str:
     """Results of `tamingfast.evaluation.compare` as a Markdown table; its headings name the network of the features."""
     first = next(iter(distances.values()))
     keys = [key for key in _DISTANCES if key in first]
@@ -74,5 +75,7 @@ def distance_table(distances: Mapping[str, Mapping[str, str | float]]) -> str:
     return report.table(heads, [[name, *(_number(row[key]) for key in columns)] for name, row in distances.items()])
 
 
-def _number(value: str | float) -> str:
+def _number(value: str | float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -306,11 +306,16 @@ def check_path(name: str, value: object) -> None:
 
 def check_png(path: str | os.PathLike) -> None:
     """Raise UserError when ``path`` has the suffix of another format or is not the name of a file to write."""
+    check_suffix(path, ".png")
+    writable_path(path)
+
+
+def check_suffix(path: str | os.PathLike, expected: str) -> None:
+    """Raise UserError when ``path`` has another suffix than the one ``expected``, or no path."""
     check_path("path", path)
     suffix = Path(path).suffix
-    if suffix.lower() not in ("", ".png"):
-        raise UserError(f"{path}: got the suffix '{suffix}', expected .png")
-    writable_path(path)
+    if suffix.lower() not in ("", expected):
+        raise UserError(f"{path}: got the suffix '{suffix}', expected {expected}")
 
 
 def digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:

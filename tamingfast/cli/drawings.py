@@ -35,7 +35,8 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments shared by `sample`, `edit` and `outpaint`, by their names in `tamingfast.tasks`."""
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
-    pictures = [os.path.realpath(path) for path in (arguments.out, arguments.preview) if path is not None]
+    written = (arguments.out, arguments.preview, getattr(arguments, "npz", None))
+    pictures = [os.path.realpath(path) for path in written if path is not None]
     if os.path.realpath(canvas) in pictures:
         raise UserError(f"--canvas: got {canvas}, where a picture is written, expected another path")
     if arguments.resume:
@@ -54,12 +55,15 @@ def canvas_file(arguments: argparse.Namespace) -> Path:
     """Where the canvas is saved while it is drawn."""
     from tamingfast.tasks.canvases import SUFFIX
 
-    return Path(arguments.canvas) if arguments.canvas else Path(arguments.out).with_suffix(SUFFIX)
+    out = getattr(arguments, "npz", None) or arguments.out
+    return Path(arguments.canvas) if arguments.canvas else Path(out).with_suffix(SUFFIX)
 
 
 def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
     """Write the pictures of a drawing, and delete its canvas unless --canvas names it."""
-    written = drawing.save(arguments.out, arguments.separate)
+    archive = getattr(arguments, "npz", None)
+    written = [Path(archive)] if archive else drawing.save(arguments.out, arguments.separate)
     if not arguments.canvas:  # it was saved only for resuming
         tasks.forget(canvas_file(arguments))
-    say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}")
+    kept = [] if drawing.accepted is None else [f"kept {drawing.accepted:.3g} of the candidates"]
+    say_written(written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}", *kept)

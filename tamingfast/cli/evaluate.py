@@ -20,15 +20,17 @@ from tamingfast.cli.options import (
 )
 from tamingfast.cli.progress import bars_of, print_json, say_written
 from tamingfast.errors import UserError
-from tamingfast.files import write_json
+from tamingfast.files import check_suffix, write_json
 from tamingfast.tasks.options import SAMPLES, DrawingOptions
+
+_MODEL = f"run directory or checkpoint of a first stage or a prior{OR_DEMO}; or samples of any model, an .npz of images"
 
 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
     added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, JSON))
-    added.add_argument("model", type=source, help=f"run directory or checkpoint of a first stage or a prior{OR_DEMO}")
+    added.add_argument("model", type=source, help=_MODEL)
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
     )
@@ -38,15 +40,26 @@ def add_to(commands: Commands) -> None:
     )
     added.add_argument(
         "--features",
-        help="inception (FID, KID, Inception score) or efficientnet-lite0; default: inception if "
-        "--inception-weights is given, else efficientnet-lite0 if it is installed",
+        help="inception (FID, sFID, KID, Inception score) or efficientnet-lite0; default: the one of --reference, "
+        "inception if --inception-weights is given, else efficientnet-lite0 if it is installed",
     )
     added.add_argument(
         "--inception-weights",
         type=source,
         metavar="FILE",
-        help="Inception weights of torch-fidelity; default: downloaded",
+        help="Inception weights of torch-fidelity",
     )
+    added.add_argument(
+        "--reference", type=source, metavar="NPZ",
+        help="measure distances from these statistics or images instead of from the data, as guided-diffusion has them",
+    )  # fmt: skip
+    added.add_argument(
+        "--save-reference", type=output, metavar="NPZ", help="write the statistics and images of the data here"
+    )
+    added.add_argument(
+        "--state", type=output, metavar="FILE",
+        help="keep the features of the samples here every minute, and go on from there if the file exists",
+    )  # fmt: skip
     added.add_argument(
         "--perceptual-weights",
         type=source,
@@ -63,12 +76,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.data is not None and arguments.overrides:
         raise UserError(f"--data: got a directory and '{arguments.overrides[0]}', expected one of them; leave one out")
+    for name in (arguments.reference, arguments.save_reference):
+        if name is not None:
+            check_suffix(name, ".npz")
     options = DrawingOptions(**given_options(arguments))
-    found = evaluation.evaluate_model(
-        load(arguments), arguments.data or data_settings(arguments), limit=arguments.limit, samples=arguments.samples,
-        features=arguments.features, inception_weights=arguments.inception_weights,
-        perceptual_weights=arguments.perceptual_weights, options=options, bars=bars_of(arguments),
-    )  # fmt: skip
+    shared = {
+        "features": arguments.features, "inception_weights": arguments.inception_weights,
+        "reference": arguments.reference, "bars": bars_of(arguments),
+    }  # fmt: skip
+    if arguments.model.lower().endswith(".npz"):
+        _of_samples(arguments)
+        found = evaluation.evaluate_samples(arguments.model, batch=options.batch, device=arguments.device, **shared)
+    else:
+        found = evaluation.evaluate_model(
+            load(arguments), arguments.data or data_settings(arguments), limit=arguments.limit,
+            samples=arguments.samples, perceptual_weights=arguments.perceptual_weights,
+            save_reference=arguments.save_reference, state=arguments.state, options=options, **shared,
+        )  # fmt: skip
     found["model"] = arguments.model
     if arguments.json:
         print_json(found)
@@ -79,3 +103,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         write_json(arguments.out, found)
         say_written(arguments.out, apart=arguments.json)
+    if arguments.save_reference:
+        say_written(arguments.save_reference, apart=arguments.json)
+
+
+def _of_samples(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless the options are those of judging samples without a model."""
+    if arguments.reference is None:
+        raise UserError("--reference: got none, expected the statistics or images that samples are compared with")
+    for name in ("data", "limit", "perceptual_weights", "save_reference", "state"):
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: got {getattr(arguments, name)}, expected none for samples; leave it out")

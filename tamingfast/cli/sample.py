@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tamingfast import tasks
-from tamingfast.cli.arguments import output, source, whole
+from tamingfast.cli.arguments import number, output, source, whole
 from tamingfast.cli.drawings import KEEPING, drawing_arguments, write
 from tamingfast.cli.options import (
     ALLOW,
@@ -21,6 +21,7 @@ from tamingfast.cli.options import (
     size_of,
 )
 from tamingfast.errors import UserError
+from tamingfast.files import check_suffix
 from tamingfast.tasks.options import COUNT
 
 
@@ -48,6 +49,14 @@ def add_to(commands: Commands) -> None:
         "--like", type=source, metavar="IMAGE",
         help="repeat the drawing of this PNG of `tamingfast sample`; options that are given replace its own",
     )  # fmt: skip
+    added.add_argument(
+        "--npz", type=output, metavar="FILE",
+        help="write the pixels here instead of to --out, for other programs: arr_0, uint8 (N, H, W, 3)",
+    )  # fmt: skip
+    added.add_argument(
+        "--accept", type=number, metavar="RATE",
+        help="keep this share of the candidates of each class, such as 0.05, by a classifier of ImageNet",
+    )  # fmt: skip
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -55,6 +64,12 @@ def sample(arguments: argparse.Namespace) -> None:
         if arguments.like is None:
             raise UserError("model: got none, expected the run directory or checkpoint of a prior")
         arguments.model = tasks.model_named(arguments.like)
+    if arguments.npz is not None:
+        check_suffix(arguments.npz, ".npz")
+        if arguments.separate:
+            raise UserError("--npz: got an archive and --separate, expected one of them; leave one out")
     shared, size = drawing_arguments(arguments), size_of(arguments)
-    start = {"photo": arguments.photo, "scales": arguments.scales}
-    write(arguments, tasks.sample(load(arguments), size=size, like=arguments.like, **start, **shared))
+    if arguments.accept is not None and arguments.canvas is None:  # candidates are not kept
+        shared["canvas"] = None
+    own = {name: getattr(arguments, name) for name in ("photo", "scales", "like", "npz", "accept")}
+    write(arguments, tasks.sample(load(arguments), size=size, **own, **shared))

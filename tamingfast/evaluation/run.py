@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -14,7 +15,9 @@ from tamingfast.checkpoints.config import plain
 from tamingfast.data import build, folders
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.errors import UserError, nearest
+from tamingfast.evaluation.distances import compare
 from tamingfast.evaluation.features import EFFICIENTNET, INCEPTION, Extractor, check_features, load_features
+from tamingfast.evaluation.references import features_of, network_of, read_reference
 from tamingfast.evaluation.summary import evaluate
 from tamingfast.models.lpips import LPIPS, RANDOM
 from tamingfast.ops import backends
@@ -33,6 +36,9 @@ def evaluate_model(
     features: str | None = None,
     inception_weights: str | os.PathLike[str] | None = None,
     perceptual_weights: str | os.PathLike[str] | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    save_reference: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
     options: DrawingOptions = PAPER,
     bars: Bars = silent,
 ) -> dict[str, Any]:
@@ -44,43 +50,82 @@ def evaluate_model(
             used, those in subdirectories included. None uses the validation set that the model was trained with.
         limit: the number of images, drawn by the seed; None takes all.
         samples: the number of samples to draw from a prior.
-        features: "inception" or "efficientnet-lite0"; default: inception if its weights are given, else
-            efficientnet-lite0 if it is installed.
-        inception_weights, perceptual_weights: files with the weights of the Inception network, and of VGG16 for LPIPS;
-            default: the weights of their packages.
+        features: "inception" or "efficientnet-lite0"; default: the network of the reference, inception if its weights
+            are given, else efficientnet-lite0 if it is installed.
+        inception_weights, perceptual_weights: files with the weights of the Inception network, and of VGG16 for LPIPS,
+            whose default are those of its package.
+        reference: an .npz file of statistics or images, as `tamingfast.evaluation.references` describes them, from
+            which the distances are measured instead of from the images of the data.
+        save_reference: the .npz file to write the statistics and pixels of the images of the data to.
+        state: a file that keeps the features of the samples so far, and from which an interrupted evaluation with the
+            same settings goes on.
         options: how samples are drawn; its ``batch`` and ``seed`` apply to all measures.
         bars: opens progress counters; see `tamingfast.progress`.
 
     Returns:
-        ``model``, ``data`` and ``machine`` as text; ``sampling``, the options of drawing; ``missing``, what was not
-        computed and why; and the results of `evaluate`.
+        ``model``, ``data``, ``reference`` and ``machine`` as text; ``sampling``, the options of drawing; ``missing``,
+        what was not computed and why; and the results of `evaluate`.
 
     Raises:
         UserError: data that the model cannot be evaluated on, or a network that was requested but is not available.
     """
     at_least_one(samples, "samples")
     at_least_one(1 if limit is None else limit, "limit")
-    name = _network_of_features(features, inception_weights, perceptual_weights)
+    if reference is not None and save_reference is not None:
+        raise UserError("reference: got a file to read and one to write, expected one of them; leave one out")
+    name = _network_of_features(features, inception_weights, perceptual_weights, reference)
+    requested = features is not None or reference is not None or save_reference is not None
     source = tasks.unread(model)
     training_set, dataset = _data(source.outline, data)
     network = source.model
-    seen, perceptual, missing = _networks(network, name, inception_weights, perceptual_weights, features is not None)
+    seen, perceptual, missing = _networks(network, name, inception_weights, perceptual_weights, requested)
     length = len(dataset)
+    known = None if reference is None or seen is None else read_reference(reference, seen, options.batch, bars)
     if seen is not None and min(samples, limit or length, length) < 2:
         seen, missing = None, missing | {"distances of features": "they need at least 2 images"}
     how = options.deciding() | options.running()
     with options.first_stage():
         found = evaluate(
             network, dataset, network=seen, perceptual=perceptual, training_set=training_set, count=samples,
-            limit=limit, batch_size=options.batch, bar=bars, **how,
+            reference=known, write_reference=save_reference, state=state, limit=limit,
+            batch_size=options.batch, bar=bars, **how,
         )  # fmt: skip
     return {
         "model": type(network).__name__ if isinstance(model, nn.Module) else str(model),
         "data": dataset.description,
         "machine": backends.machine(),
         "sampling": options.deciding() | {"engine": options.engine},
+        "reference": None if reference is None else str(reference),
         "missing": missing,
     } | found
+
+
+def evaluate_samples(
+    samples: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    *,
+    features: str | None = None,
+    inception_weights: str | os.PathLike[str] | None = None,
+    batch: int = PAPER.batch,
+    device: str | torch.device | None = None,
+    bars: Bars = silent,
+) -> dict[str, Any]:
+    """The distances of the images in an .npz file, of any model, from a reference; arguments as in `evaluate_model`.
+
+    Raises UserError if either file cannot be compared, or the network is not available.
+    """
+    name = _network_of_features(features, inception_weights, None, reference)
+    network = load_features(name, inception_weights, device)
+    real = read_reference(reference, network, batch, bars)
+    measured = compare(features_of(samples, network, batch, bars), real)
+    return {
+        "model": str(samples),
+        "data": f"images of {samples}",
+        "machine": backends.machine(),
+        "reference": str(reference),
+        "missing": {},
+        "distances": {"samples": measured},
+    }
 
 
 def _data(
@@ -121,9 +166,11 @@ def _network_of_features(
     features: str | None,
     inception_weights: str | os.PathLike[str] | None,
     perceptual_weights: str | os.PathLike[str] | None,
+    reference: str | os.PathLike[str] | None,
 ) -> str:
     """The name of the network whose features are compared; UserError for what cannot be asked for."""
-    name = features or (INCEPTION if inception_weights else EFFICIENTNET)
+    known = None if reference is None else network_of(reference)
+    name = features or known or (INCEPTION if inception_weights else EFFICIENTNET)
     check_features(name)
     if inception_weights and name != INCEPTION:
         raise UserError(f"inception_weights: got a file, expected none with the features of {name}; leave one out")

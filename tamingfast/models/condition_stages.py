@@ -22,6 +22,10 @@ class SOSProvider(nn.Module):
         return (c, None, (None, None, c)) if self.quantize_interface else c
 
 
+#: Types of devices whose values can be read without waiting for the work that was given to them.
+_READ_ON = ("cpu",)
+
+
 class Labelator(nn.Module):
     """A class label as one token; with ``null_class``, one more token stands for no class.
 
@@ -41,13 +45,22 @@ class Labelator(nn.Module):
     def encode(self, c: Tensor) -> Encoded | Tensor:
         """Labels (B,) -> tokens (B, 1), returned as by `SOSProvider`.
 
-        Raises ValueError for a label outside 0 to n_classes - 1, except in a compiled graph.
+        Raises ValueError for a label outside 0 to n_classes - 1, except in a compiled graph; of labels on a GPU torch
+        raises RuntimeError, some time later.
         """
-        # The check reads values, which would break the graph.
-        if not torch.compiler.is_compiling() and c.numel() and (int(c.min()) < 0 or int(c.max()) >= self.n_classes):
-            raise ValueError(f"class label: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_classes - 1}")
+        self._check(c)
         c = c.reshape(-1, 1).long() + self.first
         return (c, None, (None, None, c)) if self.quantize_interface else c
+
+    def _check(self, c: Tensor) -> None:
+        if torch.compiler.is_compiling() or not c.numel():  # reading values would break the graph
+            return
+        if c.device.type in _READ_ON:
+            if int(c.min()) < 0 or int(c.max()) >= self.n_classes:
+                got = f"{int(c.min())} to {int(c.max())}"
+                raise ValueError(f"class label: got {got}, expected 0 to {self.n_classes - 1}")
+        else:  # without waiting for the device
+            torch._assert_async(((c >= 0) & (c < self.n_classes)).all(), "a class label is out of range")
 
     def decode(self, c: Tensor) -> Tensor:
         """Tokens (B, 1) -> labels (B,); the original lacks this method, so its ``log_images`` fails."""

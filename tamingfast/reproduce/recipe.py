@@ -21,8 +21,9 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.batches import images_of
 from tamingfast.evaluation.distances import compare
-from tamingfast.evaluation.features import Extractor, Features, extract, load_features
+from tamingfast.evaluation.features import Extractor, extract, load_features
 from tamingfast.evaluation.generated import reconstructions
+from tamingfast.evaluation.statistics import Features
 from tamingfast.files import write_json
 from tamingfast.models.lpips import LPIPS
 from tamingfast.reproduce import recipe_report

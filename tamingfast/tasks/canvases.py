@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from tamingfast import images, npz
 from tamingfast.errors import UserError, brief, first_line
 from tamingfast.files import check_path, check_png
 from tamingfast.models.condition_stages import CoordStage, DummyCondStage
@@ -18,7 +21,7 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
 from tamingfast.sampling.canvas import Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
-from tamingfast.tasks.drawing import PAPER, Drawing, decoded, painted, token_unit
+from tamingfast.tasks.drawing import PAPER, Drawing, decoded, decoded_batches, painted, token_unit
 from tamingfast.tasks.models import Unread, is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
@@ -105,6 +108,21 @@ class Painter:
         with self.bars("multiply-adds of decoding", None) as counter:
             batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
         return Drawing((batch if keep is None else keep(batch)).clamp(-1, 1), canvas, conditions)
+
+    def archive(
+        self, model: Net2NetTransformer, canvas: Canvas, conditions: tuple[Tensor, ...], path: str | os.PathLike[str]
+    ) -> Drawing:
+        """Decode a finished canvas batch by batch into an .npz file; the drawing returned holds no images."""
+        count = len(canvas.tokens)
+        with self.bars("images", count) as counter, npz.written(path) as archive:
+
+            def pixels() -> Iterator[np.ndarray]:
+                for batch in decoded_batches(model, canvas, (self.options or PAPER).batch):
+                    yield images.to_uint8(batch)
+                    counter.update(len(batch))
+
+            archive.images(pixels(), count)
+        return Drawing(torch.zeros(0, 3, 0, 0), canvas, conditions)
 
     def noted(
         self,

@@ -39,12 +39,14 @@ class Drawing:
             it in place of a photo.
         conditions: pictures (1, 3, H, W) of the spatial condition, or of the photo whose coarse scales were given.
         recipe: how they were drawn; None if the task was told to keep none.
+        accepted: the share of candidates that a classifier kept; None where it kept none from another.
     """
 
     images: Tensor
     canvas: Canvas
     conditions: tuple[Tensor, ...]
     recipe: Recipe | None = None
+    accepted: float | None = None
 
     def save(self, path: str | os.PathLike[str], separate: bool = False) -> list[Path]:
         """Write the images and pictures of their conditions as PNG, each with its recipe; returns the images' files.
@@ -159,7 +161,6 @@ def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) ->
     return Canvas.of(tokens, cond).resample(pending[None])
 
 
-@torch.no_grad()
 def decoded(
     model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: Progress | None = None
 ) -> Tensor:
@@ -167,14 +168,20 @@ def decoded(
 
     ``progress`` as in `tamingfast.engines.first_stage.run`; it restarts with each batch.
     """
-    drawn = []
+    return torch.cat(list(decoded_batches(model, canvas, batch, progress)))
+
+
+def decoded_batches(
+    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """What `decoded` returns, in batches of at most ``batch`` images."""
     grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
     for tokens, pending in zip(grids.split(batch), unknown.split(batch), strict=True):
         known = tokens.masked_fill(pending, 0).to(model.device)
-        pixels = model.decode_grid(known, progress=progress).cpu()
+        with torch.no_grad():
+            pixels = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())
-        drawn.append(pixels.masked_fill(gray, 0.0))
-    return torch.cat(drawn)
+        yield pixels.masked_fill(gray, 0.0)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from tamingfast.tasks.recipes import (
     repeatable,
     say_changed,
 )
+from tamingfast.tasks.selection import Classifier, check_rate, packaged, selected
 from tamingfast.tasks.sizes import grid_size, image_size
 
 
@@ -59,6 +60,9 @@ def sample(
     preview: Preview | None = None,
     like: RecipeSource | None = None,
     metadata: bool = True,
+    npz: str | os.PathLike[str] | None = None,
+    accept: float | None = None,
+    classifier: Classifier | None = None,
     bars: Bars = silent,
 ) -> Drawing:
     """Draw new images.
@@ -81,6 +85,13 @@ def sample(
             label, scales and options. The model must be the one that drew it, and a photo or a condition that it began
             with is given again. What is given besides replaces the recipe's, which a warning says.
         metadata: note how the images were drawn in `Drawing.recipe`, which `Drawing.save` writes into the files.
+        npz: an .npz file to write the pixels to, ``arr_0`` as uint8 (count, H, W, 3), in the memory of one batch; the
+            drawing returned then holds no images and no recipe.
+        accept: keep this share of the candidates that are drawn of each class, those that ``classifier`` is most
+            certain of, as `tamingfast.tasks.selection.selected` says; such a drawing is neither saved on a canvas nor
+            has a recipe.
+        classifier: images (b, 3, H, W) in [-1, 1] -> logits (b, classes); default: EfficientNet-Lite0, for priors of
+            ImageNet's 1000 classes in their usual order.
         bars: opens progress counters; see `tamingfast.progress`.
 
     Raises:
@@ -89,6 +100,9 @@ def sample(
     """
     if count is not None:
         at_least_one(count, "count")
+    if accept is not None:
+        _check_selection(accept, canvas=canvas, resume=resume or None, preview=preview, like=like, photo=photo)
+        metadata = False
     given: dict[str, Any] = {"condition": condition, "condition_of": condition_of, "photo": photo}
     wanted = _Wanted(count, size, label, scales, options)
     source = unread(model)
@@ -111,14 +125,29 @@ def sample(
     with (options or PAPER).first_stage():
         if not resume or any(value is not None for value in (found, start, label, size)):
             blank = _blank(prior, wanted, found, start)
-        finished = painter.paint(prior, blank, wanted.count)
+        accepted = None
+        if accept is None:
+            finished = painter.paint(prior, blank, wanted.count)
+        else:
+            assert blank is not None  # nothing is resumed
+            finished, accepted = selected(prior, blank, accept, classifier or packaged(prior), options or PAPER, bars)
         shown = condition_pictures(prior, found, finished.cond) if start is None else (start,)
-        drawing = painter.finish(prior, finished, shown)
+        if npz is not None:
+            return replace(painter.archive(prior, finished, shown, npz), accepted=accepted)
+        drawing = replace(painter.finish(prior, finished, shown), accepted=accepted)
     if metadata and not (resume and _begins_with_a_picture(prior) and not inputs):  # which the canvas does not tell
         drawing = painter.noted(
             drawing, "sample", source, prior, inputs, size=size if inputs else None, scales=wanted.scales
         )
     return drawing if wanted.image is None else drawing.only(wanted.image)
+
+
+def _check_selection(rate: float, **others: object) -> None:
+    """Raise UserError for a rate out of range, or arguments that do not apply where candidates are rejected."""
+    check_rate(rate)
+    for name, value in others.items():
+        if value is not None:
+            raise UserError(f"accept: got a rate together with {name}, expected one of them; leave one out")
 
 
 @dataclass(frozen=True, eq=False)

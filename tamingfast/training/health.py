@@ -22,31 +22,53 @@ PERSISTS_FOR = 3
 
 
 class Monitor:
-    """Watches one run: `check` raises UserError, `hints` returns advice for the terminal."""
+    """Watches one run: `check` and `read` raise UserError, `hints` returns advice for the terminal.
 
-    def __init__(self, learning_rate: float, precision: str):
-        self.learning_rate = learning_rate
-        self.precision = precision
+    Reading a value from a GPU waits until the GPU has finished all work. So there the values of ``every`` steps are
+    read together, and before anything is written or drawn; bad weights may be moved on by then, but are not saved.
+    """
+
+    def __init__(self, learning_rate: float, precision: str, every: int = 1):
+        self.learning_rate, self.precision, self.every = learning_rate, precision, every
+        self._unread: list[tuple[int, Tensor, Mapping[str, Tensor], Sequence[Batch]]] = []
         self._losses: deque[float] = deque(maxlen=50)
         self._collapsed = 0
         self._separated = 0
         self._given: set[str] = set()
 
     def check(
-        self, step: int, loss: float, grad_norm: float, values: Mapping[str, Tensor], batches: Sequence[Batch]
+        self,
+        step: int,
+        loss: Tensor | float,
+        grad_norm: Tensor | float,
+        values: Mapping[str, Tensor],
+        batches: Sequence[Batch],
     ) -> None:
-        """Raise UserError with the likely cause unless ``loss`` and ``grad_norm`` of this step are finite.
+        """Note the loss and the gradient norm of a step and, every ``every`` steps, `read` them.
 
-        Called before the optimizer moves, so the weights are still those of the step before.
+        Called before the optimizer moves; with ``every`` 1 the weights are still those of the step before.
         """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._losses.append(loss)
+        device = loss.device if isinstance(loss, Tensor) else None
+        both = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in (loss, grad_norm)])
+        self._unread.append((step, both, values, batches))
+        if (step + 1) % self.every == 0:
+            self.read()
+
+    def read(self) -> None:
+        """Raise UserError with the likely cause unless what was noted since the last time is finite."""
+        unread, self._unread = self._unread, []
+        if not unread:
             return
-        numbers = {name: float(value) for name, value in values.items()}
-        name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
-        raise UserError(
-            f"{name}: got {value} at step {step}, expected a finite number; {self._cause(numbers, batches)}"
-        )
+        numbers = torch.stack([both for _, both, _, _ in unread]).tolist()
+        for (step, _, values, batches), (loss, grad_norm) in zip(unread, numbers, strict=True):
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self._losses.append(loss)
+                continue
+            seen = {name: float(value) for name, value in values.items()}
+            name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+            raise UserError(
+                f"{name}: got {value} at step {step}, expected a finite number; {self._cause(seen, batches)}"
+            )
 
     def explain(self, step: int, error: ValueError, batches: Sequence[Batch]) -> None:
         """Raise UserError with the likely cause when ``error`` is an op's refusal of NaN or infinite values."""

@@ -82,7 +82,8 @@ class _Run:
         self.per_epoch = epoch_steps(self.training, settings, among.size)
         self.last = settings.last_step(self.per_epoch)
         self.validate_every = settings.validate_every or -(-BETWEEN_VALIDATIONS // self.per_epoch) * self.per_epoch
-        self.monitor = Monitor(stage.optimizers[0].param_groups[0]["lr"], settings.precision)
+        rate = stage.optimizers[0].param_groups[0]["lr"]
+        self.monitor = Monitor(rate, settings.precision, 1 if among.device.type == "cpu" else settings.log_every)
         self.step, self.seconds, self.kept = 0, 0.0, 0
         if progress is not None:
             self.step, self.seconds, self.kept = progress["step"], progress["seconds"], progress["metrics_bytes"]
@@ -146,7 +147,9 @@ class _Run:
         self.step += 1
         self.bar.update()
         self.tell(reading, whole)
-        if self.step % self.settings.log_every == 0:
+        if any(map(self.due, (self.settings.log_every, self.validate_every, self.settings.image_every))):
+            self.monitor.read()
+        if self.due(self.settings.log_every):
             self.record(epoch, "train", self.among.mean(values))
         if self.due(self.validate_every):
             self.validate(epoch)
@@ -191,6 +194,7 @@ class _Run:
 
     def finish(self) -> None:
         """Save, then validate and draw unless the last step did: those can be repeated, the training cannot."""
+        self.monitor.read()
         if self.step != self.saved:
             self.save()
         validated = self.metrics is not None and self.metrics.ended
@@ -258,6 +262,7 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, on the first process only."""
+        self.monitor.read()
         if self.metrics is None:
             return
         progress = {

@@ -22,7 +22,7 @@ from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.training import distributed, loop
-from tamingfast.training.acceleration import accelerate
+from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.averages import averages_of
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
@@ -124,6 +124,7 @@ def train(
             )
         config |= _class_names(model, training.classes, config.get("classes"))
         accelerate(model, settings)
+        fuse(stage.optimizers)
         averages = averages_of(stage, settings)
         with begin(config, out, resume, settings, training, among, stage, averages) as progress:
             return loop.run(stage, settings, (training, validation), out, among, progress, averages)

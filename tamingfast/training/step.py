@@ -25,7 +25,7 @@ def step(
     precision: str = "float32",
     grad_clip: float | None = None,
     reduce: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
-    check: Callable[[float, float, dict[str, Tensor]], None] = lambda loss, norm, values: None,
+    check: Callable[[Tensor, Tensor, dict[str, Tensor]], None] = lambda loss, norm, values: None,
 ) -> dict[str, Tensor]:
     """Move every optimizer once, in the order of the original under Lightning.
 
@@ -33,8 +33,8 @@ def step(
     backward pass into its own parameters only (those of the other optimizers do not require gradients meanwhile); after
     the last batch, its step. So the discriminator learns from reconstructions made after the autoencoder's step.
     Gradients are averaged over the ``batches``. ``reduce(parameters)`` averages gradients over processes and
-    ``check(loss, gradient norm, values)`` runs before each optimizer moves. Returns the values of ``loss``, averaged
-    over the batches.
+    ``check(loss, gradient norm, values)``, all on the device, runs before each optimizer moves. Nothing here reads a
+    value from the device, so a GPU is never waited for. Returns the values of ``loss``, averaged over the batches.
     """
     values: list[dict[str, Tensor]] = [{} for _ in optimizers]
     totals: list[Tensor | float] = [0.0 for _ in optimizers]
@@ -53,7 +53,7 @@ def step(
             if number + 1 == len(batches):
                 parameters = _parameters(optimizer)
                 reduce(parameters)
-                check(float(totals[index]), float(gradient_norm(parameters)), values[index])
+                check(torch.as_tensor(totals[index]), gradient_norm(parameters), values[index])
                 if grad_clip is not None:
                     nn.utils.clip_grad_norm_(parameters, grad_clip)
                 optimizer.step()

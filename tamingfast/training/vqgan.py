@@ -20,7 +20,7 @@ from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.models.vqgan import Outputs, VQModel, VQSegmentationModel
 from tamingfast.training import distributed, loop
-from tamingfast.training.acceleration import accelerate
+from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.averages import averages_of
 from tamingfast.training.begin import begin, new_model
 from tamingfast.training.configs import check_stage
@@ -84,6 +84,7 @@ def train(
         if settings.codebook_from_data:
             _codebooks(model)  # raises for a model without one
         accelerate(model, settings)
+        fuse(stage.optimizers)
         averages = averages_of(stage, settings)
         with begin(config, out, resume, settings, training, among, stage, averages) as progress:
             if settings.codebook_from_data and progress is None:

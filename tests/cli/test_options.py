@@ -41,6 +41,7 @@ MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
 NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "9" * 5000, str(2**64))
 NO_NUMBERS = {
     "temperature": ("nan", "inf", "-1", "0", "1e39", "1e-50", "warm", ""),
+    "accept": ("nan", "inf", "-0.1", "0", "1.01", "most", ""),
     "top_p": ("nan", "inf", "-0.1", "0", "1.01", "most", ""),
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
@@ -163,6 +164,8 @@ def test_directories_that_cannot_be_written(words, tmp_path):
         "reconstruct model mask.png photo.png --out photo.png",
         "complete model photo.png --condition mask.png --out mask.png",
         "likelihood model photo.png --plot photo.png",
+        "evaluate model --reference drawn.npz --save-reference drawn.npz",
+        "evaluate drawn.npz --reference drawn.npz --state drawn.npz",
         "sample model --condition-of photo.png --out photo.png",
         "convert model.safetensors model.safetensors",
         "convert model.safetensors hard.safetensors",
@@ -175,6 +178,7 @@ def test_an_input_is_no_output(line, tmp_path):
     Path("model.safetensors").write_bytes(b"weights")
     os.link("model.safetensors", "hard.safetensors")
     Path("linked.png").symlink_to("photo.png")
+    np.savez("drawn.npz", np.zeros((2, 8, 8, 3), np.uint8))
     with unchanged(tmp_path):
         refused(*line.split(), names="expected another file than")
 

@@ -19,6 +19,7 @@ CODED = {"checksum", "multiply-adds of encoding", "multiply-adds of decoding"}
 COMMANDS = {
     "sample PRIOR -n 2 --out o.png": DRAWN,
     "sample PRIOR -n 1 --size 16 --out o.png": {*DRAWN, "tokens in sliding windows"} - {"tokens"},
+    "sample PRIOR -n 2 --npz o.npz": {"checksum", "tokens", "images"},
     "edit PRIOR photo.png --mask mask.png --out o.png": {*CODED, "tokens in sliding windows"},
     "outpaint PRIOR photo.png --right 2 --out o.png": {*CODED, "tokens in sliding windows"},
     "reconstruct VQGAN photo.png --out o.png": CODED,

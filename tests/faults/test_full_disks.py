@@ -31,6 +31,7 @@ COMMANDS = {
     "sample": ("sample runs/prior -n 4 --out o.png", ["o.png", "o.canvas"]),
     "sample --separate": ("sample runs/prior -n 2 --out o.png --separate", ["o-0000.png", "o.canvas"]),
     "sample --canvas": ("sample runs/prior -n 4 --out o.png --canvas new.canvas", ["new.canvas", "o.png"]),
+    "sample --npz": ("sample runs/prior -n 2 --npz o.npz", ["o.npz", "o.canvas"]),
     "edit": ("edit runs/prior photo.png --mask mask.png --out o.png", ["o.png", "o.canvas"]),
     "outpaint": ("outpaint runs/prior photo.png --right 8 --out o.png", ["o.png", "o.canvas"]),
     "complete": ("complete runs/prior photo.png --out o.png", ["o.png"]),
@@ -44,7 +45,7 @@ COMMANDS = {
     "reproduce": ("reproduce pixels --preset smoke --out new", ["new"]),
 }
 NOT_WRITING = {"inspect", "info", "completion", "push", "download"}  # the last one writes into a cache of its own
-OLD = ("o.png", "o-0000.png", "o.safetensors", "o.json")
+OLD = ("o.png", "o-0000.png", "o.npz", "o.safetensors", "o.json")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_all_commands_that_write_are_here():
                 yield from leaves(chosen, f"{words} {name}")
 
     assert set(leaves(cli.parser())) - NOT_WRITING == COMMANDS.keys() - {
-        "train --resume", "sample --separate", "sample --canvas", "convert --layout",
+        "train --resume", "sample --separate", "sample --canvas", "sample --npz", "convert --layout",
     }  # fmt: skip
 
 

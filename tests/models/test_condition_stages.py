@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from tamingfast.models import condition_stages
 from tamingfast.models.condition_stages import CoordStage, Labelator
 
 
@@ -26,3 +27,11 @@ def test_coordinates():
     assert stage.decode(tokens.float()).shape == c.shape
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         stage.encode(c + 1)
+
+
+def test_labels_out_of_range_are_found_without_reading_them(monkeypatch):
+    monkeypatch.setattr(condition_stages, "_READ_ON", ())
+    assert Labelator(3).encode(torch.tensor([0, 2]))[0].tolist() == [[0], [2]]
+    for wrong in (-1, 3):
+        with pytest.raises(RuntimeError, match="a class label is out of range"):
+            Labelator(3).encode(torch.tensor([0, wrong]))

@@ -13,7 +13,7 @@ from torch import nn
 
 from tamingfast import UserError
 from tamingfast.checkpoints import run_directory
-from tamingfast.training import acceleration, prior, vqgan
+from tamingfast.training import acceleration, health, loop, prior, vqgan
 from tamingfast.training.settings import Training
 
 
@@ -81,15 +81,36 @@ def test_compiled_steps_are_those_of_torch(stage, backend, first_stage, tmp_path
         assert mine == pytest.approx(theirs, rel=2e-3, abs=1e-5)
 
 
-def without_dropout(stage: str, out: Path, first_stage: Path, **settings: bool) -> Path:
-    """A run of three steps; a compiled network draws other random numbers."""
-    made = tiny.config(tiny.VQGAN if stage == "vqgan" else tiny.PRIOR, steps=3, **settings)
+def without_dropout(
+    stage: str, out: Path, first_stage: Path, resume: bool = False, steps: int = 3, **settings: bool
+) -> Path:
+    """A run of a few steps; a compiled network draws other random numbers."""
+    made = tiny.config(tiny.VQGAN if stage == "vqgan" else tiny.PRIOR, steps=steps, **settings)
     params = made["model"]["params"]
     if stage == "vqgan":
         params["ddconfig"]["dropout"] = 0.0
-        return vqgan.train(made, out, False, "cpu", tiny.datasets())
+        return vqgan.train(made, out, resume, "cpu", tiny.datasets())
     params["transformer_config"]["params"]["resid_pdrop"] = 0.0
-    return prior.train(made, first_stage, out, False, "cpu", tiny.datasets())
+    return prior.train(made, first_stage, out, resume, "cpu", tiny.datasets())
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "prior"])
+def test_the_way_of_a_gpu_learns_the_same(stage, first_stage, tmp_path, monkeypatch):
+    """Fused optimizers, channels last, and health values read rarely, all on a CPU; also after resuming."""
+    plain = without_dropout(stage, tmp_path / "plain", first_stage)
+    monkeypatch.setattr(acceleration, "_FUSED", ("cpu",))
+    monkeypatch.setattr(acceleration, "_CHANNELS_LAST", ("cpu",))
+    monkeypatch.setattr(loop, "Monitor", lambda rate, precision, every: health.Monitor(rate, precision, 100))
+    groups = []
+    train = loop._Run.train
+    monkeypatch.setattr(loop._Run, "train", lambda self: (groups.extend(self.groups()), train(self))[1])
+    other = without_dropout(stage, tmp_path / "other", first_stage)
+    assert groups and all(group["fused"] for group in groups)
+    for mine, theirs in zip(*(run_directory.read_metrics(out) for out in (plain, other)), strict=True):
+        assert mine.pop("split") == theirs.pop("split")
+        assert mine == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+    without_dropout(stage, other, first_stage, resume=True, steps=5)
+    assert run_directory.progress(other)["step"] == 5
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -11,7 +11,7 @@ import torch
 
 from tamingfast import UserError, load_model
 from tamingfast.checkpoints import run_directory
-from tamingfast.training import health, vqgan
+from tamingfast.training import health, loop, vqgan
 
 
 def stopped(values, losses=(), loss=math.nan, norm=1.0, batches=(), precision="float32") -> str:
@@ -26,6 +26,28 @@ def stopped(values, losses=(), loss=math.nan, norm=1.0, batches=(), precision="f
 
 def test_finite_steps_pass():
     health.Monitor(1e-2, "float32").check(0, -3.0, 1e30, {}, [])
+
+
+def test_values_are_read_together_and_the_first_bad_step_is_named():
+    monitor = health.Monitor(1e-2, "float32", every=4)
+    values = [1.0, 2.0, 3.0, 4.0, 5.0, math.nan, math.inf]
+    for step, loss in enumerate(values):
+        monitor.check(step, torch.tensor(loss), torch.tensor(1.0), {"nll_loss": torch.tensor(loss)}, [])
+    with pytest.raises(UserError, match="loss: got nan at step 5, .*not finite: nll_loss"):
+        monitor.read()
+    monitor.read()  # once
+    with pytest.raises(UserError, match="gradient norm: got inf at step 7"):
+        monitor.check(7, torch.tensor(1.0), torch.tensor(math.inf), {}, [])
+
+
+def test_a_bad_step_that_is_not_read_yet_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Monitor", lambda rate, precision, every: health.Monitor(rate, precision, 10**6))
+    out = tmp_path / "run"
+    config = tiny.config(tiny.VQGAN, steps=12, checkpoint_every=4, log_every=100, validate_every=100)
+    with pytest.raises(UserError, match=r"at step \d+, expected .*; the image noise/7.png has NaN or infinite"):
+        vqgan.train(config, out, device="cpu", datasets=(Poisoned(13), None))
+    assert run_directory.progress(out)["step"] in (4, 8)
+    assert all(torch.isfinite(value).all() for value in load_model(out).state_dict().values())
 
 
 def test_a_bad_image_is_named():
