@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tamingfast import images
 from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError, first_line, nearest
+from tamingfast.ranks import in_turns
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 
@@ -145,11 +146,15 @@ def extract(network: Extractor, batches: Iterable[Tensor]) -> Features:
     """
     device = next(network.parameters()).device
     values, logits = [], []
-    for batch in batches:
+
+    def seen(batch: Tensor) -> tuple[np.ndarray, Tensor | None]:
         pixels = torch.from_numpy(images.to_uint8(batch)).permute(0, 3, 1, 2).to(device)
         found, scores = network(pixels)
-        values.append(found.double().cpu().numpy())
-        logits += [] if scores is None else [scores.cpu()]
+        return found.double().cpu().numpy(), None if scores is None else scores.cpu()
+
+    for found, scores in in_turns(seen, batches):
+        values.append(found)
+        logits += [] if scores is None else [scores]
     if not values:
         raise ValueError("batches: got none, expected at least one")
     return Features(network.name, np.concatenate(values), torch.cat(logits) if logits else None)
