@@ -57,6 +57,11 @@ class _Sum(torch.autograd.Function):
         return total
 
 
+def averaged(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, differentiable by x; alone, x itself."""
+    return x if alone() else _Sum.apply(x) / torch.distributed.get_world_size()
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of feature maps (B, C, H, W) of all processes: mean and biased variance (1, C, 1, 1), values per channel ().
 

@@ -10,6 +10,7 @@ import pytest
 import runs
 import shared_layers
 import tiny
+import torch
 from forked import on_ranks, ranks
 
 from tamingfast import UserError
@@ -94,6 +95,13 @@ def test_what_layers_learn_from_their_inputs_is_the_same_on_all_processes():
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(*on_ranks(2, shared_layers.actnorm), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_entropy_of_codes_is_that_of_all_processes():
+    entropies, gradients = zip(*on_ranks(2, shared_layers.entropy), strict=True)
+    value, gradient = shared_layers.entropy_of(torch.cat([shared_layers.latents(rank) for rank in range(2)], dim=1))
+    np.testing.assert_allclose(np.mean(entropies), value, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(gradients) / 2, gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_a_silent_process_does_not_hold_the_others_for_ever():

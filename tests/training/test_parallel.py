@@ -60,6 +60,8 @@ class TestPriors:
         same_losses(out, alone, "train", "validation")
         one, other = (load_model(path).state_dict() for path in (alone, out))
         for name, value in one.items():
+            if name.endswith("key.bias"):
+                continue  # attention does not depend on it: Adam makes steps of the rounding of its gradient
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
     def test_larger_batches_equal_more_of_them(self, first, tmp_path):
