@@ -25,6 +25,10 @@ class Stopped(UserError):
     """A training run was asked to stop, and saved a state to resume from."""
 
 
+class Elsewhere(UserError):
+    """Another of the processes that do one job has failed before this one, and has said why."""
+
+
 class UnknownKey(UserError):
     """A key of a config that nothing reads.
 

@@ -3,7 +3,7 @@
 ``state.pt`` alone is enough to continue: it contains the weights, their averages, the optimizers and the position in
 the data, and is replaced atomically. ``weights.safetensors`` is an export for all other uses, of the averages where
 there are any, and is written second, so a run that is killed between the two has an older export but a consistent
-state. No random state is stored, because every draw is keyed by (seed, step, rank); see `tamingfast.training.loop`.
+state. No random state is stored, because every draw is keyed by (seed, step, batch); see `tamingfast.training.loop`.
 
 Whoever trains holds the lock ``.lock``; readers need none, since every file is replaced whole or appended to by lines.
 """
@@ -61,50 +61,54 @@ def held(out: Path) -> Iterator[None]:
         yield
 
 
+def state_of(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], averages: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """The tensors of ``state.pt``; ``averages`` are moving averages of some of the weights by name."""
+    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    return state if averages is None else state | {"averages": dict(averages)}
+
+
 def save(
     out: Path,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     progress: dict[str, Any],
-    averages: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``state.pt``, then ``weights.safetensors``, each atomically.
 
-    ``averages`` are moving averages of some of the weights by name, which replace those in the export.
-    ``progress`` has plain numbers: "step", "epoch", "batch", "seconds", "images", "processes" and "metrics_bytes". If a
-    weight or an optimizer's average is not finite, raises UserError and keeps the previous checkpoint; so it does when
-    the files cannot be written, as on a full disk.
+    ``state`` is what `state_of` returned, with whole tensors, by default that of the model and its optimizers; its
+    averages replace weights in the export. ``progress`` has plain numbers: "step", "epoch", "batch", "seconds",
+    "images", "processes" and "metrics_bytes". If a weight or an optimizer's average is not finite, raises UserError and
+    keeps the previous checkpoint; so it does when the files cannot be written, as on a full disk.
     """
-    weights = model.state_dict()
-    averaged = {f"average of {name}": value for name, value in (averages or {}).items()}
-    for key, value in (*weights.items(), *averaged.items(), *_averages(model, optimizers)):
+    state = state_of(model, optimizers) if state is None else state
+    weights, averages = state["model"], state.get("averages", {})
+    averaged = {f"average of {name}": value for name, value in averages.items()}
+    for key, value in (*weights.items(), *averaged.items(), *_moments(model, optimizers, state["optimizers"])):
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(
                 f"{key}: got values that are not finite after step {progress['step']}, expected finite values; "
                 f"continue from the last good checkpoint in {out} with --resume and a lower training.learning_rate"
             )
-    state = {
-        "format": FORMAT,
-        "progress": progress,
-        "model": weights,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    if averages is not None:
-        state["averages"] = dict(averages)
     with atomic_write(out / STATE) as temporary:
-        torch.save(state, temporary)
-    weights = folded(model, weights | dict(averages or {}))
+        torch.save({"format": FORMAT, "progress": progress, **state}, temporary)
+    weights = folded(model, {**weights, **averages})
     save_weights(out / WEIGHTS, weights, {key: str(progress[key]) for key in ("step", "epoch", "seconds")})
 
 
-def _averages(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the optimizers keep for each parameter, named like "exp_avg of encoder.conv_in.weight"."""
+def _moments(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], states: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the optimizers' ``states``, named like "exp_avg of encoder.conv_in.weight"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter, kept in optimizer.state.items():
+    for optimizer, state in zip(optimizers, states, strict=True):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, kept in state["state"].items():
             for name, value in kept.items():
                 if isinstance(value, Tensor):
-                    yield f"{name} of {names.get(parameter, 'a parameter')}", value
+                    yield f"{name} of {names.get(parameters[number], 'a parameter')}", value
 
 
 def config_file(out: str | os.PathLike) -> Path:
@@ -225,7 +229,8 @@ def _read(path: Path, tensors: bool = True) -> dict[str, Any]:
     reached = state.get("progress")
     for name, number in _PROGRESS.items():
         value = reached.get(name) if isinstance(reached, dict) else None
-        if not isinstance(value, number) or not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
+        least = 1 if name == "processes" else 0
+        if not isinstance(value, number) or not least <= float(value) < float("inf"):  # type: ignore[arg-type]
             raise UserError(f"{path}: got {value!r} for '{name}', expected a number; restore a copy of the file")
     return state
 

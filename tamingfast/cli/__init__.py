@@ -14,9 +14,21 @@ import traceback
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, completion, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
+from tamingfast.cli import (
+    about,
+    completion,
+    edit,
+    encode,
+    evaluate,
+    image_sets,
+    reproduce,
+    sample,
+    streams,
+    together,
+    train,
+)
 from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
-from tamingfast.errors import Stopped, UserError, in_words
+from tamingfast.errors import Elsewhere, Stopped, UserError, in_words
 from tamingfast.ops import backends
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -45,18 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             os.getcwd()  # raises where it was deleted, which ends some libraries without a word
             _begin_logging()
-            arguments = _parse(words)
-            check_paths(arguments)
-            if arguments.run is not about.info:  # which says what can run here
-                backends.check_environment()
-            arguments.run(arguments)
-            sys.stdout.flush()
+            with together.quiet_followers():
+                arguments = _parse(words)
+                check_paths(arguments)
+                if arguments.run is not about.info:  # which says what can run here
+                    backends.check_environment()
+            with together.joined(arguments):
+                arguments.run(arguments)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted; commands that take --resume continue from their last checkpoint", file=sys.stderr)
             return INTERRUPTED
         except Stopped as error:
-            print(f"tamingfast: {one_line(str(error))}", file=sys.stderr)
+            if not together.follows():
+                print(f"tamingfast: {one_line(str(error))}", file=sys.stderr)
             return INTERRUPTED
+        except Elsewhere:
+            return USAGE_ERROR
         except BrokenPipeError as error:
             # The reader has closed the pipe, as `| head` does.
             return 0 if error.filename == streams.OUTPUT else _failed(error)

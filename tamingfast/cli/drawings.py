@@ -60,7 +60,11 @@ def canvas_file(arguments: argparse.Namespace) -> Path:
 
 
 def write(arguments: argparse.Namespace, drawing: tasks.Drawing) -> None:
-    """Write the pictures of a drawing, and delete its canvas unless --canvas names it."""
+    """Write the pictures of a drawing, and delete its canvas unless --canvas names it; on the first process alone."""
+    from tamingfast.ranks import is_first
+
+    if not is_first():
+        return
     archive = getattr(arguments, "npz", None)
     written = [Path(archive)] if archive else drawing.save(arguments.out, arguments.separate)
     if not arguments.canvas:  # it was saved only for resuming

@@ -14,7 +14,12 @@ from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     added = command(
-        commands, "encode", encode, "turn a data set into a token file for `train prior`", (DEVICE, ALLOW, ENGINE)
+        commands,
+        "encode",
+        encode,
+        "turn a data set into a token file for `train prior`",
+        (DEVICE, ALLOW, ENGINE),
+        together=True,
     )
     added.add_argument("model", type=source, help=f"run directory or checkpoint of a first stage{OR_DEMO}")
     added.add_argument("--out", type=output, required=True, help="token file to write (.safetensors)")

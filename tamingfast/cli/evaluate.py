@@ -29,7 +29,7 @@ _MODEL = f"run directory or checkpoint of a first stage or a prior{OR_DEMO}; or 
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     text = "measure a model on real images: likelihood, reconstructions, samples"
-    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, JSON))
+    added = command(commands, "evaluate", evaluate, text, (DEVICE, ALLOW, FIRST_STAGE, DRAWING, JSON), together=True)
     added.add_argument("model", type=source, help=_MODEL)
     added.add_argument(
         "--data", type=source, metavar="DIR", help="take all images below this directory, not the validation set"
@@ -73,6 +73,7 @@ def add_to(commands: Commands) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from tamingfast import evaluation
+    from tamingfast.ranks import is_first
 
     if arguments.data is not None and arguments.overrides:
         raise UserError(f"--data: got a directory and '{arguments.overrides[0]}', expected one of them; leave one out")
@@ -100,7 +101,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"Data: {found['data']}.\n\n{evaluation.table(found)}")
         for name, reason in found["missing"].items():
             print(f"\nNot computed: {name}, as {reason}.")
-    if arguments.out:
+    if arguments.out and is_first():
         write_json(arguments.out, found)
         say_written(arguments.out, apart=arguments.json)
     if arguments.save_reference:

@@ -68,7 +68,7 @@ def _command(
     text: str,
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.ArgumentParser:
-    added = command(commands, name, run, text, (DEVICE, ALLOW, *parents))
+    added = command(commands, name, run, text, (DEVICE, ALLOW, *parents), together=name == "likelihood")
     added.add_argument("model", type=source, help=f"run directory or checkpoint{OR_DEMO}")
     added.add_argument("images", type=source, nargs="+", help="image files, or directories of them")
     whole = "the training size" if name == "likelihood" else "each whole, its sides rounded down to multiples of f"
@@ -112,6 +112,7 @@ def complete(arguments: argparse.Namespace) -> None:
 
 def likelihood(arguments: argparse.Namespace) -> None:
     from tamingfast.evaluation import plot_schedules
+    from tamingfast.ranks import is_first
 
     if arguments.plot:
         check_png(arguments.plot)
@@ -124,6 +125,6 @@ def likelihood(arguments: argparse.Namespace) -> None:
     rows = [asdict(cost) for cost in costs]
     for row in rows:
         print(json.dumps(row))
-    if arguments.plot:
+    if arguments.plot and is_first():
         plot_schedules(arguments.plot, rows)
         say_written(arguments.plot)

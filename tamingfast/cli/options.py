@@ -28,10 +28,14 @@ def command(
     run: Callable[[argparse.Namespace], None],
     text: str,
     parents: Sequence[argparse.ArgumentParser] = (),
+    together: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a command ``name`` that calls ``run(arguments)`` to the commands ``to``; ``text`` is its help."""
+    """Add a command ``name`` that calls ``run(arguments)`` to the commands ``to``; ``text`` is its help.
+
+    ``together``: the processes of torchrun share its work.
+    """
     added: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=list(parents))
-    added.set_defaults(run=run, parser=added)
+    added.set_defaults(run=run, parser=added, together=together)
     return added
 
 

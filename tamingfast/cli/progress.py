@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imports tqdm, which `tamingfast --help` does without
 def bars_of(arguments: argparse.Namespace) -> Bars:
     """Progress bars for a command, which say how long its work will take, and which of its options would shorten it."""
     from tamingfast.progress import Estimated, bar
+    from tamingfast.ranks import is_first
 
     told: set[str] = set()
 
@@ -25,7 +26,8 @@ def bars_of(arguments: argparse.Namespace) -> Bars:
         # Multiply-adds come in billions, so they get a scaled unit; those of small images finish before a bar is worth
         # it.
         many = unit.startswith("multiply-adds")
-        with bar(f" {unit}", total, unit_scale=many, delay=1 if many else 0) as counter:
+        quiet = not is_first()
+        with bar(f" {unit}", total, unit_scale=many, delay=1 if many else 0, disable=quiet) as counter:
             yield Estimated(counter, unit.removeprefix("multiply-adds of "), _advice(unit, arguments), told)
 
     return opened

@@ -28,7 +28,7 @@ from tamingfast.tasks.options import COUNT
 def add_to(commands: Commands) -> None:
     """Declare the command."""
     parents = (DEVICE, ALLOW, FIRST_STAGE, DRAWING, condition_options(), KEEPING, METADATA)
-    added = command(commands, "sample", sample, "draw new images", parents)
+    added = command(commands, "sample", sample, "draw new images", parents, together=True)
     text = (
         f"run directory or checkpoint of a prior{OR_DEMO}; with --like, by default the one of the recorded name here "
         "or in runs/"

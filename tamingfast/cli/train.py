@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
 def _command(
     stages: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME))
+    added = command(stages, name, run, text, (DEVICE, ALLOW, RESUME), together=True)
     added.add_argument("--out", type=output_directory, required=True, help="run directory to write")
     added.add_argument(
         "--from", dest="start", type=source, metavar="MODEL",

@@ -16,6 +16,7 @@ from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.inception import FILE, Inception
 from tamingfast.evaluation.statistics import Features
+from tamingfast.ranks import in_turns
 from tamingfast.tasks.classifiers import ImageNet
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
@@ -99,7 +100,7 @@ def extract(
     holds the features of the images before the first of ``batches``, and receives the others. Raises ValueError if
     there are no images, or another number than ``total``.
     """
-    seen: Iterable[Seen] = (see(network, images.to_uint8(batch)) for batch in batches)
+    seen: Iterable[Seen] = in_turns(lambda batch: see(network, images.to_uint8(batch)), batches)
     if found is None and total is None:
         seen = list(seen)
         total = sum(len(values) for values, *_ in seen)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tamingfast import tasks
 from tamingfast.evaluation.batches import batches
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ranks import in_turns
 from tamingfast.training.tokens import grid_of, tokens_of
 
 
@@ -37,8 +38,8 @@ def samples(
     cond = _conditions(prior, dataset, count, batch_size, seed)[first:]
     options = {"window": max(rows, columns), "seed": seed, "first_image": first} | options
     canvas = prior.canvas_size(rows, columns)
-    for grid in tasks.draw(prior, cond, *canvas, batch=batch_size, progress=progress, **options):
-        yield prior.decode_grid(prior.image_tokens(grid))
+    grids = tasks.draw(prior, cond, *canvas, batch=batch_size, progress=progress, **options)
+    yield from in_turns(lambda grid: prior.decode_grid(prior.image_tokens(grid)).cpu(), grids)
 
 
 def _conditions(prior: Net2NetTransformer, dataset: Dataset, count: int, batch_size: int, seed: int) -> Tensor:
@@ -54,5 +55,4 @@ def _conditions(prior: Net2NetTransformer, dataset: Dataset, count: int, batch_s
 def reconstructions(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Batches of images (b, 3, H, W) as the first stage of ``model``, or ``model`` itself, reconstructs them."""
     stage = tasks.first_stage_of(model)
-    for batch in images:
-        yield tasks.reconstructed(stage, batch.to(stage.device))
+    yield from in_turns(lambda batch: tasks.reconstructed(stage, batch.to(stage.device)).cpu(), images)

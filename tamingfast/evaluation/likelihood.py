@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from tamingfast import ops, tasks
 from tamingfast.data.rgb import to_unit_scale
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import Progress, batches
+from tamingfast.evaluation.batches import Part, Progress, loaded, parts
 from tamingfast.models.color_clusters import ColorClusters
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ranks import in_turns
 from tamingfast.training.prior_stage import perplexity
 from tamingfast.training.tokens import grid_of, tokens_of
 
@@ -61,14 +62,15 @@ def likelihood(
     pixels = round(math.prod(grid_of(dataset, stage)) * stage.pixels_per_token)
     nats = bits_in_cells = 0.0
     images = tokens = 0
-    for batch in batches(dataset, batch_size, limit, seed, device=prior.device):
-        z, c = tokens_of(prior, batch)
-        nats += _nats(prior, z, c)
-        if cells is not None:
-            bits_in_cells += float(cells[z.flatten()].sum())
-        images, tokens = images + len(z), z.shape[1]
+
+    def measured(part: Part) -> tuple[float, float, int, int]:
+        z, c = tokens_of(prior, loaded(dataset, part, prior.device))
+        return _nats(prior, z, c), 0.0 if cells is None else float(cells[z.flatten()].sum()), *z.shape
+
+    for own, in_cells, count, tokens in in_turns(measured, parts(dataset, batch_size, limit, seed)):  # noqa: B007
+        nats, bits_in_cells, images = nats + own, bits_in_cells + in_cells, images + count
         if progress is not None:
-            progress(len(z))
+            progress(count)
     per_token = nats / (images * tokens)
     bits = nats / math.log(2) / images
     found = {

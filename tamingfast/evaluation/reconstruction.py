@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from tamingfast import images, tasks
 from tamingfast.errors import UserError
-from tamingfast.evaluation.batches import Progress, images_of
+from tamingfast.evaluation.batches import Part, Progress, images_in, parts
+from tamingfast.ranks import in_turns
 from tamingfast.tasks.figures import l1, psnr
 from tamingfast.training.vqgan import codebook_use
 
@@ -59,17 +60,22 @@ def reconstruction(
     sums: dict[str, float] = {}
     counts = torch.zeros(stage.n_embed, dtype=torch.int64)
     total = 0
-    for batch in images_of(dataset, batch_size, limit, seed, key=stage.image_key):
-        x = _checked(batch).to(stage.device)
+
+    def measured(part: Part) -> tuple[dict[str, float], Tensor, int]:
+        x = _checked(images_in(dataset, part, stage.image_key)).to(stage.device)
         tasks.grid_size(model, *x.shape[2:])  # refuses sides that are not multiples of the factor
         quant, _, (_, _, indices) = stage.quantised(x)
         out = stage.decode_quantised(quant).clamp(-1, 1)
-        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        for name, value in _sums(x, out, perceptual).items():
+        used = torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+        return _sums(x, out, perceptual), used, len(x)
+
+    for found, used, count in in_turns(measured, parts(dataset, batch_size, limit, seed)):
+        counts += used
+        for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
-        total += len(x)
+        total += count
         if progress is not None:
-            progress(len(x))
+            progress(count)
     means = {name: value / total if math.isfinite(value) else None for name, value in sums.items()}
     return {"images": total, **means, **codebook_use(counts)}
 

@@ -7,6 +7,7 @@ add the ``network`` and the number of ``images``, which other programs pass over
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from tamingfast import images, npz
 from tamingfast.errors import UserError
-from tamingfast.evaluation.features import INCEPTION, Extractor, see
+from tamingfast.evaluation.features import INCEPTION, Extractor, Seen, see
 from tamingfast.evaluation.statistics import Features, Reference
 from tamingfast.progress import Bars, silent
+from tamingfast.ranks import in_turns, is_first
 
 _EXPECTED = "statistics of images (mu, sigma) or images (arr_0) in an .npz file"
 _SAMPLES = f"images ({npz.IMAGES}) in an .npz file"
@@ -107,12 +109,18 @@ def save_reference(path: str | os.PathLike[str], network: Extractor, batches: It
         raise UserError(f"save_reference: got {count} images, expected at least 2")
     seen = Features(network.name, count)
 
+    def looked(batch: Tensor) -> tuple[np.ndarray, Seen]:
+        pixels = images.to_uint8(batch)
+        return pixels, see(network, pixels)
+
     def noted() -> Iterator[np.ndarray]:
-        for batch in batches:
-            pixels = images.to_uint8(batch)
-            seen.add(*see(network, pixels))
+        for pixels, found in in_turns(looked, batches):
+            seen.add(*found)
             yield pixels
 
+    if not is_first():
+        collections.deque(noted(), maxlen=0)  # takes part in the looking
+        return seen
     with npz.written(path) as archive:
         archive.images(noted(), count)
         known = seen.reference

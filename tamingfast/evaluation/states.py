@@ -17,6 +17,7 @@ from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.errors import UserError, first_line
 from tamingfast.evaluation.statistics import Features
 from tamingfast.files import atomic_write, check_path, locked
+from tamingfast.ranks import is_first, wait_for_all
 
 FORMAT = "tamingfast evaluation 1"
 #: Seconds between two writings of the file.
@@ -37,7 +38,7 @@ class State:
 
     def save(self) -> None:
         """Write the file, atomically; raises UserError where that fails."""
-        if not self.found.count:
+        if not (self.found.count and is_first()):
             return
         metadata = {"format": FORMAT, "facts": json.dumps(self.facts)} | UNSEALED
         with atomic_write(self.path) as temporary:
@@ -51,13 +52,17 @@ def keeping(path: str | os.PathLike[str], found: Features, facts: Mapping[str, A
     """Keep ``found`` in the file while the block adds to it, and at its end, however it ends.
 
     If the file exists, ``found`` first becomes what it holds. Raises UserError if that is of another evaluation, which
-    ``facts``, in values of JSON, tell apart, if it is no such file, and if another process writes it.
+    ``facts``, in values of JSON, tell apart, if it is no such file, and if another process writes it. Of processes that
+    work together all read it, and the first writes it.
     """
     check_path("state", path)
     path = Path(path)
-    with locked(path.with_name(f".{path.name}.lock"), str(path), "wait until it is finished, or give another path"):
+    lock = path.with_name(f".{path.name}.lock")
+    advice = "wait until it is finished, or give another path"
+    with locked(lock, str(path), advice) if is_first() else contextlib.nullcontext():
         if path.exists():
             _restore(path, found, json.loads(json.dumps(facts)))
+        wait_for_all()
         state = State(path, found, facts)
         try:
             yield state

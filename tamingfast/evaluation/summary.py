@@ -25,6 +25,7 @@ from tamingfast.evaluation.states import keeping
 from tamingfast.evaluation.statistics import Features, Reference
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.ranks import in_turns
 from tamingfast.tasks.options import SAMPLES
 
 
@@ -120,8 +121,9 @@ def _seen_samples(
             shown.moved(tokens + done * each, count * each)
 
         if done < count:
-            for batch in samples(model, dataset, count, first=done, progress=moved, **how):
-                found.add(*see(network, pictures.to_uint8(batch)))
+            drawn = samples(model, dataset, count, first=done, progress=moved, **how)
+            for part in in_turns(lambda batch: see(network, pictures.to_uint8(batch)), drawn):
+                found.add(*part)
                 if kept is not None:
                     kept.tick()
     return found

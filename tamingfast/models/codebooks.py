@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tamingfast import ops
 from tamingfast.models.quantize import Quantised, Quantizer, VectorQuantizer, as_grid
-from tamingfast.models.shared import sum_over_processes, take_from_first_process
+from tamingfast.models.shared import averaged, sum_over_processes, take_from_first_process
 from tamingfast.ops.reference import Quantized
 
 #: How the gradient of a code reaches the latent that it replaces.
@@ -318,10 +318,13 @@ class LFQ(_ImplicitQuantizer):
         return codes + (z - z.detach()), loss, (None, None, self._shaped(indices))
 
     def entropy(self, z: Tensor) -> Tensor:
-        """Mean entropy of the soft assignments of z (B, D, *), less the entropy of their mean, in nats ()."""
+        """Mean entropy of the soft assignments of z (B, D, *), less the entropy of their mean, in nats ().
+
+        The mean is over the latents of all processes.
+        """
         rows = z.movedim(1, -1).reshape(-1, z.shape[1])
         # |z - c|^2 differs between codes by -2 z.c alone.
         logs = F.log_softmax(2 / self.temperature * rows @ self.codes(z.device).t(), dim=1)
         shares = logs.exp()
-        mean = shares.mean(0)
+        mean = averaged(shares.mean(0))
         return -(shares * logs).sum(1).mean() + torch.special.xlogy(mean, mean.clamp(min=1e-30)).sum()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tamingfast.models.shared import take_from_first_process
+from tamingfast.models.shared import BatchNorm2d, moments
+from tamingfast.ranks import alone
 
 
 class ActNorm(nn.Module):
@@ -24,10 +25,14 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set the map to the one that standardises each channel of x (B, C, H, W), the first process's if several."""
-        self.loc.copy_(-x.mean((0, 2, 3), keepdim=True))
-        self.scale.copy_(1 / (x.std((0, 2, 3), keepdim=True) + 1e-6))
-        take_from_first_process(self.loc, self.scale)
+        """Set the map to the one that standardises each channel of x (B, C, H, W), over all processes if several."""
+        if alone():
+            mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+        else:
+            mean, variance, count = moments(x)
+            deviation = (variance * count / (count - 1)).sqrt()
+        self.loc.copy_(-mean)
+        self.scale.copy_(1 / (deviation + 1e-6))
         self.initialized.fill_(1)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,7 +68,7 @@ class NLayerDiscriminator(nn.Module):
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False):
         super().__init__()
-        norm = ActNorm if use_actnorm else nn.BatchNorm2d
+        norm = ActNorm if use_actnorm else BatchNorm2d
         widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         for level in range(1, n_layers + 1):

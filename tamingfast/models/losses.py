@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tamingfast.models.base import at_least
 from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
 from tamingfast.models.lpips import LPIPS
-from tamingfast.models.shared import sum_over_processes
+from tamingfast.models.shared import mean_over_processes, sum_over_processes
 
 
 def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -130,10 +130,12 @@ class VQLPIPSWithDiscriminator(nn.Module):
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
         """The adaptive weight () of the adversarial loss (paper eq. 7).
 
-        The ratio of both losses' gradient norms at the decoder's last layer, at most 10^4, times ``disc_weight``.
+        The ratio of both losses' gradient norms at the decoder's last layer, at most 10^4, times ``disc_weight``; over
+        the images of all processes.
         """
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+        mean_over_processes(nll_grad, g_grad)
         ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
         return ratio.clamp(0.0, 1e4).detach() * self.discriminator_weight
 

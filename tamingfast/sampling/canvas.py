@@ -26,6 +26,7 @@ from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
 from tamingfast.engines.networks import token_count
 from tamingfast.errors import UserError, first_line
 from tamingfast.files import atomic_write, locked, reported, writable_path
+from tamingfast.ranks import in_turns, is_first
 from tamingfast.sampling.plan import Sampled, describe, plan_grid
 from tamingfast.sampling.sampler import image_numbers, sample_grid
 from tamingfast.sampling.schedule import WINDOW
@@ -162,7 +163,7 @@ class Canvas:
         every: float = EVERY,
         **options: Any,
     ) -> Canvas:
-        """The finished canvas.
+        """The finished canvas; several processes draw its batches in turns, and the first saves it.
 
         Args:
             model: the prior; it must be the one that began the canvas.
@@ -176,6 +177,8 @@ class Canvas:
         Raises:
             UserError: another model began the canvas, or one with another vocabulary.
         """
+        if not is_first():
+            path = preview = progress = None
         now = self._begun_by(model)
         now.check_vocabulary(model)
         tokens, pending = now.tokens.clone(), now.pending.clone()
@@ -198,15 +201,19 @@ class Canvas:
 
         settings = dict(now.settings)
         first_image, (_, height, width) = settings.pop("first_image", 0), tokens.shape
+        parts = [slice(first, first + batch) for first in range(0, len(tokens), batch)]
+        parts = [part for part in parts if pending[part].any()]
+
+        def draw(part: slice) -> Tensor:
+            sample_grid(
+                model, now.cond[part], height, width, start=tokens[part], mask=pending[part],
+                first_image=first_image + part.start, observer=partial(observe, part), **settings, **options,
+            )  # fmt: skip
+            return tokens[part].cpu()
+
         try:
-            for first in range(0, len(tokens), batch):
-                part = slice(first, first + batch)
-                if not pending[part].any():
-                    continue
-                sample_grid(
-                    model, now.cond[part], height, width, start=tokens[part], mask=pending[part],
-                    first_image=first_image + first, observer=partial(observe, part), **settings, **options,
-                )  # fmt: skip
+            for part, drawn in zip(parts, in_turns(draw, parts), strict=True):
+                tokens[part], pending[part] = drawn, False
         except KeyboardInterrupt:
             if path is not None:
                 current.save(path)

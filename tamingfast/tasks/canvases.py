@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from tamingfast.files import check_path, check_png
 from tamingfast.models.condition_stages import CoordStage, DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
+from tamingfast.ranks import is_first, wait_for_all
 from tamingfast.sampling.canvas import Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
 from tamingfast.tasks.drawing import PAPER, Drawing, decoded, decoded_batches, painted, token_unit
@@ -77,7 +79,8 @@ class Painter:
         another unfinished canvas would be overwritten, or if what is asked for on resuming differs from what the saved
         canvas was begun with.
         """
-        with contextlib.nullcontext() if self.canvas is None else drawing_into(self.canvas):
+        alone_writes = self.canvas is not None and is_first()
+        with drawing_into(self.canvas) if alone_writes else contextlib.nullcontext():  # type: ignore[arg-type]
             return self._painted(model, begun, count)
 
     def _painted(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None) -> Canvas:
@@ -90,6 +93,7 @@ class Painter:
             canvas = painted(model, begun, **options.deciding(), **first)
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
+        wait_for_all()  # until all have read the canvas that the first will write
         _, rows, columns = canvas.tokens.shape
         with self.bars(token_unit(model, rows, columns, canvas.cond), None) as counter:
             return canvas.sample(
@@ -114,14 +118,18 @@ class Painter:
     ) -> Drawing:
         """Decode a finished canvas batch by batch into an .npz file; the drawing returned holds no images."""
         count = len(canvas.tokens)
-        with self.bars("images", count) as counter, npz.written(path) as archive:
+        with self.bars("images", count) as counter:
 
             def pixels() -> Iterator[np.ndarray]:
                 for batch in decoded_batches(model, canvas, (self.options or PAPER).batch):
                     yield images.to_uint8(batch)
                     counter.update(len(batch))
 
-            archive.images(pixels(), count)
+            if is_first():
+                with npz.written(path) as archive:
+                    archive.images(pixels(), count)
+            else:
+                collections.deque(pixels(), maxlen=0)  # takes part in the decoding
         return Drawing(torch.zeros(0, 3, 0, 0), canvas, conditions)
 
     def noted(
@@ -169,7 +177,7 @@ class Painter:
             return None
 
         def show(now: Canvas) -> None:
-            pictures = decoded(model, now, batch)
+            pictures = decoded(model, now, batch, share=map)
             if callable(preview):
                 preview(pictures)
             else:

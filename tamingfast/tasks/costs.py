@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tamingfast.engines.first_stage import check_name, using
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.ranks import in_turns
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.sampling.likelihood import negative_log_likelihood, tokens_per_token
 from tamingfast.sampling.plan import plan_grid
@@ -108,10 +111,12 @@ def schedule_costs(
     prefix = plan_grid(model, cond, rows, columns, window).context.length
     found = []
     for name, rule, stride in rules:
-        nats = []
-        for part, tokens in zip(cond.split(batch), canvas.tokens.split(batch), strict=True):
-            how = {"window": window, "schedule": rule, "stride": stride}
-            nats.append(negative_log_likelihood(model, part, tokens, **how, progress=progress))
+        how = {"window": window, "schedule": rule, "stride": stride}
+
+        def nats_of(part: tuple[Tensor, Tensor], how: dict[str, Any] = how) -> Tensor:
+            return negative_log_likelihood(model, *part, **how, progress=progress).cpu()
+
+        nats = list(in_turns(nats_of, zip(cond.split(batch), canvas.tokens.split(batch), strict=True)))
         work = tokens_per_token(rows, columns, prefix, window=window, schedule=rule, stride=stride)
         found.append(ScheduleCost(name, float(torch.cat(nats).mean()), work))
     return found

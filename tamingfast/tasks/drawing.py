@@ -16,6 +16,7 @@ from tamingfast.engines.first_stage import Progress
 from tamingfast.errors import check_count
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ranks import in_turns
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.tasks.models import check_windowed, first_stage_of
@@ -92,14 +93,15 @@ def draw(
 ) -> Iterator[Tensor]:
     """Yield token grids int64 (b, rows, columns), one per condition in ``cond``, in batches of at most ``batch``.
 
-    The batch size does not change the tokens. ``options`` go to `tamingfast.sampling.sample_grid`; top-k defaults to
-    the paper's 100, and ``start`` (B, ...) is split like ``cond``. ``progress(done, total)`` counts sampled tokens over
-    all images.
+    The batch size does not change the tokens; several processes draw batches in turns. ``options`` go to
+    `tamingfast.sampling.sample_grid`; top-k defaults to the paper's 100, and ``start`` (B, ...) is split like ``cond``.
+    ``progress(done, total)`` counts sampled tokens over all images.
     """
     options = {"window": window_under(model, rows, columns, cond), "top_k": TOP_K} | options
     options["top_k"] = _within_vocabulary(model, options["top_k"])
     first_image, start = options.pop("first_image", 0), options.pop("start", None)
-    for first in range(0, len(cond), batch):
+
+    def drawn(first: int) -> Tensor:
         part = slice(first, first + batch)
         count = len(cond[part])
 
@@ -107,11 +109,14 @@ def draw(
             if progress is not None:
                 progress(first * total + done * count, len(cond) * total)
 
-        yield sample_grid(
+        return sample_grid(
             model, cond[part], rows, columns, first_image=first_image + first,
             start=None if start is None else start[part],
             callback=None if progress is None else count_tokens, **options,
-        )  # fmt: skip
+        ).cpu()  # fmt: skip
+
+    for grid in in_turns(drawn, range(0, len(cond), batch)):
+        yield grid.to(model.device)
 
 
 def token_unit(model: Net2NetTransformer, rows: int, columns: int, cond: Tensor) -> str:
@@ -162,26 +167,39 @@ def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) ->
 
 
 def decoded(
-    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: Progress | None = None
+    model: Net2NetTransformer,
+    canvas: Canvas,
+    batch: int = PAPER.batch,
+    progress: Progress | None = None,
+    share: Callable[..., Iterator[Tensor]] = in_turns,
 ) -> Tensor:
     """Decode a canvas to images float32 (B, 3, H, W) on the CPU; pending areas are gray.
 
-    ``progress`` as in `tamingfast.engines.first_stage.run`; it restarts with each batch.
+    ``progress`` as in `tamingfast.engines.first_stage.run`; it restarts with each batch. Several processes decode
+    batches in turns, or with ``share=map`` this one decodes all.
     """
-    return torch.cat(list(decoded_batches(model, canvas, batch, progress)))
+    return torch.cat(list(decoded_batches(model, canvas, batch, progress, share)))
 
 
 def decoded_batches(
-    model: Net2NetTransformer, canvas: Canvas, batch: int = PAPER.batch, progress: Progress | None = None
+    model: Net2NetTransformer,
+    canvas: Canvas,
+    batch: int = PAPER.batch,
+    progress: Progress | None = None,
+    share: Callable[..., Iterator[Tensor]] = in_turns,
 ) -> Iterator[Tensor]:
     """What `decoded` returns, in batches of at most ``batch`` images."""
     grids, unknown = model.image_tokens(canvas.tokens), model.image_tokens(canvas.pending)
-    for tokens, pending in zip(grids.split(batch), unknown.split(batch), strict=True):
+
+    @torch.no_grad()
+    def pixels(part: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, pending = part
         known = tokens.masked_fill(pending, 0).to(model.device)
-        with torch.no_grad():
-            pixels = model.decode_grid(known, progress=progress).cpu()
+        found = model.decode_grid(known, progress=progress).cpu()
         gray = first_stage_of(model).footprint(pending.cpu())
-        yield pixels.masked_fill(gray, 0.0)
+        return found.masked_fill(gray, 0.0)
+
+    yield from share(pixels, zip(grids.split(batch), unknown.split(batch), strict=True))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
 from tamingfast.models.condition_stages import CoordStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
+from tamingfast.ranks import in_turns, is_first
 from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, data_of, first_stage_of, is_spatial, unread
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS
@@ -42,7 +43,8 @@ def encode(
 ) -> int:
     """Encode every image of a data set and write the tokens to a file that priors can be trained on.
 
-    Random crops are those of epoch 0. If the data set has spatial conditions, their tokens are written too.
+    Several processes encode batches in turns, and the first writes. Random crops are those of epoch 0. If the data set
+    has spatial conditions, their tokens are written too.
 
     Args:
         model: a first stage or a prior, or the path of its run or checkpoint.
@@ -108,6 +110,14 @@ class _Conditions:
         }
 
 
+class _Encoded(NamedTuple):
+    """A batch: its tokens (B, h, w), labels and the tokens of its conditions (B, h, w), None without."""
+
+    tokens: np.ndarray
+    labels: list[int] | None
+    conditions: np.ndarray | None
+
+
 def _made(data: Mapping[str, Any], split: str) -> EpochDataset:
     """The data set described by settings."""
     if split not in SPLITS:
@@ -138,19 +148,29 @@ def _write(
         "first_stage": fingerprint(stage),
     }
 
-    def grids() -> Iterator[np.ndarray]:
-        for items in loader(dataset, batch, drop_last=False):
-            x = _images(items["image"], stage)
-            grid_size(model, *x.shape[2:])  # raises for sizes that would be cut
-            tokens = stage.encode_grid(x)
-            if classes is not None:
-                labels.extend(items["class_label"].tolist())
-            if conditions is not None:
-                found = encode_grid(conditions.stage, _images(items[conditions.key], stage))
-                written.append(smallest(found.view(tokens.shape).cpu().numpy(), conditions.vocab_size))
-            yield tokens.cpu().numpy()
-            counter.update(len(x))
+    def encoded(numbers: np.ndarray) -> _Encoded:
+        items = next(iter(loader(dataset, len(numbers), order=numbers)))
+        x = _images(items["image"], stage)
+        grid_size(model, *x.shape[2:])  # raises for sizes that would be cut
+        tokens = stage.encode_grid(x)
+        found = None
+        if conditions is not None:
+            grid = encode_grid(conditions.stage, _images(items[conditions.key], stage)).view(tokens.shape)
+            found = smallest(grid.cpu().numpy(), conditions.vocab_size)
+        return _Encoded(tokens.cpu().numpy(), None if classes is None else items["class_label"].tolist(), found)
 
+    def grids() -> Iterator[np.ndarray]:
+        numbers = np.arange(len(dataset))
+        parts = [numbers[first : first + batch] for first in range(0, len(numbers), batch)]
+        for found in in_turns(encoded, parts):
+            labels.extend(found.labels or ())
+            if found.conditions is not None:
+                written.append(found.conditions)
+            yield found.tokens
+            counter.update(len(found.tokens))
+
+    if not is_first():
+        return sum(map(len, grids()))
     # The lists are filled while the grids are written.
     return write_tokens(
         path,

@@ -14,6 +14,7 @@ from tamingfast import images
 from tamingfast.errors import UserError, brief
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
+from tamingfast.ranks import in_turns
 from tamingfast.sampling.canvas import Canvas
 from tamingfast.tasks.classifiers import CLASSES, ImageNet
 from tamingfast.tasks.drawing import draw, painted
@@ -73,14 +74,20 @@ def selected(
     how: dict[str, Any] = options.deciding() | options.running()
     _, rows, columns = blank.tokens.shape
     with bars("candidates", len(order)) as shown:
-        for first in range(0, len(order), options.batch):
-            mine = order[first : first + options.batch]
-            cond = torch.stack([prefix[int(label)] for label in mine])
-            (grids,) = draw(model, cond, rows, columns, options.batch, first_image=first, **how)
-            certain = _certainty(classifier(model.decode_grid(model.image_tokens(grids)).clamp(-1, 1)), mine)
+        cond = torch.stack([prefix[int(label)] for label in order])
+        drawn = zip(draw(model, cond, rows, columns, options.batch, **how), order.split(options.batch), strict=True)
+
+        def judged(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            grids, mine = part
+            pictures = model.decode_grid(model.image_tokens(grids)).clamp(-1, 1)
+            return grids.cpu(), mine, _certainty(classifier(pictures), mine)
+
+        first = 0
+        for grids, mine, certain in in_turns(judged, drawn):
             for label in mine.unique().tolist():
                 at = mine == label
-                kept[label].add(grids.cpu()[at], certain[at], first + at.nonzero()[:, 0])
+                kept[label].add(grids[at], certain[at], first + at.nonzero()[:, 0])
+            first += len(mine)
             shown.update(len(mine))
     tokens = blank.tokens.clone()
     for label, own in places.items():

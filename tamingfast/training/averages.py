@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Averages:
         self.decay = decay
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.values = {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+    def follow(self, tensors: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Follow other ``tensors`` of the same names; ``place(average, tensor)`` is the average in the new form."""
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.values = {name: place(value, self.tensors[name]) for name, value in self.values.items()}
 
     def restart(self) -> None:
         """Make them copies of their tensors again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
+from tamingfast.ranks import World
 from tamingfast.training.acceleration import compiling
 from tamingfast.training.averages import Averages
-from tamingfast.training.distributed import World
 from tamingfast.training.events import writer_class
-from tamingfast.training.feed import epoch_steps
+from tamingfast.training.feed import epoch_steps, images_per_step
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import FREE_TO_CHANGE, Training, training_settings
 from tamingfast.training.stage import Stage
@@ -37,6 +37,28 @@ def new_model(described: Mapping[str, Any], seed: int) -> nn.Module:
     return instantiate_from_config({key: described[key] for key in ("target", "params") if key in described})
 
 
+def as_begun(out: Path, resume: bool, among: World) -> World:
+    """This process among as many as the run in ``out`` began with, for which its settings are meant; else ``among``."""
+    known = resume and run_directory.exists(out)
+    return replace(among, size=run_directory.progress(out)["processes"]) if known else among
+
+
+def divided(settings: Training, began: World, among: World) -> Training:
+    """The settings for ``among.size`` processes, with as many images in a step as ``began.size`` would take.
+
+    Batches stay as large as they are, or become smaller. Raises UserError if the images cannot be shared equally.
+    """
+    images = images_per_step(settings, began.size)
+    if images % among.size:
+        raise UserError(
+            f"WORLD_SIZE: got {among.size} processes, expected a number that divides the {images} images of a step of "
+            f"this run, which began with {began.size}; resume it with another number"
+        )
+    own = images // among.size
+    batch = max(size for size in range(1, min(settings.batch_size, own) + 1) if own % size == 0)
+    return replace(settings, batch_size=batch, accumulate=own // batch)
+
+
 @contextlib.contextmanager
 def begin(
     config: dict[str, Any],
@@ -45,18 +67,20 @@ def begin(
     settings: Training,
     dataset: EpochDataset,
     among: World,
+    began: World,
     stage: Stage,
     averages: Averages | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Hold the run directory ``out`` inside the block, with ``config.yaml`` written and the state to resume loaded.
 
     Yields the progress of the run that continues, None for a new one. Of several processes the first holds the lock.
+    ``settings`` are recorded; they are meant for as many processes as ``began`` has.
 
     Raises UserError when another program trains in ``out``, when it already holds a run and ``resume`` is not given,
     when there is nothing to resume, when its state is damaged or was made with other settings that influence the
     weights, when ``dataset`` is too small for one step, and when the model of ``stage`` cannot process its images.
     """
-    epoch_steps(dataset, settings, among.size)  # raises for too few images
+    epoch_steps(dataset, settings, began.size)  # raises for too few images
     if settings.tensorboard:
         writer_class()  # raises without the package
     config["training"] = asdict(settings)
@@ -66,15 +90,15 @@ def begin(
         if among.rank == 0:
             stack.enter_context(run_directory.held(out))
         among.any(False)  # a barrier: no process reads before the first has the lock
-        began = _check_begun(config, out, resume)
+        recorded = _check_begun(config, out, resume)
         progress = (
-            _restore(stage, dataset, out, among, averages) if began is not None and run_directory.exists(out) else None
+            _restore(stage, dataset, out, averages) if recorded is not None and run_directory.exists(out) else None
         )
         if not among.agree(-1 if progress is None else progress["step"]):
             raise UserError(
                 f"{out}: got different states on the processes, expected the same; use a file system that all share"
             )
-        if among.rank == 0 and began != config:
+        if among.rank == 0 and recorded != config:
             with atomic_write(out / run_directory.CONFIG) as temporary:
                 OmegaConf.save(OmegaConf.create(config), temporary)
         yield progress
@@ -106,19 +130,15 @@ def _check_apart(config: Mapping[str, Any], out: Path) -> None:
             )
 
 
-def _restore(stage: Stage, dataset: EpochDataset, out: Path, among: World, averages: Averages | None) -> dict[str, Any]:
-    """Load the state in ``out``, and return its progress; UserError for a run on other data or processes."""
+def _restore(stage: Stage, dataset: EpochDataset, out: Path, averages: Averages | None) -> dict[str, Any]:
+    """Load the state in ``out``, and return its progress; UserError for a run on other data."""
     values = None if averages is None else averages.values
     progress = run_directory.restore(out, stage.model, stage.optimizers, values)
-    for name, now, what in (
-        ("images", len(dataset), "training images"),
-        ("processes", among.size, "processes"),
-    ):
-        if progress[name] != now:
-            raise UserError(
-                f"{out}: got {now} {what}, expected {progress[name]}, with which the run began; resume it with the "
-                "same number, or start a new run in another directory"
-            )
+    if progress["images"] != len(dataset):
+        raise UserError(
+            f"{out}: got {len(dataset)} training images, expected {progress['images']}, with which the run began; "
+            "resume it with the same number, or start a new run in another directory"
+        )
     return progress
 
 

@@ -10,7 +10,7 @@ from tamingfast.data import loader, shuffled
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import Part, read, to_device
 from tamingfast.errors import UserError
-from tamingfast.training.distributed import World
+from tamingfast.ranks import World
 from tamingfast.training.fitting import readers
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import Training

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tamingfast.data.base import EpochDataset
 from tamingfast.ops import machine
-from tamingfast.training.distributed import World
+from tamingfast.ranks import World
 from tamingfast.training.settings import AUTO, Training
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """The training loop that both stages share.
 
-Everything random in a step is keyed by (seed, step, rank), and the order of the images by (seed, epoch). So the state
-of a run is its weights, its optimizers and its step number, and a resumed run repeats an unbroken one bit for bit.
+Everything random in a step is keyed by (seed, step, number of the batch in the step), and the order of the images by
+(seed, epoch). So the state of a run is its weights, its optimizers and its step number, and a resumed run repeats an
+unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
 from tamingfast.progress import bar
+from tamingfast.ranks import World
 from tamingfast.training.acceleration import compiling
 from tamingfast.training.averages import Averages
-from tamingfast.training.distributed import World
 from tamingfast.training.events import Events
 from tamingfast.training.feed import epoch_steps, step_batches, validation_batches
 from tamingfast.training.forecast import Forecast
 from tamingfast.training.health import Monitor
 from tamingfast.training.interrupts import Interrupts
+from tamingfast.training.parallel import Averaged, Parallel
 from tamingfast.training.plots import plot
 from tamingfast.training.seeds import seed_for
 from tamingfast.training.settings import Training
@@ -51,14 +53,16 @@ def run(
     among: World,
     progress: Mapping[str, Any] | None = None,
     averages: Averages | None = None,
+    parallel: Parallel | None = None,
 ) -> Path:
     """Train until the steps or seconds are used up, from ``progress``, which `begin` yields; returns ``out``.
 
-    With ``averages``, which `begin` has restored, it validates, draws and exports.
+    With ``averages``, which `begin` has restored, it validates, draws and exports. ``parallel`` says how processes hold
+    the model; by default each holds the whole.
     A finished run is left as it is. Raises `Stopped` after writing a checkpoint when the process is asked to stop,
     UserError when training diverges or the run directory cannot be written.
     """
-    return _Run(stage, settings, datasets, out, among, progress, averages).train()
+    return _Run(stage, settings, datasets, out, among, progress, averages, parallel or Averaged(among)).train()
 
 
 class _Run:
@@ -73,8 +77,9 @@ class _Run:
         among: World,
         progress: Mapping[str, Any] | None,
         averages: Averages | None,
+        parallel: Parallel,
     ):
-        self.averages = averages
+        self.averages, self.parallel = averages, parallel
         if averages is not None and progress is None:
             averages.restart()  # the codebook may have been set since
         self.stage, self.settings, self.out, self.among = stage, settings, out, among
@@ -85,6 +90,8 @@ class _Run:
         rate = stage.optimizers[0].param_groups[0]["lr"]
         self.monitor = Monitor(rate, settings.precision, 1 if among.device.type == "cpu" else settings.log_every)
         self.step, self.seconds, self.kept = 0, 0.0, 0
+        #: Processes with which the run began, for which its settings are meant.
+        self.processes = among.size if progress is None else progress["processes"]
         if progress is not None:
             self.step, self.seconds, self.kept = progress["step"], progress["seconds"], progress["metrics_bytes"]
         self.saved = run_directory.exported(out) if self.step else None
@@ -137,7 +144,6 @@ class _Run:
         reading = time.perf_counter() - began
         self.stage.model.train()
         self.stage.model.global_step = self.step
-        torch.manual_seed(seed_for(self.settings.seed, self.step, self.among.rank))
         self.set_rates()
         values = self.move(mine)
         if self.averages is not None:
@@ -182,12 +188,17 @@ class _Run:
                     device=self.among.device.type,
                     precision=self.settings.precision,
                     grad_clip=self.settings.grad_clip,
-                    reduce=self.among.average_gradients,
+                    averaging=self.parallel.averaging,
+                    begin=self.seed,
                     check=lambda loss, norm, values: self.monitor.check(self.step, loss, norm, values, batches),
                 )
         except ValueError as error:
             self.monitor.explain(self.step, error, batches)
             raise
+
+    def seed(self, number: int) -> None:
+        """Let the random numbers of a batch depend on its number in the step, whichever process it is given to."""
+        torch.manual_seed(seed_for(self.settings.seed, self.step, number * self.among.size + self.among.rank))
 
     def due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -195,13 +206,18 @@ class _Run:
     def finish(self) -> None:
         """Save, then validate and draw unless the last step did: those can be repeated, the training cannot."""
         self.monitor.read()
-        if self.step != self.saved:
-            self.save()
         validated = self.metrics is not None and self.metrics.ended
-        if not self.due(self.validate_every) and not validated:
-            self.validate((self.step - 1) // self.per_epoch)
         drawn = self.had_finished and self.picture().exists()
-        if self.settings.image_every is not None and not self.due(self.settings.image_every) and not drawn:
+        # Of which the first process alone knows.
+        first = self.among.rank == 0
+        unsaved, unvalidated, undrawn = self.among.any(
+            first and self.step != self.saved, first and not validated, first and not drawn
+        )
+        if unsaved:
+            self.save()
+        if not self.due(self.validate_every) and unvalidated:
+            self.validate((self.step - 1) // self.per_epoch)
+        if self.settings.image_every is not None and not self.due(self.settings.image_every) and undrawn:
             self.draw()
         if not self.had_finished or not (self.out / run_directory.PLOT).exists():
             self.plot()
@@ -222,24 +238,29 @@ class _Run:
             )
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[bool]:
         """Evaluation mode without gradients, in the precision of the training and as after its last step.
 
-        With averages of the weights, it is these that are evaluated.
+        With averages of the weights, it is these that are evaluated. True on the first process, which alone evaluates;
+        the others wait for it in the next step.
         """
-        self.stage.model.eval()
-        self.stage.model.global_step = max(self.step - 1, 0)
         device, low = self.among.device.type, self.settings.precision == "bfloat16"
-        averaged = contextlib.nullcontext() if self.averages is None else self.averages.in_use()
-        with averaged, torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
-            yield
+        with (
+            torch.no_grad(), self.parallel.whole(self.averages) as here,
+            torch.autocast(device, torch.bfloat16, enabled=low),
+        ):  # fmt: skip
+            self.stage.model.eval()
+            self.stage.model.global_step = max(self.step - 1, 0)
+            yield here
 
     def validate(self, epoch: int) -> None:
-        """Validate, on the first process only; the others wait for it in the next step."""
-        if self.among.rank or self.validation is None or not len(self.validation):
+        """Validate and record the values."""
+        if self.validation is None or not len(self.validation):
             return
-        torch.manual_seed(seed_for(self.settings.seed, "validate"))
-        with self.evaluating():
+        with self.evaluating() as here:
+            if not here:
+                return
+            torch.manual_seed(seed_for(self.settings.seed, "validate"))
             values = self.stage.validate(validation_batches(self.validation, self.settings, self.among))
         self.record(epoch, "validation", values)
         for hint in self.monitor.hints(values):
@@ -247,11 +268,11 @@ class _Run:
 
     def draw(self) -> None:
         """Write a picture of some validation images, always the same; of training images without a validation set."""
-        if self.among.rank:
-            return
-        shown = self.validation if self.validation is not None and len(self.validation) else self.training
-        first = next(iter(validation_batches(shown, self.settings, self.among)))
-        with self.evaluating():
+        with self.evaluating() as here:
+            if not here:
+                return
+            shown = self.validation if self.validation is not None and len(self.validation) else self.training
+            first = next(iter(validation_batches(shown, self.settings, self.among)))
             rows = self.stage.images({name: value[:IMAGES_SHOWN] for name, value in first.items()})
         if self.metrics is not None:
             self.metrics.check_place()
@@ -261,8 +282,10 @@ class _Run:
         return self.out / run_directory.IMAGES / f"{self.step:08d}.png"
 
     def save(self) -> None:
-        """Write a checkpoint, on the first process only."""
+        """Write a checkpoint, on the first process; the others give it the parts that it lacks."""
         self.monitor.read()
+        averages = None if self.averages is None else self.averages.values
+        state = self.parallel.gathered(run_directory.state_of(self.stage.model, self.stage.optimizers, averages))
         if self.metrics is None:
             return
         progress = {
@@ -271,11 +294,10 @@ class _Run:
             "batch": self.step % self.per_epoch,
             "seconds": self.seconds,
             "images": len(self.training),
-            "processes": self.among.size,
+            "processes": self.processes,
             "metrics_bytes": self.metrics.size(),
         }
-        averages = None if self.averages is None else self.averages.values
-        run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress, averages)
+        run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress, state)
         self.saved = self.step
         if time.monotonic() - self.plotted > BETWEEN_PLOTS:
             self.plot()

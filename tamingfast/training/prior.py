@@ -21,14 +21,16 @@ from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.training import distributed, loop
+from tamingfast.ranks import world
+from tamingfast.training import loop
 from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.averages import averages_of
-from tamingfast.training.begin import begin, new_model
+from tamingfast.training.begin import as_begun, begin, divided, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.fine_tuning import Start
 from tamingfast.training.fitting import fitted
+from tamingfast.training.parallel import parallel_prior
 from tamingfast.training.prior_config import completed_data, prior_config
 from tamingfast.training.prior_stage import PriorStage
 from tamingfast.training.settings import training_settings
@@ -79,11 +81,13 @@ def train(
     settings = training_settings(config)
     check_stage(config, prior=True)
     begun = None if start is None else _started(start, first_stage, cond_stage, config, allow)
-    with distributed.world(device) as among:
+    with world(device) as among:
         frozen, condition = _first_stage(first_stage, allow), _first_stage(cond_stage, allow)
         config["data"] = _data_section(config, frozen, condition, begun, allow)
         training, validation = datasets_of(config, datasets)
-        settings = fitted(settings, training, among)
+        began = as_begun(out, resume, among)
+        settings = fitted(settings, training, began)
+        running = divided(settings, began, among)
         if training.condition is not None:
             config["data"] |= training.condition.get("data") or {}  # so that sampling knows the run's condition
         objects = training.kind if isinstance(training.kind, Objects) else None
@@ -102,7 +106,7 @@ def train(
                 f"prior: got {config['prior']!r} beside a complete model, expected one of them; give --first-stage "
                 "too, or change the settings below model.params"
             )
-        lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
+        lr = learning_rate(settings, described.get("base_learning_rate"), began.size)
         if frozen is None and begun is None and not resume:
             _warn_untrained(described)
         model = cast(Net2NetTransformer, new_model(described, settings.seed))
@@ -126,8 +130,9 @@ def train(
         accelerate(model, settings)
         fuse(stage.optimizers)
         averages = averages_of(stage, settings)
-        with begin(config, out, resume, settings, training, among, stage, averages) as progress:
-            return loop.run(stage, settings, (training, validation), out, among, progress, averages)
+        with begin(config, out, resume, settings, training, among, began, stage, averages) as progress:
+            held = parallel_prior(stage, running, among, averages)
+            return loop.run(stage, running, (training, validation), out, among, progress, averages, held)
 
 
 def _started(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamingfast.data.conditions import SPATIAL_KEYS, TOKEN_KEYS, Objects, label_colors
 from tamingfast.models.multiscale import MultiscaleTransformer
@@ -25,10 +25,27 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, _MOST_NATS))
 
 
+def _nats(model: Net2NetTransformer, z: Tensor, c: Tensor) -> Tensor:
+    logits = model.token_logits(z, c)
+    return F.cross_entropy(logits.transpose(1, 2).float(), z, reduction="none")
+
+
+class _Nats(nn.Module):
+    """Image tokens (B, n) and condition tokens (B, c) -> the cross entropy of each image token (B, n), in nats."""
+
+    def __init__(self, model: Net2NetTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        return _nats(self.model, z, c)
+
+
 class PriorStage:
     """A `Net2NetTransformer` with its AdamW.
 
-    ``grid`` is tokens (rows, columns) of an image; ``objects`` draws the conditions of a prior on objects.
+    ``grid`` is tokens (rows, columns) of an image; ``objects`` draws the conditions of a prior on objects. ``network``
+    is what a training step runs, which several processes wrap; see `tamingfast.training.parallel`.
     """
 
     shown: tuple[str, ...] = ("loss", "nll", "perplexity")
@@ -42,6 +59,7 @@ class PriorStage:
         objects: Objects | None = None,
     ):
         self.model, self.grid, self.seed, self.objects = model, grid, seed, objects
+        self.network: nn.Module = _Nats(model)
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
 
@@ -51,16 +69,14 @@ class PriorStage:
 
     def nats(self, batch: Batch) -> Tensor:
         """Cross entropy of each image token of the batch, in nats: (B, n) in the model's sequence."""
-        z, c = tokens_of(self.model, batch)
-        logits = self.model.token_logits(z, c)
-        return F.cross_entropy(logits.transpose(1, 2).float(), z, reduction="none")
+        return _nats(self.model, *tokens_of(self.model, batch))
 
     def nll(self, batch: Batch) -> Tensor:
         """Mean cross entropy of the batch's image tokens, nats per token ()."""
         return self.nats(batch).mean()
 
     def loss(self, batch: Batch, index: int) -> Loss:
-        value = self.nll(batch)
+        value = self.network(*tokens_of(self.model, batch)).mean()
         return value, {"loss": value}
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:

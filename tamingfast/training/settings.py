@@ -17,6 +17,11 @@ from tamingfast.training.keys import check_keys
 #: What the machine decides, see `fitting.fitted`.
 AUTO = "auto"
 PRECISIONS = (AUTO, "float32", "bfloat16")
+#: How several processes hold a prior, see `parallel`.
+DDP, FSDP = "ddp", "fsdp"
+PARALLEL = (DDP, FSDP)
+#: Settings with a few valid values, and these.
+_NAMED = {"precision": PRECISIONS, "parallel": PARALLEL}
 #: Integers that may be 0; the others are at least 1.
 _MAY_BE_ZERO = ("seed", "workers", "warmup_steps")
 _Number = int | float
@@ -37,6 +42,7 @@ class Training:
     ``shared_forward`` (see `vqgan.VQGANStage`) and ``codebook_from_data`` (see `vqgan.start_codebook`).
     ``ema_decay`` is that of the weights' moving averages (`averages.Averages`), with which the run validates, draws and
     exports; None keeps none. ``gradient_checkpointing`` and ``compile`` are those of `acceleration.accelerate`.
+    ``parallel`` is how several processes hold a prior: each the whole, "ddp", or each a part, "fsdp"; see `parallel`.
     ``tensorboard`` writes events for TensorBoard, too.
 
     Raises UserError for values of the wrong type or out of range.
@@ -58,6 +64,7 @@ class Training:
     ema_decay: float | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    parallel: str = DDP
     log_every: int = 10
     validate_every: int | None = None
     validation_batches: int | None = 32
@@ -78,7 +85,7 @@ class Training:
 
 #: Settings that a resumed run may change, because none of them influences the weights after a step.
 FREE_TO_CHANGE = frozenset({
-    "steps", "epochs", "seconds", "workers", "gradient_checkpointing",
+    "steps", "epochs", "seconds", "workers", "gradient_checkpointing", "parallel",
     "tensorboard", "log_every", "validate_every", "validation_batches", "image_every", "checkpoint_every",
 })  # fmt: skip
 
@@ -94,8 +101,8 @@ def training_settings(config: Mapping[str, Any]) -> Training:
 def check_setting(name: str, value: object, key: str | None = None) -> None:
     """Raise UserError, which names ``key`` (default: ``training.`` and the name), unless a setting may have a value."""
     types = _types(name)
-    if name == "precision":
-        valid, expected = value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
+    if name in _NAMED:
+        valid, expected = value in _NAMED[name], f"one of {', '.join(_NAMED[name])}"
     elif name == "workers" and value == AUTO:
         valid, expected = True, ""
     elif name == "ema_decay":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ def step(
     device: str = "cpu",
     precision: str = "float32",
     grad_clip: float | None = None,
-    reduce: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+    averaging: Callable[[Sequence[Tensor], bool], AbstractContextManager[None]] = lambda parameters, last: (
+        nullcontext()
+    ),
+    begin: Callable[[int], object] = lambda number: None,
     check: Callable[[Tensor, Tensor, dict[str, Tensor]], None] = lambda loss, norm, values: None,
 ) -> dict[str, Tensor]:
     """Move every optimizer once, in the order of the original under Lightning.
@@ -32,15 +36,19 @@ def step(
     For each batch, and for each optimizer in turn: a forward pass with the current weights, the optimizer's loss, and a
     backward pass into its own parameters only (those of the other optimizers do not require gradients meanwhile); after
     the last batch, its step. So the discriminator learns from reconstructions made after the autoencoder's step.
-    Gradients are averaged over the ``batches``. ``reduce(parameters)`` averages gradients over processes and
-    ``check(loss, gradient norm, values)``, all on the device, runs before each optimizer moves. Nothing here reads a
-    value from the device, so a GPU is never waited for. Returns the values of ``loss``, averaged over the batches.
+    Gradients are averaged over the ``batches``. ``begin(number)`` runs before each batch, each forward and backward
+    pass inside ``averaging(parameters, last)``, which averages gradients over processes in the last batch, and
+    ``check(loss, gradient norm, values)``, all on the device, before each optimizer moves. Nothing here reads a value
+    from the device, so a GPU is never waited for. Returns the values of ``loss``, averaged over the batches.
     """
     values: list[dict[str, Tensor]] = [{} for _ in optimizers]
     totals: list[Tensor | float] = [0.0 for _ in optimizers]
     for number, batch in enumerate(batches):
+        begin(number)
+        last = number + 1 == len(batches)
         for index, optimizer in enumerate(optimizers):
-            with _only(optimizers, optimizer):
+            parameters = _parameters(optimizer)
+            with _only(optimizers, optimizer), averaging(parameters, last):
                 with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
                     result = loss(batch, index)
                 if result is None:
@@ -50,9 +58,7 @@ def step(
             totals[index] = totals[index] + value.detach()
             for name, item in seen.items():
                 values[index][name] = values[index].get(name, 0.0) + item.detach() / len(batches)
-            if number + 1 == len(batches):
-                parameters = _parameters(optimizer)
-                reduce(parameters)
+            if last:
                 check(torch.as_tensor(totals[index]), gradient_norm(parameters), values[index])
                 if grad_clip is not None:
                     nn.utils.clip_grad_norm_(parameters, grad_clip)

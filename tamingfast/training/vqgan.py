@@ -19,10 +19,11 @@ from tamingfast.errors import UserError
 from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
 from tamingfast.models.vqgan import Outputs, VQModel, VQSegmentationModel
-from tamingfast.training import distributed, loop
+from tamingfast.ranks import World, world
+from tamingfast.training import loop
 from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.averages import averages_of
-from tamingfast.training.begin import begin, new_model
+from tamingfast.training.begin import as_begun, begin, divided, new_model
 from tamingfast.training.configs import check_stage
 from tamingfast.training.datasets import Datasets, datasets_of
 from tamingfast.training.feed import step_batches
@@ -30,7 +31,7 @@ from tamingfast.training.fine_tuning import Start
 from tamingfast.training.fitting import fitted
 from tamingfast.training.keys import parameters_of
 from tamingfast.training.seeds import seed_for
-from tamingfast.training.settings import training_settings
+from tamingfast.training.settings import DDP, training_settings
 from tamingfast.training.stage import Batch, Loss, optimizers_of
 from tamingfast.training.step import learning_rate
 from tamingfast.training.tokens import check_images, grid_of
@@ -63,6 +64,11 @@ def train(
     """
     config, out = dict(plain(config)), Path(out)
     settings = training_settings(config)
+    if settings.parallel != DDP:
+        raise UserError(
+            f"training.parallel: got {settings.parallel} for a first stage, expected {DDP}, as its step goes through "
+            "the model more than once; leave it out"
+        )
     check_stage(config, prior=False)
     begun = None if start is None else Start(start, VQModel, allow)
     if begun is not None:
@@ -71,10 +77,12 @@ def train(
         settings = replace(settings, codebook_from_data=False)
     described = config.get("model") or {}
     check_loss(described)
-    with distributed.world(device) as among:
+    with world(device) as among:
         training, validation = datasets_of(config, datasets)
-        settings = fitted(settings, training, among)
-        lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
+        began = as_begun(out, resume, among)
+        settings = fitted(settings, training, began)
+        lr = learning_rate(settings, described.get("base_learning_rate"), began.size)
+        running = divided(settings, began, among)
         model = cast(VQModel, new_model(described, settings.seed))
         if begun is not None:
             begun.load(model)
@@ -86,12 +94,12 @@ def train(
         accelerate(model, settings)
         fuse(stage.optimizers)
         averages = averages_of(stage, settings)
-        with begin(config, out, resume, settings, training, among, stage, averages) as progress:
+        with begin(config, out, resume, settings, training, among, began, stage, averages) as progress:
             if settings.codebook_from_data and progress is None:
                 # Every process reads the same batches, as if alone, and so gets the same codebook.
-                alone = distributed.World(0, 1, among.device)
+                alone = World(0, 1, among.device)
                 start_codebook(model, step_batches(training, settings, alone, 0), settings.seed)
-            return loop.run(stage, settings, (training, validation), out, among, progress, averages)
+            return loop.run(stage, running, (training, validation), out, among, progress, averages)
 
 
 def check_loss(described: Mapping[str, Any]) -> None:

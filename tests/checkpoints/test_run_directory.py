@@ -133,7 +133,7 @@ EDITS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         edited(lambda state: state["optimizers"][0]["state"].update({999: first_moments(state)})), "got optimizers",
     ),
     "other data": (edited(lambda state: state["progress"].update(images=7)), "training images, expected 7, with"),
-    "other processes": (edited(lambda state: state["progress"].update(processes=2)), "got 1 processes, expected 2"),
+    "no processes": (edited(lambda state: state["progress"].update(processes=0)), "got 0 for 'processes'"),
 }  # fmt: skip
 
 

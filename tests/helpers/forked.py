@@ -37,7 +37,8 @@ class Forked:
 
     ``kill`` (name, n, moment) ends it by SIGKILL when it writes the file ``name`` the n-th time (from 1): as "half" of
     it is written, "before" it gets its name, or "after" that. ``largest`` limits the size of the files that it writes,
-    in bytes. ``environment`` are variables to set.
+    in bytes. ``environment`` are variables to set. Another process without a pulse for ``silence`` seconds is taken as
+    lost.
     """
 
     def __init__(
@@ -46,12 +47,16 @@ class Forked:
         kill: tuple[str, int, str] | None = None,
         largest: int | None = None,
         environment: Mapping[str, str] | None = None,
+        silence: float | None = None,
     ):
-        handle, self._error = tempfile.mkstemp()
-        os.close(handle)
+        self._files = []
+        for _ in range(2):
+            handle, name = tempfile.mkstemp()
+            os.close(handle)
+            self._files.append(name)
         texts = [str(word) for word in words]
         self._process: BaseProcess = _CONTEXT.Process(
-            target=_run, args=(texts, kill, largest, environment or {}, self._error), daemon=False
+            target=_run, args=(texts, kill, largest, environment or {}, silence, self._files), daemon=False
         )
         self._process.start()
 
@@ -79,8 +84,11 @@ class Forked:
             self.kill()
             self._process.join()
             raise AssertionError(f"still running after {_LONGEST} seconds")
-        error = Path(self._error).read_text(errors="replace")
-        return Outcome(self._process.exitcode, error)
+        return Outcome(self._process.exitcode, Path(self._files[1]).read_text(errors="replace"))
+
+    def output(self) -> str:
+        """What it has written to standard output."""
+        return Path(self._files[0]).read_text(errors="replace")
 
 
 def _run(
@@ -88,19 +96,23 @@ def _run(
     kill: tuple[str, int, str] | None,
     largest: int | None,
     environment: Mapping[str, str],
-    error: str,
+    silence: float | None,
+    files: list[str],
 ) -> None:
     import torch
 
     from tamingfast import cli
+    from tamingfast import ranks as module
 
     torch.set_num_threads(1)
     # A process in the background inherits an ignored SIGINT from some shells.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    descriptor = os.open(error, os.O_WRONLY)
-    os.dup2(descriptor, 2)
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115 (for the rest of the process)
+    for number, name in enumerate(files, 1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 (for the rest of the process)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    module._SILENCE = module._SILENCE if silence is None else silence
     if kill is not None:
         _kill_at(*kill)
     if largest is not None:
@@ -124,12 +136,12 @@ def _kill_at(name: str, number: int, moment: str) -> None:
     os.replace = killed
 
 
-def ranks(count: int, *words: object) -> list[Forked]:
-    """The command in ``count`` processes that train together, as ``torchrun`` starts them."""
+def ranks(count: int, *words: object, **options: Any) -> list[Forked]:
+    """The command in ``count`` processes that work together, as ``torchrun`` starts them; ``options`` of `Forked`."""
     variables = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     each = [variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [Forked(*words, environment=environment) for environment in each]
+    return [Forked(*words, environment=environment, **options) for environment in each]
 
 
 def free_port() -> int:
@@ -151,10 +163,10 @@ def on_ranks(count: int, function: Callable[[int], Any], patience: float = 60.0)
 def _joined(rank: int, count: int, port: int, function: Callable[[int], Any], patience: float) -> Any:
     import torch
 
-    from tamingfast.training import distributed
+    from tamingfast import ranks
 
     torch.set_num_threads(1)
-    distributed._TO_ANSWER = timedelta(seconds=patience)
+    ranks._TO_ANSWER = timedelta(seconds=patience)
     os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed.world("cpu"):
+    with ranks.world("cpu"):
         return function(rank)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import torch
 
+from tamingfast.models.codebooks import LFQ
 from tamingfast.models.discriminator import ActNorm
 from tamingfast.models.quantize import EmbeddingEMA
 
@@ -33,6 +34,19 @@ def actnorm(rank: int) -> list[np.ndarray]:
     layer = ActNorm(4)
     layer(latents(rank).movedim(-1, 1)[..., None])
     return [value.detach().numpy() for value in (layer.loc, layer.scale, layer.initialized)]
+
+
+def entropy(rank: int) -> list[np.ndarray]:
+    """The entropy term of two processes' latents (20, 4, 3), and its gradient by this process's."""
+    return entropy_of(latents(rank))
+
+
+def entropy_of(z: torch.Tensor) -> list[np.ndarray]:
+    z = (0.1 * z).movedim(0, -1).clone().requires_grad_()  # a temperature at which the assignments are soft
+    value = LFQ(16, 4, temperature=0.5).entropy(z)
+    value.backward()
+    assert z.grad is not None
+    return [value.detach().numpy(), z.grad.numpy()]
 
 
 def silent(rank: int) -> None:

@@ -10,11 +10,12 @@ import pytest
 import runs
 import shared_layers
 import tiny
+import torch
 from forked import on_ranks, ranks
 
 from tamingfast import UserError
 from tamingfast.checkpoints import run_directory
-from tamingfast.training.distributed import World, world
+from tamingfast.ranks import World, world
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: All that torchrun sets for one of two processes.
@@ -78,9 +79,9 @@ class TestVariables:
     def test_the_others_do_not_come(self, monkeypatch):
         from datetime import timedelta
 
-        from tamingfast.training import distributed
+        from tamingfast import ranks as module
 
-        monkeypatch.setattr(distributed, "_TO_JOIN", timedelta(seconds=1))
+        monkeypatch.setattr(module, "_TO_JOIN", timedelta(seconds=1))
         with pytest.raises(UserError, match=r"^WORLD_SIZE: got no connection among 2 processes at MASTER_ADDR=127"):
             entered(monkeypatch, BOTH)
 
@@ -94,6 +95,13 @@ def test_what_layers_learn_from_their_inputs_is_the_same_on_all_processes():
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(*on_ranks(2, shared_layers.actnorm), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_entropy_of_codes_is_that_of_all_processes():
+    entropies, gradients = zip(*on_ranks(2, shared_layers.entropy), strict=True)
+    value, gradient = shared_layers.entropy_of(torch.cat([shared_layers.latents(rank) for rank in range(2)], dim=1))
+    np.testing.assert_allclose(np.mean(entropies), value, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(gradients) / 2, gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_a_silent_process_does_not_hold_the_others_for_ever():
@@ -139,6 +147,17 @@ class TestTwoProcesses:
             assert process.outcome().code == 0
         assert run_directory.progress(out)["step"] == reached + 1
 
+    def test_a_process_that_stands_still_ends_the_others(self, config, tmp_path):
+        out = tmp_path / "run"
+        both = ranks(2, *runs.begin(config, out, "training.steps=100000"), silence=3.0)
+        both[0].wait_until((out / run_directory.WEIGHTS).exists)
+        both[1].kill(signal.SIGSTOP)
+        code, error = both[0].outcome()
+        both[1].kill()
+        assert code == 2, error
+        assert error.count("RANK: got no answer from another of the 2 processes (none for 3 seconds)") == 1
+        assert "Traceback" not in error
+
     def test_the_first_one_refuses_for_all(self, config, tmp_path):
         out = tmp_path / "run"
         (holder,) = ranks(1, *runs.begin(config, out, "training.steps=100000"))
@@ -146,6 +165,6 @@ class TestTwoProcesses:
         outcomes = [process.outcome() for process in ranks(2, *runs.resume(out))]
         assert [each.code for each in outcomes] == [2, 2]
         assert f"{out}: got one that another process is writing" in outcomes[0].error
-        assert not any("Traceback" in each.error for each in outcomes)
+        assert "error" not in outcomes[1].error  # which has been said
         holder.kill(signal.SIGTERM)
         assert holder.outcome().code == 130

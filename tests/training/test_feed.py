@@ -7,18 +7,19 @@ import tiny
 import torch
 from picture_files import save
 
+from tamingfast import ranks
 from tamingfast.checkpoints import run_directory
 from tamingfast.data import image_files
 from tamingfast.data.base import as_epoch_dataset
 from tamingfast.data.rgb import read_rgb
-from tamingfast.training import distributed, feed, loop, settings
+from tamingfast.training import feed, loop, settings
 
 
 def test_each_epoch_sees_each_image_once_and_ranks_share_them():
     made, data = settings.Training(steps=1, batch_size=2, accumulate=2), as_epoch_dataset(tiny.Noise(17))
 
     def paths(rank, size, start, steps):
-        batches = feed.step_batches(data, made, distributed.World(rank, size, torch.device("cpu")), start)
+        batches = feed.step_batches(data, made, ranks.World(rank, size, torch.device("cpu")), start)
         return [[path for batch in next(batches)[1] for path in batch["file_path_"]] for _ in range(steps)]
 
     alone = paths(0, 1, 0, 4)
@@ -47,7 +48,7 @@ def test_each_file_is_decoded_once_however_many_epochs(tmp_path, monkeypatch, wo
     paths = [str(save(tmp_path / f"{number}.jpg", (40, 30))) for number in range(5)]
     data = image_files.ImageFiles(paths, 8, random_crop=True)
     made = settings.Training(steps=1, batch_size=2, workers=workers)
-    batches = feed.step_batches(data, made, distributed.World(0, 1, torch.device("cpu")), 0)
+    batches = feed.step_batches(data, made, ranks.World(0, 1, torch.device("cpu")), 0)
     epochs = [next(batches)[0] for _ in range(12)]
     batches.close()
     decoded = log.read_text().split()

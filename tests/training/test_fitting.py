@@ -15,7 +15,7 @@ from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import load_yaml, plain
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.ops import machine
-from tamingfast.training.distributed import World
+from tamingfast.ranks import World
 from tamingfast.training.fitting import fitted, readers
 from tamingfast.training.settings import Training
 
