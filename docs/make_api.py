@@ -40,6 +40,11 @@ SECTIONS: dict[str, tuple[str, list[str] | None]] = {
     "Data sets": ("tamingfast.data", ["build", "loader"]),
     "Training": ("tamingfast.training", None),
     "Evaluation": ("tamingfast.evaluation", None),
+    "Several processes": ("tamingfast.ranks", ["world", "World", "in_turns", "is_first", "wait_for_all"]),
+    "Cost of a training step": (
+        "tamingfast.training.scaling",
+        ["Rates", "Messages", "prior_messages", "first_stage_messages", "prior_step"],
+    ),
 }
 
 
