@@ -197,6 +197,8 @@ class _Pulse(threading.Thread):
         """Whether this process is the first that fails, and so says why; the others are then informed."""
         self.telling.acquire()  # for good: the process fails, and needs no second sentence
         self.end()
+        if self.informed:
+            return False  # without another question, as the store may be gone
         try:
             if self.store.add("failures", 1) > 1:
                 self._acknowledge()
