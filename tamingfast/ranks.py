@@ -135,10 +135,9 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
         try:
             yield among
         except Stopped:  # by agreement
-            torch.distributed.barrier()
+            pulse.part()
             raise
-        # A process that closed its connections while another still works would make gloo's threads abort the other.
-        torch.distributed.barrier()
+        pulse.part()
     except Stopped:
         raise
     except BaseException as error:
@@ -173,6 +172,7 @@ class _Pulse(threading.Thread):
         self.own, self.next, self.others = f"beat {rank}", f"beat {(rank + 1) % size}", size - 1
         self.over = threading.Event()
         self.telling = threading.Lock()
+        self.informed = False
 
     def run(self) -> None:
         heard, since = -1, time.monotonic()
@@ -184,8 +184,7 @@ class _Pulse(threading.Thread):
                 self._end(first_line(error))
                 return
             if failures:
-                with contextlib.suppress(RuntimeError):
-                    self.store.add("informed", 1)
+                self._acknowledge()
                 self._end(None)
                 return
             if beats != heard:
@@ -197,9 +196,12 @@ class _Pulse(threading.Thread):
     def may_tell(self) -> bool:
         """Whether this process is the first that fails, and so says why; the others are then informed."""
         self.telling.acquire()  # for good: the process fails, and needs no second sentence
+        self.end()
+        if self.informed:
+            return False  # without another question, as the store may be gone
         try:
             if self.store.add("failures", 1) > 1:
-                self.store.add("informed", 1)
+                self._acknowledge()
                 return False
             # If the store is in this process, it must not end before the others know.
             end = time.monotonic() + 2 * _BEAT + 1
@@ -208,6 +210,20 @@ class _Pulse(threading.Thread):
         except RuntimeError:
             pass  # nobody can be asked
         return True
+
+    def part(self) -> None:
+        """Return when all processes have finished their work and none listens any more."""
+        # One that closed its connections while another still works would make gloo's threads abort the other.
+        torch.distributed.barrier()
+        self.end()
+        torch.distributed.barrier()
+
+    def _acknowledge(self) -> None:
+        """Say once that this process knows of a failure: the last that it asks of the store, which may then end."""
+        if not self.informed:
+            self.informed = True
+            with contextlib.suppress(RuntimeError):
+                self.store.add("informed", 1)
 
     def _end(self, why: str | None, at_once: bool = False) -> None:
         """End the process unless it ends by itself; with the reason if nobody else has told one."""

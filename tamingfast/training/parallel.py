@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tamingfast.errors import UserError
@@ -160,7 +160,7 @@ class Sharded:
         before = dict(whole.named_parameters())
         mesh = init_device_mesh(among.device.type, (among.size,))
         for module in (*whole.blocks, whole):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, shard_placement_fn=lambda parameter: _divided(parameter, among.size))
         self.parts: FSDPModule = whole  # type: ignore[assignment]  # whose class `fully_shard` changes
         after = dict(whole.named_parameters())
         _replace(stage.optimizers, {before[name]: after[name] for name in before})
@@ -215,6 +215,14 @@ def _replace(optimizers: Sequence[torch.optim.Optimizer], new: dict[Tensor, Tens
                 if isinstance(value, Tensor) and value.shape == parameter.shape else value
                 for name, value in kept.items()
             }  # fmt: skip
+
+
+def _divided(parameter: Tensor, processes: int) -> Shard | None:
+    """The first dimension that the processes divide; None for the first of all, in which parts are then padded.
+
+    Position embeddings (1, n, width) would be as long as the processes are many.
+    """
+    return next((Shard(axis) for axis, length in enumerate(parameter.shape) if length % processes == 0), None)
 
 
 def _part(value: Tensor, like: Tensor) -> Tensor:

@@ -39,9 +39,8 @@ def _written(path: Path, config: dict[str, Any]) -> Path:
 
 def run(count: int, *words: object) -> None:
     """The command in ``count`` processes, all of which must succeed."""
-    for process in ranks(count, *words, "--device", "cpu"):
-        outcome = process.outcome()
-        assert outcome.code == 0, outcome.error
+    outcomes = [process.outcome() for process in ranks(count, *words, "--device", "cpu")]
+    assert [outcome.code for outcome in outcomes] == [0] * count, "".join(outcome.error for outcome in outcomes)
 
 
 def values(out: Path, split: str = "train") -> list[dict[str, float]]:
