@@ -8,6 +8,7 @@ from unittest import mock
 import gpu
 import pytest
 import torch
+import training_steps
 from measuring import seconds
 
 from tamingfast.models.gpt import GPT
@@ -56,6 +57,18 @@ def test_training_step_on_a_cpu(benchmark, quick):
     mine, theirs = benchmark.stats.stats.median, min(seconds(lambda: step(True), "cpu") for _ in range(2))
     benchmark.extra_info |= {"bfloat16_seconds": theirs}
     print(f"\n  {len(x) / mine:.1f} images/s in float32, {len(x) / theirs:.1f} images/s in bfloat16")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("stage", ["first stage", "prior"])
+def test_parts_of_a_step_beside_the_originals(stage, quick):
+    """On a CPU in the geometries of its presets; the losses of all ways are compared first."""
+    ways = (training_steps.first_stages if stage == "first stage" else training_steps.priors)(
+        False, torch.device("cpu")
+    )
+    if quick:
+        ways = {name: way for name, way in ways.items() if "compiled" not in name}
+    print("\n" + "\n".join(training_steps.table(stage, training_steps.measure(ways, 1 if quick else 7))))
 
 
 @pytest.mark.gpu
