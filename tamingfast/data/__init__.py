@@ -15,10 +15,12 @@ from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.checks import whole
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
-from tamingfast.data.loading import Loader, loader, shuffled
+from tamingfast.data.index import Index, using
+from tamingfast.data.loading import Loader, loader
+from tamingfast.data.randomness import shuffled
 from tamingfast.errors import UnknownKey, UserError, brief, nearest
 
-__all__ = ["Loader", "build", "loader", "shuffled"]
+__all__ = ["Index", "Loader", "build", "loader", "shuffled"]
 
 #: Data sets of images without conditions, from which squares can be cropped.
 _IMAGES: dict[str, Callable[..., tuple[EpochDataset, EpochDataset]]] = {
@@ -39,7 +41,7 @@ SPLITS = ("train", "validation")
 _OF_ENCODED_IMAGES = ("size", "seed", "kind", *SETTINGS)
 
 
-def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
+def build(config: Mapping[str, Any], index: Index | None = None) -> tuple[EpochDataset, EpochDataset | None]:
     """The (training, validation) data sets that the ``data:`` section of a config describes.
 
     ``config["name"]`` is ``photos``, ``cifar10``, ``folder``, ``conditions`` or ``tokens``; ``crop`` is the side of
@@ -47,13 +49,18 @@ def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]
     module's ``build``. Without a name, ``train`` and ``validation`` are data sets as the original's configs describe
     them, {target, params}. Items are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch; see
     `tamingfast.data.base.EpochDataset`. Validation is None for token files and
-    original configs without one.
+    original configs without one. What ``index`` has of an earlier listing of the same files is not listed again.
 
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
     wrong with the data themselves.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"data: got {brief(config)}, expected a mapping of settings, such as name=photos")
+    with using(index):
+        return _built(config)
+
+
+def _built(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
     originals = {split: config[split] for split in SPLITS if split in config}
     name = config.get("name")
     if name is None:

@@ -30,7 +30,7 @@ from tamingfast.files import open_regular, read_text
 #: How a square is cut: at the centre, at a random place along the longer side, or of a random size, too.
 CROPS = ("center", "random-1d", "random-2d")
 _GROUP = "group"
-_SIZE_DRAW = 5  # of the random numbers of an item; the first four are those of `ImageFiles`
+_SIZE_DRAW = 5  # of the random numbers of an item; the first five are those of `ImageFiles`
 _MOST_OBJECTS = 1 << 16
 _LAST_OF_OPEN_IMAGES = "/m/01s55n"  # the original numbers this class last
 

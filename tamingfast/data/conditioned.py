@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 
 from tamingfast.data.checks import existing_directory, side
 from tamingfast.data.conditions import SETTINGS, Kind, make
-from tamingfast.data.folders import Skipped, scan, validation_names, walk
+from tamingfast.data.folders import validation_names
 from tamingfast.data.image_files import ImageFiles, warn_skipped
+from tamingfast.data.listing import Skipped, scan, walk
+from tamingfast.data.rgb import check_headers
 from tamingfast.data.views import Picture, View
 from tamingfast.errors import UserError
 
@@ -59,7 +62,7 @@ def build(
     pairs, broken = _pairs(root, chosen)
     held_broken: list[Skipped] = []
     if validation_path is None:
-        held = validation_names([name for name, _, _ in pairs], validation_fraction, root)
+        held = validation_names([name for name, _, _ in pairs], validation_fraction, _images_of(root))
         validation = [pair for pair in pairs if pair[0] in held]
         pairs = [pair for pair in pairs if pair[0] not in held]
     else:
@@ -117,45 +120,63 @@ class ConditionedImages(ImageFiles):
 
 
 def _pairs(root: Path, kind: Kind) -> tuple[list[Pair], list[Skipped]]:
-    """The images under ``root`` with their conditions, and the images that do not open."""
-    folder = root / IMAGES
+    """The images under ``root`` with their conditions, and the files that are neither."""
+    folder = _images_of(root)
     if not kind.from_file:
-        folder = folder if folder.is_dir() else root
         files, broken = scan(folder)
-        return [(name, str(folder / name), None) for name, _ in files], broken
-    for part in (folder, root / CONDITIONS):
+        return [(name, os.path.join(folder, name), None) for name, _ in files], broken
+    for part in (root / IMAGES, root / CONDITIONS):
         if not part.is_dir():
             raise UserError(
                 f"{root}: got a directory without {part.name!r}, expected the folders {IMAGES!r} and {CONDITIONS!r}; "
                 "put the files of both there under the same names"
             )
-    files, unopened = scan(folder)
+    files, left_out = scan(folder)
     there, unread = walk(root / CONDITIONS)
     names = [name for name in there if name.lower().endswith(kind.suffixes)]
     others = [str(root / CONDITIONS / name) for name in there if not name.lower().endswith(kind.suffixes)]
-    broken = unopened + unread + [(path, f"not a condition ({', '.join(kind.suffixes)})") for path in others]
-    images = _by_stem(folder, [name for name, _ in files])
     conditions = _by_stem(root / CONDITIONS, names)
-    unreadable = {_stem(folder, path) for path, _ in unopened}
+    found, unopened = _without_broken(folder, [name for name, _ in files], conditions)
+    broken = left_out + unopened + unread + [(path, f"not a condition ({', '.join(kind.suffixes)})") for path in others]
+    images = _by_stem(folder, found)
+    unreadable = {_stem(os.path.relpath(path, folder)) for path, _ in left_out + unopened}
     _check_matched(folder, images, conditions, f"condition ({', '.join(kind.suffixes)}) in {root / CONDITIONS}")
     _check_matched(root / CONDITIONS, conditions, images.keys() | unreadable, f"image in {folder}")
     matched = [(images[stem], conditions[stem]) for stem in sorted(images)]
-    return [(name, str(folder / name), str(root / CONDITIONS / other)) for name, other in matched], broken
+    pairs: list[Pair] = [
+        (name, os.path.join(folder, name), os.path.join(root, CONDITIONS, other)) for name, other in matched
+    ]  # fmt: skip
+    return pairs, broken
+
+
+def _images_of(root: Path) -> Path:
+    return root / IMAGES if (root / IMAGES).is_dir() else root
+
+
+def _without_broken(
+    folder: Path, names: Sequence[str], conditions: Mapping[str, str]
+) -> tuple[list[str], list[Skipped]]:
+    """(the images ``names`` without broken ones, those), as far as it matters: one with a condition of its own stays."""
+    stems = Counter(map(_stem, names))
+    doubtful = {str(folder / name): name for name in names if stems[_stem(name)] > 1 or _stem(name) not in conditions}
+    unopened = check_headers(list(doubtful))[1]
+    left_out = {doubtful[path] for path, _ in unopened}
+    return [name for name in names if name not in left_out], unopened
 
 
 def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """File names by their path without the extension."""
     found: dict[str, str] = {}
     for name in names:
-        stem = _stem(folder, folder / name)
+        stem = _stem(name)
         if stem in found:
             raise UserError(f"{folder}: got both {found[stem]} and {name}, expected one file named {stem}; remove one")
         found[stem] = name
     return found
 
 
-def _stem(folder: Path, path: str | os.PathLike) -> str:
-    return Path(path).relative_to(folder).with_suffix("").as_posix()
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _check_matched(folder: Path, files: Mapping[str, str], others: Iterable[str], wanted: str) -> None:

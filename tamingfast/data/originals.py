@@ -19,9 +19,8 @@ from tamingfast.data.checks import existing_directory, flag
 from tamingfast.data.conditions import Kind
 from tamingfast.data.conditions.maps import Coordinates, Depth, Segmentation
 from tamingfast.data.conditions.reading import packed_floats
-from tamingfast.data.folders import scan
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import check_headers
+from tamingfast.data.listing import from_list, scan
 from tamingfast.data.views import Picture, View
 from tamingfast.errors import UserError, brief, nearest
 from tamingfast.files import lines_of, read_text
@@ -438,13 +437,13 @@ def _listed(paths_file: str | os.PathLike, root: str | os.PathLike) -> list[str]
     text = read_text(paths_file, "a list of the data set's images, one path a line", errors="surrogateescape")
     paths = [os.path.join(root, line.strip()) for line in lines_of(text) if line.strip()]
     existing(paths[:1], "an image")
-    good, broken = check_headers(paths)
+    good, broken = from_list(paths)
     if not good:
         raise UserError(
             f"{paths_file}: got {len(paths)} paths, none of which opens as an image in {root}, expected paths of images"
         )
     warn_skipped(broken)
-    return list(good)
+    return good
 
 
 def existing(paths: list[str], what: str) -> list[str]:

@@ -48,11 +48,16 @@ def formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def endings() -> str:
-    """The usual endings of files in these formats, for messages."""
+def image_endings() -> set[str]:
+    """The usual endings of files in these formats, in lower case and without the dot."""
     known = {*formats(), "MPO"}  # which begins with a JPEG
-    found = {ending for ending, name in Image.registered_extensions().items() if name in known}
-    return ", ".join(sorted(found - {".pfm"}))  # which holds floating-point pixels
+    found = {ending[1:] for ending, name in Image.registered_extensions().items() if name in known}
+    return found - {"pfm"}  # which holds floating-point pixels
+
+
+def endings() -> str:
+    """These endings, for messages."""
+    return ", ".join(f".{ending}" for ending in sorted(image_endings()))
 
 
 @contextlib.contextmanager

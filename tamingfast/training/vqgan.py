@@ -13,8 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import at, plain
 from tamingfast.checkpoints.targets import class_of
+from tamingfast.data import Index
 from tamingfast.errors import UserError
 from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
@@ -71,8 +73,9 @@ def train(
         settings = replace(settings, codebook_from_data=False)
     described = config.get("model") or {}
     check_loss(described)
+    index = Index(out / run_directory.INDEX if resume else None)
     with distributed.world(device) as among:
-        training, validation = datasets_of(config, datasets)
+        training, validation = datasets_of(config, datasets, index)
         settings = fitted(settings, training, among)
         lr = learning_rate(settings, described.get("base_learning_rate"), among.size)
         model = cast(VQModel, new_model(described, settings.seed))
@@ -85,7 +88,7 @@ def train(
             _codebooks(model)  # raises for a model without one
         accelerate(model, settings)
         averages = averages_of(stage, settings)
-        with begin(config, out, resume, settings, training, among, stage, averages) as progress:
+        with begin(config, out, resume, settings, training, among, stage, averages, index) as progress:
             if settings.codebook_from_data and progress is None:
                 # Every process reads the same batches, as if alone, and so gets the same codebook.
                 alone = distributed.World(0, 1, among.device)
