@@ -41,8 +41,8 @@ class _KnownBoxes(Boxes):
 
     known: Mapping[str, tuple[Thing, ...]] = field(default_factory=dict)
 
-    def scene(self, source: str | None, picture: Picture) -> Scene:
-        return Scene(self.known[given(source)], picture.size[::-1])
+    def scene(self, source: str | os.PathLike | None, picture: Picture) -> Scene:
+        return Scene(self.known[os.fspath(given(source))], picture.size[::-1])
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class _KnownCenters(Centers):
 
     known: Mapping[str, tuple[Thing, ...]] = field(default_factory=dict)
 
-    def scene(self, source: str | None, picture: Picture) -> Scene:
-        return Scene(self.known[given(source)], picture.size[::-1])
+    def scene(self, source: str | os.PathLike | None, picture: Picture) -> Scene:
+        return Scene(self.known[os.fspath(given(source))], picture.size[::-1])
 
 
 _KINDS: dict[str, type[_KnownBoxes | _KnownCenters]] = {kind.key: kind for kind in (_KnownBoxes, _KnownCenters)}

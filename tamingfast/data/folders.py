@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,16 @@ def build(
         files = [(name, label) for name, label in files if label is not None]
     held_root, held_skipped = root, list[Skipped]()
     if validation_path is None:
-        chosen = validation_names([name for name, _ in files], validation_fraction, root)
-        train = [pair for pair in files if pair[0] not in chosen]
-        validation = [pair for pair in files if pair[0] in chosen]
+        names = [name for name, _ in files]
+        held = held_out(names, validation_fraction, root, lambda number: opens(root / names[number]))
+        train = list(itertools.compress(files, map(operator.not_, held)))
+        validation = list(itertools.compress(files, held))
     else:
         held_root = existing_directory("validation_path", validation_path)
         train, (validation, held_skipped) = files, scan(held_root)
         # A disk of macOS may hold the names of one of both folders in another form of Unicode.
-        names = {_composed(label): label for label in classes}
-        validation = [(name, names.get(_composed(label), label) if label else None) for name, label in validation]
+        composed = {_composed(label): label for label in classes}
+        validation = [(name, composed.get(_composed(label), label) if label else None) for name, label in validation]
         _check_classes(held_root, validation, classes)
     number: dict[str | None, int] = {label: place for place, label in enumerate(classes)}
     warn_skipped(skipped + held_skipped)
@@ -75,22 +77,26 @@ def build(
     )
 
 
-def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
-    """The ``names`` in ``root`` chosen for validation: about ``fraction`` of them, at least one that opens, never all."""
+def held_out(names: Sequence[str], fraction: float, where: object, opens: Callable[[int], bool]) -> list[bool]:
+    """Which of the images ``names`` are for validation: about ``fraction``, at least one that opens, and never all.
+
+    A name hashes below that fraction or not, whatever the others are. ``opens`` tells of a number whether that image
+    opens. UserError, which names ``where`` they are, unless two of them open.
+    """
     if not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise UserError(f"validation_fraction: got {fraction!r}, expected a number between 0 and 1")
-    place = {name: _hash_to_unit(name) for name in names}
-    chosen = {name for name in names if place[name] < fraction}
+    place = [_hash_to_unit(name) for name in names]
+    chosen = {number for number, value in enumerate(place) if value < fraction}
     if len(chosen) == len(names) > 1:
-        chosen.remove(max(names, key=place.__getitem__))
-    if not any(opens(root / name) for name in chosen):
-        others = sorted(set(names) - chosen, key=place.__getitem__)
-        chosen |= set(itertools.islice((name for name in others if opens(root / name)), 1))
-    if not any(opens(root / name) for name in names if name not in chosen):
+        chosen.remove(max(chosen, key=place.__getitem__))
+    if not any(map(opens, sorted(chosen))):
+        others = sorted(set(range(len(names))) - chosen, key=place.__getitem__)
+        chosen |= set(itertools.islice(filter(opens, others), 1))
+    if not any(opens(number) for number in range(len(names)) if number not in chosen):
         raise UserError(
-            f"{root}: got one readable image, expected at least two, one of them for validation; add images"
+            f"{where}: got one readable image, expected at least two, one of them for validation; add images"
         )
-    return chosen
+    return [number in chosen for number in range(len(names))]
 
 
 def _composed(name: str) -> str:

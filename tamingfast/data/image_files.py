@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.checks import flag, side
+from tamingfast.data.conditions import Kind
 from tamingfast.data.randomness import random_bits, random_integers
 from tamingfast.data.rgb import UNKNOWN, check_headers, endings, read_rgb, scaled_size, to_unit_scale
 from tamingfast.data.views import Picture, Size, View
@@ -47,7 +48,7 @@ class ImageFiles(EpochDataset):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str | os.PathLike],
         size: int | None = None,
         random_crop: bool = False,
         flip: bool = False,
@@ -56,13 +57,16 @@ class ImageFiles(EpochDataset):
         classes: Sequence[str] | None = None,
         broken: Iterable[tuple[str, str]] = (),
         short_side: int | None = None,
+        kind: Kind | None = None,
+        sources: Sequence[str | os.PathLike | None] | None = None,
     ) -> None:
-        self.paths, self.seed = list(paths), seed
+        self.paths, self.seed = paths, seed
         self.size = side("size", size) if size else None
         self.short_side = short_side or self.size
         self.random_crop, self.flip = flag("random_crop", random_crop), flag("flip", flip)
         self.labels = [0] * len(self.paths) if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
+        self.kind, self._sources = kind, sources
         self._skipped = list(broken)
         self._reasons: dict[int, str] = {}  # of the unreadable files that were looked at again
         self._reported: set[str] = set()
@@ -75,7 +79,8 @@ class ImageFiles(EpochDataset):
     def description(self) -> str:
         """One phrase about the images, for reports and token files."""
         shape = f"{self.size}x{self.size}" if self.size else "their own size"
-        return f"{len(self.paths)} image files as {shape}, the first {self.paths[0]}"
+        condition = "" if self.kind is None else f", with {self.kind.key}"
+        return f"{len(self.paths)} image files as {shape}, the first {self.paths[0]}{condition}"
 
     @property
     def broken(self) -> list[tuple[str, str]]:
@@ -94,7 +99,7 @@ class ImageFiles(EpochDataset):
 
     def _found_broken(self) -> list[tuple[str, str]]:
         found = torch.nonzero(self._unreadable).flatten().tolist()
-        return [(self.paths[index], self._reason(index)) for index in found]
+        return [(os.fspath(self.paths[index]), self._reason(index)) for index in found]
 
     def _reason(self, index: int) -> str:
         """Why a file is unreadable; looked up again, as another process may have found it."""
@@ -152,11 +157,15 @@ class ImageFiles(EpochDataset):
         return Picture(image, scaled_size(image.size, self.short_side) if self.short_side else image.size)
 
     def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
-        return {
+        item = {
             "image": to_unit_scale(picture.part(view)),
             "class_label": self.labels[number],
-            "file_path_": self.paths[number],
+            "file_path_": os.fspath(self.paths[number]),
         }
+        if self.kind is None:
+            return item
+        source = None if self._sources is None else self._sources[number]
+        return item | {self.kind.key: torch.from_numpy(self.kind.seen(picture, view, source))}
 
     def _view(self, size: Size, index: int) -> View:
         """The crop and flip of a picture of ``size`` in this epoch."""

@@ -57,7 +57,7 @@ def walk(root: Path) -> tuple[list[str], list[Skipped]]:
 
 
 def judged(names: Sequence[str], root: Path = Path()) -> tuple[list[str], list[Skipped]]:
-    """(those of the files ``names`` in ``root`` that are images, the others); only those with odd endings are opened."""
+    """(the images among the files ``names`` in ``root``, the others); only those with odd endings are opened."""
     known = image_endings()
     odd = [name for name in names if name.rpartition(".")[2].lower() not in known]
     opened = {str(root / name): name for name in odd}
@@ -81,7 +81,7 @@ def from_list(paths: Iterable[str]) -> tuple[list[str], list[Skipped]]:
 
 def opens(path: str | os.PathLike) -> bool:
     """Whether a file opens as an image; only its header is read."""
-    return not check_headers([os.fspath(path)])[1]
+    return not check_headers([path])[1]
 
 
 def _none_opens(paths: Iterable[str]) -> Skipped | None:

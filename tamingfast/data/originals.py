@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from tamingfast.data.checks import existing_directory, flag
 from tamingfast.data.conditions import Kind
@@ -21,7 +20,6 @@ from tamingfast.data.conditions.maps import Coordinates, Depth, Segmentation
 from tamingfast.data.conditions.reading import packed_floats
 from tamingfast.data.image_files import ImageFiles, warn_skipped
 from tamingfast.data.listing import from_list, scan
-from tamingfast.data.views import Picture, View
 from tamingfast.errors import UserError, brief, nearest
 from tamingfast.files import lines_of, read_text
 
@@ -68,17 +66,12 @@ class Pictures(ImageFiles):
         if size is not None and crop_size is not None and crop_size > size:
             raise UserError(f"crop_size: got {crop_size}, expected at most size={size}, the shorter side of the images")
         side = crop_size or size
-        super().__init__(paths, side, flag("random_crop", random_crop), short_side=size, **options)
         if kind is not None and side is not None:
             kind.check(side)
-        self.kind = kind
-        self.sources: list[str | None] = list(sources) or [None] * len(self.paths)
-
-    def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
-        item = super()._item(number, picture, view)
-        if self.kind is None:
-            return item
-        return item | {self.kind.key: torch.from_numpy(self.kind.seen(picture, view, self.sources[number]))}
+        super().__init__(
+            paths, side, flag("random_crop", random_crop), short_side=size, kind=kind, sources=list(sources) or None,
+            **options,
+        )  # fmt: skip
 
 
 # --- ImageNet ---------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return width, height
 
 
-def check_headers(paths: Sequence[str], pixels: bool = False) -> tuple[list[str], list[tuple[str, str]]]:
+def check_headers(paths: Sequence[str | os.PathLike], pixels: bool = False) -> tuple[list[str], list[tuple[str, str]]]:
     """(paths that open as images, [(path, reason)] of the others).
 
     Only headers are read, so that later a file may still turn out to be damaged, or all ``pixels`` too.
@@ -157,9 +157,9 @@ def check_headers(paths: Sequence[str], pixels: bool = False) -> tuple[list[str]
                 with _opened(path) as image:
                     if pixels:
                         image.load()
-                good.append(path)
+                good.append(os.fspath(path))
             except Exception as error:  # as in `opened`
-                broken.append((path, _reason(path, error)))
+                broken.append((os.fspath(path), _reason(path, error)))
             progress.update(1)
     return good, broken
 
