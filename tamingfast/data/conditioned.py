@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.data.checks import existing_directory, side
+from tamingfast.data.checks import check_short_side, existing_directory, side
 from tamingfast.data.conditions import SETTINGS, Kind, make
 from tamingfast.data.folders import held_out
 from tamingfast.data.image_files import ImageFiles, warn_skipped
@@ -76,12 +76,6 @@ def build(
         )
 
     return dataset(train, broken, random_crop=random_crop, flip=flip), dataset(validation, held_broken)
-
-
-def check_short_side(short_side: int | None, size: int) -> None:
-    """Raise UserError unless squares of ``size`` fit into images whose shorter side is ``short_side``, if given."""
-    if short_side is not None and side("short_side", short_side) < size:
-        raise UserError(f"short_side: got {short_side}, expected at least size={size}, to which images are cropped")
 
 
 def with_settings(signature: inspect.Signature) -> inspect.Signature:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.data.checks import existing_directory, side
+from tamingfast.data.checks import check_short_side, existing_directory, side
 from tamingfast.data.image_files import ImageFiles, warn_skipped
 from tamingfast.data.listing import Labelled, Skipped, opens, scan
 from tamingfast.errors import UserError
@@ -27,6 +27,7 @@ def build(
     validation_fraction: float = 0.05,
     random_crop: bool = True,
     flip: bool = True,
+    short_side: int | None = None,
 ) -> tuple[ImageFiles, ImageFiles]:
     """(train, validation) from the images under ``path``, read recursively, as by `scan`.
 
@@ -37,13 +38,15 @@ def build(
     hashes below that fraction, so that adding files moves none of the others. (If that selects no file, the one with
     the lowest hash is taken; if it selects every file, the one with the highest hash is left for training.)
 
-    Training images have their shorter side resized to ``size`` and are cropped at random (``random_crop``) and mirrored
-    at random (``flip``); validation images are cropped at the centre.
+    Images have their shorter side resized to ``short_side``, by default ``size``, before a square of ``size`` is cut.
+    Training images are cropped at random (``random_crop``) and mirrored at random (``flip``), validation images at the
+    centre.
 
     Raises UserError when a directory is missing or contains no readable image, for unknown validation classes, and when
     there is only one image to split.
     """
     size = side("size", size)
+    check_short_side(short_side, size)
     root = existing_directory("path", path)
     files, skipped = scan(root)
     classes = sorted({label for _, label in files if label is not None})
@@ -69,7 +72,10 @@ def build(
     def dataset(base: Path, pairs: Sequence[Labelled], broken: Sequence[Skipped], **options: Any) -> ImageFiles:
         labels = [number.get(label, 0) for _, label in pairs]
         paths = [os.path.join(base, name) for name, _ in pairs]
-        return ImageFiles(paths, size, labels=labels, classes=classes or None, broken=broken, seed=seed, **options)
+        return ImageFiles(
+            paths, size, labels=labels, classes=classes or None, broken=broken, seed=seed, short_side=short_side,
+            **options,
+        )  # fmt: skip
 
     return (
         dataset(root, train, skipped, random_crop=random_crop, flip=flip),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 #: Share of the free memory that a dataset's decoded pictures may take, in all processes that read it together.
 KEPT_SHARE = 1 / 32
 _NAMED = 10
+#: (share of the room to the left, share above, mirrored) of the corners and the centre, and of these mirrored.
+TEN_CROPS = tuple(
+    (left, top, mirrored)
+    for mirrored in (False, True)
+    for left, top in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+)
 _STAND_IN = 4  # of the random numbers of an item; the first four are those of its view
 
 
@@ -68,6 +75,7 @@ class ImageFiles(EpochDataset):
         self.classes = None if classes is None else list(classes)
         self.kind, self._sources = kind, sources
         self._skipped = list(broken)
+        self._ten_crops = False
         self._reasons: dict[int, str] = {}  # of the unreadable files that were looked at again
         self._reported: set[str] = set()
         self._kept: dict[int, Image.Image] = {}
@@ -167,6 +175,12 @@ class ImageFiles(EpochDataset):
         source = None if self._sources is None else self._sources[number]
         return item | {self.kind.key: torch.from_numpy(self.kind.seen(picture, view, source))}
 
+    def with_ten_crops(self) -> ImageFiles:
+        """The same images, of which epoch k shows crop k of `TEN_CROPS`."""
+        other = copy.copy(self)
+        other._ten_crops = True
+        return other
+
     def _view(self, size: Size, index: int) -> View:
         """The crop and flip of a picture of ``size`` in this epoch."""
         row, column, mirror, other = (random_bits(self.seed, self.epoch, [index], draw) for draw in range(4))
@@ -175,7 +189,10 @@ class ImageFiles(EpochDataset):
             return View(0, 0, *size, flipped, int(other[0]))
         room = (size[0] - self.size, size[1] - self.size)
         left, top = room[0] // 2, room[1] // 2
-        if self.random_crop:
+        if self._ten_crops:
+            right, down, flipped = TEN_CROPS[self.epoch]
+            left, top = round(room[0] * right), round(room[1] * down)
+        elif self.random_crop:
             left, top = (
                 int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
             )

@@ -20,8 +20,8 @@ import numpy as np
 
 from tamingfast.data import index
 from tamingfast.data.archives import parts_of
-from tamingfast.data.checks import path_of, side
-from tamingfast.data.conditioned import check_short_side, with_settings
+from tamingfast.data.checks import check_short_side, path_of, side
+from tamingfast.data.conditioned import with_settings
 from tamingfast.data.conditions import make
 from tamingfast.data.folders import held_out
 from tamingfast.data.image_files import ImageFiles, warn_skipped
@@ -209,10 +209,10 @@ def _listing(path: str, wanted: Collection[str], kept: index.Index) -> index.Arr
     arrays = kept.find(_place(path, wanted))
     if arrays is not None and arrays.keys() >= _KEYS and np.array_equal(arrays["state"], state):
         return arrays
-    images, conditions, labels, skipped = [], [], [], []
+    images, conditions, labels, skipped, endings = [], [], [], [], image_endings()
     for key, group in itertools.groupby(parts_of(path), lambda part: _split(part.name)[0]):
         files = {_split(part.name)[1]: part for part in group}
-        image = next((part for ending, part in files.items() if ending in image_endings()), None)
+        image = next((part for ending, part in files.items() if ending in endings), None)
         if key and image is not None:
             images.append(image)
             labels.append(_label(files.get("cls")))
