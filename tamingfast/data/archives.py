@@ -5,6 +5,7 @@ Formats: ustar (POSIX.1-1988), its pax extension (POSIX.1-2001), and the long na
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import IO
@@ -20,14 +21,12 @@ _LARGEST_NAME = 1 << 20
 _AN_ARCHIVE = "expected an uncompressed tar archive; write it again"
 
 
-def parts_of(path: str) -> Iterator[Part]:
-    """The regular files in an archive, in its order. Raises UserError for what is no archive or ends too early.
-
-    Names are as the archive has them, and never used as paths.
-    """
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """An archive, for `parts_of`. Raises UserError for what is no archive or ends too early, also inside the block."""
     try:
         with open_regular(path) as stream:
-            yield from _parts(path, stream)
+            yield stream
     except FileNotFoundError:
         raise UserError(f"{path}: got no such file, expected a tar archive; correct the path") from None
     except (OSError, ValueError) as error:
@@ -36,18 +35,22 @@ def parts_of(path: str) -> Iterator[Part]:
         raise UserError(f"{path}: got a file that cannot be read ({first_line(error)}), {_AN_ARCHIVE}") from error
 
 
-def _parts(path: str, stream: IO[bytes]) -> Iterator[Part]:
+def parts_of(path: str, stream: IO[bytes]) -> Iterator[Part]:
+    """The regular files in the archive that is `opened` as ``stream``, in its order.
+
+    Names are as the archive has them, and never used as paths.
+    """
     length, place = os.fstat(stream.fileno()).st_size, 0
     told: dict[str, str] = {}  # about the next member, by the keys of pax
     while place < length:
         stream.seek(place)
         header = stream.read(_BLOCK)
-        if not header.strip(b"\0"):
+        if not header[:1].strip(b"\0") and not header.strip(b"\0"):
             return
         if len(header) < _BLOCK or not _sound(header):
             raise ValueError(f"no header at byte {place}")
         kind, begin = header[156:157], place + _BLOCK
-        size = int(told.get("size", -1)) if kind in _REGULAR and "size" in told else _number(header[124:136])
+        size = int(told["size"]) if "size" in told and kind in _REGULAR else _number(header[124:136])
         if size < 0 or begin + size > length:
             raise ValueError(f"it ends within the file at byte {place}")
         if kind in (_LONG_NAME, _PAX):
@@ -65,7 +68,7 @@ def _parts(path: str, stream: IO[bytes]) -> Iterator[Part]:
 def _sound(header: bytes) -> bool:
     """Whether the checksum holds: the sum of all bytes, its own field counted as spaces."""
     try:
-        return _number(header[148:156]) == sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+        return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
     except ValueError:
         return False
 

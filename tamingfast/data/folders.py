@@ -71,7 +71,8 @@ def build(
 
     def dataset(base: Path, pairs: Sequence[Labelled], broken: Sequence[Skipped], **options: Any) -> ImageFiles:
         labels = [number.get(label, 0) for _, label in pairs]
-        paths = [os.path.join(base, name) for name, _ in pairs]
+        within = os.path.join(base, "")
+        paths = [within + name for name, _ in pairs]
         return ImageFiles(
             paths, size, labels=labels, classes=classes or None, broken=broken, seed=seed, short_side=short_side,
             **options,

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from tamingfast.data import index
-from tamingfast.data.archives import parts_of
+from tamingfast.data.archives import opened, parts_of
 from tamingfast.data.checks import check_short_side, path_of, side
 from tamingfast.data.conditioned import with_settings
 from tamingfast.data.conditions import make
@@ -210,15 +211,17 @@ def _listing(path: str, wanted: Collection[str], kept: index.Index) -> index.Arr
     if arrays is not None and arrays.keys() >= _KEYS and np.array_equal(arrays["state"], state):
         return arrays
     images, conditions, labels, skipped, endings = [], [], [], [], image_endings()
-    for key, group in itertools.groupby(parts_of(path), lambda part: _split(part.name)[0]):
-        files = {_split(part.name)[1]: part for part in group}
-        image = next((part for ending, part in files.items() if ending in endings), None)
-        if key and image is not None:
-            images.append(image)
-            labels.append(_label(files.get("cls")))
-            conditions += [_condition(image, files, wanted)] if wanted else []
-        elif key:
-            skipped.append(f"{path}/{key}")
+    with opened(path) as stream:
+        named = ((*_split(part.name), part) for part in parts_of(path, stream))
+        for key, group in itertools.groupby(named, operator.itemgetter(0)):
+            files = {ending: part for _, ending, part in group}
+            image = next((part for ending, part in files.items() if ending in endings), None)
+            if key and image is not None:
+                images.append(image)
+                labels.append(_label(files.get("cls"), stream))
+                conditions += [_condition(image, files, wanted)] if wanted else []
+            elif key:
+                skipped.append(f"{path}/{key}")
     return {
         "state": state, "labels": np.array(labels, np.int64), "skipped": index.packed(skipped),
         **_packed("names", images), **_packed("conditions", conditions),
@@ -240,11 +243,12 @@ def _split(name: str) -> tuple[str, str]:
     return (folder + slash + stem, ending.lower()) if stem else ("", "")
 
 
-def _label(part: Part | None) -> int:
+def _label(part: Part | None, stream: IO[bytes]) -> int:
     """The class in a sample's file, -1 without one."""
     if part is None:
         return -1
-    text = part.content().read(_LARGEST_LABEL).strip()
+    stream.seek(part.offset)
+    text = stream.read(min(part.size, _LARGEST_LABEL)).strip()
     if not text.isdigit() or int(text) >= _MOST_CLASSES:
         raise UserError(
             f"{part}: got {brief(text.decode('utf-8', 'replace'))}, expected the number of a class, 0 to "

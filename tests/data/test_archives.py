@@ -10,12 +10,17 @@ import archives
 import pytest
 
 from tamingfast import UserError
-from tamingfast.data.archives import parts_of
+from tamingfast.data.archives import opened, parts_of
 from tamingfast.data.patterns import files_of
 from tamingfast.files import Part, open_regular
 
 LONG = "a/" * 60 + "b" * 120 + ".jpg"
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def listed(path):
+    with opened(str(path)) as stream:
+        return list(parts_of(str(path), stream))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -32,7 +37,7 @@ def test_every_format_lists_what_tarfile_does(tmp_path, form):
         last = tarfile.TarInfo("last.png")
         last.size = 4
         archive.addfile(last, io.BytesIO(b"last"))
-    found = {part.name: open_regular(part).read() for part in parts_of(str(path))}
+    found = {part.name: open_regular(part).read() for part in listed(path)}
     assert found == files | {"last.png": b"last"}
 
 
@@ -48,7 +53,7 @@ def test_an_archive_that_ends_early_is_refused(tmp_path, keep):
     path = archives.write(tmp_path / "x.tar", {"a.jpg": b"1" * 700, "b.jpg": b"2" * 700})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="x.tar: got a file that cannot be read .*, expected an uncompressed tar"):
-        list(parts_of(str(path)))
+        listed(path)
 
 
 def test_damage_anywhere_is_refused_or_changes_nothing_else(tmp_path):
@@ -58,7 +63,7 @@ def test_damage_anywhere_is_refused_or_changes_nothing_else(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         found = []
         with contextlib.suppress(UserError):
-            found += parts_of(str(path))
+            found += listed(path)
         assert all(part.offset > 0 and part.offset + part.size <= len(whole) for part in found)
 
 
@@ -67,7 +72,7 @@ def test_what_is_no_archive_is_refused(tmp_path):
         archive.addfile(tarfile.TarInfo("a"))
     for path in (tmp_path / "x.tar.gz", tmp_path / "none.tar", tmp_path):
         with pytest.raises(UserError, match="expected"):
-            list(parts_of(str(path)))
+            listed(path)
 
 
 def test_parts_are_limited_and_checked(tmp_path):

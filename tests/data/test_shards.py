@@ -180,7 +180,7 @@ def test_the_index_spares_the_headers_until_an_archive_changes(root, tmp_path, m
     path = tmp_path / "data.index"
     listed = []
     parts_of = module.parts_of
-    monkeypatch.setattr(module, "parts_of", lambda each: (listed.append(each[-5]), parts_of(each))[1])
+    monkeypatch.setattr(module, "parts_of", lambda path, each: (listed.append(path[-5]), parts_of(path, each))[1])
 
     def built():
         listed.clear()
