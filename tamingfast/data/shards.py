@@ -208,7 +208,7 @@ def _listing(path: str, wanted: Collection[str], kept: index.Index) -> index.Arr
         raise UserError(storage_sentence(error, path)) from error
     state = np.array([found.st_size, found.st_mtime_ns])
     arrays = kept.find(_place(path, wanted))
-    if arrays is not None and arrays.keys() >= _KEYS and np.array_equal(arrays["state"], state):
+    if arrays is not None and _holds(arrays, state, bool(wanted)):
         return arrays
     images, conditions, labels, skipped, endings = [], [], [], [], image_endings()
     with opened(path) as stream:
@@ -228,7 +228,18 @@ def _listing(path: str, wanted: Collection[str], kept: index.Index) -> index.Arr
     }  # fmt: skip
 
 
-_KEYS = {"state", "labels", "skipped", "names", "names at", "conditions", "conditions at"}
+def _holds(arrays: index.Arrays, state: np.ndarray, conditions: bool) -> bool:
+    """Whether an index has a sound listing of an archive in this ``state``."""
+    try:
+        labels, count = arrays["labels"], len(arrays["labels"])
+        sound = ((labels >= -1) & (labels < _MOST_CLASSES)).all() and arrays["skipped"].dtype == np.uint8
+        for what, number in (("names", count), ("conditions", count if conditions else 0)):
+            names, places = arrays[what], arrays[f"{what} at"]
+            sound = sound and names.dtype == np.uint8 and np.count_nonzero(names == 0) == number
+            sound = sound and places.dtype == np.int64 and places.shape == (number, 2)
+        return bool(sound) and labels.dtype == np.int64 and np.array_equal(arrays["state"], state)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _packed(what: str, parts: Sequence[Part]) -> dict[str, np.ndarray]:

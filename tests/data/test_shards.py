@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from picture_files import logged
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from tamingfast import UserError
 from tamingfast.data import Index, build, loader
@@ -194,3 +196,17 @@ def test_the_index_spares_the_headers_until_an_archive_changes(root, tmp_path, m
     assert built() == first and not listed
     archives.write(root / "train-002.tar", {"x.png": archives.encoded(archives.noise(7)), "x.cls": b"2"})
     assert sum(map(len, built()[0])) == 31 and listed == ["2"]
+
+
+def test_an_index_that_does_not_fit_is_not_followed(root, tmp_path):
+    path = tmp_path / "data.index"
+    found = Index(path)
+    expected = [list(each.paths) for each in build(settings(root), found)]
+    found.save(path)
+    whole = load_file(path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    for name in [each for each in whole if each.startswith("0/") and "conditions" not in each]:
+        for value in (np.zeros(3, np.float32), whole[name][:1] * 0 + 77):
+            save_file(whole | {name: value}, path, metadata)
+            assert [list(each.paths) for each in build(settings(root), Index(path))] == expected
