@@ -77,8 +77,7 @@ def build(
     train, skipped = _samples(path_of("path", path), wanted)
     held_skipped: list[Skipped] = []
     if validation_path is None:
-        names = [train.name(number) for number in range(len(train))]
-        held = np.array(held_out(names, validation_fraction, path, lambda number: opens(train.images[number])))
+        held = np.array(held_out(train.names(), validation_fraction, path, lambda number: opens(train.images[number])))
         train, validation = train.taken(~held), train.taken(held)
     else:
         validation, held_skipped = _samples(path_of("validation_path", validation_path), wanted)
@@ -104,7 +103,7 @@ class Shards(ImageFiles):
     def __init__(self, samples: _Samples, **options: Any) -> None:
         labels = None if options["classes"] is None else samples.labels.tolist()
         super().__init__(samples.images, labels=labels, sources=samples.conditions, **options)
-        self._shard = samples.images.archive
+        self._shard = samples.images.archive[samples.images.rows]
 
     def order(self, seed: int) -> np.ndarray:
         """Archives in random order, the samples of as many neighbours mixed as hold `MIXED`.
@@ -154,10 +153,14 @@ class _Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def name(self, number: int) -> str:
-        """The name by which a sample is chosen for validation, wherever the archives lie."""
-        part = self.images[number]
-        return f"{os.path.basename(part.path)}/{part.name}"
+    def names(self) -> list[str]:
+        """The names by which samples are chosen for validation, wherever the archives lie."""
+        images, names = self.images, index.unpacked(self.images.names)
+        archives = [os.path.basename(path) for path in images.archives]
+        return [
+            f"{archives[archive]}/{names[row]}"
+            for row, archive in zip(images.rows.tolist(), images.archive[images.rows].tolist(), strict=True)
+        ]
 
     def taken(self, mask: np.ndarray) -> _Samples:
         conditions = None if self.conditions is None else self.conditions.taken(mask)

@@ -91,10 +91,13 @@ def encode(
     places = _places(out, len(dataset), count, shard, resume)
     network = sources[0].model
     stage_of_conditions = None if cond_stage is None else first_stage_of(sources[1].model)
-    encoding = _Encoding(network, dataset, _conditions_of(network, dataset, stage_of_conditions), count, batch)
+    conditions = _conditions_of(network, dataset, stage_of_conditions)
+    encoding = _Encoding(network, dataset, conditions, count, batch)
     origin = encoding.metadata() | {"views": str(views)}
     if shard is not None:
-        origin["settings"] = json.dumps({"data": data, "split": split}, sort_keys=True, default=str)
+        condition = None if conditions is None else conditions.description(dataset)
+        settings = {"data": plain(data) if isinstance(data, Mapping) else None, "split": split, "condition": condition}
+        origin["settings"] = json.dumps(settings, sort_keys=True, default=str)
     with bars("images", len(dataset) * count) as counter, using(engine):
         for number, (place, images) in enumerate(places):
             told = origin | ({} if shard is None else {"shard": f"{number} of {len(places)}"})

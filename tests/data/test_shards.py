@@ -65,7 +65,7 @@ def test_files_of_the_library_itself(tmp_path):
 
 
 def test_an_epoch_takes_one_group_of_archives_after_the_other(root, monkeypatch):
-    monkeypatch.setattr(module, "MIXED", 20)
+    monkeypatch.setattr(module, "MIXED", 15)
     train, _ = build(settings(root, validation_fraction=0.01))
     orders = [train.order(seed) for seed in range(6)]
     shard = np.array([part.path[-5] for part in train.paths])
@@ -75,6 +75,10 @@ def test_an_epoch_takes_one_group_of_archives_after_the_other(root, monkeypatch)
         assert len(set(first[:-2])) == 2 and (first[:-1] != first[1:]).sum() > 3  # two archives, mixed
     assert len({tuple(order) for order in orders}) == 6 and len({tuple(sorted(shard[o[:9]])) for o in orders}) > 1
     assert np.array_equal(train.order(3), orders[3])
+    monkeypatch.setattr(module, "MIXED", 1)
+    train, _ = build(settings(root, validation_fraction=0.4))
+    seen = np.array([part.path[-5] for part in train.paths])[train.order(0)]
+    assert (seen[1:] != seen[:-1]).sum() == 3 and not (train.order(0)[1:] > train.order(0)[:-1]).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -108,6 +108,12 @@ def test_an_interrupted_encoding_is_resumed_to_the_same_bytes(stage, data, tmp_p
     assert contents(parts) == written
 
 
+def test_a_data_set_of_the_callers_is_resumed_as_well(stage, tmp_path):
+    for _ in range(2):
+        assert tasks.encode(stage, tiny.Noise(5), tmp_path / "t", shard=2, resume=True) == 5
+    assert len(TokenDataset(tmp_path / "t")) == 5
+
+
 def test_a_prior_trains_on_a_directory_or_a_pattern(runs, data, tmp_path):
     tasks.encode(runs / "vqgan", data, tmp_path / "tokens", views=2, shard=4)
     for pattern in ("", "/tokens-*.safetensors", "/tokens-{00000..00002}.safetensors"):
