@@ -6,12 +6,14 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +29,7 @@ _MARKS = (  # UTF-32's in front of UTF-16's, with which one of them begins
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+_LARGEST_PART = 1 << 28
 _tidied: set[Path] = set()  # directories whose leftovers this process has removed
 
 
@@ -154,16 +157,47 @@ def _check_allowed(target: Path) -> Path:
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
-    """Open a file for reading bytes, without waiting for the writer of a pipe.
+    """Open a file, or a `Part` of one, for reading bytes, without waiting for the writer of a pipe.
 
     Raises UserError when ``path`` is anything but a regular file, and OSError as `open` does.
     """
+    if isinstance(path, Part):
+        return path.content()
     check_regular(path)
     stream = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return stream
     stream.close()
     raise UserError(f"{path}: got a file that was replaced while it was opened, expected a regular file")
+
+
+@dataclass(frozen=True)
+class Part(os.PathLike):
+    """A file within another, such as a member of an archive: a path that `open_regular` opens.
+
+    ``path`` is the other file, ``name`` the name of the part, ``offset`` and ``size`` its place in bytes.
+    """
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+    def __fspath__(self) -> str:
+        return f"{self.path}/{self.name}"
+
+    __str__ = __fspath__
+
+    def content(self) -> IO[bytes]:
+        """The bytes, in memory. Raises UserError for too many of them and where they are not there any more."""
+        if self.size > _LARGEST_PART:
+            raise UserError(f"{self}: got {self.size} bytes, expected at most {_LARGEST_PART}")
+        with open_regular(self.path) as stream:
+            stream.seek(self.offset)
+            content = stream.read(self.size)
+        if len(content) < self.size:
+            raise UserError(f"{self.path}: got a file that ends before {self.name}, expected the one that was listed")
+        return io.BytesIO(content)
 
 
 def read_text(path: str | os.PathLike, expected: str, errors: str = "strict", largest: int = 1 << 30) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tamingfast.training.distributed import World
 from torch import Tensor
 
 from tamingfast import ops
@@ -31,7 +32,6 @@ from tamingfast.models.vqgan import VQModel
 from tamingfast.ops import backends
 from tamingfast.training import load_config
 from tamingfast.training.acceleration import accelerate, fuse
-from tamingfast.training.distributed import World
 from tamingfast.training.feed import step_batches
 from tamingfast.training.health import Monitor
 from tamingfast.training.prior_stage import PriorStage

@@ -32,6 +32,7 @@ from tamingfast.files import atomic_write, check_directory, locked, remove_lefto
 
 CONFIG, STATE, WEIGHTS, IMAGES, LOCK = "config.yaml", "state.pt", "weights.safetensors", "images", ".lock"
 PLOT = "metrics.png"
+INDEX = "data.index"  # of the files that the run is trained on
 FORMAT = 1
 __all__ = ["METRICS", "Metrics", "read_metrics"]  # part of a run directory
 #: What `save` records of the progress of a run.
@@ -52,7 +53,7 @@ def held(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(storage_sentence(error, out)) from error
     with locked(out / LOCK, str(out), "wait until it has ended, or give another directory"):
-        for name in (CONFIG, STATE, WEIGHTS, METRICS, PLOT):
+        for name in (CONFIG, STATE, WEIGHTS, METRICS, PLOT, INDEX):
             writable_path(out / name)
         check_directory(out / IMAGES)
         for folder in (out, out / IMAGES):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from tamingfast.errors import UserError
 from tamingfast.files import check_directory, check_regular, check_writable
 from tamingfast.ops.backends import pick_device
+from tamingfast.tasks.options import TEN_CROP
 
 LARGEST = 2**31 - 1  # of a number of images, tokens or pixels
 
@@ -105,6 +106,16 @@ def output_directory(text: str) -> str:
     return source(text)
 
 
+def output_or_directory(text: str) -> str:
+    """The type of options that name a file to write or, with another option, a directory to write into."""
+    return source(text)
+
+
+def views(text: str) -> int | str:
+    """The type of options that take a number of views, or the word for ten crops."""
+    return text if text == TEN_CROP else whole(1, note=f", or {TEN_CROP}")(text)
+
+
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise UserError for a path that cannot be used, before anything long is done.
 
@@ -117,6 +128,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
     checks: dict[Callable[[str], str], Callable[[str], object]] = {
         output: check_writable,
         output_directory: check_directory,
+        output_or_directory: lambda path: (check_directory if os.path.isdir(path) else check_writable)(path),
     }
     for kind, check in checks.items():
         for action, path in _given(arguments, kind):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tamingfast.cli.arguments import output, output_directory, source
+from tamingfast.cli.arguments import output, output_directory, output_or_directory, source
 from tamingfast.cli.options import Commands, command
 
 SHELLS = ("bash", "zsh", "fish")
@@ -25,7 +25,12 @@ def completion(arguments: argparse.Namespace) -> None:
     from tamingfast.cli import parser  # which imports this module
 
     top = parser()
-    files: dict[Callable[[str], str], Any] = {source: shtab.FILE, output: shtab.FILE, output_directory: shtab.DIRECTORY}
+    files: dict[Callable[[str], str], Any] = {
+        source: shtab.FILE,
+        output: shtab.FILE,
+        output_directory: shtab.DIRECTORY,
+        output_or_directory: shtab.FILE,
+    }
     words = _words()
     for action in _actions(top):
         kind: Any = action

@@ -10,15 +10,17 @@ from torch.utils.data import Dataset
 
 from tamingfast.checkpoints.config import instantiate_from_config
 from tamingfast.checkpoints.values import check_types
-from tamingfast.data import cifar10, conditioned, folders, photos, tokens
+from tamingfast.data import cifar10, conditioned, folders, photos, shards, tokens
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
 from tamingfast.data.checks import whole
 from tamingfast.data.conditions import SETTINGS
 from tamingfast.data.crops import cut
-from tamingfast.data.loading import Loader, loader, shuffled
+from tamingfast.data.index import Index, using
+from tamingfast.data.loading import Loader, loader
+from tamingfast.data.randomness import shuffled
 from tamingfast.errors import UnknownKey, UserError, brief, nearest
 
-__all__ = ["Loader", "build", "loader", "shuffled"]
+__all__ = ["Index", "Loader", "build", "loader", "shuffled"]
 
 #: Data sets of images without conditions, from which squares can be cropped.
 _IMAGES: dict[str, Callable[..., tuple[EpochDataset, EpochDataset]]] = {
@@ -28,32 +30,40 @@ _IMAGES: dict[str, Callable[..., tuple[EpochDataset, EpochDataset]]] = {
 }
 _OTHERS: dict[str, Callable[..., tuple[EpochDataset, EpochDataset | None]]] = {
     "conditions": conditioned.build,
+    "shards": shards.build,
     "tokens": tokens.build,
 }
 _FACTORIES = _IMAGES | _OTHERS
 #: What is meant by a path, unless another data set is named.
 _USUAL = "folder"
+#: Data sets whose images can have any size.
+ANY_SIZE = ("photos", "folder", "shards", "conditions")
 #: Keys of the two data sets in the original's layout.
 SPLITS = ("train", "validation")
 #: Settings that runs on token files keep from the images that were encoded.
 _OF_ENCODED_IMAGES = ("size", "seed", "kind", *SETTINGS)
 
 
-def build(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
+def build(config: Mapping[str, Any], index: Index | None = None) -> tuple[EpochDataset, EpochDataset | None]:
     """The (training, validation) data sets that the ``data:`` section of a config describes.
 
-    ``config["name"]`` is ``photos``, ``cifar10``, ``folder``, ``conditions`` or ``tokens``; ``crop`` is the side of
-    squares to cut from images without conditions (see `tamingfast.data.crops`); every other key is an argument of that
-    module's ``build``. Without a name, ``train`` and ``validation`` are data sets as the original's configs describe
-    them, {target, params}. Items are a pure function of (seed, epoch, index), where ``set_epoch`` gives the epoch; see
-    `tamingfast.data.base.EpochDataset`. Validation is None for token files and
-    original configs without one.
+    ``config["name"]`` is ``photos``, ``cifar10``, ``folder``, ``shards``, ``conditions`` or ``tokens``; ``crop`` is the
+    side of squares to cut from images without conditions (see `tamingfast.data.crops`); every other key is an argument
+    of that module's ``build``. Without a name, ``train`` and ``validation`` are data sets as the original's configs
+    describe them, {target, params}. Items are a pure function of (seed, epoch, index), where ``set_epoch`` gives the
+    epoch; see `tamingfast.data.base.EpochDataset`. Validation is None for token files and original configs without one.
+    What ``index`` has of an earlier listing of the same files is not listed again.
 
     Raises UserError for an unknown name or key (naming the nearest valid one), for a missing key, and for whatever is
     wrong with the data themselves.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"data: got {brief(config)}, expected a mapping of settings, such as name=photos")
+    with using(index):
+        return _built(config)
+
+
+def _built(config: Mapping[str, Any]) -> tuple[EpochDataset, EpochDataset | None]:
     originals = {split: config[split] for split in SPLITS if split in config}
     name = config.get("name")
     if name is None:

@@ -30,7 +30,7 @@ from tamingfast.files import open_regular, read_text
 #: How a square is cut: at the centre, at a random place along the longer side, or of a random size, too.
 CROPS = ("center", "random-1d", "random-2d")
 _GROUP = "group"
-_SIZE_DRAW = 5  # of the random numbers of an item; the first four are those of `ImageFiles`
+_SIZE_DRAW = 5  # of the random numbers of an item; the first five are those of `ImageFiles`
 _MOST_OBJECTS = 1 << 16
 _LAST_OF_OPEN_IMAGES = "/m/01s55n"  # the original numbers this class last
 
@@ -41,8 +41,8 @@ class _KnownBoxes(Boxes):
 
     known: Mapping[str, tuple[Thing, ...]] = field(default_factory=dict)
 
-    def scene(self, source: str | None, picture: Picture) -> Scene:
-        return Scene(self.known[given(source)], picture.size[::-1])
+    def scene(self, source: str | os.PathLike | None, picture: Picture) -> Scene:
+        return Scene(self.known[os.fspath(given(source))], picture.size[::-1])
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class _KnownCenters(Centers):
 
     known: Mapping[str, tuple[Thing, ...]] = field(default_factory=dict)
 
-    def scene(self, source: str | None, picture: Picture) -> Scene:
-        return Scene(self.known[given(source)], picture.size[::-1])
+    def scene(self, source: str | os.PathLike | None, picture: Picture) -> Scene:
+        return Scene(self.known[os.fspath(given(source))], picture.size[::-1])
 
 
 _KINDS: dict[str, type[_KnownBoxes | _KnownCenters]] = {kind.key: kind for kind in (_KnownBoxes, _KnownCenters)}

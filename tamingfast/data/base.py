@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from tamingfast.data.conditions import Kind
+from tamingfast.data.randomness import shuffled
 from tamingfast.errors import UserError, brief
 
 
@@ -71,6 +72,10 @@ class EpochDataset(Dataset[dict[str, Any]]):
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The items ``indices`` (n,), collated: tensors and lists with one row per index."""
         return default_collate([self[int(index)] for index in indices])
+
+    def order(self, seed: int) -> np.ndarray:
+        """int64 (n,): the numbers of all items in the order of a training's epoch, shuffled by ``seed``."""
+        return shuffled(len(self), seed)
 
     def warn_broken(self) -> None:
         """Log the files found unreadable since the last call; does nothing for data that are not read file by file."""

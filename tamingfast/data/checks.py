@@ -46,6 +46,12 @@ def side(name: str, value: object) -> int:
     return pixels
 
 
+def check_short_side(short_side: int | None, size: int) -> None:
+    """Raise UserError unless squares of ``size`` fit into images whose shorter side is ``short_side``, if given."""
+    if short_side is not None and side("short_side", short_side) < size:
+        raise UserError(f"short_side: got {short_side}, expected at least size={size}, to which images are cropped")
+
+
 def flag(name: str, value: object) -> bool:
     """``value`` if it is True or False, which words such as "no" are not; otherwise UserError naming the setting."""
     if not isinstance(value, bool | np.bool_) and value not in (0, 1):

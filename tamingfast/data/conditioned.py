@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tamingfast.data.checks import existing_directory, side
+from tamingfast.data.checks import check_short_side, existing_directory, side
 from tamingfast.data.conditions import SETTINGS, Kind, make
-from tamingfast.data.folders import Skipped, scan, validation_names, walk
+from tamingfast.data.folders import held_out
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.views import Picture, View
+from tamingfast.data.listing import Skipped, opens, scan, walk
+from tamingfast.data.rgb import check_headers
 from tamingfast.errors import UserError
 
 IMAGES, CONDITIONS = "images", "conditions"
@@ -35,7 +37,7 @@ def build(
     random_crop: bool = True,
     flip: bool = True,
     **settings: Any,
-) -> tuple[ConditionedImages, ConditionedImages]:
+) -> tuple[ImageFiles, ImageFiles]:
     """(train, validation) of the images under ``path``, each with its condition of ``kind``.
 
     Kinds read from files (``segmentation``, ``depth``, ``keypoints``, ``boxes`` and ``centers``) need ``path/images``
@@ -51,31 +53,32 @@ def build(
     have, and where `tamingfast.data.folders.build` does. A condition's content is checked when it is read.
     """
     size = side("size", size)
-    if short_side is not None and side("short_side", short_side) < size:
-        raise UserError(f"short_side: got {short_side}, expected at least size={size}, to which images are cropped")
+    check_short_side(short_side, size)
     chosen = make(kind, settings)
     chosen.check(size)
     root = existing_directory("path", path)
     pairs, broken = _pairs(root, chosen)
     held_broken: list[Skipped] = []
     if validation_path is None:
-        held = validation_names([name for name, _, _ in pairs], validation_fraction, root)
-        validation = [pair for pair in pairs if pair[0] in held]
-        pairs = [pair for pair in pairs if pair[0] not in held]
+        names = [name for name, _, _ in pairs]
+        held = held_out(names, validation_fraction, root, lambda number: opens(pairs[number][1]))
+        train = list(itertools.compress(pairs, map(operator.not_, held)))
+        validation = list(itertools.compress(pairs, held))
     else:
+        train = pairs
         validation, held_broken = _pairs(existing_directory("validation_path", validation_path), chosen)
     warn_skipped(broken + held_broken)
 
-    def dataset(found: Sequence[Pair], skipped: Sequence[Skipped], **options: Any) -> ConditionedImages:
+    def dataset(found: Sequence[Pair], skipped: Sequence[Skipped], **options: Any) -> ImageFiles:
         paths, sources = [image for _, image, _ in found], [source for _, _, source in found]
-        return ConditionedImages(
-            paths, chosen, sources, size=size, short_side=short_side, seed=seed, broken=skipped, **options
+        return ImageFiles(
+            paths, size, kind=chosen, sources=sources, short_side=short_side, seed=seed, broken=skipped, **options
         )
 
-    return dataset(pairs, broken, random_crop=random_crop, flip=flip), dataset(validation, held_broken)
+    return dataset(train, broken, random_crop=random_crop, flip=flip), dataset(validation, held_broken)
 
 
-def _with_settings(signature: inspect.Signature) -> inspect.Signature:
+def with_settings(signature: inspect.Signature) -> inspect.Signature:
     """The signature with ``**settings`` replaced by one parameter for each setting of the kinds."""
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     return signature.replace(
@@ -87,75 +90,67 @@ def _with_settings(signature: inspect.Signature) -> inspect.Signature:
 
 
 # `tamingfast.data.build` checks the keys of a config against this signature; the settings come from the registry.
-build.__signature__ = _with_settings(inspect.signature(build))  # type: ignore[attr-defined]  # see inspect.signature
-
-
-class ConditionedImages(ImageFiles):
-    """`ImageFiles` whose items also have a condition under ``kind.key``: float32 (H, W, C), or tokens int64 (n,).
-
-    ``sources`` are the files of the conditions of ``paths``, None for kinds without files. Indexing raises UserError
-    naming the file of a condition that cannot be used.
-    """
-
-    kind: Kind
-
-    def __init__(
-        self, paths: Sequence[str], kind: Kind, sources: Sequence[str | None] | None = None, **options: Any
-    ) -> None:
-        super().__init__(paths, **options)
-        self.kind = kind
-        self.sources = [None] * len(self.paths) if sources is None else list(sources)
-
-    @property
-    def description(self) -> str:
-        """One phrase about the images, for reports and token files."""
-        return f"{super().description}, with {self.kind.key}"
-
-    def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
-        condition = self.kind.seen(picture, view, self.sources[number])
-        return super()._item(number, picture, view) | {self.kind.key: torch.from_numpy(condition)}
+build.__signature__ = with_settings(inspect.signature(build))  # type: ignore[attr-defined]  # see inspect.signature
 
 
 def _pairs(root: Path, kind: Kind) -> tuple[list[Pair], list[Skipped]]:
-    """The images under ``root`` with their conditions, and the images that do not open."""
-    folder = root / IMAGES
+    """The images under ``root`` with their conditions, and the files that are neither."""
+    folder = _images_of(root)
     if not kind.from_file:
-        folder = folder if folder.is_dir() else root
         files, broken = scan(folder)
-        return [(name, str(folder / name), None) for name, _ in files], broken
-    for part in (folder, root / CONDITIONS):
+        return [(name, os.path.join(folder, name), None) for name, _ in files], broken
+    for part in (root / IMAGES, root / CONDITIONS):
         if not part.is_dir():
             raise UserError(
                 f"{root}: got a directory without {part.name!r}, expected the folders {IMAGES!r} and {CONDITIONS!r}; "
                 "put the files of both there under the same names"
             )
-    files, unopened = scan(folder)
+    files, left_out = scan(folder)
     there, unread = walk(root / CONDITIONS)
     names = [name for name in there if name.lower().endswith(kind.suffixes)]
     others = [str(root / CONDITIONS / name) for name in there if not name.lower().endswith(kind.suffixes)]
-    broken = unopened + unread + [(path, f"not a condition ({', '.join(kind.suffixes)})") for path in others]
-    images = _by_stem(folder, [name for name, _ in files])
     conditions = _by_stem(root / CONDITIONS, names)
-    unreadable = {_stem(folder, path) for path, _ in unopened}
+    found, unopened = _without_broken(folder, [name for name, _ in files], conditions)
+    broken = left_out + unopened + unread + [(path, f"not a condition ({', '.join(kind.suffixes)})") for path in others]
+    images = _by_stem(folder, found)
+    unreadable = {_stem(os.path.relpath(path, folder)) for path, _ in left_out + unopened}
     _check_matched(folder, images, conditions, f"condition ({', '.join(kind.suffixes)}) in {root / CONDITIONS}")
     _check_matched(root / CONDITIONS, conditions, images.keys() | unreadable, f"image in {folder}")
     matched = [(images[stem], conditions[stem]) for stem in sorted(images)]
-    return [(name, str(folder / name), str(root / CONDITIONS / other)) for name, other in matched], broken
+    pairs: list[Pair] = [
+        (name, os.path.join(folder, name), os.path.join(root, CONDITIONS, other)) for name, other in matched
+    ]  # fmt: skip
+    return pairs, broken
+
+
+def _images_of(root: Path) -> Path:
+    return root / IMAGES if (root / IMAGES).is_dir() else root
+
+
+def _without_broken(
+    folder: Path, names: Sequence[str], conditions: Mapping[str, str]
+) -> tuple[list[str], list[Skipped]]:
+    """(the images ``names`` without broken ones, those); one with a condition of its own stays unopened."""
+    stems = Counter(map(_stem, names))
+    doubtful = {str(folder / name): name for name in names if stems[_stem(name)] > 1 or _stem(name) not in conditions}
+    unopened = check_headers(list(doubtful))[1]
+    left_out = {doubtful[path] for path, _ in unopened}
+    return [name for name in names if name not in left_out], unopened
 
 
 def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """File names by their path without the extension."""
     found: dict[str, str] = {}
     for name in names:
-        stem = _stem(folder, folder / name)
+        stem = _stem(name)
         if stem in found:
             raise UserError(f"{folder}: got both {found[stem]} and {name}, expected one file named {stem}; remove one")
         found[stem] = name
     return found
 
 
-def _stem(folder: Path, path: str | os.PathLike) -> str:
-    return Path(path).relative_to(folder).with_suffix("").as_posix()
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _check_matched(folder: Path, files: Mapping[str, str], others: Iterable[str], wanted: str) -> None:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import operator
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tamingfast.data.checks import existing_directory, side
+from tamingfast.data.checks import check_short_side, existing_directory, side
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import check_headers, endings
+from tamingfast.data.listing import Labelled, Skipped, opens, scan
 from tamingfast.errors import UserError
 
-#: (path relative to the directory, name of its class folder or None).
-Labelled = tuple[str, str | None]
-#: (path, why the file is skipped).
-Skipped = tuple[str, str]
 _NAMED = 10
-_CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
-#: Endings of files that nobody takes for images.
-_NOTES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".yaml", ".yml", ".log", ".py")
 
 
 def build(
@@ -32,6 +27,7 @@ def build(
     validation_fraction: float = 0.05,
     random_crop: bool = True,
     flip: bool = True,
+    short_side: int | None = None,
 ) -> tuple[ImageFiles, ImageFiles]:
     """(train, validation) from the images under ``path``, read recursively, as by `scan`.
 
@@ -42,38 +38,45 @@ def build(
     hashes below that fraction, so that adding files moves none of the others. (If that selects no file, the one with
     the lowest hash is taken; if it selects every file, the one with the highest hash is left for training.)
 
-    Training images have their shorter side resized to ``size`` and are cropped at random (``random_crop``) and mirrored
-    at random (``flip``); validation images are cropped at the centre.
+    Images have their shorter side resized to ``short_side``, by default ``size``, before a square of ``size`` is cut.
+    Training images are cropped at random (``random_crop``) and mirrored at random (``flip``), validation images at the
+    centre.
 
     Raises UserError when a directory is missing or contains no readable image, for unknown validation classes, and when
     there is only one image to split.
     """
     size = side("size", size)
+    check_short_side(short_side, size)
     root = existing_directory("path", path)
     files, skipped = scan(root)
     classes = sorted({label for _, label in files if label is not None})
     if classes:
-        skipped += [(str(root / name), "lies beside the class folders") for name, label in files if label is None]
+        skipped += [(f"{root}/{name}", "lies beside the class folders") for name, label in files if label is None]
         files = [(name, label) for name, label in files if label is not None]
     held_root, held_skipped = root, list[Skipped]()
     if validation_path is None:
-        chosen = validation_names([name for name, _ in files], validation_fraction, root)
-        train = [pair for pair in files if pair[0] not in chosen]
-        validation = [pair for pair in files if pair[0] in chosen]
+        names = [name for name, _ in files]
+        held = held_out(names, validation_fraction, root, lambda number: opens(root / names[number]))
+        train = list(itertools.compress(files, map(operator.not_, held)))
+        validation = list(itertools.compress(files, held))
     else:
         held_root = existing_directory("validation_path", validation_path)
         train, (validation, held_skipped) = files, scan(held_root)
         # A disk of macOS may hold the names of one of both folders in another form of Unicode.
-        names = {_composed(label): label for label in classes}
-        validation = [(name, names.get(_composed(label), label) if label else None) for name, label in validation]
+        composed = {_composed(label): label for label in classes}
+        validation = [(name, composed.get(_composed(label), label) if label else None) for name, label in validation]
         _check_classes(held_root, validation, classes)
     number: dict[str | None, int] = {label: place for place, label in enumerate(classes)}
     warn_skipped(skipped + held_skipped)
 
     def dataset(base: Path, pairs: Sequence[Labelled], broken: Sequence[Skipped], **options: Any) -> ImageFiles:
         labels = [number.get(label, 0) for _, label in pairs]
-        paths = [str(base / name) for name, _ in pairs]
-        return ImageFiles(paths, size, labels=labels, classes=classes or None, broken=broken, seed=seed, **options)
+        within = os.path.join(base, "")
+        paths = [within + name for name, _ in pairs]
+        return ImageFiles(
+            paths, size, labels=labels, classes=classes or None, broken=broken, seed=seed, short_side=short_side,
+            **options,
+        )  # fmt: skip
 
     return (
         dataset(root, train, skipped, random_crop=random_crop, flip=flip),
@@ -81,77 +84,26 @@ def build(
     )
 
 
-def scan(root: Path, pixels: bool = False) -> tuple[list[Labelled], list[Skipped]]:
-    """The images under ``root``, and what else lies there: all commands mean these files by a directory.
+def held_out(names: Sequence[str], fraction: float, where: object, opens: Callable[[int], bool]) -> list[bool]:
+    """Which of the images ``names`` are for validation: about ``fraction``, at least one that opens, and never all.
 
-    An image is a file whose content is of a known format, whatever its name. What is skipped is named, folders in
-    ``root`` without an image too, except for notes and for what file managers leave behind. ``pixels`` is as in
-    `check_headers`. Raises UserError if no image opens.
+    A name hashes below that fraction or not, whatever the others are. ``opens`` tells of a number whether that image
+    opens. UserError, which names ``where`` they are, unless two of them open.
     """
-    names, skipped = walk(root)
-    good, broken = check_headers([str(root / name) for name in names], pixels)
-    opened = set(good)
-    files = [(name, name.split("/", 1)[0] if "/" in name else None) for name in names if str(root / name) in opened]
-    if not files:
-        there = f"{len(names)} files, none of which opens as an image, the first being" if names else "no files"
-        first = " {} ({})".format(*broken[0]) if broken else ""
-        raise UserError(f"{root}: got {there}{first}, expected images ({endings()}); correct the path")
-    told = {path for path, _ in skipped}
-    empty = {str(root / name) for name in _folders_in(root) - {label for _, label in files}}
-    skipped += [(path, "a folder without a readable image") for path in sorted(empty - told)]
-    skipped += [(path, reason) for path, reason in broken if not path.lower().endswith(_NOTES)]
-    return files, skipped
-
-
-def _folders_in(root: Path) -> set[str]:
-    return {name for name in os.listdir(root) if os.path.isdir(root / name) and not _is_clutter(name)}
-
-
-def walk(root: Path) -> tuple[list[str], list[Skipped]]:
-    """(sorted relative paths of all visible files under ``root``, with "/" as separator; folders that are not read).
-
-    Follows links to folders, but reads no folder twice, so that links to a parent end.
-    """
-    found: list[str] = []
-    skipped: list[Skipped] = []
-    seen = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped.append((str(error.filename), error.strerror or str(error)))
-
-    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            skipped.append((folder, "a link to a folder that is read already"))
-            subfolders.clear()
-            continue
-        seen.add(real)
-        prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
-        subfolders[:] = sorted(name for name in subfolders if not _is_clutter(name))
-        found += [prefix + name for name in files if not _is_clutter(name)]
-    return sorted(found), skipped
-
-
-def _is_clutter(name: str) -> bool:
-    """Whether a name is hidden, or one that Windows, macOS or a disk station gives to files of its own."""
-    return name.startswith(".") or name.lower() in _CLUTTER
-
-
-def validation_names(names: Sequence[str], fraction: float, root: Path) -> set[str]:
-    """The ``names`` chosen for validation: about ``fraction`` of them, at least one and never all."""
     if not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise UserError(f"validation_fraction: got {fraction!r}, expected a number between 0 and 1")
-    if len(names) < 2:
+    place = [_hash_to_unit(name) for name in names]
+    chosen = {number for number, value in enumerate(place) if value < fraction}
+    if len(chosen) == len(names) > 1:
+        chosen.remove(max(chosen, key=place.__getitem__))
+    if not any(map(opens, sorted(chosen))):
+        others = sorted(set(range(len(names))) - chosen, key=place.__getitem__)
+        chosen |= set(itertools.islice(filter(opens, others), 1))
+    if not any(opens(number) for number in range(len(names)) if number not in chosen):
         raise UserError(
-            f"{root}: got one readable image, expected at least two, one of them for validation; add images"
+            f"{where}: got one readable image, expected at least two, one of them for validation; add images"
         )
-    place = {name: _hash_to_unit(name) for name in names}
-    chosen = {name for name in names if place[name] < fraction}
-    if not chosen:
-        return {min(names, key=place.__getitem__)}
-    if len(chosen) == len(names):
-        return chosen - {max(names, key=place.__getitem__)}
-    return chosen
+    return [number in chosen for number in range(len(names))]
 
 
 def _composed(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from torch.utils.data import get_worker_info
 
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.checks import flag, side
+from tamingfast.data.conditions import Kind
 from tamingfast.data.randomness import random_bits, random_integers
-from tamingfast.data.rgb import UNKNOWN, endings, read_rgb, scaled_size, to_unit_scale
+from tamingfast.data.rgb import UNKNOWN, check_headers, endings, read_rgb, scaled_size, to_unit_scale
 from tamingfast.data.views import Picture, Size, View
 from tamingfast.errors import UserError
 from tamingfast.ops.machine import available_memory
@@ -25,6 +29,13 @@ logger = logging.getLogger(__name__)
 #: Share of the free memory that a dataset's decoded pictures may take, in all processes that read it together.
 KEPT_SHARE = 1 / 32
 _NAMED = 10
+#: (share of the room to the left, share above, mirrored) of the corners and the centre, and of these mirrored.
+TEN_CROPS = tuple(
+    (left, top, mirrored)
+    for mirrored in (False, True)
+    for left, top in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+)
+_STAND_IN = 4  # of the random numbers of an item; the first four are those of its view
 
 
 class ImageFiles(EpochDataset):
@@ -32,10 +43,10 @@ class ImageFiles(EpochDataset):
 
     The shorter side is resized to ``short_side``, by default ``size`` (smaller images are enlarged), and a square of
     ``size`` is cropped at the centre or at random; without ``size``, images keep their shape. ``class_label`` is
-    ``labels[index]``, or 0 without ``labels``. A file whose pixels turn out to be unreadable is replaced by the next
-    readable one; `warn_broken` logs it, and ``report`` counts and names such files together with the (path, reason)
-    pairs in ``broken``, which were found and logged earlier. Decoded and scaled pictures stay in memory up to
-    `KEPT_SHARE`, so files must not change while in use.
+    ``labels[index]``, or 0 without ``labels``. Files are judged when they are read: for one that cannot be, another is
+    shown, in an order that (seed, epoch, index) determine; `warn_broken` logs it, and ``report`` counts and names such
+    files together with the (path, reason) pairs in ``broken``, which were found and logged earlier. Decoded and scaled
+    pictures stay in memory up to `KEPT_SHARE`, so files must not change while in use.
 
     Indexing raises UserError when no file at all can be read.
     """
@@ -44,7 +55,7 @@ class ImageFiles(EpochDataset):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str | os.PathLike],
         size: int | None = None,
         random_crop: bool = False,
         flip: bool = False,
@@ -53,14 +64,19 @@ class ImageFiles(EpochDataset):
         classes: Sequence[str] | None = None,
         broken: Iterable[tuple[str, str]] = (),
         short_side: int | None = None,
+        kind: Kind | None = None,
+        sources: Sequence[str | os.PathLike | None] | None = None,
     ) -> None:
-        self.paths, self.seed = list(paths), seed
+        self.paths, self.seed = paths, seed
         self.size = side("size", size) if size else None
         self.short_side = short_side or self.size
         self.random_crop, self.flip = flag("random_crop", random_crop), flag("flip", flip)
         self.labels = [0] * len(self.paths) if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
+        self.kind, self._sources = kind, sources
         self._skipped = list(broken)
+        self._ten_crops = False
+        self._reasons: dict[int, str] = {}  # of the unreadable files that were looked at again
         self._reported: set[str] = set()
         self._kept: dict[int, Image.Image] = {}
         self._room: float | None = None
@@ -71,7 +87,8 @@ class ImageFiles(EpochDataset):
     def description(self) -> str:
         """One phrase about the images, for reports and token files."""
         shape = f"{self.size}x{self.size}" if self.size else "their own size"
-        return f"{len(self.paths)} image files as {shape}, the first {self.paths[0]}"
+        condition = "" if self.kind is None else f", with {self.kind.key}"
+        return f"{len(self.paths)} image files as {shape}, the first {self.paths[0]}{condition}"
 
     @property
     def broken(self) -> list[tuple[str, str]]:
@@ -90,7 +107,14 @@ class ImageFiles(EpochDataset):
 
     def _found_broken(self) -> list[tuple[str, str]]:
         found = torch.nonzero(self._unreadable).flatten().tolist()
-        return [(self.paths[index], "its pixels cannot be read") for index in found]
+        return [(os.fspath(self.paths[index]), self._reason(index)) for index in found]
+
+    def _reason(self, index: int) -> str:
+        """Why a file is unreadable; looked up again, as another process may have found it."""
+        if index not in self._reasons:
+            broken = check_headers([self.paths[index]])[1]
+            self._reasons[index] = broken[0][1] if broken else "its pixels cannot be read"
+        return self._reasons[index]
 
     def name_classes(self, classes: Sequence[str]) -> None:
         """Number the labels by these names, which must contain those of the data."""
@@ -103,8 +127,7 @@ class ImageFiles(EpochDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = self._check(index)
-        for step in range(len(self.paths)):
-            candidate = (index + step) % len(self.paths)
+        for candidate in self._candidates(index):
             if self._unreadable[candidate]:
                 continue
             try:
@@ -117,6 +140,16 @@ class ImageFiles(EpochDataset):
             f"{self.paths[0]}: got pixels that cannot be read, as in all {len(self.paths)} image files, expected at "
             "least one readable image; give other files"
         )
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """``index``, and then all others in a seeded order: what stands in for a broken file is drawn like the rest."""
+        yield index
+        count = len(self.paths)
+        # Steps of a length without a common divisor come to every file.
+        length = 1 + int(random_integers(random_bits(self.seed, self.epoch, [index], _STAND_IN), count - 1)[0])
+        while math.gcd(length, count) > 1:
+            length += 1
+        yield from ((index + step * length) % count for step in range(1, count))
 
     def _read(self, number: int) -> Picture:
         """The picture before its crop, kept in memory while there is room: decoding one costs more than a step."""
@@ -132,11 +165,21 @@ class ImageFiles(EpochDataset):
         return Picture(image, scaled_size(image.size, self.short_side) if self.short_side else image.size)
 
     def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
-        return {
+        item = {
             "image": to_unit_scale(picture.part(view)),
             "class_label": self.labels[number],
-            "file_path_": self.paths[number],
+            "file_path_": os.fspath(self.paths[number]),
         }
+        if self.kind is None:
+            return item
+        source = None if self._sources is None else self._sources[number]
+        return item | {self.kind.key: torch.from_numpy(self.kind.seen(picture, view, source))}
+
+    def with_ten_crops(self) -> ImageFiles:
+        """The same images, of which epoch k shows crop k of `TEN_CROPS`."""
+        other = copy.copy(self)
+        other._ten_crops = True
+        return other
 
     def _view(self, size: Size, index: int) -> View:
         """The crop and flip of a picture of ``size`` in this epoch."""
@@ -146,7 +189,10 @@ class ImageFiles(EpochDataset):
             return View(0, 0, *size, flipped, int(other[0]))
         room = (size[0] - self.size, size[1] - self.size)
         left, top = room[0] // 2, room[1] // 2
-        if self.random_crop:
+        if self._ten_crops:
+            right, down, flipped = TEN_CROPS[self.epoch]
+            left, top = round(room[0] * right), round(room[1] * down)
+        elif self.random_crop:
             left, top = (
                 int(random_integers(bits, more + 1)[0]) for bits, more in zip((column, row), room, strict=True)
             )

@@ -6,7 +6,7 @@ import os
 
 from tamingfast.data.checks import path_of
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import check_headers
+from tamingfast.data.listing import from_list
 from tamingfast.errors import UserError
 from tamingfast.files import lines_of, read_text
 
@@ -36,7 +36,7 @@ class ImageList(ImageFiles):
         paths = [_existing(line) for line in lines_of(text) if line.strip(_UNSEEN)]
         if not paths:
             raise UserError(f"{paths_file}: got an empty file, expected one image path per line")
-        good, broken = check_headers(paths)
+        good, broken = from_list(paths)
         if not good:
             path, reason = broken[0]
             raise UserError(

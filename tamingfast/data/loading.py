@@ -11,14 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tamingfast.data.base import EpochDataset, as_epoch_dataset
-from tamingfast.data.randomness import random_bits
 from tamingfast.errors import UserError, lost_worker
 from tamingfast.ops.machine import processors
-
-
-def shuffled(count: int, seed: int, epoch: int = 0) -> np.ndarray:
-    """int64 (count,): the numbers from 0 to ``count`` - 1, shuffled as a pure function of (count, seed, epoch)."""
-    return np.argsort(random_bits(seed, epoch, np.arange(count)), kind="stable")
 
 
 def loader(

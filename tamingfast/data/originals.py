@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from tamingfast.data.checks import existing_directory, flag
 from tamingfast.data.conditions import Kind
 from tamingfast.data.conditions.maps import Coordinates, Depth, Segmentation
 from tamingfast.data.conditions.reading import packed_floats
-from tamingfast.data.folders import scan
 from tamingfast.data.image_files import ImageFiles, warn_skipped
-from tamingfast.data.rgb import check_headers
-from tamingfast.data.views import Picture, View
+from tamingfast.data.listing import from_list, scan
 from tamingfast.errors import UserError, brief, nearest
 from tamingfast.files import lines_of, read_text
 
@@ -69,17 +66,12 @@ class Pictures(ImageFiles):
         if size is not None and crop_size is not None and crop_size > size:
             raise UserError(f"crop_size: got {crop_size}, expected at most size={size}, the shorter side of the images")
         side = crop_size or size
-        super().__init__(paths, side, flag("random_crop", random_crop), short_side=size, **options)
         if kind is not None and side is not None:
             kind.check(side)
-        self.kind = kind
-        self.sources: list[str | None] = list(sources) or [None] * len(self.paths)
-
-    def _item(self, number: int, picture: Picture, view: View) -> dict[str, Any]:
-        item = super()._item(number, picture, view)
-        if self.kind is None:
-            return item
-        return item | {self.kind.key: torch.from_numpy(self.kind.seen(picture, view, self.sources[number]))}
+        super().__init__(
+            paths, side, flag("random_crop", random_crop), short_side=size, kind=kind, sources=list(sources) or None,
+            **options,
+        )  # fmt: skip
 
 
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
@@ -438,13 +430,13 @@ def _listed(paths_file: str | os.PathLike, root: str | os.PathLike) -> list[str]
     text = read_text(paths_file, "a list of the data set's images, one path a line", errors="surrogateescape")
     paths = [os.path.join(root, line.strip()) for line in lines_of(text) if line.strip()]
     existing(paths[:1], "an image")
-    good, broken = check_headers(paths)
+    good, broken = from_list(paths)
     if not good:
         raise UserError(
             f"{paths_file}: got {len(paths)} paths, none of which opens as an image in {root}, expected paths of images"
         )
     warn_skipped(broken)
-    return list(good)
+    return good
 
 
 def existing(paths: list[str], what: str) -> list[str]:

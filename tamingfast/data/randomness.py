@@ -27,6 +27,11 @@ def random_bits(seed: int, epoch: int, index: np.ndarray | Sequence[int], draw: 
     return _mix(steps * np.uint64(_GOLDEN) + np.uint64(key))
 
 
+def shuffled(count: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """int64 (count,): the numbers from 0 to ``count`` - 1, shuffled as a pure function of (count, seed, epoch)."""
+    return np.argsort(random_bits(seed, epoch, np.arange(count)), kind="stable")
+
+
 def random_integers(bits: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
     """int64 (n,) in [0, bound) from `random_bits`; ``bound`` must be below 2**32."""
     return (((bits >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

@@ -48,11 +48,16 @@ def formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def endings() -> str:
-    """The usual endings of files in these formats, for messages."""
+def image_endings() -> set[str]:
+    """The usual endings of files in these formats, in lower case and without the dot."""
     known = {*formats(), "MPO"}  # which begins with a JPEG
-    found = {ending for ending, name in Image.registered_extensions().items() if name in known}
-    return ", ".join(sorted(found - {".pfm"}))  # which holds floating-point pixels
+    found = {ending[1:] for ending, name in Image.registered_extensions().items() if name in known}
+    return found - {"pfm"}  # which holds floating-point pixels
+
+
+def endings() -> str:
+    """These endings, for messages."""
+    return ", ".join(f".{ending}" for ending in sorted(image_endings()))
 
 
 @contextlib.contextmanager
@@ -140,7 +145,7 @@ def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return width, height
 
 
-def check_headers(paths: Sequence[str], pixels: bool = False) -> tuple[list[str], list[tuple[str, str]]]:
+def check_headers(paths: Sequence[str | os.PathLike], pixels: bool = False) -> tuple[list[str], list[tuple[str, str]]]:
     """(paths that open as images, [(path, reason)] of the others).
 
     Only headers are read, so that later a file may still turn out to be damaged, or all ``pixels`` too.
@@ -152,9 +157,9 @@ def check_headers(paths: Sequence[str], pixels: bool = False) -> tuple[list[str]
                 with _opened(path) as image:
                     if pixels:
                         image.load()
-                good.append(path)
+                good.append(os.fspath(path))
             except Exception as error:  # as in `opened`
-                broken.append((path, _reason(path, error)))
+                broken.append((os.fspath(path), _reason(path, error)))
             progress.update(1)
     return good, broken
 

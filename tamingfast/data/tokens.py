@@ -1,5 +1,7 @@
 """Token files: images as grids of codebook indices, from ``tamingfast encode`` to the training of the prior.
 
+Many files, as for several views of many images, are read like one.
+
 A token file is a safetensors file with the integer tensor ``indices`` (N, h, w), optionally ``class_label`` (N,) and
 the tokens of spatial conditions, ``conditions`` (N, h, w). Its metadata, all strings, are ``format`` and
 ``vocab_size``; for named labels also ``classes`` (a JSON list of names); for conditions also ``condition`` (a
@@ -19,9 +21,11 @@ import torch
 from safetensors import safe_open
 
 from tamingfast.checkpoints.seal import UNSEALED, check_seal, seal
+from tamingfast.data import index
 from tamingfast.data.base import ArrayDataset, ConditionRecord
 from tamingfast.data.checks import path_of
 from tamingfast.data.conditions import SETTINGS
+from tamingfast.data.patterns import files_of
 from tamingfast.errors import UserError, brief, first_line
 from tamingfast.files import atomic_write, check_regular
 
@@ -37,7 +41,7 @@ _SCAN_TOKENS = 1 << 24
 _MOST_CLASSES = 1 << 20
 _TENSORS = {"indices", "class_label", "conditions"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_MAPPED = {"_indices", "_labels", "_conditions"}  # attributes that are parts of the file
+_MAPPED = {"indices", "labels", "_conditions"}  # attributes that are parts of the file
 _AGAIN = "write it again with tamingfast encode"
 
 
@@ -175,6 +179,13 @@ def _json(value: object) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def metadata_of(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a token file, whose bytes are those that were written; raises as `TokenDataset` does."""
+    metadata = _opened(os.fspath(path))[1]
+    check_seal(path)
+    return {key: value for key, value in metadata.items() if key not in UNSEALED}
+
+
 def build(
     path: str | os.PathLike, validation_path: str | os.PathLike | None = None
 ) -> tuple[TokenDataset, TokenDataset | None]:
@@ -184,76 +195,125 @@ def build(
 
 
 class TokenDataset(ArrayDataset):
-    """The grids of a token file, memory-mapped, so that they are read from disk on demand.
+    """The grids of one or several token files, memory-mapped, so that they are read from disk on demand.
 
-    Items are ``{"indices": int64 (h * w,), row by row}`` and, if the file has them, ``"class_label"`` and
+    ``path`` is a file, a directory of token files, or a pattern such as ``tokens-{00..12}.safetensors``. Items are
+    ``{"indices": int64 (h * w,), row by row}`` and, if the files have them, ``"class_label"`` and
     ``f"{condition['key']}_indices"``, int64 (h * w,). Attributes are those of `EpochDataset`; ``classes`` are the names
-    of the labels, or their numbers as text if the file has no names.
+    of the labels, or their numbers as text if the files have no names. ``metadata`` are the first file's.
 
-    Raises UserError when ``path`` is missing, truncated, changed since it was written or not a token file, has tokens
-    or labels out of range, or when ``vocab_size`` is given and differs from the file's.
+    Raises UserError when a file is missing, truncated, changed since it was written or not a token file, has tokens
+    or labels out of range, does not fit the others, or when ``vocab_size`` is given and differs from the files'.
     """
 
     grid: tuple[int, int]
     vocab_size: int
-    _indices: np.ndarray
-    _labels: np.ndarray | None
-    _conditions: dict[str, np.ndarray]
 
     def __init__(self, path: str | os.PathLike, vocab_size: int | None = None) -> None:
         self.path = path_of("path", path)
-        check_regular(self.path, "a token file")
-        tensors, self.metadata = _opened(self.path)
-        _check_tensors(self.path, tensors)
-        check_seal(self.path)
-        self.vocab_size = _vocabulary(self.path, self.metadata.get("vocab_size"))
+        self._files = [_TokenFile(each) for each in files_of(self.path, ".safetensors", "a token file")]
+        first = self._files[0]
+        for file in self._files[1:]:
+            file.check_fits(first)
+        self.grid, self.vocab_size, self.condition = first.grid, first.vocab_size, first.condition
+        self.metadata = first.metadata
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise UserError(
                 f"{self.path}: got a vocabulary of {self.vocab_size} tokens, expected {vocab_size}; encode the images "
                 "again with the first stage in use"
             )
-        self.condition = _record(self.path, self.metadata) if "conditions" in tensors else None
-        self._map(tensors)
-        _check_range(self.path, self._indices, self.vocab_size)
-        if self.condition is not None:
-            _check_range(self.path, tensors["conditions"].numpy(), self.condition["vocab_size"])
-        self.grid = (int(self._indices.shape[1]), int(self._indices.shape[2]))
-        self.classes = self._class_names()
-
-    def _map(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._indices = tensors["indices"].numpy()
-        self._labels = tensors["class_label"].numpy() if "class_label" in tensors else None
-        self._conditions = {}  # by their key in a batch
-        if self.condition is not None:
-            self._conditions[f"{self.condition['key']}_indices"] = tensors["conditions"].numpy()
+        self._ends = np.cumsum([file.count for file in self._files])
+        self.classes = None
+        if first.labels is not None:
+            self.classes = max((file.classes or [] for file in self._files), key=len)
 
     @property
     def description(self) -> str:
         """One phrase about the tokens, for reports."""
         return f"{len(self)} grids of {self.grid[0]}x{self.grid[1]} tokens out of {self.vocab_size}"
 
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        indices = np.asarray(indices)
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        batch: dict[str, torch.Tensor] = {}
+        for number in np.unique(numbers):
+            rows, file = np.flatnonzero(numbers == number), self._files[number]
+            for key, values in file.rows(indices[rows] - (self._ends[number] - file.count)).items():
+                whole = batch.setdefault(key, torch.empty(len(indices), *values.shape[1:], dtype=torch.int64))
+                whole[torch.from_numpy(rows)] = torch.from_numpy(values)
+        return batch
+
+
+class _TokenFile:
+    """One token file; ``labels`` (n,) is None without classes, ``conditions`` (n, h, w) is empty without them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        check_regular(path, "a token file")
+        tensors, self.metadata = _opened(path)
+        _check_tensors(path, tensors)
+        self.vocab_size = _vocabulary(path, self.metadata.get("vocab_size"))
+        self.condition = _record(path, self.metadata) if "conditions" in tensors else None
+        self._map(tensors)
+        self.count = len(self.indices)
+        self.grid = (int(self.indices.shape[1]), int(self.indices.shape[2]))
+        self._check_content()
+        self.classes = self._class_names()
+
+    def _check_content(self) -> None:
+        """Check all of the file's bytes, unless the run's index has that they were checked and not changed since."""
+        place, found, kept = f"tokens in {self.path}", os.stat(self.path), index.current()
+        state = np.array([found.st_size, found.st_mtime_ns])
+        known = kept.find(place)
+        if known is None or not np.array_equal(known.get("state", ()), state):
+            check_seal(self.path)
+            _check_range(self.path, self.indices, self.vocab_size)
+            if self.condition is not None:
+                _check_range(self.path, self._conditions, self.condition["vocab_size"])
+            known = {"state": state, "names": index.packed([])}
+        kept.keep(place, known)
+
+    def check_fits(self, first: _TokenFile) -> None:
+        """Raise UserError unless the file can be read as one with the ``first``."""
+        for what, mine, other in (
+            ("grids", self.grid, first.grid),
+            ("a vocabulary", self.vocab_size, first.vocab_size),
+            ("tokens of the first stage", self.metadata.get("first_stage"), first.metadata.get("first_stage")),
+            ("the condition", self.condition, first.condition),
+            ("classes", self.metadata.get("classes"), first.metadata.get("classes")),
+            ("labels", self.labels is not None, first.labels is not None),
+        ):
+            if mine != other:
+                raise UserError(
+                    f"{self.path}: got {what} {brief(mine)}, expected {brief(other)} as in {first.path}; give files "
+                    "that were encoded alike"
+                )
+
+    def _map(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.indices = tensors["indices"].numpy()
+        self.labels = tensors["class_label"].numpy() if "class_label" in tensors else None
+        self._conditions = tensors["conditions"].numpy() if "conditions" in tensors else self.indices[:0]
+
     def _class_names(self) -> list[str] | None:
-        if self._labels is None:
+        if self.labels is None:
             return None
-        low, high = int(self._labels.min()), int(self._labels.max())
+        low, high = int(self.labels.min()), int(self.labels.max())
         names = _listed_classes(self.path, self.metadata)
         limit = _MOST_CLASSES if names is None else len(names)
         if low < 0 or high >= limit:
             raise UserError(f"{self.path}: got class labels from {low} to {high}, expected 0 to {limit - 1}; {_AGAIN}")
         return [str(number) for number in range(high + 1)] if names is None else names
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        grids = {"indices": self._indices} | self._conditions
-        batch = {
-            key: torch.from_numpy(grid[indices].reshape(len(indices), -1).astype(np.int64))
-            for key, grid in grids.items()
-        }
-        if self._labels is not None:
-            batch["class_label"] = torch.from_numpy(self._labels[indices].astype(np.int64))
-        return batch
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """The entries of a batch, int64 (n, ...), for grids of this file."""
+        grids = {"indices": self.indices}
+        if self.condition is not None:
+            grids[f"{self.condition['key']}_indices"] = self._conditions
+        found = {key: grid[numbers].reshape(len(numbers), -1).astype(np.int64) for key, grid in grids.items()}
+        return found if self.labels is None else found | {"class_label": self.labels[numbers].astype(np.int64)}
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes map the file themselves instead of receiving a copy.

@@ -19,6 +19,8 @@ TIMES = 3
 STRIDES, LIKELIHOOD_BATCH = (8,), 4
 #: Number of images that `encode` processes at a time.
 ENCODING_BATCH = 64
+#: The word for the corners and the centre of each image, and these mirrored, as its views.
+TEN_CROP = "ten-crop"
 #: The two sets that data settings describe.
 SPLITS = ("train", "validation")
 #: Samples of a prior that `tamingfast.evaluation.evaluate_model` compares with real images.

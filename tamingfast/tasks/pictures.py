@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from tamingfast import images
-from tamingfast.data.folders import scan
 from tamingfast.data.image_files import warn_skipped
+from tamingfast.data.listing import scan
 from tamingfast.data.rgb import read_rgb, to_rgb, upright_size
 from tamingfast.errors import UserError
 from tamingfast.ops.backends import available_memory
@@ -88,7 +88,7 @@ def _check_mask(lightness: np.ndarray, name: str) -> None:
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The paths, with each directory replaced by the images in it and its sub-folders, in the order of their names.
 
-    What else lies in a directory is named in a warning; see `tamingfast.data.folders.scan`. Raises UserError for a
+    What else lies in a directory is named in a warning; see `tamingfast.data.listing.scan`. Raises UserError for a
     directory without images.
     """
     files: list[Path] = []

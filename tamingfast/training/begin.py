@@ -15,7 +15,7 @@ from torch import nn
 from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import at, instantiate_from_config, load_yaml, plain
 from tamingfast.checkpoints.limits import check_sizes
-from tamingfast.data import loader
+from tamingfast.data import Index, loader
 from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError, first_line, lacks_memory
@@ -70,11 +70,13 @@ def begin(
     began: World,
     stage: Stage,
     averages: Averages | None = None,
+    index: Index | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Hold the run directory ``out`` inside the block, with ``config.yaml`` written and the state to resume loaded.
 
     Yields the progress of the run that continues, None for a new one. Of several processes the first holds the lock.
-    ``settings`` are recorded; they are meant for as many processes as ``began`` has.
+    ``settings`` are recorded; they are meant for as many processes as ``began`` has. ``index``, through which the data
+    were listed, is written beside the run, so that resuming it lists nothing.
 
     Raises UserError when another program trains in ``out``, when it already holds a run and ``resume`` is not given,
     when there is nothing to resume, when its state is damaged or was made with other settings that influence the
@@ -98,9 +100,13 @@ def begin(
             raise UserError(
                 f"{out}: got different states on the processes, expected the same; use a file system that all share"
             )
+        if progress is not None and index is not None:
+            index.check_same("names")
         if among.rank == 0 and recorded != config:
             with atomic_write(out / run_directory.CONFIG) as temporary:
                 OmegaConf.save(OmegaConf.create(config), temporary)
+        if among.rank == 0 and index is not None:
+            index.save(out / run_directory.INDEX)
         yield progress
 
 

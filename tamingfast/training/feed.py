@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from tamingfast.data import loader, shuffled
@@ -37,14 +37,17 @@ def epoch_steps(dataset: EpochDataset, settings: Training, processes: int) -> in
 
 def step_batches(
     dataset: EpochDataset, settings: Training, among: World, start: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+) -> Generator[tuple[int, list[dict[str, Any]]], None, None]:
     """(epoch, the ``accumulate`` batches of this process) for each step from ``start`` on, without end."""
     per_epoch = epoch_steps(dataset, settings, among.size)
     batches = read(dataset, _parts(dataset, settings, among, start), readers(settings, dataset, among))
-    for step in itertools.count(start):
-        yield step // per_epoch, [to_device(next(batches), among.device) for _ in range(settings.accumulate)]
-        if (step + 1) % per_epoch == 0:
-            dataset.warn_broken()
+    try:
+        for step in itertools.count(start):
+            yield step // per_epoch, [to_device(next(batches), among.device) for _ in range(settings.accumulate)]
+            if (step + 1) % per_epoch == 0:
+                dataset.warn_broken()
+    finally:  # when the run ends and closes this generator
+        dataset.warn_broken()
 
 
 def _parts(dataset: EpochDataset, settings: Training, among: World, start: int) -> Iterator[Part]:
@@ -53,7 +56,7 @@ def _parts(dataset: EpochDataset, settings: Training, among: World, start: int) 
     taken = per_epoch * images_per_step(settings, among.size)
     first = start % per_epoch * settings.accumulate
     for epoch in itertools.count(start // per_epoch):
-        order = shuffled(len(dataset), seed_for(settings.seed, "order", epoch))[:taken]
+        order = dataset.order(seed_for(settings.seed, "order", epoch))[:taken]
         mine = order.reshape(-1, among.size, settings.batch_size)[first:, among.rank]
         yield from ((epoch, numbers) for numbers in mine)
         first = 0

@@ -116,7 +116,8 @@ class _Run:
             self.bar = stack.enter_context(
                 bar("step", self.last, initial=self.step, desc=self.out.name, disable=self.among.rank > 0)
             )
-            batches = step_batches(self.training, self.settings, self.among, self.step)
+            feed = step_batches(self.training, self.settings, self.among, self.step)
+            batches = stack.enter_context(contextlib.closing(feed))
             while not self.spent():
                 self.advance(batches)
                 if self.among.any(interrupts.received is not None)[0]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tamingfast.checkpoints.config import at
-from tamingfast.data import SPLITS
+from tamingfast.data import ANY_SIZE, SPLITS
 from tamingfast.errors import UserError
 from tamingfast.training.keys import check_keys, check_mapping
 from tamingfast.training.settings import check_setting
@@ -27,8 +27,6 @@ _DATA_MODULE = "DataModuleFromConfig"
 _DATA_PARAMS = {"batch_size": "batch_size", "num_workers": "workers"}
 #: Params of the data module that do not concern training.
 UNUSED_PARAMS = ("test", "wrap")
-#: Data sets of ours whose images can have any size.
-_ANY_SIZE = ("photos", "folder", "conditions")
 
 #: Arguments of the Trainer, of all its versions, that decide where a run computes, what it keeps or what it shows.
 _WITHOUT_EFFECT = frozenset({
@@ -246,7 +244,7 @@ def _data(section: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
         return {split: described for split, described in sets.items() if described} | (
             {"size": size} | own if size else own
         )
-    return ({"size": size} if size and own["name"] in _ANY_SIZE else {}) | own
+    return ({"size": size} if size and own["name"] in ANY_SIZE else {}) | own
 
 
 def side_of(train: Any) -> Any:

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tamingfast.checkpoints import load_model
+from tamingfast.checkpoints import load_model, run_directory
 from tamingfast.checkpoints.config import at, plain, trained_side
 from tamingfast.checkpoints.targets import check_targets
 from tamingfast.checkpoints.weights import load_into
+from tamingfast.data import Index
 from tamingfast.data.conditions import Objects, settings_of
 from tamingfast.errors import UserError
 from tamingfast.models.base import FirstStage
@@ -81,10 +82,11 @@ def train(
     settings = training_settings(config)
     check_stage(config, prior=True)
     begun = None if start is None else _started(start, first_stage, cond_stage, config, allow)
+    index = Index(out / run_directory.INDEX if resume else None)
     with world(device) as among:
         frozen, condition = _first_stage(first_stage, allow), _first_stage(cond_stage, allow)
         config["data"] = _data_section(config, frozen, condition, begun, allow)
-        training, validation = datasets_of(config, datasets)
+        training, validation = datasets_of(config, datasets, index)
         began = as_begun(out, resume, among)
         settings = fitted(settings, training, began)
         running = divided(settings, began, among)
@@ -130,7 +132,7 @@ def train(
         accelerate(model, settings)
         fuse(stage.optimizers)
         averages = averages_of(stage, settings)
-        with begin(config, out, resume, settings, training, among, began, stage, averages) as progress:
+        with begin(config, out, resume, settings, training, among, began, stage, averages, index) as progress:
             held = parallel_prior(stage, running, among, averages)
             return loop.run(stage, running, (training, validation), out, among, progress, averages, held)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tamingfast.checkpoints.config import instantiate_from_config, plain
+from tamingfast.data import ANY_SIZE
 from tamingfast.data.conditions import IMAGE_KEYS, TOKEN_KEYS
 from tamingfast.data.conditions.scenes import Rule, class_names
 from tamingfast.errors import UserError, nearest
@@ -38,8 +39,6 @@ ORDERINGS = {
 }
 #: Values of ``prior.condition``.
 CONDITIONS = ("none", "class", "coord", *IMAGE_KEYS, *TOKEN_KEYS)
-#: Data sets whose images can have any size.
-_ANY_SIZE = ("photos", "folder", "conditions")
 #: Parameters of how a first stage was trained or loaded, left out of a prior's config.
 _NOT_EMBEDDED = ("ckpt_path", "ignore_keys", "monitor")
 
@@ -115,9 +114,9 @@ def completed_data(data: Mapping[str, Any], side: int | None = None, codes: int 
     names are copied from their file, so that the run does not need it.
     """
     data = dict(plain(data))
-    if side is not None and data.get("name") in _ANY_SIZE and data.get("size") is None:
+    if side is not None and data.get("name") in ANY_SIZE and data.get("size") is None:
         data["size"] = side
-    if data.get("name") == "conditions" and data.get("kind") in TOKEN_KEYS:
+    if data.get("name") in ("conditions", "shards") and data.get("kind") in TOKEN_KEYS:
         if data.get("classes") is not None:
             data["classes"] = list(class_names(data["classes"]))
         if codes is not None and data.get("tokens") is None:

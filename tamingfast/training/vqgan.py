@@ -13,8 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tamingfast.checkpoints import run_directory
 from tamingfast.checkpoints.config import at, plain
 from tamingfast.checkpoints.targets import class_of
+from tamingfast.data import Index
 from tamingfast.errors import UserError
 from tamingfast.models.losses import VQLPIPSWithDiscriminator
 from tamingfast.models.quantize import VectorQuantizer
@@ -77,8 +79,9 @@ def train(
         settings = replace(settings, codebook_from_data=False)
     described = config.get("model") or {}
     check_loss(described)
+    index = Index(out / run_directory.INDEX if resume else None)
     with world(device) as among:
-        training, validation = datasets_of(config, datasets)
+        training, validation = datasets_of(config, datasets, index)
         began = as_begun(out, resume, among)
         settings = fitted(settings, training, began)
         lr = learning_rate(settings, described.get("base_learning_rate"), began.size)
@@ -94,7 +97,7 @@ def train(
         accelerate(model, settings)
         fuse(stage.optimizers)
         averages = averages_of(stage, settings)
-        with begin(config, out, resume, settings, training, among, began, stage, averages) as progress:
+        with begin(config, out, resume, settings, training, among, began, stage, averages, index) as progress:
             if settings.codebook_from_data and progress is None:
                 # Every process reads the same batches, as if alone, and so gets the same codebook.
                 alone = World(0, 1, among.device)

@@ -37,6 +37,7 @@ COMMANDS = {
     "download": ["download", "lpips"],
     "completion": ["completion", "bash"],
 }
+FILES = arguments.output, arguments.output_or_directory
 MAY_BE_ZERO = {"top_k", "seed", "left", "right", "top", "bottom", "scales"}
 NO_WHOLE_NUMBERS = ("-1", "1e9", "1.0", "nan", "inf", "many", "", " ", "0x10", "9" * 5000, str(2**64))
 NO_NUMBERS = {
@@ -95,7 +96,7 @@ def with_value(words: str, action: argparse.Action, value: str) -> list[str]:
 
 
 def wrong_values(action: argparse.Action) -> tuple[str, ...]:
-    if action.type in (arguments.source, arguments.output, arguments.output_directory):
+    if action.type in (arguments.source, arguments.output, arguments.output_directory, arguments.output_or_directory):
         return "", "a\0b"
     if action.dest in NO_NUMBERS:
         return NO_NUMBERS[action.dest]
@@ -119,7 +120,7 @@ def test_values_out_of_range(words, action, tmp_path):
             refused(*with_value(words, action, value), names=arguments.name_of(action))
 
 
-@pytest.mark.parametrize(("words", "action"), [p for p in OPTIONS if p.values[1].type is arguments.output])
+@pytest.mark.parametrize(("words", "action"), [p for p in OPTIONS if p.values[1].type in FILES])
 def test_outputs_that_cannot_be_written(words, action, tmp_path):
     Path("folder").mkdir()
     os.mkfifo("pipe")

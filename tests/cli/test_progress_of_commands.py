@@ -26,6 +26,7 @@ COMMANDS = {
     "complete PRIOR photo.png --size 8 --times 1 --out o.png": {*CODED, "tokens"},
     "likelihood PRIOR photo.png --strides 4": {"checksum", "multiply-adds of encoding", "tokens"},
     "encode VQGAN --out t.safetensors": {"checksum", "images"},
+    "encode VQGAN --out t --shard 4 --views 2": {"checksum", "images"},
     "evaluate PRIOR --samples 2 --limit 2": {"checksum", "images"},
     "inspect PRIOR": {"checksum"},
     "inspect PRIOR/state.pt": {"reading weights"},

@@ -11,8 +11,9 @@ from picture_files import logged, save, truncate
 from PIL import Image
 
 from tamingfast import tasks
-from tamingfast.data import build, loader
+from tamingfast.data import build, listing, loader
 from tamingfast.data.image_files import ImageFiles
+from tamingfast.data.rgb import check_headers
 from tamingfast.errors import UserError
 
 
@@ -106,25 +107,52 @@ def test_a_validation_directory_takes_the_training_classes(classes_root, tmp_pat
         build({"name": "folder", "path": classes_root, "validation_path": held})
 
 
-def test_files_that_do_not_open_are_skipped_counted_and_named_at_once(classes_root, caplog):
+def test_files_with_odd_endings_that_do_not_open_are_skipped_counted_and_named_at_once(classes_root, caplog):
     for number in range(13):
-        (classes_root / "apple" / f"bad{number:02d}.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+        (classes_root / "apple" / f"bad{number:02d}.jpeg_").write_bytes(b"\xff\xd8 not a jpeg")
     train, validation = build({"name": "folder", "path": classes_root, "size": 8})
     assert len(train) + len(validation) == 12
     (report,) = logged(caplog)
     assert report == train.report()
     assert report.startswith("13 image files were skipped: ")
-    assert " and 3 more (13 .jpg in all); files that can be read are .apng, " in report
-    assert "bad09.jpg (not an image in a known format)" in report
-    assert "bad10.jpg" not in report
+    assert " and 3 more (13 .jpeg_ in all); files that can be read are .apng, " in report
+    assert "bad09.jpeg_ (not an image in a known format)" in report
+    assert "bad10.jpeg_" not in report
     assert validation.report() == ""
     list(loader(train, 2))
     assert not logged(caplog)
 
 
+def test_files_with_the_endings_of_images_are_opened_when_they_are_read(classes_root, caplog, monkeypatch):
+    (classes_root / "apple" / "01.PNG").write_bytes(b"\xff\xd8 not a jpeg")
+    opened = []
+    monkeypatch.setattr(listing, "check_headers", lambda paths: (opened.extend(paths), check_headers(paths))[1])
+    options = {"name": "folder", "path": classes_root, "size": 8, "validation_fraction": 0.3}
+    train, validation = build(options)
+    assert len(train) + len(validation) == 12 and len(opened) < 4 and not logged(caplog)
+    read = [item["file_path_"] for dataset in (train, validation) for item in dataset]
+    for dataset in (train, validation):
+        dataset.warn_broken()
+    assert len(read) == 12 and not any("01.PNG" in path for path in read)
+    (message,) = logged(caplog)
+    assert message.startswith("1 image file was skipped: ") and "01.PNG (not an image in a known format)" in message
+
+
+def test_the_validation_set_has_an_image_that_opens(tmp_path):
+    for number in range(12):
+        save(tmp_path / f"{number}.png")
+    for broken in range(10):
+        (tmp_path / f"{broken}.png").write_bytes(b"nothing")
+        train, validation = build({"name": "folder", "path": tmp_path, "size": 8, "validation_fraction": 0.01})
+        assert train[0]["image"].shape == validation[0]["image"].shape == (8, 8, 3)
+    (tmp_path / "10.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="got one readable image, expected at least two"):
+        build({"name": "folder", "path": tmp_path, "validation_fraction": 0.01})
+
+
 def test_one_directory_for_both_sides_is_logged_once(tmp_path, caplog):
     save(tmp_path / "0.png")
-    (tmp_path / "1.png").write_bytes(b"nothing")
+    (tmp_path / "1").write_bytes(b"nothing")
     build({"name": "folder", "path": tmp_path, "validation_path": tmp_path, "size": 8})
     assert len(logged(caplog)) == 1
 
@@ -175,13 +203,13 @@ def test_directories_give_what_single_files_do(tmp_path, suffix):
 def test_floating_point_pixels_are_refused(tmp_path, caplog):
     for number in range(2):
         save(tmp_path / f"{number}.png")
-    path = tmp_path / "float.tif"
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
-    with pytest.raises(UserError, match=r"float\.tif.*pixels: got floating-point"):
+    path = tmp_path / "float"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path, "TIFF")
+    with pytest.raises(UserError, match="float: .*pixels: got floating-point"):
         tasks.read_photo(path)
     train, validation = build({"name": "folder", "path": tmp_path, "size": 8})
     assert len(train) + len(validation) == 2
-    assert "float.tif (pixels: got floating-point" in "".join(logged(caplog))
+    assert "float (pixels: got floating-point" in "".join(logged(caplog))
 
 
 def test_decoders_that_start_programs_are_not_used(tmp_path):
@@ -189,9 +217,12 @@ def test_decoders_that_start_programs_are_not_used(tmp_path):
     save(tmp_path / "b.png")
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "EPS")
-    (tmp_path / "c.png").write_bytes(buffer.getvalue())
+    (tmp_path / "c.eps").write_bytes(buffer.getvalue())
     train, _ = build({"name": "folder", "path": tmp_path, "size": 4})
-    assert "c.png (not an image in a known format)" in train.report()
+    assert "c.eps (not an image in a known format)" in train.report()
+    (tmp_path / "c.eps").rename(tmp_path / "c.png")
+    for dataset in build({"name": "folder", "path": tmp_path, "size": 4}):
+        assert not any("c.png" in item["file_path_"] for item in dataset)
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):

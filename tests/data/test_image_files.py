@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,19 +17,39 @@ from tamingfast.data.rgb import read_rgb
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_truncated_pixels_are_replaced_by_the_next_image_and_reported(tmp_path, workers, suffix, caplog):
+def test_truncated_pixels_are_replaced_by_another_image_and_reported(tmp_path, workers, suffix, caplog):
     paths = [str(save(tmp_path / f"{number}{suffix}", (64, 64))) for number in range(6)]
-    truncate(tmp_path / f"2{suffix}")
-    truncate(tmp_path / f"3{suffix}")
-    truncate(tmp_path / f"5{suffix}")
+    broken = [paths[number] for number in (2, 3, 5)]
+    for path in broken:
+        truncate(Path(path))
     dataset = ImageFiles(paths, 16)
     batches = list(loader(dataset, 1, workers=workers))
     assert "3 image files were skipped" in "".join(logged(caplog))
     read = [batch["file_path_"][0] for batch in batches]
-    assert read == [paths[i] for i in (0, 1, 4, 4, 4, 0)]
-    assert [path for path, _ in dataset.broken] == [paths[i] for i in (2, 3, 5)]
+    assert [path for path in read if path in paths[:2] + paths[4:5]] == read
+    assert [read[number] for number in (0, 1, 4)] == [paths[number] for number in (0, 1, 4)]
+    assert [path for path, _ in dataset.broken] == broken
     list(loader(dataset, 1))
     assert not logged(caplog)
+
+
+def test_what_stands_in_for_broken_files_is_spread_over_all_and_a_function_of_seed_epoch_and_index(tmp_path):
+    paths = [str(save(tmp_path / f"{number:02d}.png", (8, 8))) for number in range(40)]
+    for path in paths[:20]:
+        Path(path).write_bytes(b"no image")
+
+    def read(seed=0, epoch=0, workers=0, start=0):
+        dataset = ImageFiles(paths, 8, random_crop=True, flip=True, seed=seed)
+        batches = loader(dataset, 4, epoch=epoch, workers=workers, start_batch=start)
+        return [(name, image.sum().item()) for each in batches
+                for name, image in zip(each["file_path_"], each["image"], strict=True)]  # fmt: skip
+
+    whole = read()
+    assert {name for name, _ in whole} <= set(paths[20:])
+    assert len({name for name, _ in whole[:20]}) > 8  # not one neighbour for all of them
+    assert read(workers=2) == whole
+    assert read(start=3) == whole[12:]
+    assert read(epoch=1)[:20] != whole[:20] and read(seed=1)[:20] != whole[:20]
 
 
 def test_unreadable_files_are_logged_once_also_when_an_epoch_is_left(tmp_path, caplog):

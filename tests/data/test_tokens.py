@@ -184,7 +184,9 @@ def test_files_that_are_not_token_files_are_refused(tmp_path):
     path = tmp_path / "tokens.safetensors"
     with pytest.raises(UserError, match="got no such file"):
         TokenDataset(path)
-    with pytest.raises(UserError, match="got a directory, expected a token file"):
+    with pytest.raises(
+        UserError, match="got a directory without files that end in .safetensors, expected a token file"
+    ):
         TokenDataset(tmp_path)
     path.write_bytes(b"no tokens at all")
     with pytest.raises(UserError, match="one of another format"):

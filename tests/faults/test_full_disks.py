@@ -38,6 +38,7 @@ COMMANDS = {
     "reconstruct": ("reconstruct runs/vqgan photo.png --out o.png", ["o.png"]),
     "likelihood": ("likelihood runs/prior photo.png --strides 2 --plot o.png", ["o.png"]),
     "encode": ("encode runs/vqgan --out o.safetensors", ["o.safetensors"]),
+    "encode --shard": ("encode runs/vqgan --out new --shard 4 --views 2", ["new/tokens-00000.safetensors"]),
     "convert": ("convert runs/vqgan o.safetensors", ["o.safetensors"]),
     "convert --layout": ("convert runs/vqgan new --layout diffusers", ["new"]),
     "export": ("export runs/vqgan --out new", ["new"]),
@@ -105,7 +106,7 @@ def test_all_commands_that_write_are_here():
                 yield from leaves(chosen, f"{words} {name}")
 
     assert set(leaves(cli.parser())) - NOT_WRITING == COMMANDS.keys() - {
-        "train --resume", "sample --separate", "sample --canvas", "sample --npz", "convert --layout",
+        "train --resume", "sample --separate", "sample --canvas", "sample --npz", "convert --layout", "encode --shard",
     }  # fmt: skip
 
 

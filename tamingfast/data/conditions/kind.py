@@ -39,7 +39,7 @@ class Kind(Generic[Content]):
     def check(self, size: int) -> None:
         """Raise UserError when the settings do not suit images with sides of ``size`` pixels."""
 
-    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | os.PathLike | None) -> np.ndarray:
         """The condition of the part of ``picture`` that ``view`` shows, as an entry of a batch.
 
         ``source`` is the file with the whole picture's condition; None for kinds without files.
@@ -92,14 +92,14 @@ class FromFile(Map):
 
     from_file = True
 
-    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | os.PathLike | None) -> np.ndarray:
         return self.read(given(source), picture.size, view)
 
 
 class Computed(Map):
     """Maps computed from the image's own pixels, without any weights."""
 
-    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | os.PathLike | None) -> np.ndarray:
         return self.compute(np.ascontiguousarray(picture.part(view)))
 
     def compute(self, pixels: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ class Computed(Map):
         raise NotImplementedError
 
 
-def given(source: str | None) -> str:
+def given(source: str | os.PathLike | None) -> str | os.PathLike:
     """``source``, which must not be None (ValueError)."""
     if source is None:
         raise ValueError("source: got None, expected the file with the picture's condition")

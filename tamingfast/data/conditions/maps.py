@@ -199,7 +199,7 @@ class Coordinates(Map):
     key: ClassVar[str] = "coord"
     own_first_stage: ClassVar[bool] = False
 
-    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | os.PathLike | None) -> np.ndarray:
         left = picture.size[0] - view.left - view.width if view.flipped else view.left
         return self._part(picture.size, dataclasses.replace(view, left=left))
 

@@ -61,7 +61,7 @@ class Objects(Kind[scenes.Scene]):
         flag("crop_tokens", self.crop_tokens)
         _ = self.rule  # checks the other settings when it is made
 
-    def seen(self, picture: Picture, view: View, source: str | None) -> np.ndarray:
+    def seen(self, picture: Picture, view: View, source: str | os.PathLike | None) -> np.ndarray:
         """The tokens of what ``view`` shows, int64 (n,), in a new order each epoch, as in the original."""
         scene = self.scene(source, picture)
         order = np.argsort(random_bits(view.key, 0, np.arange(len(scene.things))), kind="stable")
@@ -69,7 +69,7 @@ class Objects(Kind[scenes.Scene]):
         crop = (view.left / wide, view.top / tall, view.width / wide, view.height / tall)
         return self.rule.encode([scene.things[i] for i in order], crop, view.flipped)
 
-    def scene(self, source: str | None, picture: Picture) -> scenes.Scene:
+    def scene(self, source: str | os.PathLike | None, picture: Picture) -> scenes.Scene:
         """The objects of a picture of a data set, whose file is ``source``."""
         path = given(source)
         scene = scenes.read(path, self.rule)
