@@ -14,13 +14,24 @@ import traceback
 from collections.abc import Sequence
 
 from tamingfast import __version__
-from tamingfast.cli import about, completion, edit, encode, evaluate, image_sets, reproduce, sample, streams, train
+from tamingfast.cli import about, completion, edit, encode, evaluate, image_sets, reproduce, sample, streams, train, ui
 from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
 from tamingfast.errors import Stopped, UserError, in_words
 from tamingfast.ops import backends
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
-COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about, completion)  # in the order of --help
+COMMANDS = (
+    reproduce,
+    train,
+    sample,
+    edit,
+    image_sets,
+    evaluate,
+    encode,
+    ui,
+    about,
+    completion,
+)  # in the order of --help
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 

@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from tamingfast.tasks.pictures import load_images as load_images
     from tamingfast.tasks.pictures import read_mask as read_mask
     from tamingfast.tasks.pictures import read_photo as read_photo
+    from tamingfast.tasks.pictures import read_strokes as read_strokes
+    from tamingfast.tasks.pictures import scaled_size as scaled_size
     from tamingfast.tasks.recipes import Recipe as Recipe
     from tamingfast.tasks.recipes import check_same_model as check_same_model
     from tamingfast.tasks.recipes import model_named as model_named
@@ -103,7 +105,7 @@ _HOMES = {
         "is_multiscale", "is_spatial", "opened", "paired", "unread",
     ),
     "options": ("DrawingOptions",),
-    "pictures": ("image_files", "load_images", "read_mask", "read_photo"),
+    "pictures": ("image_files", "load_images", "read_mask", "read_photo", "read_strokes", "scaled_size"),
     "recipes": ("Recipe", "check_same_model", "model_named", "recipe_of"),
     "reconstruction": ("Reconstruction", "reconstruct", "reconstructed", "token_pictures"),
     "sampling": ("sample",),

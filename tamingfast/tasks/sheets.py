@@ -16,7 +16,7 @@ from tamingfast.sampling.canvas import Canvas
 from tamingfast.tasks.drawing import Drawing, decoded
 from tamingfast.tasks.editing import PhotoOrCanvas, edit, kept_canvas, outpaint
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
-from tamingfast.tasks.pictures import Picture, load_images, multiples_of, named, own_size, read_photo
+from tamingfast.tasks.pictures import Picture, Sized, load_images, multiples_of, named, own_size, scaled_size
 from tamingfast.tasks.recipes import Recipe, texts_of
 
 #: Steps that are kept for undoing.
@@ -45,8 +45,8 @@ class Sheet:
     def of(cls, model: Model, source: PhotoOrCanvas, side: int | None = None) -> Sheet:
         """A sheet of a photo, or of a canvas of one image, itself or in a file.
 
-        A photo's longer side becomes ``side`` pixels, by default its own, and both are cut to multiples of f. Raises
-        UserError for a model that cannot `edit`, and for what cannot be read.
+        A photo's longer side becomes about ``side`` pixels, as `scaled_size` says; by default it is cut to multiples of
+        f. Raises UserError for a model that cannot `edit`, and for what cannot be read.
         """
         opened = unread(model)
         canvas = kept_canvas(source)
@@ -55,7 +55,12 @@ class Sheet:
                 raise UserError(f"{canvas.name}: got {len(canvas.tokens)} images, expected a canvas of one")
             return cls(decoded(check_windowed(opened.model), canvas).clamp(-1, 1), canvas)
         assert not isinstance(source, Canvas)  # kept_canvas returns a canvas as it is
-        return cls(_sized(first_stage_of(check_windowed(opened.outline)).factor, source, side))
+        outline = check_windowed(opened.outline)
+        if side is None:
+            factor = first_stage_of(outline).factor
+            whole = multiples_of(factor, *own_size(source), named(source, "photo"))
+            return cls(Sized(source, whole).read(factor))
+        return cls(load_images([source], *scaled_size(outline, source, side)))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,16 +102,3 @@ class Sheet:
 
     def _next(self, after: Sheet) -> Sheet:
         return replace(after, before=(*self.before, replace(self, before=()))[-STEPS:])
-
-
-def _sized(factor: int, source: Picture, side: int | None) -> Tensor:
-    """A photo (1, 3, H, W) scaled to a longer side of ``side`` pixels and cut to multiples of ``factor``."""
-    height, width = own_size(source)
-    if side is not None:
-        height, width = (max(factor, round(own * side / max(height, width))) for own in (height, width))
-    wanted = multiples_of(factor, height, width, named(source, "photo"))
-    if side is None:
-        x = read_photo(source)
-        top, left = ((own - cut) // 2 for own, cut in zip((height, width), wanted, strict=True))
-        return x[..., top : top + wanted[0], left : left + wanted[1]]
-    return load_images([source], *wanted)
