@@ -16,7 +16,13 @@ def _derived(base: Any, **methods: Callable[..., Any]) -> Any:
     It is made past the metaclass of Gradio's fields, which would write a stub file beside this one; and it keeps the
     constructor of the base, from whose signature Gradio reads the settings to send to the browser.
     """
-    members = {"__module__": __name__, "is_template": True, **methods}
+
+    async def moved(field: Any, path: Any) -> Any:
+        if "://" in str(path):  # which Gradio would fetch
+            raise gr.Error("An upload is a file, not an address", print_exception=False)
+        return await base.async_move_resource_to_block_cache(field, path)
+
+    members = {"__module__": __name__, "is_template": True, "async_move_resource_to_block_cache": moved, **methods}
     return ABCMeta.__new__(type(base), f"{base.__name__}Upload", (base,), members)
 
 
@@ -33,14 +39,27 @@ def _path_of_part(field: Any, part: Any, flatten_on_white: bool = False) -> str 
     return written.name
 
 
+_File = _derived(gr.File)
 _Photo = _derived(gr.Image, preprocess=_path)
 _Editor = _derived(gr.ImageEditor, convert_and_format_image=_path_of_part)
 
 
-def photo(label: str, height: int, visible: bool = True) -> gr.Image:
+def file(label: str, height: int, file_types: list[str] | None = None, visible: bool = True) -> gr.File:
+    """A file that is handed on as its path."""
+    return _File(label=label, height=height, file_types=file_types, visible=visible, type="filepath")
+
+
+def photo(label: str, height: int, visible: bool = True, interactive: bool = True) -> gr.Image:
     """A picture that is handed on as the path of the uploaded file."""
     return _Photo(
-        label=label, height=height, visible=visible, type="filepath", sources=["upload", "clipboard"], buttons=[]
+        label=label,
+        height=height,
+        visible=visible,
+        interactive=interactive,
+        type="filepath",
+        format="png",
+        sources=["upload", "clipboard"],
+        buttons=[],
     )
 
 

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import tiny
@@ -120,7 +121,7 @@ def test_errors_are_sentences_and_stop_stops(page):
     press(page, "Draw")
     page.get_by_text("size: got 33x32 pixels, expected multiples of 2").wait_for()
     for side in ("Height", "Width"):
-        page.get_by_label(side).locator("visible=true").fill("256")
+        page.get_by_label(side).locator("visible=true").fill("96")
     press(page, "Draw")
     page.get_by_text("Drawing ...").wait_for()  # a preview has come
     keep(page, "page-live")
@@ -132,16 +133,7 @@ def test_painting(page, photo, tmp_path):
     page.get_by_role("tab", name="Paint").click()
     upload(page, "Open a photo or a saved canvas", photo)
     page.get_by_text("Brush over what is to change. 32x32 pixels.").wait_for()
-    page.wait_for_timeout(3000)  # the editor draws its picture anew
-    canvas = page.locator(".image-container canvas, canvas").locator("visible=true").first
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 60, y)
-    page.mouse.down()
-    for step in range(5):
-        page.mouse.move(x - 60 + 30 * step, y + 10 * step)
-    page.mouse.up()
-    page.wait_for_timeout(1500)
+    brush(page)
     press(page, "Redraw what is brushed")
     page.get_by_text("Drawn in").wait_for()
     (tmp_path / "redrawn").mkdir()
@@ -153,7 +145,7 @@ def test_painting(page, photo, tmp_path):
     press(page, "Extend")
     page.get_by_text("32x48 pixels.").wait_for()
     keep(page, "page-paint")
-    press(page, "Undo")
+    press(page, "Undo the last step")
     page.get_by_text("The last step is undone. 32x32 pixels.").wait_for()
     (tmp_path / "undone").mkdir()
     assert (pixels(downloaded(page, "painting.png", tmp_path / "undone")) == redrawn).all()
@@ -171,6 +163,37 @@ def test_the_other_tabs(page, photo):
     page.get_by_role("tab", name="Inspect").click()
     press(page, "Show the model")
     page.get_by_text("cond_transformer.Net2NetTransformer").wait_for()
+
+
+def brush(page) -> None:
+    """A stroke through the middle of the editor that is shown."""
+    page.wait_for_timeout(3000)  # the editor draws its picture anew
+    box = page.locator("canvas").locator("visible=true").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y)
+    page.mouse.down()
+    for step in range(5):
+        page.mouse.move(x - 60 + 30 * step, y + 10 * step)
+    page.mouse.up()
+    page.wait_for_timeout(1500)
+
+
+def test_drawing_a_label_map(browser, tmp_path):
+    with server.served(tasks.Unread(golden.checkpoint("net2net_seg"), "cpu")) as (_, where):
+        opened = browser.new_page(viewport={"width": 1280, "height": 960})
+        opened.set_default_timeout(PATIENCE)
+        opened.goto(where)
+        opened.get_by_text("see the tab Condition").wait_for()
+        opened.get_by_role("tab", name="Condition").click()
+        press(opened, "New drawing")
+        brush(opened)
+        press(opened, "Draw")
+        opened.get_by_text("4 images of 32x32 pixels in").wait_for()
+        keep(opened, "page-condition")
+        drawn = downloaded(opened, "drawn.png", tmp_path)
+        opened.close()
+    shown = pixels(drawn)[2:34, 2:34].reshape(-1, 3)  # the condition comes first
+    assert len(np.unique(shown, axis=0)) == 2  # the first label, and the second where the brush went
 
 
 def test_on_a_phone(address, browser):
@@ -223,6 +246,11 @@ def test_no_path_of_the_machine_is_served_or_read(address, tmp_path):
         assert status(f"{address}/file={path}") in (403, 404)
         answer = asked(address, str(path))
         assert '"success":false' in answer.replace(" ", "") and "recipe" not in answer
+
+
+def test_no_address_is_fetched(address):
+    answer = asked(address, f"{address}/config")
+    assert "An upload is a file, not an address" in answer
 
 
 def test_a_taken_port_is_said(address):

@@ -7,6 +7,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from tamingfast import tasks
+from tamingfast.data import conditions as kinds
 from tamingfast.errors import UserError
 from tamingfast.sampling import Canvas
 from tamingfast.ui import conditions, desks, painting
@@ -251,6 +253,25 @@ def test_a_drawing_becomes_labels_and_edges(studio, desk):
     assert (given[3] == 255).all() and (np.delete(given, 3, 0) == 0).all()
 
 
+def test_images_are_drawn_from_a_drawn_label_map(tmp_path, studio):
+    own = tab.Studio(tasks.Unread(golden.checkpoint("net2net_seg"), "cpu"), studio.desks.folder)
+    desk = own.desks.of("somebody")
+    assert own.abilities.condition.name == "segmentation" and len(own.abilities.condition.labels) == 5
+    sheet = conditions.sheet(own, desk, 32, 32)
+    drawn = pixels(sheet).copy()
+    drawn[:256] = own.abilities.condition.labels[3][1]
+    Image.fromarray(drawn).save(sheet)
+    given = conditions.from_brush(own, str(sheet), (32, 32))
+    shown = last(conditions.sample(own, desk, given, 2, Choices("4")))
+    labels = np.zeros((32, 32), np.uint8)
+    labels[:16] = 3
+    expected = tasks.sample(own.model, 2, condition=labels, options=tasks.DrawingOptions(seed=4))
+    assert torch.equal(Canvas.load(shown.files[-1]).tokens, expected.canvas.tokens)
+    labels.tofile(tmp_path / "labels.png")
+    with pytest.raises(UserError, match=r"labels\.png: got"):
+        list(conditions.sample(own, desk, conditions.from_file(str(tmp_path / "labels.png")), 1, Choices()))
+
+
 def test_two_clicks_make_a_box(studio, desk):
     labels = (("cat", (9, 9, 9)), ("dog", (99, 99, 99)))
     studio.abilities = dataclasses.replace(
@@ -260,8 +281,9 @@ def test_two_clicks_make_a_box(studio, desk):
     assert conditions.cornered(studio, desk, "dog", (256, 128), size)[1] == "Click the opposite corner."
     path, note = conditions.cornered(studio, desk, "dog", (128, 0), size)
     assert note.startswith("1 boxes") and pixels(path).shape == (256, 512, 3)
-    text = conditions.from_boxes(desk, size)["condition"].read_text()
-    assert text == '{"width": 64, "height": 32, "objects": [{"class": "dog", "box": [16.0, 0.0, 16.0, 16.0]}]}'
+    kind = kinds.make("boxes", {"classes": ["cat", "dog"], "tokens": 64})
+    scene = kind.read(conditions.from_boxes(desk, size)["condition"])
+    assert scene.shape == (32, 64) and [(one.label, one.box) for one in scene.things] == [(1, (0.25, 0.0, 0.25, 0.5))]
     conditions.cornered(studio, desk, "cat", (5, 5), size)
     conditions.cornered(studio, desk, "cat", (9999, -5), size)  # outside: at the border
     assert desk.boxes[1] == ("cat", 5 / 512, 0.0, 1.0, 5 / 256)
@@ -269,8 +291,8 @@ def test_two_clicks_make_a_box(studio, desk):
         conditions.cornered(studio, desk, "cat", (5, 5), size)
     conditions.fewer(studio, desk, size)
     assert len(desk.boxes) == 1
-    with pytest.raises(UserError, match="^condition: got none|^label|^condition"):
-        list(conditions.sample(studio, desk, conditions.from_boxes(desk, size), 1, Choices()))  # of another model
+    with pytest.raises(UserError, match="^condition: got one, expected none"):  # of a model without conditions
+        list(conditions.sample(studio, desk, conditions.from_boxes(desk, size), 1, Choices()))
 
 
 def test_the_ways_to_give_a_condition():
