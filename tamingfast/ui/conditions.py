@@ -127,7 +127,7 @@ def cornered(studio: Studio, desk: Desk, name: str, place: Sequence[float], size
     if right <= left or bottom <= top:
         return boxes_drawn(studio, desk, size), "A box needs two different corners. Click the first one."
     desk.boxes.append((name, left, top, right, bottom))
-    return boxes_drawn(studio, desk, size), f"{len(desk.boxes)} boxes. Click the first corner of the next one, or Draw."
+    return boxes_drawn(studio, desk, size), f"{_several(desk)} Click the first corner of the next one, or Draw."
 
 
 def fewer(studio: Studio, desk: Desk, size: tuple[int, int]) -> tuple[Path, str]:
@@ -136,7 +136,11 @@ def fewer(studio: Studio, desk: Desk, size: tuple[int, int]) -> tuple[Path, str]
         desk.corner = None
     elif desk.boxes:
         desk.boxes.pop()
-    return boxes_drawn(studio, desk, size), f"{len(desk.boxes)} boxes."
+    return boxes_drawn(studio, desk, size), _several(desk)
+
+
+def _several(desk: Desk) -> str:
+    return "1 box." if len(desk.boxes) == 1 else f"{len(desk.boxes)} boxes."
 
 
 def boxes_drawn(studio: Studio, desk: Desk, size: tuple[int, int]) -> Path:

@@ -39,9 +39,7 @@ def serve(
 @contextlib.contextmanager
 def served(model: tasks.Unread, host: str = HOST, port: int | None = None) -> Iterator[tuple[Any, str]]:
     """The page, which is served inside the block, and its address."""
-    with tempfile.TemporaryDirectory(prefix="tamingfast-ui-", ignore_cleanup_errors=True) as folder:
-        # Gradio reads these when it is imported and when fields are made.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(Path(folder, "uploads"))}
+    with tempfile.TemporaryDirectory(prefix="tamingfast-ui-", ignore_cleanup_errors=True) as folder, _private(folder):
         page_module = _page_module()
         studio = Studio(model, Path(folder, "desks"))
         studio.desks.folder.mkdir()
@@ -52,6 +50,25 @@ def served(model: tasks.Unread, host: str = HOST, port: int | None = None) -> It
             yield page, address
         finally:
             page.close(verbose=False)
+
+
+@contextlib.contextmanager
+def _private(folder: str) -> Iterator[None]:
+    """Inside the block Gradio reports nothing and keeps its files in this folder.
+
+    It reads the environment when it is imported, when fields are made, and when files come.
+    """
+    values = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(Path(folder, "uploads"))}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _page_module() -> Any:

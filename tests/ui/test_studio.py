@@ -280,7 +280,7 @@ def test_two_clicks_make_a_box(studio, desk):
     size = (32, 64)  # magnified eight times
     assert conditions.cornered(studio, desk, "dog", (256, 128), size)[1] == "Click the opposite corner."
     path, note = conditions.cornered(studio, desk, "dog", (128, 0), size)
-    assert note.startswith("1 boxes") and pixels(path).shape == (256, 512, 3)
+    assert note.startswith("1 box. ") and pixels(path).shape == (256, 512, 3)
     kind = kinds.make("boxes", {"classes": ["cat", "dog"], "tokens": 64})
     scene = kind.read(conditions.from_boxes(desk, size)["condition"])
     assert scene.shape == (32, 64) and [(one.label, one.box) for one in scene.things] == [(1, (0.25, 0.0, 0.25, 0.5))]
