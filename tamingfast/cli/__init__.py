@@ -26,13 +26,25 @@ from tamingfast.cli import (
     streams,
     together,
     train,
+    ui,
 )
 from tamingfast.cli.arguments import Parser, as_typed, check_paths, one_line
 from tamingfast.errors import Elsewhere, Stopped, UserError, in_words
 from tamingfast.ops import backends
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
-COMMANDS = (reproduce, train, sample, edit, image_sets, evaluate, encode, about, completion)  # in the order of --help
+COMMANDS = (
+    reproduce,
+    train,
+    sample,
+    edit,
+    image_sets,
+    evaluate,
+    encode,
+    ui,
+    about,
+    completion,
+)  # in the order of --help
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 

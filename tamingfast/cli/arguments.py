@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,16 @@ def device(text: str) -> str:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from error
     return text
+
+
+def address(text: str) -> str:
+    """The type of options that name an address of this machine to listen on."""
+    try:
+        return text if text == "localhost" else str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}, expected an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+        ) from None
 
 
 def classes(text: str) -> str:

@@ -161,9 +161,12 @@ class Canvas:
         preview: Callable[[Canvas], None] | None = None,
         progress: Callable[[int, int], object] | None = None,
         every: float = EVERY,
+        stop: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Canvas:
-        """The finished canvas; several processes draw its batches in turns, and the first saves it.
+        """The finished canvas, or an unfinished one if it was told to ``stop``.
+
+        Several processes draw its batches in turns, and the first saves it.
 
         Args:
             model: the prior; it must be the one that began the canvas.
@@ -171,6 +174,7 @@ class Canvas:
             path: where the canvas is saved every ``every`` seconds, and when it is finished or interrupted.
             preview: called with the current canvas, equally often.
             progress: called as progress(done, total) with numbers of tokens over all images.
+            stop: asked whenever tokens were added; from the first True on no more are. Only for one process.
             options: further arguments of `sample_grid` that do not change the tokens: engine, memory, lookahead,
                 drafts.
 
@@ -198,6 +202,8 @@ class Canvas:
                 counted = time.monotonic() + 0.1
             for action in often:
                 action.tick()
+            if stop is not None and stop():
+                raise _Stop
 
         settings = dict(now.settings)
         first_image, (_, height, width) = settings.pop("first_image", 0), tokens.shape
@@ -214,6 +220,8 @@ class Canvas:
         try:
             for part, drawn in zip(parts, in_turns(draw, parts), strict=True):
                 tokens[part], pending[part] = drawn, False
+        except _Stop:
+            pass
         except KeyboardInterrupt:
             if path is not None:
                 current.save(path)
@@ -221,7 +229,7 @@ class Canvas:
         if path is not None:
             current.save(path)
         if progress is not None:
-            progress(total, total)
+            progress(total - int(pending.sum()), total)
         return current
 
     def _begun_by(self, model: nn.Module) -> Canvas:
@@ -335,6 +343,10 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name}: got {dtype}, expected {kind}; give another file")
         if not tensors[name].numel():
             raise UserError(f"{name}: got none, expected at least one; give another file")
+
+
+class _Stop(Exception):
+    """Leaves `sample_grid` from its observer."""
 
 
 class _Regularly:

@@ -12,6 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tamingfast.tasks.abilities import Abilities as Abilities
+    from tamingfast.tasks.abilities import Form as Form
+    from tamingfast.tasks.abilities import abilities_of as abilities_of
     from tamingfast.tasks.canvases import begun_with as begun_with
     from tamingfast.tasks.canvases import check_unused as check_unused
     from tamingfast.tasks.canvases import forget as forget
@@ -62,13 +65,18 @@ if TYPE_CHECKING:
     from tamingfast.tasks.pictures import load_images as load_images
     from tamingfast.tasks.pictures import read_mask as read_mask
     from tamingfast.tasks.pictures import read_photo as read_photo
+    from tamingfast.tasks.pictures import read_strokes as read_strokes
+    from tamingfast.tasks.pictures import scaled_size as scaled_size
     from tamingfast.tasks.recipes import Recipe as Recipe
+    from tamingfast.tasks.recipes import check_same_model as check_same_model
     from tamingfast.tasks.recipes import model_named as model_named
     from tamingfast.tasks.recipes import recipe_of as recipe_of
     from tamingfast.tasks.reconstruction import Reconstruction as Reconstruction
     from tamingfast.tasks.reconstruction import reconstruct as reconstruct
     from tamingfast.tasks.reconstruction import reconstructed as reconstructed
+    from tamingfast.tasks.reconstruction import token_pictures as token_pictures
     from tamingfast.tasks.sampling import sample as sample
+    from tamingfast.tasks.sheets import Sheet as Sheet
     from tamingfast.tasks.sizes import grid_size as grid_size
     from tamingfast.tasks.sizes import image_size as image_size
     from tamingfast.tasks.sizes import trained_size as trained_size
@@ -76,6 +84,7 @@ if TYPE_CHECKING:
 
 #: module -> names. No module may have the name of a function: importing the module would hide the function.
 _HOMES = {
+    "abilities": ("Abilities", "Form", "abilities_of"),
     "canvases": ("begun_with", "check_unused", "forget"),
     "completion": ("Completion", "complete"),
     "conditioning": (
@@ -96,10 +105,11 @@ _HOMES = {
         "is_multiscale", "is_spatial", "opened", "paired", "unread",
     ),
     "options": ("DrawingOptions",),
-    "pictures": ("image_files", "load_images", "read_mask", "read_photo"),
-    "recipes": ("Recipe", "model_named", "recipe_of"),
-    "reconstruction": ("Reconstruction", "reconstruct", "reconstructed"),
+    "pictures": ("image_files", "load_images", "read_mask", "read_photo", "read_strokes", "scaled_size"),
+    "recipes": ("Recipe", "check_same_model", "model_named", "recipe_of"),
+    "reconstruction": ("Reconstruction", "reconstruct", "reconstructed", "token_pictures"),
     "sampling": ("sample",),
+    "sheets": ("Sheet",),
     "sizes": ("grid_size", "image_size", "trained_size", "window_of"),
 }  # fmt: skip
 

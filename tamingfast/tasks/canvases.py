@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,9 +23,17 @@ from tamingfast.models.condition_stages import CoordStage, DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
 from tamingfast.ranks import is_first, wait_for_all
-from tamingfast.sampling.canvas import Canvas, drawing_into
+from tamingfast.sampling.canvas import EVERY, Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
-from tamingfast.tasks.drawing import PAPER, Drawing, decoded, decoded_batches, painted, token_unit
+from tamingfast.tasks.drawing import (
+    PAPER,
+    Drawing,
+    check_memory,
+    decoded,
+    decoded_batches,
+    painted,
+    token_unit,
+)
 from tamingfast.tasks.models import Unread, is_spatial
 from tamingfast.tasks.options import DrawingOptions
 from tamingfast.tasks.pictures import save_pictures
@@ -34,6 +44,8 @@ SUFFIX = ".canvas"  # of a saved `tamingfast.sampling.canvas.Canvas`
 #: A function to call with the images so far, float32 (B, 3, H, W), gray where nothing is drawn yet; or the path of a
 #: PNG to write them to.
 Preview: TypeAlias = Callable[[Tensor], object] | str | os.PathLike[str]
+#: A function that says whether to stop.
+Stop: TypeAlias = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,9 @@ class Painter:
         resume: continue the canvas in that file.
         preview: see `Preview`.
         bars: opens progress counters; see `tamingfast.progress`.
+        every: seconds between previews, and between saves.
+        stop: see `Canvas.sample`.
+        whole: whether the images will be in memory together.
 
     Raises:
         UserError: the preview is a path without the suffix .png, ``resume`` is given without ``canvas``, or ``canvas``
@@ -58,10 +73,17 @@ class Painter:
     resume: bool
     preview: Preview | None
     bars: Bars
+    every: float = EVERY
+    stop: Stop | None = None
+    whole: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, DrawingOptions | None):
             raise UserError(f"options: got {brief(self.options)}, expected DrawingOptions, or None for the paper's")
+        if not isinstance(self.every, Real) or isinstance(self.every, bool) or not 0 <= self.every < math.inf:
+            raise UserError(f"every: got {brief(self.every)}, expected a number of seconds")
+        if self.stop is not None and not callable(self.stop):
+            raise UserError(f"stop: got {brief(self.stop)}, expected a function that returns True or False")
         if self.canvas is not None:
             check_path("canvas", self.canvas)
         if self.preview is not None and not callable(self.preview):
@@ -72,7 +94,7 @@ class Painter:
             check_nothing_lost(self.canvas)
 
     def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
-        """Finish the canvas ``begun`` or, on resuming, the saved one, and return it.
+        """Finish the canvas ``begun`` or, on resuming, the saved one, unless told to stop, and return it.
 
         On resuming, ``begun`` may be None; otherwise it is only compared with the saved canvas. ``count`` is the number
         of images that the caller asked for. Raises UserError if another process draws into the same file, if
@@ -93,12 +115,14 @@ class Painter:
             canvas = painted(model, begun, **options.deciding(), **first)
             if self.canvas is not None:
                 check_nothing_lost(self.canvas)
+        if self.whole:
+            check_memory(model, canvas)
         wait_for_all()  # until all have read the canvas that the first will write
         _, rows, columns = canvas.tokens.shape
         with self.bars(token_unit(model, rows, columns, canvas.cond), None) as counter:
             return canvas.sample(
                 model, batch=options.batch, path=self.canvas, preview=self._shown(model, options.batch),
-                progress=counter.moved, **options.running(),
+                progress=counter.moved, every=self.every, stop=self.stop, **options.running(),
             )  # fmt: skip
 
     def finish(
@@ -108,7 +132,7 @@ class Painter:
         conditions: tuple[Tensor, ...],
         keep: Callable[[Tensor], Tensor] | None = None,
     ) -> Drawing:
-        """Decode a finished canvas; ``keep``, if given, is applied to the images (B, 3, H, W)."""
+        """Decode a canvas; ``keep``, if given, is applied to the images (B, 3, H, W)."""
         with self.bars("multiply-adds of decoding", None) as counter:
             batch = decoded(model, canvas, (self.options or PAPER).batch, counter.moved)
         return Drawing((batch if keep is None else keep(batch)).clamp(-1, 1), canvas, conditions)
@@ -143,7 +167,9 @@ class Painter:
         size: tuple[int, int] | None = None,
         **arguments: Any,
     ) -> Drawing:
-        """The drawing with its recipe; the arguments are as in `tamingfast.tasks.recipes.made`, ``size`` its own."""
+        """The drawing with its recipe, unless it was stopped; arguments as in `recipes.made`, ``size`` its own."""
+        if not drawing.canvas.done:
+            return drawing
         canvas, running = drawing.canvas, self.options or PAPER
         recipe = made(
             task, source, model, inputs, first=canvas.settings.get("first_image", 0), count=len(canvas.tokens),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tamingfast import images
 from tamingfast.engines.first_stage import Progress
-from tamingfast.errors import check_count
+from tamingfast.errors import UserError, check_count
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
+from tamingfast.ops.backends import available_memory
 from tamingfast.ranks import in_turns
 from tamingfast.sampling import sample_grid
 from tamingfast.sampling.canvas import Canvas
@@ -28,6 +29,8 @@ from tamingfast.tasks.sizes import grid_size, window_under
 #: The default options, which are the paper's.
 PAPER = DrawingOptions()
 TOP_K = PAPER.top_k
+#: Bytes of memory for each pixel of the drawn images: float32 in three channels, and twice that while they are joined.
+_BYTES = 3 * 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +38,11 @@ class Drawing:
     """Drawn images.
 
     Attributes:
-        images: float32 (B, 3, H, W) in [-1, 1] on the CPU.
-        canvas: their tokens, complete, with the settings and condition that decided them; `edit` and `outpaint` accept
-            it in place of a photo.
+        images: float32 (B, 3, H, W) in [-1, 1] on the CPU; gray where nothing is drawn, if the drawing was stopped.
+        canvas: their tokens, complete unless it was stopped, with the settings and condition that decided them; `edit`
+            and `outpaint` accept it in place of a photo.
         conditions: pictures (1, 3, H, W) of the spatial condition, or of the photo whose coarse scales were given.
-        recipe: how they were drawn; None if the task was told to keep none.
+        recipe: how they were drawn; None if the task was told to keep none, or to stop.
         accepted: the share of candidates that a classifier kept; None where it kept none from another.
     """
 
@@ -164,6 +167,18 @@ def begun(model: MultiscaleTransformer, x: Tensor, scales: int, cond: Tensor) ->
     tokens = model.encode_to_z(x)[1][:, None].expand(len(cond), -1, -1)
     pending = torch.arange(tokens.shape[-1]) >= model.pyramid.first(scales)
     return Canvas.of(tokens, cond).resample(pending[None])
+
+
+def check_memory(model: Net2NetTransformer, canvas: Canvas) -> None:
+    """Raise UserError unless the host's memory holds the images that a canvas becomes."""
+    shown = first_stage_of(model).footprint(model.image_tokens(canvas.pending[:1]).cpu())
+    count, (height, width) = len(canvas.tokens), shown.shape[-2:]
+    needed, free = _BYTES * count * height * width, available_memory(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"memory: got {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB for {count} images of "
+            f"{height}x{width} pixels; draw fewer or smaller images"
+        )
 
 
 def decoded(

@@ -13,8 +13,8 @@ from torch import Tensor
 from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
-from tamingfast.sampling.canvas import Canvas, keep_pixels, token_mask
-from tamingfast.tasks.canvases import SUFFIX, Painter, Preview, check_condition
+from tamingfast.sampling.canvas import EVERY, Canvas, keep_pixels, token_mask
+from tamingfast.tasks.canvases import SUFFIX, Painter, Preview, Stop, check_condition
 from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
@@ -47,10 +47,13 @@ def edit(
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
+    pixels: Picture | None = None,
     options: DrawingOptions | None = None,
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    every: float = EVERY,
+    stop: Stop | None = None,
     metadata: bool = True,
     bars: Bars = silent,
 ) -> Drawing:
@@ -66,16 +69,18 @@ def edit(
             the photo, if that kind of condition can be.
         own_pixels: show the photo's own pixels in the part that is kept, instead of their reconstruction by the first
             stage. A seam one token wide around what is resampled fades from one to the other.
-        options, canvas, resume, preview, metadata, bars: as in `sample`.
+        pixels: of a canvas given as ``photo``, a picture of its size whose pixels count as its own, such as the images
+            of the drawing that it comes from.
+        options, canvas, resume, preview, every, stop, metadata, bars: as in `sample`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; an empty mask; or an unfinished
             canvas that would be overwritten.
     """
-    painter = Painter(options, canvas, resume, preview, bars)
+    painter = Painter(options, canvas, resume, preview, bars, every, stop)
     source = unread(model)
     outline = check_windowed(source.outline)
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, pixels)
     factor = first_stage_of(outline).factor
     height, width = kept.rows * factor, kept.columns * factor
     tokens = token_mask(read_mask(mask, height, width), factor)
@@ -84,7 +89,8 @@ def edit(
             f"{named(mask, 'mask')}: got a mask without a white pixel, expected one; paint what is to change white, "
             "on black or on nothing"
         )
-    inputs = inputs_of(photo=photo, mask=mask, condition=condition, condition_of=condition_of) if metadata else {}
+    given = {"photo": photo, "mask": mask, "condition": condition, "condition_of": condition_of, "pixels": pixels}
+    inputs = inputs_of(**given) if metadata else {}
     prior = check_windowed(source.model)
     with (options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
@@ -108,10 +114,13 @@ def outpaint(
     condition: ConditionSource | None = None,
     condition_of: Picture | None = None,
     own_pixels: bool = True,
+    pixels: Picture | None = None,
     options: DrawingOptions | None = None,
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    every: float = EVERY,
+    stop: Stop | None = None,
     metadata: bool = True,
     bars: Bars = silent,
 ) -> Drawing:
@@ -122,25 +131,26 @@ def outpaint(
         photo: the photo, or a canvas from an earlier drawing.
         left, right, top, bottom: pixels to add, multiples of f.
         condition, condition_of: as in `edit`, but of the size of the larger image.
-        count, label, own_pixels, options, canvas, resume, preview, metadata, bars: as in `edit`.
+        count, label, own_pixels, pixels, options, canvas, resume, preview, every, stop, metadata, bars: as in `edit`.
 
     Raises:
         UserError: an argument out of range, or one that does not apply to this model; or an unfinished canvas that
             would be overwritten.
     """
-    painter = Painter(options, canvas, resume, preview, bars)
+    painter = Painter(options, canvas, resume, preview, bars, every, stop)
     source = unread(model)
     outline = check_windowed(source.outline)
     factor = first_stage_of(outline).factor
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
-    for side, pixels in sides.items():
-        if not isinstance(pixels, int) or pixels < 0 or pixels % factor:
-            raise UserError(f"{side}: got {pixels!r} pixels, expected 0 or a multiple of {factor}")
+    for side, more in sides.items():
+        if not isinstance(more, int) or more < 0 or more % factor:
+            raise UserError(f"{side}: got {more!r} pixels, expected 0 or a multiple of {factor}")
     if not any(sides.values()):
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
-    added = Added(*(pixels // factor for pixels in sides.values()))
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, added)
-    inputs = inputs_of(photo=photo, condition=condition, condition_of=condition_of) if metadata else {}
+    added = Added(*(more // factor for more in sides.values()))
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, pixels, added)
+    given = {"photo": photo, "condition": condition, "condition_of": condition_of, "pixels": pixels}
+    inputs = inputs_of(**given) if metadata else {}
     prior = check_windowed(source.model)
     with (options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
@@ -169,7 +179,7 @@ class _Opening:
 
     Attributes:
         canvas: the tokens of the photo, or the given canvas; added cells are pending.
-        photo: (1, 3, H, W); None if a canvas was given.
+        photo: (1, 3, H, W); None if a canvas was given without pixels.
         condition: the spatial condition; None for priors without one, and if the given canvas keeps its own.
     """
 
@@ -184,6 +194,7 @@ class _Kept:
 
     Attributes:
         start: the photo (1, 3, H, W), or a canvas.
+        pixels: of that canvas (1, 3, H, W), or None.
         rows, columns: its size in tokens.
         condition: the spatial condition of the larger image, as in `_Opening`.
         label: as given.
@@ -192,6 +203,7 @@ class _Kept:
     """
 
     start: Tensor | Canvas
+    pixels: Tensor | None
     rows: int
     columns: int
     condition: Condition | None
@@ -207,9 +219,10 @@ def _kept(
     given: Given,
     label: Label | None,
     options: DrawingOptions | None,
+    pixels: Picture | None,
     added: Added = Added(),
 ) -> _Kept:
-    kept = _read(outline, source, count, given, label, added)
+    kept = _read(outline, source, count, given, label, pixels, added)
     rows, columns = (kept.rows + added.top + added.bottom, kept.columns + added.left + added.right)
     if options is not None:
         check_schedule(outline, rows, columns, options.schedule, options.stride)
@@ -222,18 +235,22 @@ def _read(
     count: int | None,
     given: Given,
     label: Label | None,
+    pixels: Picture | None,
     added: Added,
 ) -> _Kept:
     check_label(outline, label)
-    canvas = _kept_canvas(source)
+    canvas = kept_canvas(source)
     if canvas is not None:
         canvas = _repeated(canvas, count, named(source, "photo"))
         count, rows, columns = canvas.tokens.shape
         condition = _of_size(given, outline, _grown(outline, rows, columns, added))
         if condition is None and added != Added():
             condition = own_condition(outline, _grown(outline, rows, columns, added))
-        return _Kept(canvas, rows, columns, condition, label, count, added)
-    assert not isinstance(source, Canvas)  # _kept_canvas returns a canvas as it is
+        own = None if pixels is None else _of_canvas(pixels, outline, rows, columns)
+        return _Kept(canvas, own, rows, columns, condition, label, count, added)
+    assert not isinstance(source, Canvas)  # kept_canvas returns a canvas as it is
+    if pixels is not None:
+        raise UserError("pixels: got some beside a photo, expected none, as that has its own; leave them out")
     count = at_least_one(1 if count is None else count, "count")
     photo = read_photo(source)
     rows, columns = grid_size(outline, photo.shape[2], photo.shape[3], named(source, "photo"))
@@ -241,7 +258,7 @@ def _read(
     condition = _of_size(given, outline, size)
     if condition is None:
         condition = own_condition(outline, size, source if added == Added() else None)
-    return _Kept(photo, rows, columns, condition, label, count, added)
+    return _Kept(photo, None, rows, columns, condition, label, count, added)
 
 
 def _opened(model: Net2NetTransformer, kept: _Kept, bars: Bars) -> _Opening:
@@ -251,7 +268,7 @@ def _opened(model: Net2NetTransformer, kept: _Kept, bars: Bars) -> _Opening:
         check_condition(model, start)
         keep = kept.condition is None and kept.label is None
         cond = None if keep else tokens_under(model, kept.count, kept.condition, kept.label)
-        return _Opening(start.outpaint(*around, cond), None, kept.condition)
+        return _Opening(start.outpaint(*around, cond), kept.pixels, kept.condition)
     cond = tokens_under(model, kept.count, kept.condition, kept.label)
     rows, columns = slice(added.top, added.top + kept.rows), slice(added.left, added.left + kept.columns)
     part = cond if cond.ndim == 2 else cond[:, rows, columns]
@@ -260,13 +277,22 @@ def _opened(model: Net2NetTransformer, kept: _Kept, bars: Bars) -> _Opening:
     return _Opening(canvas.outpaint(*around, cond), start, kept.condition)
 
 
-def _kept_canvas(source: PhotoOrCanvas) -> Canvas | None:
+def kept_canvas(source: PhotoOrCanvas) -> Canvas | None:
     """The canvas that was given instead of a photo, or None."""
     if isinstance(source, Canvas):
         return source
     if isinstance(source, str | os.PathLike) and Path(source).suffix == SUFFIX:
         return Canvas.load(source)
     return None
+
+
+def _of_canvas(pixels: Picture, model: Net2NetTransformer, rows: int, columns: int) -> Tensor:
+    """The pixels of a canvas (1, 3, H, W); UserError unless they have its size."""
+    found, size = read_photo(pixels), _grown(model, rows, columns, Added())
+    if tuple(found.shape[2:]) != size:
+        got, wanted = ("x".join(map(str, sides)) for sides in (found.shape[2:], size))
+        raise UserError(f"{named(pixels, 'pixels')}: got {got} pixels, expected {wanted}, the size of the canvas")
+    return found
 
 
 def _repeated(canvas: Canvas, count: int | None, name: str) -> Canvas:

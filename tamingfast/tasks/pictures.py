@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tamingfast import images
 from tamingfast.data.image_files import warn_skipped
 from tamingfast.data.listing import scan
-from tamingfast.data.rgb import read_rgb, to_rgb, upright_size
-from tamingfast.errors import UserError
+from tamingfast.data.rgb import opened, read_rgb, to_rgb, upright_size
+from tamingfast.errors import UserError, check_count
 from tamingfast.ops.backends import available_memory
 from tamingfast.tasks.models import first_stage_of
 from tamingfast.tasks.sizes import image_size
@@ -83,6 +83,25 @@ def _check_mask(lightness: np.ndarray, name: str) -> None:
             f"{name}: got a picture of which {between.mean():.0%} is neither black nor white, expected a mask; paint "
             "what is to change white, on black or on nothing"
         )
+
+
+def read_strokes(source: str | os.PathLike[str]) -> np.ndarray:
+    """The colours of a picture file and how much they cover, uint8 (H, W, 4). Raises UserError as `read_photo` does."""
+    with opened(source) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+def scaled_size(model: nn.Module, source: Picture, side: int) -> tuple[int, int]:
+    """(height, width) for a picture whose longer side is to be about ``side`` pixels, both multiples of f.
+
+    Raises UserError for a ``side`` below one token, and as `read_photo` does.
+    """
+    check_count("side", side)
+    height, width = own_size(source)
+    factor, scale = first_stage_of(model).factor, side / max(height, width)
+    multiples_of(factor, side, side, "side")
+    height, width = (max(1, round(own * scale / factor)) * factor for own in (height, width))
+    return height, width
 
 
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ class Reconstruction:
     Attributes:
         images: the input, as it was encoded.
         reconstructed: decoded from the tokens of ``images``.
+        tokens: int64 (h, w) of each image; see `token_pictures`.
         l1: mean absolute difference, the mean over images.
         psnr: in dB on 8-bit pixels, the mean over images; infinite if an image is reproduced exactly.
         codes: number of different codes among the tokens.
@@ -31,6 +33,7 @@ class Reconstruction:
 
     images: list[Tensor]
     reconstructed: list[Tensor]
+    tokens: list[Tensor]
     l1: float
     psnr: float
     codes: int
@@ -69,16 +72,35 @@ def reconstruct(
     stage = first_stage_of(source.model)
     real: list[Tensor] = []
     made: list[Tensor] = []
-    codes = torch.zeros(0, dtype=torch.int64, device=stage.device)
+    grids: list[Tensor] = []
     for _, x in batches(pictures, stage.factor):
         with using(engine):
             tokens, out = _through(stage, x.to(stage.device), bars)
-        codes = torch.cat([codes, tokens.flatten()]).unique()
+        grids.extend(tokens.cpu())
         real.extend(x)
         made.extend(out.cpu())
     differences = [float(l1(x[None], out[None])) for x, out in zip(real, made, strict=True)]
     ratios = [psnr(to_uint8(x), to_uint8(out)) for x, out in zip(real, made, strict=True)]
-    return Reconstruction(real, made, float(np.mean(differences)), float(np.mean(ratios)), len(codes))
+    codes = len(torch.cat([grid.flatten() for grid in grids]).unique())
+    return Reconstruction(real, made, grids, float(np.mean(differences)), float(np.mean(ratios)), codes)
+
+
+@torch.no_grad()
+def token_pictures(model: nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens int64 (h, w) as pictures float32 (3, h, w) in [-1, 1], in which similar codes have similar colours.
+
+    The three channels are the first three principal components of the codes that occur, each scaled to the range.
+    """
+    stage = first_stage_of(model)
+    codes, places = torch.cat([grid.flatten() for grid in tokens]).unique(return_inverse=True)
+    entries = stage.quantize.get_codebook_entry(codes.to(stage.device), None).flatten(1).double().cpu()
+    centred = entries - entries.mean(0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]  # of falling variance
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # which the method leaves open
+    along = torch.nn.functional.pad(centred @ axes, (0, 3 - axes.shape[1]))
+    colors = (along / along.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)).float()
+    parts = places.split([grid.numel() for grid in tokens])
+    return [colors[part].view(*grid.shape, 3).permute(2, 0, 1) for part, grid in zip(parts, tokens, strict=True)]
 
 
 def reconstructed(model: nn.Module, x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from tamingfast.files import check_path
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
-from tamingfast.sampling.canvas import Canvas
-from tamingfast.tasks.canvases import Painter, Preview
+from tamingfast.sampling.canvas import EVERY, Canvas
+from tamingfast.tasks.canvases import Painter, Preview, Stop
 from tamingfast.tasks.conditioning import (
     Condition,
     ConditionSource,
@@ -58,6 +58,8 @@ def sample(
     canvas: str | os.PathLike[str] | None = None,
     resume: bool = False,
     preview: Preview | None = None,
+    every: float = EVERY,
+    stop: Stop | None = None,
     like: RecipeSource | None = None,
     metadata: bool = True,
     npz: str | os.PathLike[str] | None = None,
@@ -81,6 +83,9 @@ def sample(
         resume: continue the interrupted drawing in ``canvas``. Other arguments, if given, must be those it was begun
             with.
         preview: called with the images so far (B, 3, H, W) every few seconds, or the PNG to write them to.
+        every: seconds between previews, and between saves of the canvas; each takes at most a tenth of the time.
+        stop: a function that is asked whenever tokens were drawn. After the first True the drawing is what there is so
+            far: its canvas is unfinished, and what is not drawn yet is gray.
         like: a picture of an earlier `sample`, or its recipe, to repeat: it gives what is left out of count, size,
             label, scales and options. The model must be the one that drew it, and a photo or a condition that it began
             with is given again. What is given besides replaces the recipe's, which a warning says.
@@ -111,7 +116,7 @@ def sample(
     if like is not None:
         wanted = _like(like, outline, wanted, given, resume)
     size, label, options = wanted.size, wanted.label, wanted.options
-    painter = Painter(options, canvas, resume, preview, bars)
+    painter = Painter(options, canvas, resume, preview, bars, every, stop, whole=npz is None)
     found = _condition(outline, Given(condition, condition_of), size, resume)
     start = _scales_of(outline, photo, wanted.scales, size)
     if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):

@@ -30,6 +30,7 @@ COMMANDS = {
     "likelihood": ["likelihood", "model", "photo.png"],
     "evaluate": ["evaluate", "model"],
     "encode": ["encode", "model", "--out", "out.safetensors"],
+    "ui": ["ui", "model"],
     "inspect": ["inspect", "model"],
     "convert": ["convert", "model", "out.safetensors"],
     "export": ["export", "model", "--out", "out"],
@@ -47,7 +48,20 @@ NO_NUMBERS = {
     "cfg": ("nan", "inf", "-0.1", "1001", "4:", "4:linear", ":cosine", "most", ""),
 }
 #: Names that nothing has.
-NAMES = {"shell", "schedule", "engine", "dtype", "device", "split", "preset", "what", "layout", "format", "repository"}
+NAMES = {
+    "host",
+    "shell",
+    "schedule",
+    "engine",
+    "dtype",
+    "device",
+    "split",
+    "preset",
+    "what",
+    "layout",
+    "format",
+    "repository",
+}
 #: Options whose values depend on the model, its config or optional packages.
 FREE = {"features", "allow"}
 #: Names of classes are known with the model.

@@ -36,8 +36,9 @@ COMMANDS = {
     "train vqgan tiny.yaml --out run": {"run"},
     "train prior prior.yaml --first-stage VQGAN --out run": {"checksum", "run"},
 }
-#: These run the others (reproduce), fetch one file (download), send files (push), or do nothing long.
-ELSEWHERE = {"reproduce", "download", "push", "info", "completion"}
+#: These run the others (reproduce), fetch one file (download), send files (push), show progress elsewhere (ui), or do
+#: nothing long.
+ELSEWHERE = {"reproduce", "download", "push", "ui", "info", "completion"}
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ COMMANDS = {
     "evaluate": ("evaluate runs/vqgan --limit 1 --out o.json", ["o.json"]),
     "reproduce": ("reproduce pixels --preset smoke --out new", ["new"]),
 }
-NOT_WRITING = {"inspect", "info", "completion", "push", "download"}  # the last one writes into a cache of its own
+NOT_WRITING = {"ui", "inspect", "info", "completion", "push", "download"}  # the last one writes into a cache of its own
 OLD = ("o.png", "o-0000.png", "o.npz", "o.safetensors", "o.json")
 
 
