@@ -9,7 +9,7 @@ import torch
 from runs import same_run
 
 from tamingfast.data import build, shards
-from tamingfast.training import distributed, feed, prior, settings, vqgan
+from tamingfast.training import feed, prior, settings, vqgan
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_each_image_is_read_by_one_process(data):
     made = settings.Training(steps=1, batch_size=2, workers=2)
 
     def seen(rank, size, start, steps):
-        batches = feed.step_batches(train, made, distributed.World(rank, size, torch.device("cpu")), start)
+        batches = feed.step_batches(train, made, ranks.World(rank, size, torch.device("cpu")), start)
         found = [[path for batch in next(batches)[1] for path in batch["file_path_"]] for _ in range(steps)]
         batches.close()
         return found
