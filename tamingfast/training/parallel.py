@@ -135,10 +135,8 @@ class Replicated(Averaged):
     def __init__(self, stage: PriorStage, among: World, accumulate: int) -> None:
         super().__init__(among)
         # A static graph is recorded in the first pass, which must not be one that leaves the averaging out.
-        static = accumulate == 1
         self.network = stage.network = DistributedDataParallel(
-            stage.network, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static,
-            find_unused_parameters=not static,
+            stage.network, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
         )  # fmt: skip
 
     def averaging(self, parameters: Sequence[Tensor], last: bool) -> AbstractContextManager[None]:
