@@ -185,6 +185,8 @@ class Features:
         for moments, name in ((self.pooled, "pooled"), (self.spatial, "spatial")):
             if f"{name}.mean" in state:
                 moments.count = count
-                moments.mean, moments.scatter = (np.array(state[f"{name}.{part}"], np.float64) for part in ("mean", "scatter"))
+                moments.mean, moments.scatter = (
+                    np.array(state[f"{name}.{part}"], np.float64) for part in ("mean", "scatter")
+                )
         if classes:
             self.scores = Scores(*(state[f"scores.{name}"] for name in ("count", "entropy", "classes")))
