@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from tamingfast.data import shuffled
 
@@ -28,24 +29,17 @@ class Moments:
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     scatter: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
-    @classmethod
-    def of(cls, points: np.ndarray) -> Moments:
-        """Those of points (N, D), N at least 1."""
-        points = np.asarray(points, np.float64)
-        mean = points.mean(0)
-        centred = points - mean
-        return cls(len(points), mean, centred.T @ centred)
-
     def add(self, points: np.ndarray) -> None:
-        """Take in more points (n, D)."""
-        new = Moments.of(points)
+        """Take in more points (n, D), n at least 1."""
+        new = np.asarray(points, np.float64)
         if not self.count:
-            self.count, self.mean, self.scatter = new.count, new.mean, new.scatter
-            return
-        total, apart = self.count + new.count, new.mean - self.mean
-        self.scatter += new.scatter
-        self.scatter += np.outer(apart, apart) * (self.count * new.count / total)
-        self.mean += apart * (new.count / total)
+            self.mean, self.scatter = np.zeros(new.shape[1]), np.zeros(2 * new.shape[1:])
+        mean, total = new.mean(0), self.count + len(new)
+        # The distance between the means of the old points and the new is one more row of the product.
+        apart = (mean - self.mean) * np.sqrt(self.count * len(new) / total)
+        rows = torch.from_numpy(np.vstack([new - mean, apart]))
+        torch.from_numpy(self.scatter).addmm_(rows.T, rows)
+        self.mean = self.mean + (mean - self.mean) * (len(new) / total)
         self.count = total
 
     @property
@@ -191,6 +185,8 @@ class Features:
         for moments, name in ((self.pooled, "pooled"), (self.spatial, "spatial")):
             if f"{name}.mean" in state:
                 moments.count = count
-                moments.mean, moments.scatter = state[f"{name}.mean"], state[f"{name}.scatter"]
+                moments.mean, moments.scatter = (
+                    np.array(state[f"{name}.{part}"], np.float64) for part in ("mean", "scatter")
+                )
         if classes:
             self.scores = Scores(*(state[f"scores.{name}"] for name in ("count", "entropy", "classes")))
