@@ -64,7 +64,7 @@ wheel: $(READY)
 
 # Installs that wheel as people do, in an empty environment, and draws with it where there is no compiler.
 smoke: wheel
-	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	rm -rf build/smoke && $(BIN)/python -m venv build/smoke
 	build/smoke/bin/pip install --quiet --constraint constraints.txt torch
 	build/smoke/bin/pip install --quiet "$$(echo dist/*.whl)[train]"
 	build/smoke/bin/python .ci/smoke.py
