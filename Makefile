@@ -60,7 +60,7 @@ lint: $(READY)
 
 # The site, in build/site; a broken link or docstring is an error. mkdocstrings calls ruff by its name.
 docs: $(READY)
-	PATH="$$PWD/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The source archive and, built from it, a wheel for this Python, in dist/; on Linux with the libraries that it needs.
 wheel: $(READY)
@@ -68,12 +68,12 @@ wheel: $(READY)
 	TAMINGFAST_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir build/wheel .
 	mkdir -p dist && mv build/wheel/*.tar.gz dist/
 	if command -v $(BIN)/auditwheel > /dev/null; \
-	then PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
 	else mv build/wheel/*.whl dist/; fi
 
 # Installs that wheel as people do, in an empty environment, and draws with it where there is no compiler.
 smoke: wheel
-	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	rm -rf build/smoke && $(BIN)/python -m venv build/smoke
 	build/smoke/bin/pip install --quiet --constraint constraints.txt torch
 	build/smoke/bin/pip install --quiet "$$(echo dist/*.whl)[train]"
 	build/smoke/bin/python .ci/smoke.py

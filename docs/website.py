@@ -157,8 +157,8 @@ def benchmarks_page(found: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[s
         "",
         "Drawn from the figures in `benchmarks/results/`, which `make bench RECORD=name` writes. Each was compared "
         "with its baseline within one run; the pages on [lookahead](lookahead.md), the "
-        "[first stage](first-stage.md) and [large images](large-images.md) explain "
-        "what is compared and have later figures.",
+        "[first stage](first-stage.md) and [large images](large-images.md) explain what is compared and have later "
+        "figures.",
     ]
     plots = {}
     for test, runs in sorted(_by_test(found).items()):
