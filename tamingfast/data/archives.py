@@ -18,7 +18,10 @@ _REGULAR = (b"0", b"\0", b"7")
 _LONG_NAME, _PAX = b"L", b"x"
 _ABOUT_NEXT = (_LONG_NAME, _PAX, b"K", b"g")  # these describe the member that follows
 _LARGEST_NAME = 1 << 20
-_AN_ARCHIVE = "expected an uncompressed tar archive; write it again"
+
+
+class _Damaged(Exception):
+    """What is wrong with an archive, as a part of a sentence."""
 
 
 @contextlib.contextmanager
@@ -29,10 +32,13 @@ def opened(path: str) -> Iterator[IO[bytes]]:
             yield stream
     except FileNotFoundError:
         raise UserError(f"{path}: got no such file, expected a tar archive; correct the path") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: got a file that cannot be read ({first_line(error)}), {_AN_ARCHIVE}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, _Damaged) as error:
+        raise UserError(
+            f"{path}: got a file that cannot be read ({first_line(error)}), expected an uncompressed tar archive; "
+            "write it again"
+        ) from error
 
 
 def parts_of(path: str, stream: IO[bytes]) -> Iterator[Part]:
@@ -48,14 +54,14 @@ def parts_of(path: str, stream: IO[bytes]) -> Iterator[Part]:
         if not header[:1].strip(b"\0") and not header.strip(b"\0"):
             return
         if len(header) < _BLOCK or not _sound(header):
-            raise ValueError(f"no header at byte {place}")
+            raise _Damaged(f"no header at byte {place}")
         kind, begin = header[156:157], place + _BLOCK
         size = int(told["size"]) if "size" in told and kind in _REGULAR else _number(header[124:136])
         if size < 0 or begin + size > length:
-            raise ValueError(f"it ends within the file at byte {place}")
+            raise _Damaged(f"it ends within the file at byte {place}")
         if kind in (_LONG_NAME, _PAX):
             if size > _LARGEST_NAME:
-                raise ValueError(f"a name of {size} bytes")
+                raise _Damaged(f"a name of {size} bytes")
             content = stream.read(size)
             told |= {"path": _text(content)} if kind == _LONG_NAME else _records(content)
         elif kind not in _ABOUT_NEXT:
@@ -97,6 +103,6 @@ def _records(content: bytes) -> dict[str, str]:
         record, content = content[:length], content[length:]
         key, equals, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
         if length < 5 or not equals:
-            raise ValueError("a damaged pax header")
+            raise _Damaged("a damaged pax header")
         found[_text(key)] = _text(value)
     return found

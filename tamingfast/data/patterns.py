@@ -21,7 +21,7 @@ def files_of(path: str, ending: str, what: str) -> list[str]:
     lists ``{a,b}`` and ranges ``{000..127}``. Raises UserError for a pattern without files, of which ``what`` are
     expected, and for a file of a list or range that is missing.
     """
-    path = os.path.expanduser(path)
+    given, path = path, os.path.expanduser(path)
     if os.path.isdir(path):
         found = sorted(each.path for each in os.scandir(path) if each.name.endswith(ending) and each.name[0] != ".")
         if not found:
@@ -33,7 +33,7 @@ def files_of(path: str, ending: str, what: str) -> list[str]:
     for each in _expanded(path):
         named = sorted(glob.glob(each)) if glob.has_magic(each) else [each]
         if not named or not os.path.lexists(named[0]):
-            raise UserError(f"{each}: got no such file, expected {what}; correct the path")
+            raise UserError(f"{given if each == path else each}: got no such file, expected {what}; correct the path")
         found += named
         if len(found) > _MOST:
             raise UserError(f"{path}: got a pattern of more than {_MOST} files, expected fewer; correct it")
