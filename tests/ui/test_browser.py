@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -246,6 +247,17 @@ def test_no_path_of_the_machine_is_served_or_read(address, tmp_path):
         assert status(f"{address}/file={path}") in (403, 404)
         answer = asked(address, str(path))
         assert '"success":false' in answer.replace(" ", "") and "recipe" not in answer
+
+
+def test_it_listens_to_this_machine_and_shares_nothing(address):
+    port = int(address.rpartition(":")[2])
+    assert address == f"http://127.0.0.1:{port}"
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    config = json.load(opener.open(f"{address}/config", timeout=60))
+    assert config["analytics_enabled"] is False and not config.get("share_url")
+    assert not any(each["api_visibility"] == "public" for each in config["dependencies"])
 
 
 def test_no_address_is_fetched(address):
