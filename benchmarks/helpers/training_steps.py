@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tamingfast.training.distributed import World
 from torch import Tensor
 
 from tamingfast import ops
@@ -30,6 +29,7 @@ from tamingfast.data import build
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.models.vqgan import VQModel
 from tamingfast.ops import backends
+from tamingfast.ranks import World
 from tamingfast.training import load_config
 from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.feed import step_batches

@@ -76,7 +76,7 @@ def _page_module() -> Any:
         from tamingfast.ui import page
     except ImportError as error:
         raise UserError(
-            f"gradio: got '{error}', expected the package, which shows the page; run pip install \"tamingfast[ui]\""
+            f"gradio: got '{error}', expected the package, which shows the page; run pip install 'gradio<7'"
         ) from error
     return page
 

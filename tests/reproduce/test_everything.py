@@ -46,7 +46,7 @@ class TestAll:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["all", "--preset", "paper"], "one that all experiments have; orderings has cpu, smoke"),
+            (["all", "--preset", "paper"], "one that all experiments have; orderings has cifar10, cpu, smoke"),
             (["all", "--preset", "smoke", "data.seed=1"], "expected EXPERIMENT.key=value"),
             (["all", "--preset", "smoke", "pixel.data.seed=1"], "did you mean 'pixels'"),
             (["al"], "did you mean 'all'"),

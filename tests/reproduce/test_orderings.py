@@ -81,7 +81,7 @@ class TestOrderings:
         ("words", "message"),
         [
             (["ordering"], "did you mean 'orderings'"),
-            (["orderings", "--preset", "paper"], "expected one of reproduce orderings: cpu, smoke"),
+            (["orderings", "--preset", "paper"], "expected one of reproduce orderings: cifar10, cpu, smoke"),
             (["orderings", "--preset", "smoke", "timing.batch=3"], "timing.batch: got an unknown section"),
             (["orderings", "--preset", "smoke", "orderings.names=[zcurve]"], "did you mean 'z_curve'"),
             (["orderings", "--preset", "smoke", "orderings.seeds=[]"], "orderings.seeds: got an empty list"),

@@ -8,6 +8,7 @@ import tiny
 import torch
 from runs import same_run
 
+from tamingfast import ranks
 from tamingfast.data import build, shards
 from tamingfast.training import feed, prior, settings, vqgan
 
@@ -51,7 +52,7 @@ def test_each_image_is_read_by_one_process(data):
         return found
 
     steps = feed.epoch_steps(train, made, 2)
-    ranks = [seen(rank, 2, 0, steps) for rank in range(2)]
-    read = [path for rank in ranks for step in rank for path in step]
+    both = [seen(rank, 2, 0, steps) for rank in range(2)]
+    read = [path for rank in both for step in rank for path in step]
     assert len(read) == len(set(read)) == 4 * steps
-    assert seen(1, 2, 2, 2) == ranks[1][2:4]  # from the middle of an archive
+    assert seen(1, 2, 2, 2) == both[1][2:4]  # from the middle of an archive
