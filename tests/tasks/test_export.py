@@ -19,7 +19,8 @@ from tamingfast import UserError, load_model, tasks
 from tamingfast.tasks import exporting
 
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-ONNX = pytest.param("onnx", marks=pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"))
+INSTALLED = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+ONNX = pytest.param("onnx", marks=[INSTALLED, pytest.mark.exhaustive])
 PARTS = {"encoder", "decoder", "condition_encoder", "transformer"}
 
 

@@ -53,8 +53,15 @@ def alone(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestPriors:
-    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-    @pytest.mark.parametrize("processes", [2, 3])
+    @pytest.mark.parametrize(
+        ("processes", "parallel"),
+        [
+            (2, "ddp"),
+            (3, "fsdp"),
+            pytest.param(3, "ddp", marks=pytest.mark.exhaustive),
+            pytest.param(2, "fsdp", marks=pytest.mark.exhaustive),
+        ],
+    )
     def test_several_processes_equal_one(self, alone, first, tmp_path, parallel, processes):
         out = train(tmp_path, first, processes, accumulate=6 // processes, parallel=parallel)
         same_losses(out, alone, "train", "validation")
