@@ -280,6 +280,7 @@ def test_a_refused_launch_names_the_kernel(kernels):
     kernels.bias_gelu(dtype="float32", rows=2, width=8, x=x, ldx=8, bias=bias)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's library, as on Linux")
 def test_kernels_under_sanitizers():
     """The address and undefined-behaviour sanitizers, over tests that reach every kernel."""
