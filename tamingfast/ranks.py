@@ -9,6 +9,7 @@ store by which they met. A process that is killed, stopped or cut off says nothi
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import os
@@ -105,6 +106,11 @@ def in_turns(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterat
         results: list[Any] = [None] * size
         torch.distributed.all_gather_object(results, work(turn[rank]) if rank < len(turn) else None)
         yield from results[: len(turn)]
+
+
+def take_part(results: Iterable[object]) -> None:
+    """Take all that `in_turns` yields and keep nothing, on a process that writes no file of it."""
+    collections.deque(results, maxlen=0)
 
 
 @contextlib.contextmanager

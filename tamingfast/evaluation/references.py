@@ -7,7 +7,6 @@ add the ``network`` and the number of ``images``, which other programs pass over
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from tamingfast.errors import UserError
 from tamingfast.evaluation.features import INCEPTION, Extractor, Seen, see
 from tamingfast.evaluation.statistics import Features, Reference
 from tamingfast.progress import Bars, silent
-from tamingfast.ranks import in_turns, is_first
+from tamingfast.ranks import in_turns, is_first, take_part
 
 _EXPECTED = "statistics of images (mu, sigma) or images (arr_0) in an .npz file"
 _SAMPLES = f"images ({npz.IMAGES}) in an .npz file"
@@ -119,7 +118,7 @@ def save_reference(path: str | os.PathLike[str], network: Extractor, batches: It
             yield pixels
 
     if not is_first():
-        collections.deque(noted(), maxlen=0)  # takes part in the looking
+        take_part(noted())
         return seen
     with npz.written(path) as archive:
         archive.images(noted(), count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 import os
@@ -22,7 +21,7 @@ from tamingfast.files import check_path, check_png
 from tamingfast.models.condition_stages import CoordStage, DummyCondStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars
-from tamingfast.ranks import is_first, wait_for_all
+from tamingfast.ranks import is_first, take_part, wait_for_all
 from tamingfast.sampling.canvas import EVERY, Canvas, drawing_into
 from tamingfast.tasks.conditioning import condition_pictures
 from tamingfast.tasks.drawing import (
@@ -153,7 +152,7 @@ class Painter:
                 with npz.written(path) as archive:
                     archive.images(pixels(), count)
             else:
-                collections.deque(pixels(), maxlen=0)  # takes part in the decoding
+                take_part(pixels())
         return Drawing(torch.zeros(0, 3, 0, 0), canvas, conditions)
 
     def noted(

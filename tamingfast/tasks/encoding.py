@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from tamingfast.models.base import ConditionStage, FirstStage, encode_grid
 from tamingfast.models.condition_stages import CoordStage
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, Counter, silent
-from tamingfast.ranks import in_turns, is_first
+from tamingfast.ranks import in_turns, is_first, take_part
 from tamingfast.tasks.drawing import at_least_one
 from tamingfast.tasks.models import Model, data_of, first_stage_of, is_spatial, unread
 from tamingfast.tasks.options import ENCODING_BATCH, SPLITS, TEN_CROP
@@ -260,7 +259,7 @@ class _Encoding:
                 counter.update(len(found.tokens))
 
         if not is_first():
-            collections.deque(grids(), maxlen=0)  # takes part in the encoding
+            take_part(grids())
             return
         # The lists are filled while the grids are written.
         write_tokens(
