@@ -81,6 +81,7 @@ PARTS = (
     bench("codes", "test_nearest_code.py", least=20, most=90),
     bench("norm", "test_group_norm.py", "contiguous", least=20, most=90),
     bench("decode-rivals", "test_decode_gpu.py", "rivals", least=60, most=240),
+    bench("pictures", "test_first_stage_gpu.py", least=15, most=60),
     bench("pixels", "test_decode_gpu.py", "pixels", least=40, most=180),
     bench("training", "test_training_step.py", least=40, most=150),
     bench("prefixes", "test_attention.py", "prefix", least=60, most=180),

@@ -31,9 +31,7 @@ def python(on_gpu: ModuleType, name: str, program: str, least: float = 0, most: 
 
 
 def test_a_part_that_fails_or_hangs_costs_no_other(on_gpu, tmp_path):
-    stubborn = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
-    )
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     parts = [
         python(on_gpu, "hangs", f"{deaf}; print('here', flush=True); time.sleep(60)", most=2, alone=False),
         python(on_gpu, "crashes", "import os; print('before'); os.abort()", alone=False),
