@@ -19,7 +19,7 @@ from tamingfast.ops import backends
 pytestmark = pytest.mark.gpu
 SIDE = 16  # of the grid of tokens
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of pictures, relative to the norm of those in float32
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of pictures, relative to the norm of those in float32
 
 
 def first_stage(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> VQModel:
