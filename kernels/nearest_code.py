@@ -64,7 +64,7 @@ def _split_kernel(
 @triton.jit
 def _scan_kernel(
     z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, N, K,
-    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Best code of each vector, and its rival: another code within the error, _UNIQUE if none, _MANY if several."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -83,6 +83,7 @@ def _scan_kernel(
         m_n = n + o_n < K
         p_c = tl.where(m_n, n + o_n, 0).to(tl.int64)[None, :] * DP + o_d[:, None]  # [BD, BN]
         b_s = tl.zeros([BM, BN], tl.float32)
+        # Not a constant, or the loop would be unrolled, and the assembler of CUDA 12.8 then drops all products (sm_90).
         for d in range(0, DP, BD):
             b_z_hi, b_z_lo = tl.load(z_hi + p_z + d), tl.load(z_lo + p_z + d)
             b_c_hi, b_c_lo = tl.load(c_hi + p_c + d), tl.load(c_lo + p_c + d)
@@ -255,7 +256,7 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
         (width, triton.next_power_of_2(k), triton.next_power_of_2(n)),
         {
             "z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm,
-            "index": index, "rival": rival, "N": n, "K": k, "D": width, "DP": padded, "BD": _block(width),
+            "index": index, "rival": rival, "N": n, "K": k, "DP": padded, "D": width, "BD": _block(width),
         },
     )  # fmt: skip
     return index, rival
