@@ -1,7 +1,7 @@
 // Linear layers of one to eight rows, limited by the bandwidth at which weights are read.
 #include <type_traits>
 
-#include "device.h"
+#include "linear.h"
 
 namespace tamingfast::cuda {
 namespace {
@@ -114,22 +114,6 @@ __device__ Moments<Rows> moments(const LinearParams& p, const Packed<float> (&he
   return of;
 }
 
-template <class T>
-__device__ inline void put(const LinearParams& p, std::int64_t at, float value) {
-  switch (p.epilogue) {
-    case Epilogue::store:
-      static_cast<T*>(p.out)[at] = from_float<T>(value);
-      break;
-    case Epilogue::gelu:
-      static_cast<T*>(p.out)[at] = from_float<T>(gelu(value));
-      break;
-    case Epilogue::add:
-    case Epilogue::store_float:
-      static_cast<float*>(p.out)[at] = value;
-      break;
-  }
-}
-
 // A block computes `Columns` outputs of all rows; its threads share the inner dimension.
 template <class T, int Rows, bool Norm>
 __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(LinearParams p) {
@@ -236,9 +220,14 @@ void launch_norm(const LinearParams& p, const Queue& queue) {
   launch_rows<T, 8, Norm>(p, queue);
 }
 
+bool by_tiles = true;
+
 }  // namespace
 
+void set_linear_by_tiles(bool chosen) { by_tiles = chosen; }
+
 void linear(Dtype dtype, const LinearParams& params, const Queue& queue) {
+  if (by_tiles && dtype != Dtype::float32) return linear_by_tiles(dtype, params, queue);
   for_dtype(dtype, [&](auto sample) {
     using T = decltype(sample);
     params.gain ? launch_norm<T, true>(params, queue) : launch_norm<T, false>(params, queue);
