@@ -86,9 +86,4 @@ def test_linear_layers_of_a_step(rows):
     for name, queue in (("ours", ours), ("torch", torchs)):
         replay = graph_of(queue, step)
         times[name] = gpu.milliseconds(lambda _, replay=replay: replay(), [None])
-    # What a graph of the kernels before takes.
-    made._device.kernels.set_linear_by_tiles(False)
-    replay = graph_of(ours, step)
-    times["before"] = gpu.milliseconds(lambda _: replay(), [None])
-    made._device.kernels.set_linear_by_tiles(True)
     gpu.record("linear_layers", f"GPT2-medium, {rows} rows", times, ["torch"], size=made.info()["weight_bytes"])

@@ -199,8 +199,6 @@ py::bytes options_bytes(bool greedy, double temperature, std::int64_t top_k, dou
 // `dtype` names the element type, `device` and `stream` form the Queue.
 void bind(py::module_& module) {
   module.def("linear", &bound_linear, "Linear layer of one to eight rows; see LinearParams in kernels.h.");
-  module.def("set_linear_by_tiles", &set_linear_by_tiles, py::arg("chosen"),
-             "Chooses the kernels of bfloat16 and float16: by tensor cores (the default), or those of float32.");
   module.def("attention", &bound_attention, "Attention of rows to cached positions; see AttentionParams in kernels.h.");
   module.def("append", &bound_append,
              "Writes the keys and values of rows into the cache; see AttentionParams in kernels.h.");

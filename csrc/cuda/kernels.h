@@ -123,8 +123,6 @@ struct ChooseParams {
 
 // A failed launch throws std::runtime_error, which names the kernel.
 void linear(Dtype dtype, const LinearParams& params, const Queue& queue);
-// Chooses the kernels of bfloat16 and float16: by tensor cores (the default), or those of float32.
-void set_linear_by_tiles(bool chosen);
 void attention(Dtype dtype, const AttentionParams& params, const Queue& queue);
 // Writes the rows' keys and values to their positions. Queries, `last` and the fields after `values` are not used.
 void append(Dtype dtype, const AttentionParams& params, const Queue& queue);
