@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot, launch
+from .common import capability, dot, launch
 
 _UNIQUE = tl.constexpr(-1)  # no other code can be the nearest
 _MANY = tl.constexpr(-2)  # more than two codes can be
@@ -247,7 +247,9 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
     n, k, width = len(z_hi), *codebook.shape
     index = torch.empty(n, dtype=torch.int64, device=z.device)
     rival = torch.empty(n, dtype=torch.int32, device=z.device)
-    tiles = [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    if capability(z.device)[0] != 12:  # where its registers spill
+        tiles.append((128, 128, 8, 3))
     launch(
         _scan_kernel,
         lambda meta: (triton.cdiv(n, meta["BM"]),),
