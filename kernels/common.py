@@ -49,10 +49,11 @@ def launch(
 ) -> None:
     """Launch ``kernel`` on the device of its tensors with the fastest of ``configs``, measured once for each ``key``.
 
-    Tuning runs the kernel many times, so it must not read what it writes. The choice is stored on disk for each GPU
-    model, and in `choices`. Nothing can be timed while a CUDA graph is captured: an unknown key then takes the first
-    configuration, which must fit every supported device. The configurations must be a function of the key and the
-    device.
+    Tuning runs the kernel many times, so it must not read what it writes, unless the configurations have a
+    ``pre_hook``: it gets the arguments before every run, and resets what the kernel counts in. The choice is stored on
+    disk for each GPU model, and in `choices`. Nothing can be timed while a CUDA graph is captured: an unknown key then
+    takes the first configuration, which must fit every supported device. The configurations must be a function of the
+    key and the device.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     if INTERPRETED:
@@ -66,6 +67,8 @@ def launch(
 def _run(kernel: triton.JITFunction, grid: Grid, config: triton.Config, arguments: Arguments) -> None:
     size = grid(config.kwargs)
     if min(size) > 0:
+        if config.pre_hook is not None:
+            config.pre_hook(arguments)
         kernel[size](**arguments, **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
