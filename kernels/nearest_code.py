@@ -294,10 +294,10 @@ def _block(width: int) -> int:
 
 
 class _Open(NamedTuple):
-    """The rows that the scan left open: the first ``count``, int32 (1,), of ``rows``, int32 (N,)."""
+    """The rows that the scan left open: the first ``number``, int32 (1,), of ``rows``, int32 (N,)."""
 
     rows: torch.Tensor
-    count: torch.Tensor
+    number: torch.Tensor
 
 
 def _nothing_open(arguments: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
         (width, triton.next_power_of_2(k), triton.next_power_of_2(n)),
         {
             "z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm,
-            "index": index, "rival": rival, "open_rows": open_.rows, "open_count": open_.count, "N": n, "K": k,
+            "index": index, "rival": rival, "open_rows": open_.rows, "open_count": open_.number, "N": n, "K": k,
             "D": width, "DP": padded, "BD": _block(width),
         },
     )  # fmt: skip
@@ -348,7 +348,7 @@ def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = No
     flat, rows, positions, strides = _rows(z)
     programs = _PROGRAMS * multiprocessors(z.device)
     shared = {
-        "z": flat, "codebook": codebook, "open_count": open_.count, "programs": programs, "S": positions,
+        "z": flat, "codebook": codebook, "open_count": open_.number, "programs": programs, "S": positions,
         "K": len(codebook), "D": z.shape[1], "BD": min(64, _power(z.shape[1])), "BK": _CODES,
         "stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1), **strides,
     }  # fmt: skip
