@@ -107,7 +107,7 @@ def sampled(run, z: torch.Tensor, codebook: torch.Tensor, tolerance: float) -> b
 def test_nearest_code_on_a_gpu(n, k, d):
     """cdist and the matrix product use float32 like the kernel; peers may be less exact, which validation allows.
 
-    "scan alone" is ours without the float64 search of what the scan leaves open. Ours are recorded before the others.
+    "scan alone" is ours without the float64 search of what the scan leaves open.
     """
     from tamingfast.kernels import nearest_code as kernel
 
@@ -119,22 +119,23 @@ def test_nearest_code_on_a_gpu(n, k, d):
         half_norms = codebook.square().sum(1) / 2
         return in_chunks(lambda chunk: addmm(chunk, codebook, half_norms), z, rows)
 
-    case, size, flop = f"{n} x {k} x {d}", 4 * d * (n + k) + 8 * n, 2.0 * n * k * d
-    ours = {"ours": lambda z: ops.nearest_code(z, codebook), "scan alone": lambda z: kernel._scan(z, codebook)[1]}
-    assert sampled(ours["ours"], inputs[0], codebook, 1e-12)
-    own = {name: gpu.milliseconds(run, inputs) for name, run in ours.items()}
-    host = {name: gpu.host_milliseconds(run, inputs) for name, run in ours.items()}
-    gpu.record("nearest_code", f"{case}, alone", own, [], flop=flop, size=size, host=host)
-    runs = {
-        "cdist": lambda z: in_chunks(lambda chunk: cdist(chunk, codebook), z, rows),
-        "matmul": matmul,
-        "matmul, compiled": torch.compile(matmul, dynamic=False),
-    } | peers(codebook)
-    valid = {name: run for name, run in runs.items() if sampled(run, inputs[0], codebook, 1e-2)}
-    times = own | {name: gpu.milliseconds(run, inputs) for name, run in valid.items()}
-    gpu.record("nearest_code", case, times, ["cdist"], flop=flop, size=size, target=3.0, host=host)
-    others = [name for name in valid if name != "cdist"]
-    gpu.record("nearest_code", f"{case}, others", times, others, flop=flop, size=size, target=1.2, host=host)
+    def ours(z: torch.Tensor) -> torch.Tensor:
+        return ops.nearest_code(z, codebook)
+
+    def milliseconds(run) -> float:
+        assert sampled(run, inputs[0], codebook, 1e-12 if run is ours else 1e-2)
+        return gpu.milliseconds(run, inputs)
+
+    case, work = f"{n} x {k} x {d}", {"flop": 2.0 * n * k * d, "size": 4 * d * (n + k) + 8 * n}
+    work["host"] = {"ours": gpu.host_milliseconds(ours, inputs)}
+    gpu.record("nearest_code", f"{case}, parts", {"ours": milliseconds(ours), "scan alone": gpu.milliseconds(
+        lambda z: kernel._scan(z, codebook)[1], inputs)}, [], **work)  # fmt: skip
+    exact = {"cdist": lambda z: in_chunks(lambda chunk: cdist(chunk, codebook), z, rows)}
+    others = {"matmul": matmul, "matmul, compiled": torch.compile(matmul, dynamic=False)} | peers(codebook)
+    for suffix, rivals, target in (("", exact, 3.0), (", others", others, 1.2)):
+        timed = {name: functools.partial(milliseconds, run) for name, run in rivals.items()}
+        mine = functools.partial(milliseconds, ours)
+        gpu.compare("nearest_code", f"{case}{suffix}", mine, timed, target=target, **work)
 
 
 @pytest.mark.gpu
