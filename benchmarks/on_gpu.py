@@ -58,8 +58,9 @@ class Part:
 def tests(name: str, *arguments: str, least: float, most: float, workers: int) -> Part:
     """Tests marked ``gpu``; a worker that meets an error which the device cannot forget is replaced."""
     words = ("-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "-rfE")
-    # Tiles are chosen by time, and those that are chosen while other tests run would be kept for the benchmarks.
-    apart = (("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))),)
+    # Tiles are chosen by time: while others run that says little, and the choices would be kept for the benchmarks.
+    cache = str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))
+    apart = (("TAMINGFAST_TUNE", "0"), ("TRITON_CACHE_DIR", cache))
     words += ("--dist", "worksteal", "--durations=8")
     return Part(name, (*words, *arguments), least, most, alone=False, environment=apart)
 

@@ -154,15 +154,21 @@ __device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t val
   std::uint32_t before;
   asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
   return before;
-#else
+#elif defined(__CUDACC__)  // its pass for the host, which never calls this
   return atomicAdd(at, value);
+#else
+  return cuda_on_host::add<__ATOMIC_ACQ_REL>(at, value);
 #endif
 }
 
 // The block's dynamic shared memory, as untyped bytes.
 __device__ inline unsigned char* shared_memory() {
+#ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   return shared_bytes;
+#else
+  return cuda_on_host::shared_memory();
+#endif
 }
 
 // Programmatic dependent launch, from compute capability 9.0 on; elsewhere a kernel starts when the one before has
@@ -188,6 +194,8 @@ __device__ inline void lead() {
 __device__ inline void follow() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_host::follow();
 #endif
 }
 
