@@ -78,6 +78,7 @@ PARTS = (
     tests("sanitizer", "tests/engines/test_cuda_device.py", "-k", "sanitizer", least=30, most=120, workers=3),
     bench("decode", "test_decode_gpu.py", "ours", least=20, most=120),
     bench("profile", "test_decode_gpu.py", "profile", least=15, most=60),
+    bench("layers", "test_linear_layers.py", least=15, most=60),
     bench("attention", "test_attention.py", "causal", least=20, most=120),
     bench("codes", "test_nearest_code.py", least=20, most=90),
     bench("norm", "test_group_norm.py", "contiguous", least=20, most=90),

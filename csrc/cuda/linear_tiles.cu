@@ -24,14 +24,19 @@ constexpr int kTogether = 4;                    // rounds of a stage; statistics
 constexpr int kStages = 4;                      // that are in flight: 64 KB of weights per block
 constexpr int kBlocks = 128;                    // enough for one on nearly every multiprocessor of the largest devices
 
+// Of a warp's elements of a row: their mean, and the sum of the squares of their distances to it.
+struct Part {
+  float mean, squares;
+};
+
 // Where things are in the block's shared memory, in bytes from its begin, where the weights are.
 struct Places {
   int rounds, stages;  // of the inner dimension; of all tiles
   int x;               // uint4 (rounds, kWarps, rows, 4): the rows in T, normalised
   int gain;            // float (kTogether, kRound), of the first rounds
   int shift;
-  int sums;   // float (2, kWarps, kSide), of statistics
-  int parts;  // float (tiles, kWarps, kInTile), of outputs
+  int moments;  // Part (kWarps, kSide)
+  int parts;    // float (tiles, kWarps, kInTile), of outputs
   int size;
 
   __host__ __device__ explicit Places(const LinearParams& p) {
@@ -40,8 +45,8 @@ struct Places {
     x = int{sizeof(uint4)} * (stages < kStages ? stages : kStages) * kTogether * kThreads;
     gain = x + int{sizeof(uint4)} * rounds * kWarps * p.rows_each * 4;
     shift = gain + (p.gain ? int{sizeof(float)} * kTogether * kRound : 0);
-    sums = shift + (p.gain ? int{sizeof(float)} * kTogether * kRound : 0);
-    parts = sums + (p.gain ? int{sizeof(float)} * 2 * kWarps * kSide : 0);
+    moments = shift + (p.gain ? int{sizeof(float)} * kTogether * kRound : 0);
+    parts = moments + (p.gain ? int{sizeof(Part)} * kWarps * kSide : 0);
     size = parts + int{sizeof(float)} * p.tiles * kWarps * kInTile;
   }
 };
@@ -92,17 +97,36 @@ class Stream {
   int asked_ = 0, round_ = 0, column_;
 };
 
-// The total over a row of what its lanes have; `sums` is (kWarps, kSide).
-__device__ inline float over_row(float value, const Lane& lane, float* sums) {
+// The sum over the four lanes of a row, in each of them.
+__device__ inline float over_lanes(float value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
-  value += __shfl_xor_sync(kAllLanes, value, 2);
-  if (lane.quarter == 0) sums[lane.warp * kSide + lane.row] = value;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp * kSide + lane.row];
-  return total;
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
+
+// How many of a row's elements a warp has.
+__device__ inline int share(int inner, int warp) {
+  const int rest = inner % kRound - warp * kPiece;
+  return inner / kRound * kPiece + (rest < 0 ? 0 : rest < kPiece ? rest : kPiece);
+}
+
+// The mean of a row, and one over its standard deviation, from the parts of all warps, (kWarps, kSide). One pass over
+// the warps, and nothing cancels if the mean is large. Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise
+// Algorithm for Computing Sample Variances", 1979, equation 2.1.
+struct Moments {
+  float mean, over;
+  __device__ Moments(const Part* parts, int row, int inner, float epsilon) {
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += share(inner, warp) * parts[warp * kSide + row].mean;
+    mean = sum / inner;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const Part part = parts[warp * kSide + row];
+      squares += part.squares + share(inner, warp) * (part.mean - mean) * (part.mean - mean);
+    }
+    over = 1.0f / sqrtf(squares / inner + epsilon);
+  }
+};
 
 __device__ inline void load_floats(float (&to)[kVector], const float* from) { unpack(load(from), to); }
 
@@ -132,14 +156,18 @@ __device__ void normalise(const LinearParams& p, const Places& places, const Lan
 #pragma unroll
     for (int j = 0; j < kVector; ++j) sum += piece[j];
   });
-  copies.template wait<kStages>();  // before the barrier that lets other threads read them
-  const float mean = over_row(sum, lane, floats(places.sums)) / p.inner;
+  const int count = share(p.inner, lane.warp);
+  const float mean = count > 0 ? over_lanes(sum) / count : 0.0f;
   each([&](int, const float (&piece)[kVector]) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) squares += (piece[j] - mean) * (piece[j] - mean);
   });
-  const float variance = over_row(squares, lane, floats(places.sums) + kWarps * kSide) / p.inner;
-  const float over = 1.0f / sqrtf(variance + p.epsilon);
+  squares = over_lanes(squares);
+  Part* parts = reinterpret_cast<Part*>(shared_memory() + places.moments);
+  if (lane.quarter == 0) parts[lane.warp * kSide + lane.row] = {mean, squares};
+  copies.template wait<kStages>();  // before the barrier that lets other threads read them
+  __syncthreads();
+  const Moments of(parts, lane.row, p.inner, p.epsilon);
   each([&](int i, const float (&piece)[kVector]) {
     const int element = lane.element(i);
     float gain[kVector], shift[kVector];
@@ -147,7 +175,7 @@ __device__ void normalise(const LinearParams& p, const Places& places, const Lan
     load_floats(shift, i < kTogether ? floats(places.shift) + element : p.shift + element);
     T rounded[kVector];
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) rounded[j] = from_float<T>((piece[j] - mean) * over * gain[j] + shift[j]);
+    for (int j = 0; j < kVector; ++j) rounded[j] = from_float<T>((piece[j] - of.mean) * of.over * gain[j] + shift[j]);
     memcpy(to + i * stride, rounded, sizeof rounded);
   });
 }
@@ -168,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, 3) tiles_kernel(LinearParams p) {
 #pragma unroll 1
   for (int stage = 0; stage < kStages; ++stage) stream.ask(copies);
 
-  const int first_row = blockIdx.y * p.rows_each,
-            rows = p.rows - first_row < p.rows_each ? p.rows - first_row : p.rows_each;
+  const int first_row = blockIdx.y * p.rows_each, left = p.rows - first_row;
+  const int rows = left < p.rows_each ? left : p.rows_each;
   const int of_tile = threadIdx.x % kInTile, tile_of_output = threadIdx.x / kInTile;  // of the thread's output
   const int column = (blockIdx.x * p.tiles + tile_of_output) * kSide + of_tile % kSide;
   const bool stores = tile_of_output < p.tiles && of_tile / kSide < rows && column < p.columns;
