@@ -58,8 +58,9 @@ class Part:
 def tests(name: str, *arguments: str, least: float, most: float, workers: int) -> Part:
     """Tests marked ``gpu``; a worker that meets an error which the device cannot forget is replaced."""
     words = ("-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "-rfE")
-    # Tiles are chosen by time, and those that are chosen while other tests run would be kept for the benchmarks.
-    apart = (("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))),)
+    # Tiles are chosen by time: while others run that says little, and the choices would be kept for the benchmarks.
+    cache = str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))
+    apart = (("TAMINGFAST_TUNE", "0"), ("TRITON_CACHE_DIR", cache))
     words += ("--dist", "worksteal", "--durations=8")
     return Part(name, (*words, *arguments), least, most, alone=False, environment=apart)
 
@@ -77,6 +78,7 @@ PARTS = (
     tests("sanitizer", "tests/engines/test_cuda_device.py", "-k", "sanitizer", least=30, most=120, workers=3),
     bench("decode", "test_decode_gpu.py", "ours", least=20, most=120),
     bench("profile", "test_decode_gpu.py", "profile", least=15, most=60),
+    bench("layers", "test_linear_layers.py", least=15, most=60),
     bench("attention", "test_attention.py", "causal", least=20, most=120),
     bench("codes", "test_nearest_code.py", least=20, most=90),
     bench("norm", "test_group_norm.py", "contiguous", least=20, most=90),

@@ -72,7 +72,7 @@ def _split_kernel(
 @triton.jit
 def _scan_kernel(
     z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, open_rows, open_count, N, K,
-    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Best code of each vector, and its rival: another code within the error, _UNIQUE if none, _MANY - i if several.
 
@@ -94,6 +94,7 @@ def _scan_kernel(
         m_n = n + o_n < K
         p_c = tl.where(m_n, n + o_n, 0).to(tl.int64)[None, :] * DP + o_d[:, None]  # [BD, BN]
         b_s = tl.zeros([BM, BN], tl.float32)
+        # Not a constant, or the loop would be unrolled, and the assembler of CUDA 12.8 then drops all products (sm_90).
         for d in range(0, DP, BD):
             b_z_hi, b_z_lo = tl.load(z_hi + p_z + d), tl.load(z_lo + p_z + d)
             b_c_hi, b_c_lo = tl.load(c_hi + p_c + d), tl.load(c_lo + p_c + d)
@@ -313,7 +314,7 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
     n, k, width = len(z_hi), *codebook.shape
     index = torch.empty(n, dtype=torch.int64, device=z.device)
     rival, rows = (torch.empty(n, dtype=torch.int32, device=z.device) for _ in range(2))
-    open_ = _Open(rows, torch.zeros(1, dtype=torch.int32, device=z.device))  # zero if there is nothing to launch for
+    open_ = _Open(rows, torch.empty(1, dtype=torch.int32, device=z.device))
     tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
     if capability(z.device)[0] != 12:  # where its registers spill
         tiles.append((128, 128, 8, 3))
@@ -328,7 +329,7 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
         {
             "z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm,
             "index": index, "rival": rival, "open_rows": open_.rows, "open_count": open_.number, "N": n, "K": k,
-            "D": width, "DP": padded, "BD": _block(width),
+            "DP": padded, "D": width, "BD": _block(width),
         },
     )  # fmt: skip
     return index, rival, open_
@@ -346,6 +347,8 @@ def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = No
     """Indices int64 (N,) of z (B, D, *); the training form writes ``fused`` too."""
     index, rival, open_ = _scan(z, codebook)
     flat, rows, positions, strides = _rows(z)
+    if rows == 0:  # the scan did not run, which counts the open rows
+        return index
     programs = _PROGRAMS * multiprocessors(z.device)
     shared = {
         "z": flat, "codebook": codebook, "open_count": open_.number, "programs": programs, "S": positions,

@@ -1,0 +1,150 @@
+"""Races in the CUDA engine's kernels, found on the CPU by ThreadSanitizer and by results that change with the order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import on_host
+import pytest
+import torch
+from engine_cases import Place, decoded
+from gpts import random_gpt
+from on_host import PLAIN, SHIM, compiled, linked
+from race_detector import Mistake, races
+
+
+def without(file: str, right: str, case: str, source: str = "") -> Mistake:
+    """The last barrier in a piece of a source is missing."""
+    before, barrier, after = right.rpartition("__syncthreads();")
+    assert barrier
+    return Mistake(file, right, before + ";" + after, case, source)
+
+
+MISTAKES = {
+    "block_sum, while sums are read": without(
+        "device.h", "++warp) total += scratch[warp];\n  __syncthreads();", "rows", "rows.cu"
+    ),
+    "arrival counted before all have written": without(
+        "attention.cu", "  __syncthreads();\n  if (threadIdx.x == 0) *answer =", "attention"
+    ),
+    "arrival counted without order": Mistake(
+        "attention.cu", "add_acq_rel(arrived, 1u)", "atomicAdd(arrived, 1u)", "attention"
+    ),
+    "parts of a block read before they are written": without(
+        "attention.cu", "shared.out[group][first + j] = out[j];\n  __syncthreads();", "attention"
+    ),
+    "row read before the previous kernel's end": Mistake(
+        "attention.cu",
+        "attention_kernel(AttentionParams p) {\n  follow();",
+        "attention_kernel(AttentionParams p) {",
+        "decoding",
+    ),
+    "sums of warps read before they are written": without(
+        "linear.cu", "of_warps[threadIdx.x / kWarp * N + index + i] = values[i];\n  __syncthreads();", "linear"
+    ),
+    "sequence written while it is read": without(
+        "choose.cu", "token = 0;  // the error is reported, so any valid token will do\n  __syncthreads();", "choose"
+    ),
+    "threshold overwritten while it is read": without(
+        "choose.cu", "at.key = shared.key, at.above = shared.above;\n    __syncthreads();", "choose"
+    ),
+}
+MORE = {
+    "block_sum, before sums are read": without(
+        "device.h", "scratch[threadIdx.x / kWarp] = value;\n  __syncthreads();", "rows", "rows.cu"
+    ),
+    "answer read before it is written": without("attention.cu", "+ 1 == active;\n  __syncthreads();", "attention"),
+    "inputs read before the previous kernel's end": Mistake(
+        "linear.cu", "  follow();\n  load_inputs(0);", "  load_inputs(0);\n  follow();", "decoding"
+    ),
+    "digits cleared while they are counted": without(
+        "choose.cu", "if (threadIdx.x == 0) shared.found = 0;\n    __syncthreads();", "choose"
+    ),
+    "digits read while they are counted": without(
+        "choose.cu", "& (kDigits - 1)), mass);\n    }\n    __syncthreads();", "choose"
+    ),
+    "best of warps overwritten while it is read": without(
+        "choose.cu", "beats(other, best))) best = other;\n  }\n  __syncthreads();", "choose"
+    ),
+    "scores read before they are scaled": without(
+        "choose.cu", "scores[v] = scaled(scores[v]);\n  __syncthreads();", "choose"
+    ),
+}
+
+
+def program() -> Path:
+    """drive.cpp, without a sanitizer."""
+    sources = [*on_host.kernels(), SHIM / "fibers.cpp", SHIM / "drive.cpp"]
+    return linked("drive", [compiled(source, PLAIN) for source in sources], PLAIN)
+
+
+def drive(order: str) -> dict[str, str]:
+    """What drive.cpp prints: the digest of memory by case and dtype, and what was ``launched``."""
+    done = subprocess.run([program(), order], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *digests, launched = done.stdout.splitlines()
+    assert digests
+    return dict(line.rsplit(" ", 1) for line in digests) | {"launched": launched}
+
+
+def test_nothing_is_reported():
+    assert not races("1", "float32")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("order", ["in-order", "2", "3"])
+def test_nothing_is_reported_in_other_orders_and_dtypes(order):
+    assert not races(order)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *(pytest.param(mistake, id=name) for name, mistake in MISTAKES.items()),
+        *(pytest.param(mistake, id=name, marks=pytest.mark.exhaustive) for name, mistake in MORE.items()),
+    ],
+)
+def test_a_planted_race_is_reported(mistake):
+    """The test of these tests."""
+    assert "WARNING: ThreadSanitizer: data race" in races("1", "float32", mistake.case, mistake=mistake)
+
+
+def test_memory_is_the_same_whatever_the_order():
+    expected = drive("in-order")
+    for seed in range(4):
+        assert drive(str(seed)) == expected
+
+
+def test_every_kernel_is_driven():
+    """Every instance of every kernel, so that no new one is forgotten."""
+    launched = {int(offset) for offset in drive("in-order")["launched"].split()[1:]}
+    names = [
+        name
+        for source in on_host.kernels()
+        for name in re.findall(r"__global__ void (?:__launch_bounds__\(.*\) )?(\w+)\(", source.read_text())
+    ]
+    assert len(names) == sum(source.read_text().count("__global__") for source in on_host.kernels())
+    symbols = subprocess.run(["nm", "--demangle", program()], capture_output=True, text=True, check=True).stdout
+    functions = {
+        name: int(address, 16)
+        for address, _, name in (line.split(" ", 2) for line in symbols.splitlines() if line[0] != " ")
+    }
+    kernel = re.compile(rf".*::({'|'.join(names)})(<.*>)?\([\w:]+\)")
+    instances = {name: address - functions["main"] for name, address in functions.items() if kernel.fullmatch(name)}
+    assert {kernel.fullmatch(name)[1] for name in instances} == set(names)
+    assert not [name for name, offset in instances.items() if offset not in launched]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 10])
+def test_an_engine_draws_the_same_whatever_the_order(batch):
+    gpt = random_gpt()
+    made, given = Place("cpu").engine(gpt, slots=batch), torch.randint(24, (batch, 20))
+    expected = decoded(made, given, range(5, 20), seed=1, top_k=9, top_p=0.9)
+    try:
+        for seed in range(2):
+            on_host.module().run_at_random(seed)
+            assert torch.equal(decoded(made, given, range(5, 20), seed=1, top_k=9, top_p=0.9), expected)
+    finally:
+        on_host.module().run_in_order()
