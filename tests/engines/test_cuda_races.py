@@ -1,4 +1,4 @@
-"""Races in the CUDA engine's kernels, found on the CPU by ThreadSanitizer and by results that change with the order."""
+"""Races in the CUDA engine's kernels, found on the CPU: by ThreadSanitizer, and by results that depend on the order."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from on_host import PLAIN, SHIM, compiled, linked
 from race_detector import Mistake, races
 
 
-def without(file: str, right: str, case: str, source: str = "") -> Mistake:
+def without(file: str, right: str, case: str, source: str = "", dtype: str = "float32") -> Mistake:
     """The last barrier in a piece of a source is missing."""
     before, barrier, after = right.rpartition("__syncthreads();")
     assert barrier
-    return Mistake(file, right, before + ";" + after, case, source)
+    return Mistake(file, right, before + ";" + after, case, source, dtype)
 
 
 MISTAKES = {
@@ -32,26 +32,36 @@ MISTAKES = {
     "arrival counted without order": Mistake(
         "attention.cu", "add_acq_rel(arrived, 1u)", "atomicAdd(arrived, 1u)", "attention"
     ),
-    "parts of a block read before they are written": without(
-        "attention.cu", "shared.out[group][first + j] = out[j];\n  __syncthreads();", "attention"
-    ),
     "row read before the previous kernel's end": Mistake(
         "attention.cu",
-        "attention_kernel(AttentionParams p) {\n  follow();",
-        "attention_kernel(AttentionParams p) {",
+        "attention_kernel(AttentionParams p) {\n  lead();\n  follow();",
+        "attention_kernel(AttentionParams p) {\n  lead();",
         "decoding",
     ),
     "sums of warps read before they are written": without(
         "linear.cu", "of_warps[threadIdx.x / kWarp * N + index + i] = values[i];\n  __syncthreads();", "linear"
     ),
+    "sums of warps read before they are written, in tiles": without(
+        "linear_tiles.cu", "parts[1] = even[1] + odd[1];\n  }\n  __syncthreads();", "linear", dtype="bfloat16"
+    ),
+    "gain read before all have copied it": Mistake(
+        "linear_tiles.cu",
+        "wait<kStages>();  // before the barrier that lets other threads read them\n  __syncthreads();",
+        "wait<kStages + 1>();\n  __syncthreads();\n  copies.template wait<kStages>();",
+        "linear",
+        dtype="bfloat16",
+    ),
     "sequence written while it is read": without(
         "choose.cu", "token = 0;  // the error is reported, so any valid token will do\n  __syncthreads();", "choose"
+    ),
+}
+MORE = {
+    "parts of a block read before they are written": without(
+        "attention.cu", "shared.out[group][first + j] = out[j];\n  __syncthreads();", "attention"
     ),
     "threshold overwritten while it is read": without(
         "choose.cu", "at.key = shared.key, at.above = shared.above;\n    __syncthreads();", "choose"
     ),
-}
-MORE = {
     "block_sum, before sums are read": without(
         "device.h", "scratch[threadIdx.x / kWarp] = value;\n  __syncthreads();", "rows", "rows.cu"
     ),
@@ -59,14 +69,14 @@ MORE = {
     "inputs read before the previous kernel's end": Mistake(
         "linear.cu", "  follow();\n  load_inputs(0);", "  load_inputs(0);\n  follow();", "decoding"
     ),
+    "tiles read before the previous kernel's end": Mistake(
+        "linear_tiles.cu", "  lead();\n  follow();", "  lead();", "decoding", dtype="bfloat16"
+    ),
     "digits cleared while they are counted": without(
         "choose.cu", "if (threadIdx.x == 0) shared.found = 0;\n    __syncthreads();", "choose"
     ),
     "digits read while they are counted": without(
         "choose.cu", "& (kDigits - 1)), mass);\n    }\n    __syncthreads();", "choose"
-    ),
-    "best of warps overwritten while it is read": without(
-        "choose.cu", "beats(other, best))) best = other;\n  }\n  __syncthreads();", "choose"
     ),
     "scores read before they are scaled": without(
         "choose.cu", "scores[v] = scaled(scores[v]);\n  __syncthreads();", "choose"
@@ -91,6 +101,7 @@ def drive(order: str) -> dict[str, str]:
 
 def test_nothing_is_reported():
     assert not races("1", "float32")
+    assert not races("1", "bfloat16", "linear", "decoding")  # by tensor cores
 
 
 @pytest.mark.exhaustive
@@ -108,12 +119,12 @@ def test_nothing_is_reported_in_other_orders_and_dtypes(order):
 )
 def test_a_planted_race_is_reported(mistake):
     """The test of these tests."""
-    assert "WARNING: ThreadSanitizer: data race" in races("1", "float32", mistake.case, mistake=mistake)
+    assert "WARNING: ThreadSanitizer: data race" in races("1", mistake.dtype, mistake.case, mistake=mistake)
 
 
 def test_memory_is_the_same_whatever_the_order():
     expected = drive("in-order")
-    for seed in range(4):
+    for seed in range(2):
         assert drive(str(seed)) == expected
 
 
@@ -127,24 +138,21 @@ def test_every_kernel_is_driven():
     ]
     assert len(names) == sum(source.read_text().count("__global__") for source in on_host.kernels())
     symbols = subprocess.run(["nm", "--demangle", program()], capture_output=True, text=True, check=True).stdout
-    functions = {
-        name: int(address, 16)
-        for address, _, name in (line.split(" ", 2) for line in symbols.splitlines() if line[0] != " ")
-    }
+    defined = (line.split(" ", 2) for line in symbols.splitlines() if not line.startswith(" "))
+    functions = {name: int(address, 16) for address, _, name in defined}
     kernel = re.compile(rf".*::({'|'.join(names)})(<.*>)?\([\w:]+\)")
     instances = {name: address - functions["main"] for name, address in functions.items() if kernel.fullmatch(name)}
     assert {kernel.fullmatch(name)[1] for name in instances} == set(names)
     assert not [name for name, offset in instances.items() if offset not in launched]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 10])
+@pytest.mark.parametrize("batch", [3, 10])
 def test_an_engine_draws_the_same_whatever_the_order(batch):
     gpt = random_gpt()
     made, given = Place("cpu").engine(gpt, slots=batch), torch.randint(24, (batch, 20))
-    expected = decoded(made, given, range(5, 20), seed=1, top_k=9, top_p=0.9)
+    expected = decoded(made, given, range(15, 20), seed=1, top_k=9, top_p=0.9)
+    on_host.module().run_at_random(0)
     try:
-        for seed in range(2):
-            on_host.module().run_at_random(seed)
-            assert torch.equal(decoded(made, given, range(5, 20), seed=1, top_k=9, top_p=0.9), expected)
+        assert torch.equal(decoded(made, given, range(15, 20), seed=1, top_k=9, top_p=0.9), expected)
     finally:
         on_host.module().run_in_order()
