@@ -1,4 +1,4 @@
-"""Races in the CUDA engine's kernels, found on the CPU: by ThreadSanitizer, and by results that change with the order."""
+"""Races in the CUDA engine's kernels, found on the CPU: by ThreadSanitizer, and by results that depend on the order."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from on_host import PLAIN, SHIM, compiled, linked
 from race_detector import Mistake, races
 
 
-def without(file: str, right: str, case: str, source: str = "") -> Mistake:
+def without(file: str, right: str, case: str, source: str = "", dtype: str = "float32") -> Mistake:
     """The last barrier in a piece of a source is missing."""
     before, barrier, after = right.rpartition("__syncthreads();")
     assert barrier
-    return Mistake(file, right, before + ";" + after, case, source)
+    return Mistake(file, right, before + ";" + after, case, source, dtype)
 
 
 MISTAKES = {
@@ -37,12 +37,22 @@ MISTAKES = {
     ),
     "row read before the previous kernel's end": Mistake(
         "attention.cu",
-        "attention_kernel(AttentionParams p) {\n  follow();",
-        "attention_kernel(AttentionParams p) {",
+        "attention_kernel(AttentionParams p) {\n  lead();\n  follow();",
+        "attention_kernel(AttentionParams p) {\n  lead();",
         "decoding",
     ),
     "sums of warps read before they are written": without(
         "linear.cu", "of_warps[threadIdx.x / kWarp * N + index + i] = values[i];\n  __syncthreads();", "linear"
+    ),
+    "sums of warps read before they are written, in tiles": without(
+        "linear_tiles.cu", "parts[1] = even[1] + odd[1];\n  }\n  __syncthreads();", "linear", dtype="bfloat16"
+    ),
+    "gain read before all have copied it": Mistake(
+        "linear_tiles.cu",
+        "wait<kStages>();  // before the barrier that lets other threads read them\n  __syncthreads();",
+        "wait<kStages + 1>();\n  __syncthreads();\n  copies.template wait<kStages>();",
+        "linear",
+        dtype="bfloat16",
     ),
     "sequence written while it is read": without(
         "choose.cu", "token = 0;  // the error is reported, so any valid token will do\n  __syncthreads();", "choose"
@@ -58,6 +68,9 @@ MORE = {
     "answer read before it is written": without("attention.cu", "+ 1 == active;\n  __syncthreads();", "attention"),
     "inputs read before the previous kernel's end": Mistake(
         "linear.cu", "  follow();\n  load_inputs(0);", "  load_inputs(0);\n  follow();", "decoding"
+    ),
+    "tiles read before the previous kernel's end": Mistake(
+        "linear_tiles.cu", "  lead();\n  follow();", "  lead();", "decoding", dtype="bfloat16"
     ),
     "digits cleared while they are counted": without(
         "choose.cu", "if (threadIdx.x == 0) shared.found = 0;\n    __syncthreads();", "choose"
@@ -91,6 +104,7 @@ def drive(order: str) -> dict[str, str]:
 
 def test_nothing_is_reported():
     assert not races("1", "float32")
+    assert not races("1", "bfloat16", "linear", "decoding")  # by tensor cores
 
 
 @pytest.mark.exhaustive
@@ -108,7 +122,7 @@ def test_nothing_is_reported_in_other_orders_and_dtypes(order):
 )
 def test_a_planted_race_is_reported(mistake):
     """The test of these tests."""
-    assert "WARNING: ThreadSanitizer: data race" in races("1", "float32", mistake.case, mistake=mistake)
+    assert "WARNING: ThreadSanitizer: data race" in races("1", mistake.dtype, mistake.case, mistake=mistake)
 
 
 def test_memory_is_the_same_whatever_the_order():

@@ -30,6 +30,7 @@ class Mistake:
     case: str
     #: The source that is compiled with a changed header.
     source: str = ""
+    dtype: str = "float32"
 
     def planted(self) -> tuple[Path, Path]:
         """The source to compile, in a copy of csrc with the mistake, and that copy, in build/."""
