@@ -239,7 +239,7 @@ def test_compute_sanitizer_reports_nothing(tool):
          sys.executable, "-c", textwrap.dedent(program)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert result.returncode == 0, result.stdout[:3000] + result.stdout[-1000:] + result.stderr[-1000:]
 
 
 def test_an_engine_that_cannot_run_says_why(monkeypatch):

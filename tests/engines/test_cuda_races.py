@@ -1,4 +1,4 @@
-"""Races in the CUDA engine's kernels, found on the CPU: by ThreadSanitizer, and by results that depend on the order."""
+"""Races in the CUDA engine's kernels, found on the CPU by ThreadSanitizer and by results that change with the order."""
 
 from __future__ import annotations
 

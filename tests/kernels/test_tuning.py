@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from triton.runtime.errors import OutOfResources, PTXASError
-
 from tamingfast.kernels import choices, common
+from triton.runtime.errors import OutOfResources, PTXASError
 
 CONFIGS = tuple(triton.Config({"BM": size}) for size in (16, 32, 64))
 TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
