@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=device.reason))
 
 
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Ends a worker whose device every further call would fail on; another takes its place, with a new context."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Each file's tests run on one worker, so that its fixtures are made once, and so do files that share costly ones.
 
     These are the tests of experiments (`everything`) and of conditions (`trained`). The groups of ``--dist loadgroup``
-    have no effect in pytest-xdist 3.8 under pytest 9.2.
+    have no effect in pytest-xdist 3.8 under pytest 9.2. With another ``--dist`` than the default, xdist schedules.
     """
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling  # optional package
 
     class Scheduling(LoadScopeScheduling):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from tamingfast import files
 from tamingfast.ops import backends
 
-RESULTS = Path(__file__).parents[1] / "results"
+#: Where the rows are written.
+RESULTS = Path(os.environ.get("TAMINGFAST_RESULTS") or Path(__file__).parents[1] / "results")
 # The number of runs is limited because the launch queue holds about a thousand entries, and a call may take a dozen.
 _WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
 _CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
@@ -103,8 +105,27 @@ def record(
         "best_rival": best, "ratio_to_best_rival": present[best] / ours if best else None, "target_ratio": target,
         "tflop_per_s": flop / ours / 1e9, "gb_per_s": size / ours / 1e6, "share_of_ceiling": floor / ours,
     }  # fmt: skip
-    rows.append(row)
+    rows[:] = [old for old in rows if (old["benchmark"], old["case"]) != (benchmark, case)] + [row]
     write()  # after each row, so that an interrupted run keeps its results
+
+
+def compare(
+    benchmark: str, case: str, ours: Callable[[], float], rivals: Mapping[str, Callable[[], float]], **work: Any
+) -> dict[str, float]:
+    """Measures ours and records it, then each rival in turn; returns the milliseconds.
+
+    A rival that fails is left out, with the reason. ``work`` is that of `record`.
+    """
+    times = {"ours": ours()}
+    record(benchmark, case, times, list(rivals), **work)
+    for name, rival in rivals.items():
+        try:
+            times[name] = rival()
+        except Exception as error:  # whatever another package raises
+            print(f"\n  {name} is left out: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}")
+            continue
+        record(benchmark, case, times, list(rivals), **work)
+    return times
 
 
 def table() -> list[str]:

@@ -165,12 +165,26 @@ __device__ inline unsigned char* shared_memory() {
   return shared_bytes;
 }
 
-// Lets the next kernel of the stream start, then waits for the results of the previous one. Every thread of every
-// kernel calls this before it reads anything but weights. Source: CUDA C++ Programming Guide, "Programmatic Dependent
-// Launch and Synchronization".
-__device__ inline void follow() {
+// Programmatic dependent launch, from compute capability 9.0 on; elsewhere a kernel starts when the one before has ended.
+//
+// `follow` alone makes results right. Every thread of every kernel calls it before it reads anything but weights, which
+// no kernel writes, and before it writes anything. It returns when the previous kernel has ended and its writes are
+// visible; the previous one cannot have ended before its own threads returned from `follow`, so all earlier kernels of
+// the stream have ended too. No kernel reads what a later one overwrites, nor the other way round, however early it starts.
+//
+// `lead` is for speed alone: the next kernel may start once all blocks have called it or ended, so it never takes the room
+// of blocks that have yet to start. A block that starts early gains what it can load before it waits, which is weights.
+// Therefore kernels call it before they wait whose successors read weights: linear layers, once they have asked for their
+// own, and attention, which leaves most of the bandwidth idle. After the others, the next kernel starts when they end.
+// Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+__device__ inline void lead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
   const std::int64_t at = row * p.ldo + column;
   load_weights(0);  // before the norm and the end of the previous kernel, so that the memory is busy meanwhile
   const float bias = stores && p.bias ? p.bias[column] : 0.0f;
+  lead();
   follow();
   load_inputs(0);
   const float there = stores && p.epilogue == Epilogue::add ? static_cast<const float*>(p.out)[at] : 0.0f;
