@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("numpy", "omegaconf", "pytest", "pytest_benchmark", "safetensors", "shtab", "tqdm", "xdist", "yaml")
 SECONDS_TO_END = 5.0  # between the request to end and the order to
 NO_TESTS = 5  # pytest's exit status
+PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfE", "--disable-warnings")
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,16 @@ class Part:
 
 def tests(name: str, *arguments: str, least: float, most: float, workers: int) -> Part:
     """Tests marked ``gpu``; a worker that meets an error which the device cannot forget is replaced."""
-    words = ("-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "-rfE")
+    words = (*PYTEST, "-n", str(workers), "-p", "no:benchmark", "--dist", "worksteal", "--durations=8")
     # Tiles are chosen by time: while others run that says little, and the choices would be kept for the benchmarks.
     cache = str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))
     apart = (("TAMINGFAST_TUNE", "0"), ("TRITON_CACHE_DIR", cache))
-    words += ("--dist", "worksteal", "--durations=8")
     return Part(name, (*words, *arguments), least, most, alone=False, environment=apart)
 
 
 def bench(name: str, file: str, selected: str = "", *, least: float, most: float) -> Part:
     """Benchmarks marked ``gpu``."""
-    words = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfE", f"benchmarks/{file}")
-    return Part(name, (*words, *(("-k", selected) if selected else ())), least, most)
+    return Part(name, (*PYTEST, f"benchmarks/{file}", *(("-k", selected) if selected else ())), least, most)
 
 
 #: In order of worth. Neighbours that need not be alone run side by side.

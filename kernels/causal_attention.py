@@ -10,6 +10,10 @@ m + M, or at n_unmasked if that is later and m is below it; tiles beyond that ar
 boundary crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits whose counter is
 (row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass redraws it in any tiling.
 
+The backward pass has two kernels, for dK and dV and for dQ, and both compute P and dS: one kernel would have to add up
+dQ over its programs, in an order that varies or at a cost above what it saves (docs/triton-kernels.md has the
+arithmetic).
+
 Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy
 tensors with any other. dK and dV are allocated alike and share their strides.
 """

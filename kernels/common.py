@@ -25,6 +25,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2_E = 1.4426950408889634
 _WARM_UP_MS, _MEASURE_MS = 5, 20  # per configuration
+_LACKS = ("out of memory", "too many resources requested")  # in the driver's errors, which torch and Triton pass on
 
 #: The grid of a launch, from the meta-parameters of its configuration.
 Grid: TypeAlias = Callable[[dict[str, int]], tuple[int, ...]]
@@ -125,7 +126,7 @@ def _milliseconds(kernel: triton.JITFunction, grid: Grid, config: triton.Config,
             lambda: _run(kernel, grid, config, arguments), warmup=_WARM_UP_MS, rep=_MEASURE_MS, return_mode="median"
         )
     except (OutOfResources, PTXASError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():  # torch's and the driver's
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in _LACKS):
             raise
         return math.inf
 

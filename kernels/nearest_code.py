@@ -314,7 +314,7 @@ def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.
     n, k, width = len(z_hi), *codebook.shape
     index = torch.empty(n, dtype=torch.int64, device=z.device)
     rival, rows = (torch.empty(n, dtype=torch.int32, device=z.device) for _ in range(2))
-    open_ = _Open(rows, torch.zeros(1, dtype=torch.int32, device=z.device))  # zero if there is nothing to launch for
+    open_ = _Open(rows, torch.empty(1, dtype=torch.int32, device=z.device))
     tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
     if capability(z.device)[0] != 12:  # where its registers spill
         tiles.append((128, 128, 8, 3))
@@ -347,6 +347,8 @@ def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = No
     """Indices int64 (N,) of z (B, D, *); the training form writes ``fused`` too."""
     index, rival, open_ = _scan(z, codebook)
     flat, rows, positions, strides = _rows(z)
+    if rows == 0:  # the scan did not run, which counts the open rows
+        return index
     programs = _PROGRAMS * multiprocessors(z.device)
     shared = {
         "z": flat, "codebook": codebook, "open_count": open_.number, "programs": programs, "S": positions,

@@ -161,6 +161,14 @@ def _torch_kernel_refusal(
     return "its kernels cannot drop all weights" if dropout_p == 1 else None
 
 
+def _cudnn_refusal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float | None
+) -> str | None:
+    if torch.are_deterministic_algorithms_enabled():
+        return "its gradients are not deterministic, and torch is set to be"
+    return _torch_kernel_refusal(q, k, v, n_unmasked, dropout_p, scale)
+
+
 def _automatic(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_unmasked: int, dropout_p: float, scale: float | None
 ) -> tuple[str, ...]:
@@ -174,7 +182,7 @@ CAUSAL_ATTENTION = Op(
         Implementation("triton", _triton, _triton_refusal),
         Implementation("sdpa", _sdpa),
         Implementation("flash", _flash, _torch_kernel_refusal),
-        Implementation("cudnn", _cudnn, _torch_kernel_refusal),
+        Implementation("cudnn", _cudnn, _cudnn_refusal),
         Implementation("reference", reference.causal_attention),
     ),
     _automatic,

@@ -10,10 +10,16 @@
 
 namespace tamingfast::cuda {
 
-// A copy takes place as late as it may, when its group is waited for, so that shared memory holds poison until then.
+// Threads with an even number copy as late as they may, when the group is waited for, so that shared memory holds
+// poison until then; the others at once, over what they may still have to read.
 class Copies {
  public:
-  void add(void* to, const void* from) { open_.push_back({to, from}); }
+  void add(void* to, const void* from) {
+    if (threadIdx.x % 2 == 0)
+      open_.push_back({to, from});
+    else
+      memcpy(to, from, sizeof(uint4));
+  }
   void stream(void* to, const void* from) { add(to, from); }
   void end_group() {
     groups_.push_back(open_);

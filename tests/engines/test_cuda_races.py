@@ -12,7 +12,7 @@ import torch
 from engine_cases import Place, decoded
 from gpts import random_gpt
 from on_host import PLAIN, SHIM, compiled, linked
-from race_detector import Mistake, races
+from race_detector import Mistake, objects, races
 
 
 def without(file: str, right: str, case: str, source: str = "", dtype: str = "float32") -> Mistake:
@@ -84,15 +84,21 @@ MORE = {
 }
 
 
-def program() -> Path:
+# Without these waits, what is copied is used before it has arrived.
+EARLY = {
+    "weights": Mistake("linear_tiles.cu", "copies.template wait<kStages - 1>();", "", "linear", dtype="bfloat16"),
+    "rows": Mistake("linear_tiles.cu", "copies.template wait<0>();", "", "linear", dtype="bfloat16"),
+}
+
+
+def program(mistake: Mistake | None = None) -> Path:
     """drive.cpp, without a sanitizer."""
-    sources = [*on_host.kernels(), SHIM / "fibers.cpp", SHIM / "drive.cpp"]
-    return linked("drive", [compiled(source, PLAIN) for source in sources], PLAIN)
+    return linked("drive", [*objects(PLAIN, mistake), compiled(SHIM / "fibers.cpp", PLAIN)], PLAIN)
 
 
-def drive(order: str) -> dict[str, str]:
+def drive(order: str, *words: str, mistake: Mistake | None = None) -> dict[str, str]:
     """What drive.cpp prints: the digest of memory by case and dtype, and what was ``launched``."""
-    done = subprocess.run([program(), order], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([program(mistake), order, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     *digests, launched = done.stdout.splitlines()
     assert digests
@@ -126,6 +132,13 @@ def test_memory_is_the_same_whatever_the_order():
     expected = drive("in-order")
     for seed in range(2):
         assert drive(str(seed)) == expected
+
+
+@pytest.mark.parametrize("mistake", EARLY.values(), ids=EARLY)
+def test_memory_is_another_if_nobody_waits_for_copies(mistake):
+    name = f"{mistake.case} {mistake.dtype}"
+    right, wrong = (drive("in-order", mistake.case, mistake.dtype, mistake=planted) for planted in (None, mistake))
+    assert right[name] != wrong[name]
 
 
 def test_every_kernel_is_driven():

@@ -48,13 +48,18 @@ class Mistake:
         return copy / "cuda" / (self.source or self.file), copy
 
 
-def program(mistake: Mistake | None = None) -> Path:
-    """drive.cpp with the kernels, instrumented."""
+def objects(flags: list[str], mistake: Mistake | None = None) -> list[Path]:
+    """drive.cpp and the kernels."""
     planted = [mistake.planted()] if mistake else []
     kept = [(source, CSRC) for source in on_host.kernels() if source.name not in {wrong.name for wrong, _ in planted}]
     sources = [*planted, *kept, (SHIM / "drive.cpp", CSRC)]  # the planted header's functions come first
-    objects = [compiled(source, _DETECT, csrc) for source, csrc in sources]
-    return linked("drive", [*objects, compiled(SHIM / "fibers.cpp", ["-O1", "-DCUDA_ON_HOST_TSAN"])], _DETECT)
+    return [compiled(source, flags, csrc) for source, csrc in sources]
+
+
+def program(mistake: Mistake | None = None) -> Path:
+    """drive.cpp with the kernels, instrumented."""
+    fibers = compiled(SHIM / "fibers.cpp", ["-O1", "-DCUDA_ON_HOST_TSAN"])
+    return linked("drive", [*objects(_DETECT, mistake), fibers], _DETECT)
 
 
 @functools.cache

@@ -144,6 +144,7 @@ def test_the_environment_says_whether_to_tune(value, tuned):
 LACKS = {
     "torch's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB"),
     "the driver's": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "a launch's": RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
     "shared memory": OutOfResources(300000, 232448, "shared memory"),
     "registers": PTXASError("too many resources"),
 }

@@ -156,6 +156,16 @@ def test_two_calls_give_rows_in_the_layout_of_the_projection(name, rng):
     assert in_two_calls(name, q, k, v, 4).transpose(1, 2).is_contiguous()
 
 
+def test_cudnn_refuses_where_torch_must_be_deterministic(rng):
+    q = normal(rng, 1, 1, 4, 4)
+    assert attention._cudnn_refusal(q, q, q, 0, 0.0, None) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in attention._cudnn_refusal(q, q, q, 0, 0.0, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_flash_compiles_into_one_graph(rng):
     q = normal(rng, 1, 2, 12, 16).requires_grad_()
     with backends.use("flash"):
