@@ -259,7 +259,8 @@ void decoding(Arrays& arrays) {
   Choice choice;
   choice.top_k = 5;
   Sequences sequences(kVocab, kEmbd, choice, arrays);
-  const Cache cache(kRows, kHeads, kWidth, arrays);
+  Cache cache(kRows, kHeads, kWidth, arrays);
+  cache.p.splits = 1;
   float *x = sequences.p.x, *logits = arrays.floats(kRows * kVocab);
   void *qkv = arrays.numbers(kRows * 3 * kEmbd), *attended = arrays.numbers(kRows * kEmbd);
   void* inner = arrays.numbers(kRows * 4 * kEmbd);

@@ -58,7 +58,7 @@ def objects(flags: list[str], mistake: Mistake | None = None) -> list[Path]:
 
 def program(mistake: Mistake | None = None) -> Path:
     """drive.cpp with the kernels, instrumented."""
-    fibers = compiled(SHIM / "fibers.cpp", ["-O1", "-DCUDA_ON_HOST_TSAN"])
+    fibers = compiled(SHIM / "fibers.cpp", ["-O0", "-DCUDA_ON_HOST_TSAN"])
     return linked("drive", [*objects(_DETECT, mistake), fibers], _DETECT)
 
 
