@@ -135,6 +135,23 @@ def test_memory_is_the_same_whatever_the_order():
         assert drive(str(seed)) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arrival counted before all have written",
+        pytest.param("digits read while they are counted", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_memory_is_another_if_a_barrier_is_missing(name):
+    """The test of the test above: some random order has another result."""
+    mistake = (MISTAKES | MORE)[name]
+    found = (drive(seed, mistake.case, mistake.dtype, mistake=mistake) for seed in ("in-order", *map(str, range(5))))
+    right = drive("in-order", mistake.case, mistake.dtype)
+    assert any(
+        digests[f"{mistake.case} {mistake.dtype}"] != right[f"{mistake.case} {mistake.dtype}"] for digests in found
+    )
+
+
 @pytest.mark.parametrize("mistake", EARLY.values(), ids=EARLY)
 def test_memory_is_another_if_nobody_waits_for_copies(mistake):
     name = f"{mistake.case} {mistake.dtype}"
