@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -70,10 +70,11 @@ def bench(name: str, file: str, selected: str = "", *, least: float, most: float
     return Part(name, (*PYTEST, f"benchmarks/{file}", *(("-k", selected) if selected else ())), least, most)
 
 
-#: In order of worth. Neighbours that need not be alone run side by side.
+#: In order of worth. Neighbours that need not be alone run side by side, but nothing beside the first.
 PARTS = (
-    tests("engine", "tests/engines", "tests/sampling", "-k", "not sanitizer", least=30, most=200, workers=5),
-    tests("kernels", "tests/kernels", "tests/ops", least=30, most=200, workers=8),
+    replace(tests("smoke", "tests/ops", "tests/sampling", least=15, most=60, workers=4), alone=True),
+    tests("engine", "tests/engines", "-k", "not sanitizer", least=30, most=200, workers=5),
+    tests("kernels", "tests/kernels", least=30, most=200, workers=8),
     tests("sanitizer", "tests/engines/test_cuda_device.py", "-k", "sanitizer", least=30, most=120, workers=3),
     bench("decode", "test_decode_gpu.py", "ours", least=20, most=120),
     bench("profile", "test_decode_gpu.py", "profile", least=15, most=60),

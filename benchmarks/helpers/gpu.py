@@ -18,7 +18,7 @@ from tamingfast import files
 from tamingfast.ops import backends
 
 #: Where the rows are written.
-RESULTS = Path(os.environ.get("TAMINGFAST_RESULTS") or Path(__file__).parents[1] / "results")
+RESULTS = Path(os.environ.get("TAMINGFAST_RESULTS") or Path(__file__).parents[1] / "results" / "gpu")
 # The number of runs is limited because the launch queue holds about a thousand entries, and a call may take a dozen.
 _WARM_UP_MS, _MEASURE_MS, _LEAST_RUNS, _MOST_RUNS = 20.0, 80.0, 8, 60
 _CYCLES_PER_SECOND, _LONGEST_WAIT = 2e9, 0.25
@@ -163,7 +163,7 @@ def table() -> list[str]:
 
 
 def write() -> Path | None:
-    """Write the rows to benchmarks/results/<device>.json and return its path; None if there are no rows.
+    """Write the rows to benchmarks/results/gpu/<device>.json and return its path; None if there are no rows.
 
     Earlier rows of other cases are kept if machine and software are the same.
     """
@@ -174,7 +174,7 @@ def write() -> Path | None:
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     facts = backends.machine() | {"triton": triton.__version__, "cuda": torch.version.cuda}
     path = RESULTS / f"{device}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     mine = {(row["benchmark"], row["case"]) for row in rows}
     kept = [row for row in before.get("rows", []) if (row["benchmark"], row["case"]) not in mine]

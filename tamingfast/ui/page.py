@@ -35,13 +35,16 @@ CSS = """
 .tf-note { min-height: 1.6em; }
 footer { display: none !important; }
 @media (max-width: 640px) {
-    .gradio-container { padding: 8px !important; }
     .tf-desk, .tf-results { order: -1; }
     .tf-results { position: sticky; top: 0; z-index: 5; max-height: 50vh; overflow-y: auto; }
     .tf-results { background: var(--body-background-fill); }
     .tf-results .tf-picture { height: 34vh !important; }
 }
 """
+#: Gradio confines CSS to what is inside this container, which would keep results from staying in sight.
+HEAD = """<style>@media (max-width: 640px) {
+    .gradio-container { padding: 8px !important; overflow: clip !important; }
+}</style>"""
 
 
 def built(own: Studio) -> gr.Blocks:
