@@ -25,13 +25,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("numpy", "omegaconf", "pytest", "pytest_benchmark", "safetensors", "shtab", "tqdm", "xdist", "yaml")
 SECONDS_TO_END = 5.0  # between the request to end and the order to
 NO_TESTS = 5  # pytest's exit status
+PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfE", "--disable-warnings")
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,27 @@ class Part:
 
 def tests(name: str, *arguments: str, least: float, most: float, workers: int) -> Part:
     """Tests marked ``gpu``; a worker that meets an error which the device cannot forget is replaced."""
-    words = ("-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "-rfE")
-    # Tiles are chosen by time, and those that are chosen while other tests run would be kept for the benchmarks.
-    apart = (("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))),)
-    words += ("--dist", "worksteal", "--durations=8")
+    words = (*PYTEST, "-n", str(workers), "-p", "no:benchmark", "--dist", "worksteal", "--durations=8")
+    # Tiles are chosen by time: while others run that says little, and the choices would be kept for the benchmarks.
+    cache = str(Path(tempfile.gettempdir(), "tamingfast-gpu-tests"))
+    apart = (("TAMINGFAST_TUNE", "0"), ("TRITON_CACHE_DIR", cache))
     return Part(name, (*words, *arguments), least, most, alone=False, environment=apart)
 
 
 def bench(name: str, file: str, selected: str = "", *, least: float, most: float) -> Part:
     """Benchmarks marked ``gpu``."""
-    words = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfE", f"benchmarks/{file}")
-    return Part(name, (*words, *(("-k", selected) if selected else ())), least, most)
+    return Part(name, (*PYTEST, f"benchmarks/{file}", *(("-k", selected) if selected else ())), least, most)
 
 
-#: In order of worth. Neighbours that need not be alone run side by side.
+#: In order of worth. Neighbours that need not be alone run side by side, but nothing beside the first.
 PARTS = (
-    tests("engine", "tests/engines", "tests/sampling", "-k", "not sanitizer", least=30, most=200, workers=5),
-    tests("kernels", "tests/kernels", "tests/ops", least=30, most=200, workers=8),
+    replace(tests("smoke", "tests/ops", "tests/sampling", least=15, most=60, workers=4), alone=True),
+    tests("engine", "tests/engines", "-k", "not sanitizer", least=30, most=200, workers=5),
+    tests("kernels", "tests/kernels", least=30, most=200, workers=8),
     tests("sanitizer", "tests/engines/test_cuda_device.py", "-k", "sanitizer", least=30, most=120, workers=3),
     bench("decode", "test_decode_gpu.py", "ours", least=20, most=120),
     bench("profile", "test_decode_gpu.py", "profile", least=15, most=60),
+    bench("layers", "test_linear_layers.py", least=15, most=60),
     bench("attention", "test_attention.py", "causal", least=20, most=120),
     bench("codes", "test_nearest_code.py", least=20, most=90),
     bench("norm", "test_group_norm.py", "contiguous", least=20, most=90),

@@ -248,9 +248,9 @@ def compare(name: str, tokens: int, batch: int, with_rivals: bool, **compilation
 
 
 @pytest.mark.quick(name="GPT2-small", tokens=256, batch=8)
-@pytest.mark.parametrize("batch", [1, 8, 2, 4, 16, 64, 256])
+@pytest.mark.parametrize("batch", [1, 8, 64, 4, 2, 16, 256])
 @pytest.mark.parametrize("tokens", [256])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", reversed(LAYERS))
 def test_ours(name, tokens, batch):
     compare(name, tokens, batch, with_rivals=False)
 

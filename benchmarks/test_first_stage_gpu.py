@@ -38,6 +38,14 @@ def decode(model: VQModel, ops: str | None, tokens: torch.Tensor) -> torch.Tenso
         return model.decode(codes.to(next(model.parameters()).dtype))
 
 
+def by_options(tokens: list[torch.Tensor], exact: torch.Tensor) -> float:
+    """float32 weights, under torch's autocast."""
+    model = first_stage()
+    options = dict(engine="torch", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    assert (model.decode_grid(tokens[0], **options) - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm()
+    return gpu.milliseconds(functools.partial(model.decode_grid, **options), tokens)
+
+
 def flop(model: VQModel) -> float:
     shapes = layers.shapes(model.decoder.layers(), (256, SIDE, SIDE))
     return 2.0 * sum(map(layers.work, model.decoder.layers(), shapes[1:]))
@@ -64,6 +72,7 @@ def test_first_stage(batch):
         for layout in FORMATS
         for ops in (None, "reference")
     }
+    ways["options of decode_grid, ours"] = functools.partial(by_options, tokens, exact)
     ours = ways.pop("bfloat16, channels last, ours")
     work = flop(first_stage()) * batch
     times = gpu.compare("pictures", f"f=16, 256x256, batch {batch}", ours, ways, flop=work)

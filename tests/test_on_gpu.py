@@ -73,7 +73,7 @@ def test_a_second_call_goes_on(on_gpu, tmp_path, monkeypatch):
 
 
 def test_it_says_what_is_wrong(on_gpu, tmp_path):
-    with pytest.raises(SystemExit, match="--part: got 'smok', expected one of engine, kernels"):
+    with pytest.raises(SystemExit, match="--part: got 'smok', expected one of smoke, engine"):
         on_gpu.main([str(tmp_path), "--part", "smok"])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no GPU: torch finds no CUDA device here"):

@@ -85,6 +85,17 @@ def triton() -> Availability:
     return Availability(device.available, f"triton {version}, {device.reason}")
 
 
+@functools.cache
+def cudnn() -> Availability:
+    """Whether torch can use cuDNN's attention."""
+    import torch
+
+    device = gpu()
+    if not device.available or torch.version.cuda is None:
+        return Availability(False, device.reason)
+    return Availability(torch.backends.cudnn.is_available(), f"cuDNN {torch.backends.cudnn.version()}")
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors in Triton's interpreter, which tests use (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

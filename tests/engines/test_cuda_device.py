@@ -221,25 +221,29 @@ def test_another_stream_and_the_last_device():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_reports_nothing(tool):
+    """racecheck (2025.3) cannot run cuBLAS's half-width kernels for Hopper: "failed to handle a hardware exception"."""
     program = """
+        import sys
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.engines import CudaEngine, DecodeRequest
         from tamingfast.ops.choice import Choice
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
-            for batch in (1, 3, 10):
+            ours_alone = dtype == "bfloat16" and sys.argv[1] == "racecheck"  # no prompt, few sequences
+            for batch in (1, 3) if ours_alone else (1, 3, 10):
                 engine.reserve(batch, 130)
                 tokens = torch.zeros(batch, 131, dtype=torch.int64, device="cuda")
-                steps, choice = [*range(100, 104), 129], Choice(top_k=20, top_p=0.9)
+                steps, choice = [*range(1, 5), *range(100, 104), 129], Choice(top_k=20, top_p=0.9)
+                steps = steps[:4] if ours_alone else steps[4:]
                 engine.decode(DecodeRequest(slots=range(batch), sequences=tokens, steps=steps, choice=choice))
         """
     result = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=tamingfast",
-         sys.executable, "-c", textwrap.dedent(program)],
+         sys.executable, "-c", textwrap.dedent(program), tool],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert result.returncode == 0, result.stdout[:3000] + result.stdout[-1000:] + result.stderr[-1000:]
 
 
 def test_an_engine_that_cannot_run_says_why(monkeypatch):

@@ -20,6 +20,7 @@ import runs
 import tiny
 import torch
 from runs import same_run
+from tamingfast.kernels import choices
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
@@ -118,6 +119,25 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path, monkeypatch):
             tiny.train("vqgan", out, steps=4)
     tiny.train("vqgan", out, resume=True, steps=4)
     same_run(out, unbroken("vqgan", steps=4))
+
+
+def test_a_resumed_run_takes_the_configurations_of_kernels_with_which_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(choices, "_table", {"kernel a": 2, "kernel b": 1})
+    out = tiny.train("vqgan", tmp_path / "run", steps=3)
+    monkeypatch.setattr(choices, "_table", {"kernel b": 0, "kernel c": 3})  # as another process chose before it resumed
+    tiny.train("vqgan", out, resume=True, steps=4)
+    assert choices.made() == {"kernel a": 2, "kernel b": 1, "kernel c": 3}
+    assert run_directory.progress(out)["launches"] == [choices.made()]
+
+
+def test_a_state_from_before_configurations_were_recorded_resumes(unbroken, tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=3)
+    path = out / run_directory.STATE
+    state = torch.load(path)
+    del state["progress"]["launches"]
+    torch.save(state, path)
+    tiny.train("vqgan", out, resume=True, steps=6)
+    same_run(out, unbroken("vqgan", steps=6))
 
 
 def test_a_finished_run_continues_with_more_steps(unbroken, tmp_path):
