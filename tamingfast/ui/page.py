@@ -36,7 +36,7 @@ CSS = """
 footer { display: none !important; }
 @media (max-width: 640px) {
     .tf-desk, .tf-results { order: -1; }
-    .tf-results { position: sticky; top: 0; z-index: 5; max-height: 50vh; overflow-y: auto; }
+    .tf-results { position: sticky; top: 0; z-index: 100; max-height: 50vh; overflow-y: auto; }
     .tf-results { background: var(--body-background-fill); }
     .tf-results .tf-picture { height: 34vh !important; }
 }

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import archives
+import conditioned
 import family_files
 import numpy as np
 import tiny
@@ -35,7 +36,7 @@ SMALL = {
         "model.params.transformer_config.params.n_embd": "16",
     },
 }  # fmt: skip
-#: Of first stages.
+#: Of first stages that have a discriminator.
 ADVERSARIAL = {
     "model.params.lossconfig.params.perceptual_weight": "0", "model.params.lossconfig.params.disc_ndf": "4",
     "model.params.lossconfig.params.disc_num_layers": "1",
@@ -79,7 +80,7 @@ def smaller(words: list[str]) -> list[str]:
     if words[0] != "train" or {"--help", "--resume"} & set(words):
         return words
     settings = BRIEF if "--from" in words else SMALL[words[1]] | BRIEF
-    if words[1] == "vqgan":
+    if words[1] == "vqgan" and words[2] != "segmentation_vqgan":
         settings = settings | ADVERSARIAL
     given = {word.partition("=")[0] for word in words}
     return [*words, *(f"{key}={value}" for key, value in settings.items() if key not in given)]
@@ -107,6 +108,9 @@ GIVEN = (
     "tamingfast train prior gpt2_small --first-stage runs/vqgan --out runs/prior",
     "tamingfast train prior gpt2_small --first-stage runs/vqgan --out runs/classes prior.condition=class",
     "tamingfast train prior gpt2_small --first-stage runs/vqgan --out runs/multiscale prior.scales=all",
+    "tamingfast train vqgan folder_vqgan --out runs/image data.path=conditions/segmentation/images data.size=32",
+    "tamingfast train vqgan segmentation_vqgan --out runs/labels data.path=conditions/segmentation data.labels=4 "
+    "data.size=32",
     "tamingfast convert runs/classes last.ckpt",
     "tamingfast convert runs/vqgan vqgan_imagenet_f16_16384/ckpts/last.ckpt",
 )
@@ -127,7 +131,8 @@ def lay_out(desk: Path, home: Path) -> None:
     mask = np.zeros((64, 96), np.uint8)
     mask[16:40, 40:80] = 255
     Image.fromarray(mask).save(desk / "mask.png")
-    archives.shards(desk, 2, 8, size=64)
+    archives.shards(desk, 128, 1, size=64)
+    conditioned.write_data(desk / "conditions")
     family_files.llamagen_file(desk)
     (desk / "models/first_stage_models/vq-f4").mkdir(parents=True)
     assert family_files.latent_diffusion(desk / "models/first_stage_models/vq-f4").path.name == "model.ckpt"
