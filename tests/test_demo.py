@@ -197,3 +197,26 @@ def test_the_script_makes_a_model_with_its_card(place):
     assert str(place) not in card + (out / "config.json").read_text() + json.dumps(found)
     exact, rounded = load_model(runs / "classes").state_dict(), load_model(out).state_dict()
     assert all(torch.equal(value.bfloat16().to(value.dtype), rounded[key]) for key, value in exact.items())
+
+
+def test_the_script_of_the_pictures_draws_what_they_say(demo, place):
+    script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))
+    chosen = script["photos"](place / "photos", 0)
+    assert {name: path.name for name, path in chosen.items()} == {"cat": "0.png", "ship": "2.png"}
+    drawn = script["samples"](demo, 2)
+    assert list(drawn) == CLASSES and {len(row) for row in drawn.values()} == {2}
+    options = script["OPTIONS"]
+    assert torch.equal(drawn["ship"][1], tasks.sample(demo, 20, options=options).images[18])
+    rows = script["completions"](demo, chosen)
+    photo, kept, *completed = (torch.stack(row) for row in rows.values())
+    assert list(rows) == ["photo", "kept", "completed 1", "completed 2", "completed 3"]
+    assert torch.equal(kept[:, :, :16], photo[:, :, :16]) and bool((kept[:, :, 16:] == 1).all())
+    # Beside what is drawn, own pixels are blended with it.
+    assert all(torch.equal(each[:, :, :8], photo[:, :, :8]) for each in completed)
+    strips = script["strips"](demo, chosen)
+    for name, number in (("cat", 0), ("ship", 1)):
+        assert strips[name][0].shape == (3, 32, 32 + script["ADDED"])
+        assert torch.equal(strips[name][0][:, :, :24], photo[number][:, :, :24])
+    shown = script["reconstructions"]([demo], chosen)
+    assert torch.equal(torch.stack(shown["photo"]), photo)
+    assert torch.equal(torch.stack(shown[f"f = {tasks.first_stage_of(demo).factor}"]), tasks.reconstructed(demo, photo))
