@@ -20,11 +20,11 @@ import runs
 import tiny
 import torch
 from runs import same_run
+from tamingfast.kernels import choices
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
 from tamingfast.errors import Stopped
-from tamingfast.kernels import choices
 from tamingfast.training import loop, vqgan
 
 STAGES = ("vqgan", "prior")
