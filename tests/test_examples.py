@@ -190,7 +190,7 @@ class TestDrawingService:
             ({"count": 5}, "count: got 5, expected at most 4"),
             ({"count": 0}, "count: got '0', expected otherwise: input should be greater than or equal to 1"),
             ({"count": "many"}, "count: got 'many', expected"),
-            ({"width": 33}, "size: got 32x33 pixels, expected multiples of 2; try 32x32"),
+            ({"width": 33}, "size: got 32x33 pixels, expected multiples of 4; try 32x32"),
             ({"width": 512}, "height, width: got 1 x 32 x 512 pixels, expected at most 5000 in all"),
             ({"label": "shipp"}, "label: got class 'shipp', expected 0 to 9, or one of airplane"),
             ({"temperature": -1}, "temperature: got -1.0, expected"),
