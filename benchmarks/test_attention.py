@@ -1,4 +1,4 @@
-"""Fused attention against torch's: flash, memory-efficient with a mask, FlexAttention; forward, and with backward."""
+"""Fused attention: ours and torch's flash and cuDNN as the op runs them, torch's others; forward, and with backward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamingfast import ops
-from tamingfast.ops import reference
+from tamingfast.ops import backends, reference
 
+BY_NAME = {"flash": "flash", "cudnn": "cudnn", "torch's choice": "sdpa"}
 GEOMETRY = {"GPT2-small": (16, 48), "GPT2-medium": (16, 64)}  # heads and their width in the paper
 
 
@@ -23,31 +24,33 @@ def flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def rivals(length: int, n_unmasked: int) -> dict:
-    def sdpa(backend, mask=None):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+def ours(n_unmasked: int, backend: str = "triton"):
+    def run(q, k, v):
+        with backends.use(backend):
+            return ops.causal_attention(q, k, v, n_unmasked=n_unmasked)
 
-        return run
+    return run
+
+
+def by_name(length: int, n_unmasked: int) -> dict:
+    """The other implementations that `ops.attention.AUTOMATIC` can choose on a GPU."""
+    return {name: ours(n_unmasked, backend) for name, backend in BY_NAME.items()}
+
+
+def others(length: int, n_unmasked: int) -> dict:
+    def efficient(q, k, v):
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     if n_unmasked == 0:
-        return {
-            "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-            "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-            "memory-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        }
+        return {"memory-efficient": efficient}
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(_batch, _head, row, column):
         return (row >= column) | ((row < n_unmasked) & (column < n_unmasked))
 
     blocks = create_block_mask(visible, None, None, length, length, device="cuda")
-    mask = reference.attention_mask(length, n_unmasked, torch.device("cuda"))
-    return {
-        "memory-efficient, mask": sdpa(SDPBackend.EFFICIENT_ATTENTION, mask),
-        "FlexAttention": lambda q, k, v: flex()(q, k, v, block_mask=blocks),
-    }
+    return {"FlexAttention": lambda q, k, v: flex()(q, k, v, block_mask=blocks)}
 
 
 def forward(attention, inputs: tuple) -> torch.Tensor:
@@ -60,22 +63,11 @@ def step(attention, inputs: tuple) -> torch.Tensor:
     return torch.autograd.grad(attention(*projection.unbind(0)), projection, weight)[0]
 
 
-def available(runs: dict, inputs: tuple, exact: tuple) -> dict:
-    """The implementations that run here; a relative error above 1e-2, about twice flash attention's, fails."""
-    found = {}
-    for name, attention in runs.items():
-        try:
-            results = forward(attention, inputs), step(attention, inputs)
-        except RuntimeError as error:
-            if name == "ours":
-                raise
-            print(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        for got, true in zip(results, exact, strict=True):
-            error = (got.double() - true).norm() / true.norm()
-            assert error < 1e-2, f"{name}: relative error {error:.1e}"
-        found[name] = attention
-    return found
+def milliseconds(run, attention, inputs: list, small: tuple, exact: torch.Tensor) -> float:
+    """A relative error above 1e-2, about twice flash attention's, fails."""
+    error = (run(attention, small).double() - exact).norm() / exact.norm()
+    assert error < 1e-2, f"relative error {error:.1e}"
+    return gpu.milliseconds(functools.partial(run, attention), inputs)
 
 
 @pytest.mark.quick(prefix=True)
@@ -120,16 +112,21 @@ def test_attention(model, length, batch, prefix):
     few = slice(0, 1)  # of the batch: float64 scores of the whole batch would not fit
     true_inputs = (inputs[0][0][:, few].detach().double().requires_grad_(), inputs[0][1][few].double())
     definition = functools.partial(reference.causal_attention, n_unmasked=n_unmasked)
-    exact = forward(definition, true_inputs), step(definition, true_inputs)
     small = (inputs[0][0][:, few].detach().requires_grad_(), inputs[0][1][few])
-    ours = functools.partial(ops.causal_attention, n_unmasked=n_unmasked)
-    runs = available({"ours": ours} | rivals(length, n_unmasked), small, exact)
     pairs = length * (length + 1) / 2 + n_unmasked * max(n_unmasked - 1, 0) / 2
-    for name, run, products, passes in (("forward", forward, 2, 4), ("forward + backward", step, 7, 12)):
-        times = {key: gpu.milliseconds(functools.partial(run, attention), inputs) for key, attention in runs.items()}
-        gpu.record(
-            "causal_attention", f"{model}, T {length}, batch {batch}{', prefix' if prefix else ''}, {name}", times,
-            [key for key in runs if key in ("flash", "memory-efficient, mask", "FlexAttention")],
-            flop=products * 2 * batch * heads * width * pairs, size=2 * passes * elements,
-            target=None if run is forward else 1.5 if prefix else 1.0,
-        )  # fmt: skip
+    case = f"{model}, T {length}, batch {batch}{', prefix' if prefix else ''}"
+    # What the op can choose from comes first, before the others are compiled.
+    for suffix, group in (("", by_name), (", others", others)):
+        attentions = {"ours": ours(n_unmasked)} | group(length, n_unmasked)
+        for name, run, products, passes in (("forward", forward, 2, 4), ("forward + backward", step, 7, 12)):
+            exact = run(definition, true_inputs)
+            timed = {
+                key: functools.partial(milliseconds, run, attention, inputs, small, exact)
+                for key, attention in attentions.items()
+            }
+            host = {"ours": gpu.host_milliseconds(functools.partial(run, attentions["ours"]), inputs)}
+            gpu.compare(
+                "causal_attention", f"{case}, {name}{suffix}", timed.pop("ours"), timed, host=host,
+                flop=products * 2 * batch * heads * width * pairs, size=2 * passes * elements,
+                target=None if run is forward else 1.5 if prefix else 1.0,
+            )  # fmt: skip

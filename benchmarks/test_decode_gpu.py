@@ -6,7 +6,8 @@ sampler (eager, keys and values grown with `torch.cat`), our torch engine (eager
 with its static cache if `transformers` is installed, and a static-cache step compiled by `torch.compile` into a CUDA
 graph.
 
-The compiled step takes a minute to compile for each shape; `make bench-gpu BENCH_ARGS="-k 'decode and 64'"` selects.
+The compiled step takes a minute to compile for each shape, so rivals are timed at four cases. `test_profile` says where
+the device's time goes in a step: which kernels run for how long, and for how long none does.
 
 The floor of a run is the larger of bytes / copy bandwidth and operations / matrix rate, both measured in this run:
 every weight read once per step, every visible key and value read once; two operations per weight and image.
@@ -134,19 +135,13 @@ class HuggingFace:
         return self.model(tokens, past_key_values=self.past, use_cache=True, cache_position=place).logits[:, -1]
 
 
-def rivals(gpt: GPT, batch: int, **compilation) -> dict[str, object]:
-    """By name: something with `logits(tokens, position)`; a rival that cannot run is left out, with the reason."""
-    found: dict[str, object] = {
-        "original": GrowingCache(gpt, batch), "static cache": StaticCache(gpt, batch),
-        "compiled": CompiledCache(gpt, batch, **compilation),
+def rivals(gpt: GPT, batch: int, **compilation) -> dict[str, Callable[[], object]]:
+    """By name: what makes something with `logits(tokens, position)`."""
+    return {
+        "original": lambda: GrowingCache(gpt, batch), "static cache": lambda: StaticCache(gpt, batch),
+        "hugging face": lambda: HuggingFace(gpt, batch),
+        "compiled": lambda: CompiledCache(gpt, batch, **compilation),
     }  # fmt: skip
-    try:
-        found["hugging face"] = HuggingFace(gpt, batch)
-        found["hugging face"].logits(torch.zeros(batch, 1, dtype=torch.int64, device=gpt.pos_emb.device), 0)
-    except (ImportError, TypeError, AttributeError) as error:
-        found.pop("hugging face", None)
-        print(f"\n  hugging face is left out: {error}")
-    return found
 
 
 def run_of(rival, gpt: GPT, batch: int, tokens: int) -> Callable[[], Tensor]:
@@ -163,27 +158,32 @@ def run_of(rival, gpt: GPT, batch: int, tokens: int) -> Callable[[], Tensor]:
     return run
 
 
-def check(gpt: GPT, made: CudaEngine, candidates: dict[str, object], batch: int) -> None:
-    """Every sampler's logits are near the model's in float32, and our tokens are what our logits and noise imply."""
-    device = gpt.pos_emb.device
-    sequences = torch.zeros(batch, CHECKED + 1, dtype=torch.int64, device=device)
-    steps = range(1, CHECKED + 1)
-    for _ in range(2):  # eagerly, then from the graph
-        made.decode(request(sequences, steps))
-    expected = gpt.float()(sequences[:, :-1])[0]
-    spans = [Span(b, 0, CHECKED) for b in range(batch)]
-    logits = made.feed(sequences[:, :-1].flatten(), spans, "all").view(batch, CHECKED, -1)
-    near(logits, expected, "ours")
-    noise = gumbel_noise(
-        1, torch.arange(batch, device=device)[:, None], torch.tensor(0, device=device),
-        torch.arange(1, CHECKED + 1, device=device), gpt.config.vocab_size,
-    )  # fmt: skip
-    # Sums of bfloat16 in another order may tip a near-tie.
-    assert (choose(logits, noise, top_k=TOP_K) == sequences[:, 1:]).float().mean() > 0.9
-    for name, rival in candidates.items():
-        for position in range(CHECKED):
-            place = torch.tensor([position], device=device) if isinstance(rival, CompiledCache) else position
-            near(rival.logits(sequences[:, position : position + 1], place), expected[:, position], name)
+class Truth:
+    """Sequences that ours draws, and the model's logits of their tokens in float32.
+
+    Our tokens are what our logits and noise imply, and every sampler's logits are near the truth.
+    """
+
+    def __init__(self, gpt: GPT, made: CudaEngine, batch: int) -> None:
+        device = gpt.pos_emb.device
+        self.sequences = torch.zeros(batch, CHECKED + 1, dtype=torch.int64, device=device)
+        for _ in range(2):  # eagerly, then from the graph
+            made.decode(request(self.sequences, range(1, CHECKED + 1)))
+        self.logits = gpt.float()(self.sequences[:, :-1])[0]
+        spans = [Span(b, 0, CHECKED) for b in range(batch)]
+        logits = made.feed(self.sequences[:, :-1].flatten(), spans, "all").view(batch, CHECKED, -1)
+        near(logits, self.logits, "ours")
+        noise = gumbel_noise(
+            1, torch.arange(batch, device=device)[:, None], torch.tensor(0, device=device),
+            torch.arange(1, CHECKED + 1, device=device), gpt.config.vocab_size,
+        )  # fmt: skip
+        # Sums of bfloat16 in another order may tip a near-tie.
+        assert (choose(logits, noise, top_k=TOP_K) == self.sequences[:, 1:]).float().mean() > 0.9
+
+    def check(self, rival, name: str) -> None:
+        for i in range(CHECKED):
+            place = torch.tensor([i], device=self.sequences.device) if isinstance(rival, CompiledCache) else i
+            near(rival.logits(self.sequences[:, i : i + 1], place), self.logits[:, i], name)
 
 
 def near(logits: Tensor, expected: Tensor, name: str) -> None:
@@ -204,38 +204,94 @@ def timed(run: Callable[[], object], device: str) -> float:
     return 1e3 * statistics.median(seconds(run, device) for _ in range(ROUNDS))
 
 
-@torch.no_grad()
-def compare(single: GPT, made: CudaEngine, candidates: dict[str, object], batch: int, tokens: int) -> dict[str, float]:
-    """Milliseconds of each sampler, after all of them are checked."""
-    device = single.pos_emb.device.type
-    made.reserve(batch, tokens)
-    check(single, made, candidates, batch)
-    sequences = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=device)
-    steps = range(1, tokens + 1)
-    ours = timed(lambda: made.decode(request(sequences, steps)), device)
-    return {"ours": ours} | {
-        name: timed(run_of(rival, single, batch, tokens), device) for name, rival in candidates.items()
-    }
-
-
-@pytest.mark.quick(name="GPT2-small", tokens=256, batch=8)
-@pytest.mark.parametrize("batch", [1, 8, 64, 256])
-@pytest.mark.parametrize("tokens", [256, 512])
-@pytest.mark.parametrize("name", LAYERS)
-@torch.no_grad()
-def test_decode(name, tokens, batch):
+def models(name: str, tokens: int) -> tuple[GPT, GPT, CudaEngine]:
+    """The prior in float32, in bfloat16, and our engine."""
     single = prior(name, tokens)
     half = GPT(1024, tokens, n_layer=LAYERS[name][0], n_head=16, n_embd=LAYERS[name][1]).to("cuda", torch.bfloat16)
     half.load_state_dict(single.state_dict())
-    made = CudaEngine(single, "bfloat16")
-    times = compare(single, made, rivals(half.eval(), batch), batch, tokens)
+    return single, half.eval(), CudaEngine(single, "bfloat16")
+
+
+def ours(made: CudaEngine, batch: int, tokens: int) -> float:
+    """Milliseconds of a whole run."""
+    sequences = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=made.device)
+    return timed(lambda: made.decode(request(sequences, range(1, tokens + 1))), made.device.type)
+
+
+def rival_milliseconds(make: Callable[[], object], name: str, truth: Truth, gpt: GPT, tokens: int) -> float:
+    """Milliseconds of a whole run, after it is checked."""
+    rival, batch = make(), len(truth.sequences)
+    truth.check(rival, name)
+    return timed(run_of(rival, gpt, batch, tokens), gpt.pos_emb.device.type)
+
+
+@torch.no_grad()
+def compare(name: str, tokens: int, batch: int, with_rivals: bool, **compilation) -> dict[str, float]:
+    """Milliseconds of each sampler, recorded after each."""
+    single, half, made = models(name, tokens)
+    made.reserve(batch, tokens)
+    truth = Truth(single, made, batch)
+    candidates = rivals(half, batch, **compilation) if with_rivals else {}
     flop, size = work(single, made, batch, tokens)
-    case = f"{name}, {tokens} tokens, batch {batch}"
     # The aim is 1.3 times the compiled loop at batch 64, and a share of the limit at batch 1.
-    target = 1.3 if (name, batch) == ("GPT2-medium", 64) else None
-    gpu.record("decode", case, times, [key for key in times if key != "ours"], flop=flop, size=size, target=target)
+    times = gpu.compare(
+        "decode", f"{name}, {tokens} tokens, batch {batch}", functools.partial(ours, made, batch, tokens),
+        {
+            key: functools.partial(rival_milliseconds, make, key, truth, half, tokens)
+            for key, make in candidates.items()
+        },
+        flop=flop, size=size, target=1.3 if (name, batch) == ("GPT2-medium", 64) else None,
+    )  # fmt: skip
     torch.compiler.reset()
-    print(f"\n  {case}: {batch * tokens / times['ours'] * 1e3:.0f} tokens/s", times)
+    print(f"\n  {name}, batch {batch}: {batch * tokens / times['ours'] * 1e3:.0f} tokens/s", times)
+    return times
+
+
+@pytest.mark.quick(name="GPT2-small", tokens=256, batch=8)
+@pytest.mark.parametrize("batch", [1, 8, 64, 4, 2, 16, 256])
+@pytest.mark.parametrize("tokens", [256])
+@pytest.mark.parametrize("name", reversed(LAYERS))
+def test_ours(name, tokens, batch):
+    compare(name, tokens, batch, with_rivals=False)
+
+
+@pytest.mark.parametrize(("name", "batch"), [(name, batch) for batch in (1, 64) for name in reversed(LAYERS)])
+def test_rivals(name, batch):
+    compare(name, 256, batch, with_rivals=True)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@torch.no_grad()
+def test_profile(batch):
+    """Per token of GPT2-medium: the device's milliseconds by kernel, and those in which no kernel runs."""
+    tokens = 256
+    made = CudaEngine(prior("GPT2-medium", tokens), "bfloat16")
+    made.reserve(batch, tokens)
+    sequences = torch.zeros(batch, tokens + 1, dtype=torch.int64, device="cuda")
+    made.decode(request(sequences, range(1, tokens + 1)))
+    busy, idle, names = device_time(lambda: made.decode(request(sequences, range(129, 145))))
+    lines = [f"  {name[:90]}: {count / 16:.1f} a step, {spent / count:.2f} us each" for name, (count, spent) in names]
+    print(f"\n  batch {batch}: {busy / 16:.1f} us a step, {idle / 16:.1f} us without a kernel\n" + "\n".join(lines))
+
+
+def device_time(run: Callable[[], object]) -> tuple[float, float, list[tuple[str, tuple[int, float]]]]:
+    """Microseconds in which kernels run and in which none does, and for each name their number and sum."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    events = sorted(kernels, key=lambda event: event.time_range.start)
+    names: dict[str, tuple[int, float]] = {}
+    busy = idle = 0.0
+    end = None
+    for event in events:
+        begin, stop = event.time_range.start, event.time_range.end
+        idle += max(0.0, begin - end) if end is not None else 0.0
+        busy += stop - max(begin, end or begin) if end is None or stop > end else 0.0
+        end = max(stop, end or stop)
+        count, spent = names.get(event.name, (0, 0.0))
+        names[event.name] = count + 1, spent + stop - begin
+    return busy, idle, sorted(names.items(), key=lambda item: -item[1][1])
 
 
 GRIDS = {"pixels": (32, 512), "latents": (16, 1024)}  # side in tokens, entries of the vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import gpu
 import pytest
@@ -22,6 +23,14 @@ def forward(function, inputs: tuple) -> torch.Tensor:
 
 def step(function, inputs: tuple) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(function(*inputs[:3]), inputs[:3], inputs[3])
+
+
+def in_chunks(run, function, inputs: tuple):
+    """``run(function, inputs)`` with our images in chunks that fill half of the L2 cache, in both passes."""
+    from tamingfast.kernels import group_norm_silu as kernel  # Triton is optional
+
+    with mock.patch.object(kernel, "_CACHE_SHARE", 0.5):
+        return run(function, inputs)
 
 
 def torchs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -56,20 +65,27 @@ def test_group_norm_silu(shape, channels_last):
 
     inputs = [draw() for _ in range(gpu.copies_past_cache(2 * 2 * elements))]
     torch._dynamo.reset()
-    runs = {
-        "ours": ops.group_norm_silu,
-        "eager": reference.group_norm_silu,
-        "compiled": torch.compile(reference.group_norm_silu, dynamic=False),
-    }
+    compiled = torch.compile(reference.group_norm_silu, dynamic=False)
     true = [t.detach().double().requires_grad_() for t in inputs[0][:3]]
     exact = step(reference.group_norm_silu, (*true, inputs[0][3].double()))
-    for name, function in runs.items():
-        for got, expected in zip(step(function, inputs[0]), exact, strict=True):
+    del true
+
+    def milliseconds(around, run, function) -> float:
+        for got, expected in zip(around(step, function, inputs[0]), exact, strict=True):
             error = (got.double() - expected).norm() / expected.norm()
-            assert error < 1e-2, f"{name}: relative error {error:.1e}"
-    del true, exact
+            assert error < 1e-2, f"relative error {error:.1e}"
+        return gpu.milliseconds(functools.partial(around, run, function), inputs)
+
+    def plainly(run, function, inputs: tuple):
+        return run(function, inputs)
+
     # Tensors that must move: x in and y out; backward, x and dy in and dx out.
     for name, run, passes in (("forward", forward, 2), ("forward + backward", step, 5)):
-        times = {key: gpu.milliseconds(functools.partial(run, function), inputs) for key, function in runs.items()}
+        ways = {
+            "ours": (plainly, run, ops.group_norm_silu), "ours, in chunks": (in_chunks, run, ops.group_norm_silu),
+            "eager": (plainly, run, reference.group_norm_silu), "compiled": (plainly, run, compiled),
+        }  # fmt: skip
+        host = {key: gpu.host_milliseconds(functools.partial(*ways[key]), inputs) for key in list(ways)[:2]}
+        timed = {key: functools.partial(milliseconds, *way) for key, way in ways.items()}
         case = f"{'x'.join(map(str, shape))}{', channels last' if channels_last else ''}, {name}"
-        gpu.record("group_norm_silu", case, times, ["eager", "compiled"], size=2 * passes * elements)
+        gpu.compare("group_norm_silu", case, timed.pop("ours"), timed, size=2 * passes * elements, host=host)

@@ -105,7 +105,12 @@ def sampled(run, z: torch.Tensor, codebook: torch.Tensor, tolerance: float) -> b
      (65536, 512, 3), (262144, 512, 3)],
 )  # fmt: skip
 def test_nearest_code_on_a_gpu(n, k, d):
-    """cdist and the matrix product use float32 like the kernel; peers may be less exact, which validation allows."""
+    """cdist and the matrix product use float32 like the kernel; peers may be less exact, which validation allows.
+
+    "scan alone" is ours without the float64 search of what the scan leaves open.
+    """
+    from tamingfast.kernels import nearest_code as kernel
+
     codebook = torch.randn(k, d, device="cuda")
     inputs = [torch.randn(n, d, device="cuda") for _ in range(gpu.copies_past_cache(4 * n * d))]
     rows = min(n, LARGEST_MATRIX * 4 // (4 * k))
@@ -114,20 +119,23 @@ def test_nearest_code_on_a_gpu(n, k, d):
         half_norms = codebook.square().sum(1) / 2
         return in_chunks(lambda chunk: addmm(chunk, codebook, half_norms), z, rows)
 
-    runs = {
-        "ours": lambda z: ops.nearest_code(z, codebook),
-        "cdist": lambda z: in_chunks(lambda chunk: cdist(chunk, codebook), z, rows),
-        "matmul": matmul,
-        "matmul, compiled": torch.compile(matmul, dynamic=False),
-    } | peers(codebook)
-    assert sampled(runs["ours"], inputs[0], codebook, 1e-12)
-    valid = {name: run for name, run in runs.items() if sampled(run, inputs[0], codebook, 1e-2)}
-    times = {name: gpu.milliseconds(run, inputs) for name, run in valid.items()}
-    case, size, flop = f"{n} x {k} x {d}", 4 * d * (n + k) + 8 * n, 2.0 * n * k * d
-    published = [name for name in times if name in peers(codebook)]
-    gpu.record("nearest_code", case, times, ["cdist"], flop=flop, size=size, target=3.0)
-    others = ["matmul", "matmul, compiled", *published]
-    gpu.record("nearest_code", f"{case}, others", times, others, flop=flop, size=size, target=1.2)
+    def ours(z: torch.Tensor) -> torch.Tensor:
+        return ops.nearest_code(z, codebook)
+
+    def milliseconds(run) -> float:
+        assert sampled(run, inputs[0], codebook, 1e-12 if run is ours else 1e-2)
+        return gpu.milliseconds(run, inputs)
+
+    case, work = f"{n} x {k} x {d}", {"flop": 2.0 * n * k * d, "size": 4 * d * (n + k) + 8 * n}
+    work["host"] = {"ours": gpu.host_milliseconds(ours, inputs)}
+    gpu.record("nearest_code", f"{case}, parts", {"ours": milliseconds(ours), "scan alone": gpu.milliseconds(
+        lambda z: kernel._scan(z, codebook)[1], inputs)}, [], **work)  # fmt: skip
+    exact = {"cdist": lambda z: in_chunks(lambda chunk: cdist(chunk, codebook), z, rows)}
+    others = {"matmul": matmul, "matmul, compiled": torch.compile(matmul, dynamic=False)} | peers(codebook)
+    for suffix, rivals, target in (("", exact, 3.0), (", others", others, 1.2)):
+        timed = {name: functools.partial(milliseconds, run) for name, run in rivals.items()}
+        mine = functools.partial(milliseconds, ours)
+        gpu.compare("nearest_code", f"{case}{suffix}", mine, timed, target=target, **work)
 
 
 @pytest.mark.gpu
@@ -152,4 +160,5 @@ def test_quantizer_step_on_a_gpu(batch):
     for got, true in zip(step(inputs[0]), definition(inputs[0]), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-6)
     times = {"ours": gpu.milliseconds(step, inputs), "torch, float64 search": gpu.milliseconds(definition, inputs)}
-    gpu.record("quantize", f"batch {batch}, forward + backward", times, list(times)[1:], size=5 * size)
+    host = {"ours": gpu.host_milliseconds(step, inputs)}
+    gpu.record("quantize", f"batch {batch}, forward + backward", times, list(times)[1:], size=5 * size, host=host)

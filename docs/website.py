@@ -40,6 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, target, content=relinked(written, source)))
     files.append(File.generated(config, "commands.md", content=commands_page()))
     page, plots = benchmarks_page(results())
+    page += gpu_tables(gpu_results())
     files.append(File.generated(config, "benchmarks.md", content=page))
     for name, drawn in plots.items():
         files.append(File.generated(config, name, content=drawn))
@@ -148,6 +149,30 @@ def results() -> dict[str, dict[str, Any]]:
     """The recorded measurements by name, as `make bench RECORD=name` wrote them."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def gpu_results() -> list[dict[str, Any]]:
+    """The recorded measurements on GPUs, one for each model of GPU, as `make gpu` wrote them."""
+    files = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def gpu_tables(found: list[dict[str, Any]]) -> str:
+    """For each GPU and benchmark a table of milliseconds, ours first, and of our share of the limit."""
+    parts = []
+    for run in found:
+        limits = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in run["ceilings"].items())
+        parts += ["", f"## {run['machine']['gpu']}", "", f"By `make gpu`. Limits measured in the same run: {limits}."]
+        for benchmark in dict.fromkeys(row["benchmark"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["benchmark"] == benchmark]
+            names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
+            parts += ["", f"### {benchmark.replace('_', ' ').capitalize()}, milliseconds", ""]
+            parts += [f"| case | {' | '.join(names)} | share of the limit |", "|---" * (len(names) + 2) + "|"]
+            for row in rows:
+                times = (row["milliseconds"].get(name) for name in names)
+                shown = " | ".join("" if time is None else _number(time) for time in times)
+                parts.append(f"| {row['case']} | {shown} | {row['share_of_ceiling']:.0%} |")
+    return "\n".join(parts) + "\n"
 
 
 def benchmarks_page(found: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, bytes]]:

@@ -10,6 +10,10 @@ m + M, or at n_unmasked if that is later and m is below it; tiles beyond that ar
 boundary crosses are masked. Dropout multiplies P by a mask of Philox4x32 (Salmon et al. 2011) bits whose counter is
 (row, column / 4, batch · heads + head) and whose key is the seed, so the backward pass redraws it in any tiling.
 
+The backward pass has two kernels, for dK and dV and for dQ, and both compute P and dS: one kernel would have to add up
+dQ over its programs, in an order that varies or at a cost above what it saves (docs/triton-kernels.md has the
+arithmetic).
+
 Kernels address tensors by the strides of batch, head and position. The last stride must be 1: the launchers copy
 tensors with any other. dK and dV are allocated alike and share their strides.
 """
@@ -25,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, Arguments, capability, dot, float32_precision, launch
+from .common import LOG2_E, Arguments, capability, dot, float32_precision, launch, narrow_memory
 
 _ROUNDS = tl.constexpr(7)  # enough to pass every known statistical test (Salmon et al. 2011, table 2)
 
@@ -308,27 +312,39 @@ def _query_gradient_kernel(
 
 
 @functools.cache
-def _configs(kernel: str, width: int, dtype: torch.dtype, dropout: bool, major: int) -> list[triton.Config]:
-    """The tilings to try for ``width``, the padded head width, on compute capability ``major``; the smallest first.
+def _configs(
+    kernel: str, width: int, dtype: torch.dtype, dropout: bool, capability: tuple[int, int]
+) -> list[triton.Config]:
+    """The tilings to try for ``width``, the padded head width, on a compute capability; the smallest first.
 
-    Tilings whose registers would spill are left out. From 9 on, matrix units read shared memory, which saves registers.
+    Tilings whose registers would spill, or that need more shared memory than a block can have, are left out.
     """
-    wide = width > 64
+    wide, major = width > 64, capability[0]
+    # The matrix units of 9, 10 and 11 read shared memory, which saves registers. Those of 12 do not, as before 9.
+    from_registers = major not in (9, 10, 11)
     if dtype == torch.float32:  # exact products run on the CUDA cores, from registers
         tiles = {
             "forward": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
             "keys": [(16, 32, 8, 2)] if wide else [(32, 32, 8, 2), (16, 32, 4, 2)],
             "queries": [(32, 16, 4, 2)] if wide else [(32, 32, 4, 2), (64, 32, 8, 2)],
         }[kernel]
+    elif narrow_memory(capability):
+        narrow = wide or dropout
+        tiles = {
+            "forward": [(64, 32 if narrow else 64, 4, 3), (128, 32 if narrow else 64, 8, 3)],
+            "keys": [(32, 64, 8, 2), (32 if narrow else 64, 32, 4, 2)],
+            "queries": [(64, 32 if dropout else 64, 8 if wide else 4, 2), (128, 32, 8, 2)],
+        }[kernel]
+        if wide and dropout and kernel == "queries":
+            tiles.pop()
     else:
-        small = major < 9  # matrix units take their operands from registers
         narrow_keys = [(32, 64, 8, 2), (32 if wide else 64, 32, 4, 2)]
         tiles = {
-            "forward": [(64, 32 if wide else 64, 4, 3), (128, 32 if small and wide else 64, 8, 3)],
-            "keys": narrow_keys if small or (wide and dropout) else [(32, 64, 4, 2), (64, 64, 8, 2)],
-            "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 32 if small else 64, 8, 2)],
+            "forward": [(64, 32 if wide else 64, 4, 3), (128, 32 if from_registers and wide else 64, 8, 3)],
+            "keys": narrow_keys if from_registers or (wide and dropout) else [(32, 64, 4, 2), (64, 64, 8, 2)],
+            "queries": [(64, 64, 8 if wide or dropout else 4, 2), (128, 32 if from_registers else 64, 8, 2)],
         }[kernel]
-        if major >= 9 and not dropout:
+        if not from_registers and not dropout:
             tiles += {
                 "forward": [(64, 64, 4, 3)] if wide else [(128, 64, 4, 3), (128, 128, 8, 2)],
                 "keys": [(32, 128, 8, 2)] if wide else [(64, 64, 4, 2), (64, 128, 8, 2)],
@@ -409,7 +425,7 @@ def _launch_over_blocks(
     launch(
         kernel,
         lambda meta: (batch * heads * triton.cdiv(length, meta[block]),),
-        _configs(name, shared["BD"], q.dtype, shared["DROPOUT"], capability(q.device)[0]),
+        _configs(name, shared["BD"], q.dtype, shared["DROPOUT"], capability(q.device)),
         _key(q, shared),
         {**arguments, **shared},
     )

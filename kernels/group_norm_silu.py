@@ -8,6 +8,12 @@ in place. A group that fits into one program is read once. Larger groups take th
 pieces of the positions, with enough pieces to fill the device; their combination for each group; and the element-wise
 output. The pieces' moments are combined by Chan et al. 1983 (eq. 2.1), and each piece is summed relative to the mean of
 its first tile, so that a large mean does not cancel the variance.
+
+The images of such groups can be taken in chunks that fit `_CACHE_SHARE` of the L2 cache, so that the last launch reads
+there what the first one read from memory. Of three passes over memory (x, x again, the output) two are left, of the
+five of the backward pass three; but each chunk has three launches of its own, whose starts and ends leave the device
+partly idle. On an H100 (3.3 TB/s, 50 MB) a chunk of 20 MB saves 6 us at most, and costs about as much. So it is off
+until it has been measured to be faster; `benchmarks/test_group_norm.py` measures both.
 """
 
 from __future__ import annotations
@@ -19,11 +25,14 @@ import triton
 import triton.language as tl
 
 from .common import launch
-from .device import multiprocessors
+from .device import cache_bytes, multiprocessors
 
 _WHOLE_GROUP = 8192  # elements that one program holds in registers
 _TILE = 4096
 _MAX_PIECES = 64
+_CACHE_SHARE = (
+    0.0  # of the L2 cache that a chunk of images may fill; 0 takes all images at once, 0.5 leaves room to write
+)
 
 
 @triton.jit
@@ -288,6 +297,16 @@ class _Plan:
         launch(kernel, lambda meta: (programs,), [config], (), {**arguments, **self.shape})
 
 
+def _chunks(x: torch.Tensor, tensors: int) -> list[slice]:
+    """The images in equal parts, of which ``tensors`` like x fit the cache; all of them where not even one does."""
+    images = x.shape[0]
+    at_once = int(_CACHE_SHARE * cache_bytes(x.device)) // (tensors * x[:1].nbytes)
+    if not 0 < at_once < images:
+        return [slice(0, images)]
+    size = triton.cdiv(images, triton.cdiv(images, at_once))
+    return [slice(first, first + size) for first in range(0, images, size)]
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if contiguous or channels-last, else a contiguous copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
@@ -300,21 +319,28 @@ def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output in the layout of x, which is dense; means and reciprocal standard deviations, float32 (N, groups)."""
-    plan = _Plan(x, groups)
     weight, bias = weight.contiguous(), bias.contiguous()
     out = torch.empty_like(x)
-    statistics = {name: x.new_empty(x.shape[0], groups, dtype=torch.float32) for name in ("mean", "rstd")}
+    mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    plan = _Plan(x, groups)
+    shared = {"weight": weight, "bias": bias, "SILU": silu}
     if plan.fits:
-        plan.whole(_whole_forward_kernel, x=x, weight=weight, bias=bias, out=out, eps=eps, SILU=silu, **statistics)
-        return out, statistics["mean"], statistics["rstd"]
-    mean, spread = (x.new_empty(x.shape[0], plan.pieces, x.shape[1], dtype=torch.float32) for _ in range(2))
-    plan.over_pieces(_moments_kernel, x=x, mean=mean, spread=spread)
-    plan.over_groups(_combine_moments_kernel, piece_mean=mean, piece_spread=spread, eps=eps, **statistics)
+        plan.whole(_whole_forward_kernel, x=x, out=out, mean=mean, rstd=rstd, eps=eps, **shared)
+        return out, mean, rstd
+    for images in _chunks(x, 1):
+        _forward_in_pieces(x[images], out[images], mean[images], rstd[images], eps, shared)
+    return out, mean, rstd
+
+
+def _forward_in_pieces(
+    x: torch.Tensor, out: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, eps: float, shared: dict[str, object]
+) -> None:
+    plan = _Plan(x, mean.shape[1])
+    means, spreads = (x.new_empty(x.shape[0], plan.pieces, x.shape[1], dtype=torch.float32) for _ in range(2))
+    plan.over_pieces(_moments_kernel, x=x, mean=means, spread=spreads)
+    plan.over_groups(_combine_moments_kernel, piece_mean=means, piece_spread=spreads, mean=mean, rstd=rstd, eps=eps)
     unused = {"grad": None, "group_scaled": None, "group_plain": None}
-    plan.over_tiles(
-        _elementwise_kernel, x=x, weight=weight, bias=bias, out=out, BACKWARD=False, SILU=silu, **statistics, **unused
-    )
-    return out, statistics["mean"], statistics["rstd"]
+    plan.over_tiles(_elementwise_kernel, x=x, out=out, mean=mean, rstd=rstd, BACKWARD=False, **shared, **unused)
 
 
 @_forward.register_fake
@@ -338,26 +364,38 @@ def _backward(
     """Gradients of x, weight and bias."""
     plan = _Plan(x, mean.shape[1])
     layout = torch.channels_last if plan.channels_last else torch.contiguous_format
-    dx = torch.empty_like(x)
-    wide = {"weight": weight.contiguous(), "bias": bias.contiguous()}
-    inputs = {"x": x, "grad": grad.contiguous(memory_format=layout), "mean": mean, "rstd": rstd, "SILU": silu, **wide}
-    sums = {name: x.new_empty(x.shape[:2], dtype=torch.float32) for name in ("scaled", "plain")}
+    dx, grad = torch.empty_like(x), grad.contiguous(memory_format=layout)
+    scaled, plain = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    tensors = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, "dx": dx, "scaled": scaled, "plain": plain}
+    shared = {"weight": weight.contiguous(), "bias": bias.contiguous(), "SILU": silu}
     if plan.fits:
-        plan.whole(_whole_backward_kernel, dx=dx, **inputs, **sums)
+        plan.whole(_whole_backward_kernel, **tensors, **shared)
     else:
-        pieces = [x.new_empty(x.shape[0], plan.pieces, x.shape[1], dtype=torch.float32) for _ in range(2)]
-        means = {name: torch.empty_like(mean) for name in ("group_scaled", "group_plain")}
-        plan.over_pieces(_gradient_sums_kernel, scaled=pieces[0], plain=pieces[1], CG=plan.size, **inputs)
-        plan.over_groups(
-            _combine_gradients_kernel,
-            piece_scaled=pieces[0],
-            piece_plain=pieces[1],
-            weight=wide["weight"],
-            **sums,
-            **means,
-        )
-        plan.over_tiles(_elementwise_kernel, out=dx, BACKWARD=True, **inputs, **means)
-    return dx, sums["scaled"].sum(0).to(weight.dtype), sums["plain"].sum(0).to(bias.dtype)
+        for images in _chunks(x, 2):
+            _backward_in_pieces(**{name: value[images] for name, value in tensors.items()}, shared=shared)
+    return dx, scaled.sum(0).to(weight.dtype), plain.sum(0).to(bias.dtype)
+
+
+def _backward_in_pieces(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dx: torch.Tensor,
+    scaled: torch.Tensor,
+    plain: torch.Tensor,
+    shared: dict[str, object],
+) -> None:
+    plan = _Plan(x, mean.shape[1])
+    inputs = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, **shared}
+    pieces = [x.new_empty(x.shape[0], plan.pieces, x.shape[1], dtype=torch.float32) for _ in range(2)]
+    plan.over_pieces(_gradient_sums_kernel, scaled=pieces[0], plain=pieces[1], CG=plan.size, **inputs)
+    means = {name: torch.empty_like(mean) for name in ("group_scaled", "group_plain")}
+    plan.over_groups(
+        _combine_gradients_kernel, piece_scaled=pieces[0], piece_plain=pieces[1], weight=shared["weight"],
+        scaled=scaled, plain=plain, **means,
+    )  # fmt: skip
+    plan.over_tiles(_elementwise_kernel, out=dx, BACKWARD=True, **inputs, **means)
 
 
 @_backward.register_fake

@@ -10,9 +10,13 @@ relative to the codebook's mean, which removes a common offset. Each float32 fac
 NVIDIA tensor cores), and the 8 covers centring and the norms; 2⁻¹⁴ bounds what splitting drops, even if conversion
 truncates; the last term is underflow. A code whose score is more than 2 e above the best is farther away. The scan
 keeps the best two codes and the third score. Between two codes within 2 e the float64 distances decide; where a third
-is within 2 e too, or float32 may have overflowed or underflowed, the row is searched again in float64. So
+is within 2 e too, or float32 may have overflowed or underflowed, the row is left open, and then searched in float64. So
 near-duplicate codes and large offsets cost time, never exactness. Nothing of size N x K is held: the scratch memory is
-the split inputs, as large as the inputs themselves.
+the split inputs, as large as the inputs themselves, and a few numbers for each row.
+
+Open rows are few, and lie anywhere. The scan lists them, in the order in which its programs end, which influences no
+result; the search shares them among a fixed number of programs, and the codes of a row too where there are fewer rows
+than programs, so that none takes long; the lists never leave the device.
 """
 
 from __future__ import annotations
@@ -23,10 +27,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot, launch
+from .common import capability, dot, launch
+from .device import multiprocessors
 
 _UNIQUE = tl.constexpr(-1)  # no other code can be the nearest
-_MANY = tl.constexpr(-2)  # more than two codes can be
+_MANY = tl.constexpr(-2)  # more than two codes can be; _MANY - i for the i-th row of the list of such rows
+
+_PROGRAMS = 8  # that search open rows, for each multiprocessor
+_CODES = 32  # that a program compares at once
 
 
 @triton.jit
@@ -63,10 +71,13 @@ def _split_kernel(
 
 @triton.jit
 def _scan_kernel(
-    z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, N, K,
-    D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    z_hi, z_lo, z_norm, c_hi, c_lo, c_norm, index, rival, open_rows, open_count, N, K,
+    DP, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Best code of each vector, and its rival: another code within the error, _UNIQUE if none, _MANY if several."""
+    """Best code of each vector, and its rival: another code within the error, _UNIQUE if none, _MANY - i if several.
+
+    Such a vector is the i-th of ``open_rows``, of which there are ``open_count``.
+    """
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
@@ -83,6 +94,7 @@ def _scan_kernel(
         m_n = n + o_n < K
         p_c = tl.where(m_n, n + o_n, 0).to(tl.int64)[None, :] * DP + o_d[:, None]  # [BD, BN]
         b_s = tl.zeros([BM, BN], tl.float32)
+        # Not a constant, or the loop would be unrolled, and the assembler of CUDA 12.8 then drops all products (sm_90).
         for d in range(0, DP, BD):
             b_z_hi, b_z_lo = tl.load(z_hi + p_z + d), tl.load(z_lo + p_z + d)
             b_c_hi, b_c_lo = tl.load(c_hi + p_c + d), tl.load(c_lo + p_c + d)
@@ -114,7 +126,12 @@ def _scan_kernel(
     limit = tl.where(size < 1e37, best + margin, inf)
     # The comparisons count NaN, from an overflow, as near.
     b_rival = tl.where(second > limit, _UNIQUE, i_second)
-    b_rival = tl.where(third > limit, b_rival, _MANY)
+    b_open = m_m & ~(third > limit)
+    count = tl.sum(b_open.to(tl.int32), 0)
+    if count > 0:
+        slot = tl.atomic_add(open_count, count, sem="relaxed") + tl.cumsum(b_open.to(tl.int32), 0) - 1
+        tl.store(open_rows + slot, o_m, mask=b_open)
+        b_rival = tl.where(b_open, _MANY - slot, b_rival)
     tl.store(index + o_m, i_best.to(tl.int64), mask=m_m)
     tl.store(rival + o_m, b_rival, mask=m_m)
 
@@ -133,14 +150,52 @@ def _distance(p_z, p_c, mask, stride_d, stride_cd, D: tl.constexpr, BR: tl.const
 
 
 @triton.jit
-def _settle_kernel(
-    z, codebook, index, rival, z_q, distance, counts, N, S, K, stride_b, stride_s, stride_d, stride_ck, stride_cd,
-    stride_qb, stride_qs, stride_qd, D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr,
+def _chunks(count, programs, K, BK: tl.constexpr):
+    """Into how many parts the codes are divided, so that ``count`` rows keep the programs busy."""
+    return tl.minimum(tl.maximum(programs // tl.maximum(count, 1), 1), tl.cdiv(K, BK))
+
+
+@triton.jit
+def _search_kernel(
+    z, codebook, open_rows, open_count, distance, nearest, programs, S, K, stride_b, stride_s, stride_d, stride_ck,
+    stride_cd, D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Settle in float64 what the scan left open; if FUSED, also gather codes, sum distances and count uses."""
-    first = tl.program_id(0) * BR
-    o_r = first + tl.arange(0, BR)
+    """For each open row and chunk of the codes: the least distance, in float64, and its code; K if all are NaN."""
+    count = tl.load(open_count)
+    chunks = _chunks(count, programs, K, BK)
+    span = tl.cdiv(K, chunks * BK) * BK
+    o_k = tl.arange(0, BK)
+    for item in range(tl.program_id(0), count * chunks, programs):
+        p_z = z + _address(tl.load(open_rows + item // chunks), S, stride_b, stride_s)
+        begin = item % chunks * span
+        best = tl.full([BK], float("inf"), tl.float64)
+        i_best = tl.full([BK], 0, tl.int32) + K
+        for k in range(begin, tl.minimum(begin + span, K), BK):
+            m_k = k + o_k < K
+            p_c = codebook + (k + o_k).to(tl.int64) * stride_ck
+            b_d = tl.zeros([BK], tl.float64)
+            for d in range(0, D, BD):
+                o_d = (d + tl.arange(0, BD)).to(tl.int64)
+                m_d = o_d < D
+                b_z = tl.load(p_z + o_d * stride_d, mask=m_d, other=0.0).to(tl.float64)  # [BD]
+                p_kd = p_c[:, None] + o_d[None, :] * stride_cd
+                b_c = tl.load(p_kd, mask=m_k[:, None] & m_d[None, :], other=0.0).to(tl.float64)  # [BK, BD]
+                b_d += tl.sum((b_z[None, :] - b_c) * (b_z[None, :] - b_c), 1)
+            better = m_k & (b_d < best)
+            best, i_best = tl.where(better, b_d, best), tl.where(better, k + o_k, i_best)
+        least = tl.min(best, 0)
+        tl.store(distance + item, least)
+        tl.store(nearest + item, tl.min(tl.where(best == least, i_best, K), 0))
+
+
+@triton.jit
+def _settle_kernel(
+    z, codebook, index, rival, open_count, open_distance, open_nearest, z_q, distance, counts, programs, N, S, K,
+    stride_b, stride_s, stride_d, stride_ck, stride_cd, stride_qb, stride_qs, stride_qd,
+    D: tl.constexpr, FUSED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Settle what the scan left open; if FUSED, also gather codes, sum distances and count uses."""
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     m_r = o_r < N
     p_z = z + _address(o_r, S, stride_b, stride_s)
     b_index = tl.load(index + o_r, mask=m_r, other=0)
@@ -152,23 +207,23 @@ def _settle_kernel(
         d_other = _distance(p_z, codebook + b_other * stride_ck, pair, stride_d, stride_cd, D, BR, BD)
         nearer = (d_other < d_index) | ((d_other == d_index) & (b_other < b_index))
         b_index = tl.where(pair & nearer, b_other, b_index)
-    if tl.min(b_rival, 0) == _MANY:
-        for r in range(0, tl.minimum(BR, N - first)):
-            if tl.load(rival + first + r) == _MANY:
-                # A tile of copies of one vector, to compare with a tile of codes.
-                o_k = tl.arange(0, BK)
-                p_row = z + _address(first + r + o_k * 0, S, stride_b, stride_s)
-                best = tl.full([BK], float("inf"), tl.float64)
-                i_best = tl.zeros([BK], tl.int64)
-                for k in range(0, K, BK):
-                    m_k = k + o_k < K
-                    p_c = codebook + (k + o_k).to(tl.int64) * stride_ck
-                    b_d = _distance(p_row, p_c, m_k, stride_d, stride_cd, D, BK, BD)
-                    better = m_k & (b_d < best)
-                    best, i_best = tl.where(better, b_d, best), tl.where(better, k + o_k, i_best)
-                winner = tl.min(tl.where(best == tl.min(best, 0), i_best, K), 0)
-                # winner is K if every distance is NaN: no code is nearest, but the index must be valid.
-                b_index = tl.where(o_r == first + r, tl.where(winner < K, winner, 0), b_index)
+    if tl.min(b_rival, 0) <= _MANY:
+        many = b_rival <= _MANY
+        chunks = _chunks(tl.load(open_count), programs, K, BK)
+        first = tl.where(many, _MANY - b_rival, 0).to(tl.int64) * chunks
+        best = tl.full([BR], float("inf"), tl.float64)
+        i_best = tl.full([BR], 0, tl.int32) + K
+        for c in range(0, chunks, BC):
+            o_c = c + tl.arange(0, BC)
+            mask = many[:, None] & (o_c < chunks)[None, :]
+            b_d = tl.load(open_distance + first[:, None] + o_c[None, :], mask=mask, other=float("inf"))  # [BR, BC]
+            b_i = tl.load(open_nearest + first[:, None] + o_c[None, :], mask=mask, other=2147483647)
+            least = tl.min(b_d, 1)
+            lowest = tl.min(tl.where(b_d == least[:, None], b_i, 2147483647), 1)
+            better = least < best  # of equal distances the lower index, which an earlier chunk has
+            best, i_best = tl.where(better, least, best), tl.where(better, lowest, i_best)
+        # K if every distance is NaN or infinite: no code is nearest, but the index must be valid.
+        b_index = tl.where(many, tl.where(i_best < K, i_best, 0).to(tl.int64), b_index)
     tl.store(index + o_r, b_index, mask=m_r)
     if FUSED:
         p_q = z_q + _address(o_r, S, stride_qb, stride_qs)
@@ -239,26 +294,45 @@ def _block(width: int) -> int:
     return 16 if width <= 16 else 32
 
 
-def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(index int64, rival int32) of `_scan_kernel`, rivals not settled yet."""
+class _Open(NamedTuple):
+    """The rows that the scan left open: the first ``number``, int32 (1,), of ``rows``, int32 (N,)."""
+
+    rows: torch.Tensor
+    number: torch.Tensor
+
+
+def _nothing_open(arguments: dict[str, Any]) -> None:
+    """Before every run of the scan, of which tuning makes many."""
+    arguments["open_count"].zero_()
+
+
+def _scan(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Open]:
+    """(index int64, rival int32) of `_scan_kernel`, rivals not settled yet, and the open rows."""
     mean = codebook.mean(0, dtype=torch.float32)
     z_hi, z_lo, z_norm, padded = _split(z, mean)
     c_hi, c_lo, c_norm, _ = _split(codebook, mean)
     n, k, width = len(z_hi), *codebook.shape
     index = torch.empty(n, dtype=torch.int64, device=z.device)
-    rival = torch.empty(n, dtype=torch.int32, device=z.device)
-    tiles = [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    rival, rows = (torch.empty(n, dtype=torch.int32, device=z.device) for _ in range(2))
+    open_ = _Open(rows, torch.empty(1, dtype=torch.int32, device=z.device))
+    tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    if capability(z.device)[0] != 12:  # where its registers spill
+        tiles.append((128, 128, 8, 3))
     launch(
         _scan_kernel,
         lambda meta: (triton.cdiv(n, meta["BM"]),),
-        [triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages) for bm, bn, warps, stages in tiles],
+        [
+            triton.Config({"BM": bm, "BN": bn}, num_warps=warps, num_stages=stages, pre_hook=_nothing_open)
+            for bm, bn, warps, stages in tiles
+        ],
         (width, triton.next_power_of_2(k), triton.next_power_of_2(n)),
         {
             "z_hi": z_hi, "z_lo": z_lo, "z_norm": z_norm, "c_hi": c_hi, "c_lo": c_lo, "c_norm": c_norm,
-            "index": index, "rival": rival, "N": n, "K": k, "D": width, "DP": padded, "BD": _block(width),
+            "index": index, "rival": rival, "open_rows": open_.rows, "open_count": open_.number, "N": n, "K": k,
+            "DP": padded, "D": width, "BD": _block(width),
         },
     )  # fmt: skip
-    return index, rival
+    return index, rival, open_
 
 
 class _Outputs(NamedTuple):
@@ -271,8 +345,25 @@ class _Outputs(NamedTuple):
 
 def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = None) -> torch.Tensor:
     """Indices int64 (N,) of z (B, D, *); the training form writes ``fused`` too."""
-    index, rival = _scan(z, codebook)
+    index, rival, open_ = _scan(z, codebook)
     flat, rows, positions, strides = _rows(z)
+    if rows == 0:  # the scan did not run, which counts the open rows
+        return index
+    programs = _PROGRAMS * multiprocessors(z.device)
+    shared = {
+        "z": flat, "codebook": codebook, "open_count": open_.number, "programs": programs, "S": positions,
+        "K": len(codebook), "D": z.shape[1], "BD": min(64, _power(z.shape[1])), "BK": _CODES,
+        "stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1), **strides,
+    }  # fmt: skip
+    distance = torch.empty(max(rows, programs), dtype=torch.float64, device=z.device)
+    nearest = torch.empty(max(rows, programs), dtype=torch.int32, device=z.device)
+    launch(
+        _search_kernel,
+        lambda meta: (programs,),
+        [triton.Config({}, num_warps=4)],
+        (),
+        {"open_rows": open_.rows, "distance": distance, "nearest": nearest, **shared},
+    )
     out: dict[str, torch.Tensor | None] = {"z_q": None, "distance": None, "counts": None}
     quantised = strides
     if fused is not None:
@@ -281,12 +372,11 @@ def _search(z: torch.Tensor, codebook: torch.Tensor, fused: _Outputs | None = No
     launch(
         _settle_kernel,
         lambda meta: (triton.cdiv(rows, meta["BR"]),),
-        [triton.Config({"BR": 32, "BK": 32}, num_warps=4)],
+        [triton.Config({"BR": 32, "BC": 32}, num_warps=4)],
         (),
         {
-            "z": flat, "codebook": codebook, "index": index, "rival": rival, "N": rows, "S": positions,
-            "K": len(codebook), "D": z.shape[1], "FUSED": fused is not None, "BD": min(64, _power(z.shape[1])),
-            "stride_ck": codebook.stride(0), "stride_cd": codebook.stride(1), **strides,
+            "index": index, "rival": rival, "open_distance": distance, "open_nearest": nearest, "N": rows,
+            "FUSED": fused is not None, **shared,
             **{f"stride_q{axis}": quantised[f"stride_{axis}"] for axis in "bsd"}, **out,
         },
     )  # fmt: skip

@@ -66,6 +66,13 @@ class World:
         largest, least = ends.tolist()
         return largest == -least
 
+    def each(self, value: _Item) -> list[_Item]:
+        """The value of each process, which must be picklable, in the order of ranks. Every process must call this."""
+        values = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Each value averaged over the processes."""
         stacked = torch.stack([value.detach().float().to(self.device) for value in values.values()])

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import ast
 import builtins
-import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from documented import PAGES, ROOT, code, commands
 
 from tamingfast import cli
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WALK = ROOT / "docs" / "first-day.md"
-
-
-def code(page: Path, language: str) -> str:
-    """All code blocks of a page in a language."""
-    return "\n".join(re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S))
-
-
-def commands(page: Path) -> list[str]:
-    lines = code(page, "bash").replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("tamingfast ") and "..." not in line.partition("#")[0]]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_commands_have_these_options(page):
     for line in commands(page):
-        words = shlex.split(line.partition(" > ")[0], comments=True)[1:]
+        words = shlex.split(line.partition(" > ")[0])[1:]
         if "--help" not in words:
             assert cli._parse(words).run, line
 

@@ -84,6 +84,14 @@ def test_the_commands_page_has_every_command_and_option(website):
                 assert all(option in section for option in action.option_strings), (name, action.dest)
 
 
+def test_tables_of_gpus_have_every_row(website):
+    found = website.gpu_results()
+    page = website.gpu_tables(found)
+    for row in (row for run in found for row in run["rows"]):
+        line = re.search(rf"^\| {re.escape(row['case'])} \|(.*)\|$", page, re.M)
+        assert line and website._number(row["milliseconds"]["ours"]) in line.group(1)
+
+
 def test_benchmarks_are_drawn_from_their_records(website):
     found = website.results()
     assert found

@@ -91,6 +91,7 @@ __device__ void join_splits(const AttentionParams& p, int row, int head, int act
 
 template <class T, int Lanes>
 __global__ void __launch_bounds__(kThreads, kResident) attention_kernel(AttentionParams p) {
+  lead();
   follow();
   constexpr int kGroups = Shared<Lanes>::kGroups;
   Shared<Lanes>& shared = *reinterpret_cast<Shared<Lanes>*>(shared_memory());

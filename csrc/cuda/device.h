@@ -154,24 +154,48 @@ __device__ inline std::uint32_t add_acq_rel(std::uint32_t* at, std::uint32_t val
   std::uint32_t before;
   asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
   return before;
-#else
+#elif defined(__CUDACC__)  // its pass for the host, which never calls this
   return atomicAdd(at, value);
+#else
+  return cuda_on_host::add<__ATOMIC_ACQ_REL>(at, value);
 #endif
 }
 
 // The block's dynamic shared memory, as untyped bytes.
 __device__ inline unsigned char* shared_memory() {
+#ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   return shared_bytes;
+#else
+  return cuda_on_host::shared_memory();
+#endif
 }
 
-// Lets the next kernel of the stream start, then waits for the results of the previous one. Every thread of every
-// kernel calls this before it reads anything but weights. Source: CUDA C++ Programming Guide, "Programmatic Dependent
-// Launch and Synchronization".
-__device__ inline void follow() {
+// Programmatic dependent launch, from compute capability 9.0 on; elsewhere a kernel starts when the one before has
+// ended.
+//
+// `follow` alone makes results right. Every thread of every kernel calls it before it reads anything but weights, which
+// no kernel writes, and before it writes anything. It returns when the previous kernel has ended and its writes are
+// visible; the previous one cannot have ended before its own threads returned from `follow`, so all earlier kernels of
+// the stream have ended too. No kernel reads what a later one overwrites, nor the other way round, however early it
+// starts.
+//
+// `lead` is for speed alone: the next kernel may start once all blocks have called it or ended, so it never takes the
+// room of blocks that have yet to start. A block that starts early gains what it can load before it waits, which is
+// weights. Therefore kernels call it before they wait whose successors read weights: linear layers, once they have
+// asked for their own, and attention, which leaves most of the bandwidth idle. After the others, the next kernel starts
+// when they end. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+__device__ inline void lead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_host::follow();
 #endif
 }
 
@@ -211,6 +235,8 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, st
   int device = -1;
   checked(cudaGetDevice(&device));
   if (device != queue.device) checked(cudaSetDevice(queue.device));
+  // Kernels that divide the memory on the chip differently cannot run side by side, so all divide it alike.
+  checked(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   if (shared > kSharedWithoutAsking)
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchConfig_t config{};

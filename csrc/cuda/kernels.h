@@ -40,6 +40,8 @@ struct LinearParams {
   Epilogue epilogue;   // `add` and `store_float` write float32
   void* out;           // (rows, columns)
   std::int64_t ldo;
+  int tiles;      // set by the launcher: of 8 columns each, of a block
+  int rows_each;  // set by the launcher: of a block
 };
 
 // Each query row attends to the cached positions 0 to last of its slot.

@@ -1,7 +1,8 @@
-// Linear layers of one to eight rows, limited by the bandwidth at which weights are read.
+// Linear layers of one to eight rows, limited by the bandwidth at which weights are read: those of float32, and the
+// choice between them and those of linear_tiles.cu.
 #include <type_traits>
 
-#include "device.h"
+#include "linear.h"
 
 namespace tamingfast::cuda {
 namespace {
@@ -18,15 +19,14 @@ constexpr int kColumns = Norm || Rows == 8 ? 8
 
 // Fewest resident blocks per multiprocessor, which bounds the registers per thread: few enough that all outstanding
 // loads have registers.
-template <class T, int Rows>
-constexpr int kResident = Rows == 8                    ? 2
-                          : Rows > 1 && sizeof(T) == 4 ? 3
-                                                       : 4;
+template <int Rows>
+constexpr int kResident = Rows == 8  ? 2
+                          : Rows > 1 ? 3
+                                     : 4;
 
 // A row of the input. Rows beyond the last one repeat it, because their outputs are not stored.
-template <class Input>
-__device__ inline const Input* row_of(const LinearParams& p, int row) {
-  return static_cast<const Input*>(p.x) + (row < p.rows ? row : p.rows - 1) * p.ldx;
+__device__ inline const float* row_of(const LinearParams& p, int row) {
+  return static_cast<const float*>(p.x) + (row < p.rows ? row : p.rows - 1) * p.ldx;
 }
 
 // Sums each of N values over the lanes of a warp. In each step lanes exchange half of their values, so that a lane ends
@@ -96,7 +96,7 @@ __device__ Moments<Rows> moments(const LinearParams& p, const Packed<float> (&he
       parts[row] = 0.0f;
       for (int i = first; i < p.inner; i += kStep) {
         float piece[kVector];
-        unpack(i == first ? held[row] : load(row_of<float>(p, row) + i), piece);
+        unpack(i == first ? held[row] : load(row_of(p, row) + i), piece);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) parts[row] += term(piece[j], row);
       }
@@ -114,26 +114,9 @@ __device__ Moments<Rows> moments(const LinearParams& p, const Packed<float> (&he
   return of;
 }
 
-template <class T>
-__device__ inline void put(const LinearParams& p, std::int64_t at, float value) {
-  switch (p.epilogue) {
-    case Epilogue::store:
-      static_cast<T*>(p.out)[at] = from_float<T>(value);
-      break;
-    case Epilogue::gelu:
-      static_cast<T*>(p.out)[at] = from_float<T>(gelu(value));
-      break;
-    case Epilogue::add:
-    case Epilogue::store_float:
-      static_cast<float*>(p.out)[at] = value;
-      break;
-  }
-}
-
 // A block computes `Columns` outputs of all rows; its threads share the inner dimension.
-template <class T, int Rows, bool Norm>
-__global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(LinearParams p) {
-  using Input = std::conditional_t<Norm, float, T>;
+template <int Rows, bool Norm>
+__global__ void __launch_bounds__(kThreads, kResident<Rows>) linear_kernel(LinearParams p) {
   constexpr int Columns = kColumns<Rows, Norm>, Sums = Rows * Columns;
   constexpr int Ahead = 8 / Columns;  // steps that are loaded together
   // Whether inputs stay in registers until they are multiplied; otherwise they are read again, from the L1 cache.
@@ -142,17 +125,17 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
   const int first = blockIdx.x * Columns;
   const auto weight = [&](int c) {
     const int column = first + c < p.columns ? first + c : p.columns - 1;  // further columns are not stored
-    return static_cast<const T*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
+    return static_cast<const float*>(p.weight) + static_cast<std::int64_t>(column) * p.inner;
   };
-  Packed<T> weights[Ahead][Columns];
+  Packed<float> weights[Ahead][Columns];
   Packed<float> gain, shift;
-  Packed<Input> inputs[Ahead][Rows];
+  Packed<float> inputs[Ahead][Rows];
   const auto load_weights = [&](int base) {
 #pragma unroll
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
 #pragma unroll
-      for (int c = 0; c < Columns; ++c) weights[a][c] = i < p.inner ? load_streaming(weight(c) + i) : zeros<T>();
+      for (int c = 0; c < Columns; ++c) weights[a][c] = i < p.inner ? load_streaming(weight(c) + i) : zeros<float>();
       if constexpr (Norm) {
         static_assert(Ahead == 1);
         gain = i < p.inner ? load(p.gain + i) : zeros<float>();
@@ -165,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
     for (int a = 0; a < Ahead; ++a) {
       const int i = base + a * kStep + threadIdx.x * kVector;
 #pragma unroll
-      for (int row = 0; row < Rows; ++row)
-        inputs[a][row] = i < p.inner ? load(row_of<Input>(p, row) + i) : zeros<Input>();
+      for (int row = 0; row < Rows; ++row) inputs[a][row] = i < p.inner ? load(row_of(p, row) + i) : zeros<float>();
     }
   };
   const int column = first + threadIdx.x / Rows, row = threadIdx.x % Rows;  // of this thread's output
@@ -174,6 +156,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
   const std::int64_t at = row * p.ldo + column;
   load_weights(0);  // before the norm and the end of the previous kernel, so that the memory is busy meanwhile
   const float bias = stores && p.bias ? p.bias[column] : 0.0f;
+  lead();
   follow();
   load_inputs(0);
   const float there = stores && p.epilogue == Epilogue::add ? static_cast<const float*>(p.out)[at] : 0.0f;
@@ -198,10 +181,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
           unpack(gain, by);
           unpack(shift, plus);
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            const float value = (x[row][j] - of.mean[row]) * of.over[row] * by[j] + plus[j];
-            x[row][j] = to_float(from_float<T>(value));  // rounded as in larger batches
-          }
+          for (int j = 0; j < kVector; ++j) x[row][j] = (x[row][j] - of.mean[row]) * of.over[row] * by[j] + plus[j];
         }
       }
 #pragma unroll
@@ -216,32 +196,30 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, Rows>)) linear_kernel(
     }
   }
   add_up(sums, of_warps);
-  if (stores) put<T>(p, at, there + (total<Sums>(of_warps, threadIdx.x) + bias));
+  if (stores) put<float>(p, at, there + (total<Sums>(of_warps, threadIdx.x) + bias));
 }
 
-template <class T, int Rows, bool Norm>
+template <int Rows, bool Norm>
 void launch_rows(const LinearParams& p, const Queue& queue) {
   constexpr int columns = kColumns<Rows, Norm>;
   constexpr std::size_t values = kWarps * Rows * (columns + (Norm ? 2 : 0));
-  launch(Norm ? "norm and linear layer" : "linear layer", &linear_kernel<T, Rows, Norm>,
-         dim3(pieces(p.columns, columns)), kThreads, values * sizeof(float), queue, p);
+  launch(Norm ? "norm and linear layer" : "linear layer", &linear_kernel<Rows, Norm>, dim3(pieces(p.columns, columns)),
+         kThreads, values * sizeof(float), queue, p);
 }
 
-template <class T, bool Norm>
+template <bool Norm>
 void launch_norm(const LinearParams& p, const Queue& queue) {
-  if (p.rows == 1) return launch_rows<T, 1, Norm>(p, queue);
-  if (p.rows == 2) return launch_rows<T, 2, Norm>(p, queue);
-  if (p.rows <= 4) return launch_rows<T, 4, Norm>(p, queue);
-  launch_rows<T, 8, Norm>(p, queue);
+  if (p.rows == 1) return launch_rows<1, Norm>(p, queue);
+  if (p.rows == 2) return launch_rows<2, Norm>(p, queue);
+  if (p.rows <= 4) return launch_rows<4, Norm>(p, queue);
+  launch_rows<8, Norm>(p, queue);
 }
 
 }  // namespace
 
 void linear(Dtype dtype, const LinearParams& params, const Queue& queue) {
-  for_dtype(dtype, [&](auto sample) {
-    using T = decltype(sample);
-    params.gain ? launch_norm<T, true>(params, queue) : launch_norm<T, false>(params, queue);
-  });
+  if (dtype != Dtype::float32) return linear_by_tiles(dtype, params, queue);
+  params.gain ? launch_norm<true>(params, queue) : launch_norm<false>(params, queue);
 }
 
 }  // namespace tamingfast::cuda

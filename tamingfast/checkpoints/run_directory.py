@@ -81,8 +81,9 @@ def save(
 
     ``state`` is what `state_of` returned, with whole tensors, by default that of the model and its optimizers; its
     averages replace weights in the export. ``progress`` has plain numbers: "step", "epoch", "batch", "seconds",
-    "images", "processes" and "metrics_bytes". If a weight or an optimizer's average is not finite, raises UserError and
-    keeps the previous checkpoint; so it does when the files cannot be written, as on a full disk.
+    "images", "processes" and "metrics_bytes", and as "launches" the table of `tamingfast.kernels.choices` of each
+    process. If a weight or an optimizer's average is not finite, raises UserError and keeps the previous checkpoint; so
+    it does when the files cannot be written, as on a full disk.
     """
     state = state_of(model, optimizers) if state is None else state
     weights, averages = state["model"], state.get("averages", {})
@@ -233,7 +234,14 @@ def _read(path: Path, tensors: bool = True) -> dict[str, Any]:
         least = 1 if name == "processes" else 0
         if not isinstance(value, number) or not least <= float(value) < float("inf"):  # type: ignore[arg-type]
             raise UserError(f"{path}: got {value!r} for '{name}', expected a number; restore a copy of the file")
+    launches = state["progress"].setdefault("launches", [])  # which older states lack
+    if not isinstance(launches, list) or not all(map(_is_table, launches)):
+        raise UserError(f"{path}: got no tables for 'launches', expected names with whole numbers; restore a copy")
     return state
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(key) is str and type(item) is int for key, item in value.items())
 
 
 def _with_tensors(value: Any, file: TorchFile) -> Any:

@@ -17,6 +17,7 @@ Buechele, CC-BY 2.0); flower (flickr user vultilion, CC-BY 2.0).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,7 +207,8 @@ def _even(room: int, stride: int) -> list[int]:
     return np.linspace(0, room - 1, -(-(room - 1) // stride) + 1).round().astype(int).tolist()
 
 
-def _planes(photograph: Photograph, size: int) -> list[Plane]:
+@functools.lru_cache(len(PHOTOGRAPHS))  # a process builds its data sets several times with one size
+def _planes(photograph: Photograph, size: int) -> tuple[Plane, ...]:
     """The photograph at every scale that does not enlarge it, and at its own size if that is within their range."""
     pixels = _read(photograph)
     height, width = pixels.shape[:2]
@@ -214,7 +216,7 @@ def _planes(photograph: Photograph, size: int) -> list[Plane]:
     sides = {round(scale * size) for scale in SCALES}
     sides = {side for side in sides if side < native} | ({native} if native <= max(sides) else set())
     label = PHOTOGRAPHS.index(photograph)
-    return [
+    return tuple(
         Plane(
             label,
             pixels
@@ -222,7 +224,7 @@ def _planes(photograph: Photograph, size: int) -> list[Plane]:
             else area_resize(pixels, round(height * side / native), round(width * side / native)),
         )
         for side in sorted(sides)
-    ]
+    )
 
 
 def _read(photograph: Photograph) -> np.ndarray:

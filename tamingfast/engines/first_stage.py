@@ -42,6 +42,8 @@ from tamingfast.ops import backends
 
 #: "native": the CPU engine; "torch": torch's own operations; "auto": the engine where it can run.
 ENGINES = ("auto", "native", "torch")
+#: Types in which torch can decode faster than in that of the weights, where the device has units for them.
+LOW = (torch.bfloat16, torch.float16)
 #: What "auto" means in this thread; see `using`.
 _preferred: ContextVar[str] = ContextVar("first stage engine", default="auto")
 
@@ -51,15 +53,23 @@ Progress = Callable[[int, int], object]
 
 
 @contextlib.contextmanager
-def using(engine: str) -> Iterator[None]:
+def using(engine: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Iterator[None]:
     """Inside the block, in this thread, ``engine`` runs the networks for which no other engine than "auto" is named.
 
-    Where gradients are enabled torch runs them in any case. Raises UserError for an unknown name.
+    With ``dtype``, one of `LOW`, torch runs them on that type of device, under its autocast to this type. Where
+    gradients are enabled torch runs them in any case. Raises UserError for an unknown name or type, and for "native"
+    with a type.
     """
     check_name(engine)
+    if dtype is not None and dtype not in LOW:
+        raise UserError(f"dtype: got {dtype!r}, expected {' or '.join(map(str, LOW))}, or None for that of the weights")
+    if dtype is not None and engine == "native":
+        raise UserError(f"engine: got 'native' beside {dtype}, expected 'torch' or 'auto'; leave the type out")
+    engine = "torch" if dtype is not None else engine
     before = _preferred.set(engine if engine != "auto" else _preferred.get())
     try:
-        yield
+        with torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext():
+            yield
     finally:
         _preferred.reset(before)
 

@@ -9,6 +9,7 @@ from tamingfast import engines
 from tamingfast.engines.networks import Transformer
 from tamingfast.errors import UserError
 from tamingfast.ops import backends
+from tamingfast.ops.machine import check_precision
 
 #: "native": the extension's engine for the transformer's device; "torch": torch with a static key/value cache; "naive":
 #: the paper's full forward pass for every token; "auto": the fastest of these that can run.
@@ -26,10 +27,11 @@ def choose_engine(engine: str, gpt: Transformer, dtype: str | None) -> tuple[str
         dtype: one of `DTYPES`, or None for the transformer's own.
 
     Raises:
-        UserError: an unknown name, or an engine or dtype that is not available here, with the reason.
+        UserError: an unknown name, or a device, engine or dtype that is not available here, with the reason.
     """
     check_names(engine, dtype)
     own = next(gpt.parameters())
+    check_precision(own.device)
     name = str(own.dtype if dtype is None else dtype).removeprefix("torch.")
     reason = engines.refusal(gpt)
     if reason is None and name not in engines.dtypes(gpt):

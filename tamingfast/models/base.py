@@ -201,11 +201,25 @@ class FirstStage(Module):
 
     @torch.no_grad()
     def decode_grid(
-        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+        self,
+        grid: Tensor,
+        memory: int | None = None,
+        progress: Progress | None = None,
+        engine: str = "auto",
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
-        """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients; arguments as for `encode_grid`."""
-        with first_stage.using(engine):
-            return self.decode_quantised(self.codes_of(grid))
+        """Tokens int64 (B, rows, columns) -> images (B, C, H, W), without gradients.
+
+        ``memory``, ``progress`` and ``engine`` as for `encode_grid`. With ``dtype`` torch.bfloat16 or torch.float16
+        torch computes in it where its autocast does, and with ``memory_format`` torch.channels_last in this layout,
+        which matrix units prefer. The images are contiguous, and of the dtype of the weights. Raises UserError for
+        other types, and for "native" with a type.
+        """
+        codes = self.codes_of(grid)
+        with first_stage.using(engine, dtype, codes.device.type):
+            images = self.decode_quantised(codes.contiguous(memory_format=memory_format))
+        return images.to(codes.dtype).contiguous()
 
     def codes_of(self, grid: Tensor) -> Tensor:
         """Codebook entries (B, embed_dim, rows, columns) of tokens (B, rows, columns)."""
@@ -245,13 +259,17 @@ def decode_grid(
     memory: int | None = None,
     progress: Progress | None = None,
     engine: str = "auto",
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """`FirstStage.decode_grid` for any module with ``decode``, ``embed_dim`` and ``quantize.get_codebook_entry``."""
     if isinstance(stage, FirstStage):
-        return stage.decode_grid(grid, memory, progress, engine)
+        return stage.decode_grid(grid, memory, progress, engine, dtype, memory_format)
     foreign: Any = stage
-    with first_stage.using(engine):
-        return foreign.decode(_codes(foreign, grid))
+    codes = _codes(foreign, grid)
+    with first_stage.using(engine, dtype, codes.device.type):
+        images: Tensor = foreign.decode(codes.contiguous(memory_format=memory_format))
+    return images.to(codes.dtype).contiguous()
 
 
 def quantised(stage: Any, x: Tensor) -> Encoded:

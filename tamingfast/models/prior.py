@@ -249,10 +249,16 @@ class Net2NetTransformer(Module):
         return encode_grid(self.first_stage_model, x, memory, progress, engine)
 
     def decode_grid(
-        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+        self,
+        grid: Tensor,
+        memory: int | None = None,
+        progress: Progress | None = None,
+        engine: str = "auto",
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
         """Row-major tokens (B, h, w) -> images (B, C, f*h, f*w); see `FirstStage.decode_grid`."""
-        return decode_grid(self.first_stage_model, grid, memory, progress, engine)
+        return decode_grid(self.first_stage_model, grid, memory, progress, engine, dtype, memory_format)
 
     def encode_condition(
         self, c: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"

@@ -163,17 +163,25 @@ class VQModel(FirstStage):
 
     @torch.no_grad()
     def decode_grid(
-        self, grid: Tensor, memory: int | None = None, progress: Progress | None = None, engine: str = "auto"
+        self,
+        grid: Tensor,
+        memory: int | None = None,
+        progress: Progress | None = None,
+        engine: str = "auto",
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
         """Tokens (B, h, w) -> images (B, C, f*h, f*w), in bands of rows if feature maps exceed ``memory`` bytes.
 
-        ``engine`` as in `encode_grid`.
+        ``engine`` as in `encode_grid`, ``dtype`` and ``memory_format`` as in `FirstStage.decode_grid`.
         """
         if not first_stage.describes(self.decoder):
-            return super().decode_grid(grid, engine=engine)
-        with first_stage.using(engine):
-            decoded = first_stage.run(self.decoder, self.decoder_input(self.codes_of(grid)), memory, progress)
-        return self._from_range(decoded)
+            return super().decode_grid(grid, None, None, engine, dtype, memory_format)
+        codes = self.codes_of(grid)
+        with first_stage.using(engine, dtype, codes.device.type):
+            z = self.decoder_input(codes.contiguous(memory_format=memory_format))
+            decoded = first_stage.run(self.decoder, z, memory, progress)
+        return self._from_range(decoded.to(codes.dtype)).contiguous()
 
     def decode(self, quant: Tensor) -> Tensor:
         """Quantised latents (B, embed_dim, h, w) -> images (B, C, f*h, f*w)."""

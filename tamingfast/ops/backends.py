@@ -1,11 +1,13 @@
 """Backends: who computes an op, what can run here, and the one setting that overrides the automatic choice.
 
 A backend is ``triton`` (the GPU kernels), ``native`` (the extension ``tamingfast._C``), ``sdpa`` (torch's fused
-attention) or ``reference`` (the definition in plain torch); each implements some of the ops. By default the choice
-follows from the device and dtype of the arguments. To override it, set the environment variable
-``TAMINGFAST_BACKEND``, which is read once at import, or use ``with backends.use("reference"):``. The override applies
-to the ops that the backend implements; all others are chosen as usual. ``TAMINGFAST_ISA`` sets the instruction set of
-the native kernels (``generic``, ``avx2``, ``avx512``, ``avx512bf16``).
+attention, whose kernel torch chooses), ``flash`` or ``cudnn`` (that kernel of torch, with a prefix as two calls) or
+``reference`` (the definition in plain torch); each implements some of the ops. By default the choice follows from the
+device and dtype of the arguments. To override it, set the environment variable ``TAMINGFAST_BACKEND``, which is read
+once at import, or use ``with backends.use("reference"):``. The override applies to the ops that the backend
+implements; all others are chosen as usual. ``TAMINGFAST_ISA`` sets the instruction set of the native kernels
+(``generic``, ``avx2``, ``avx512``, ``avx512bf16``). With ``TAMINGFAST_TUNE=0`` every Triton kernel takes its first
+configuration, instead of measuring once which is fastest.
 
 Importing this module does not import torch.
 """
@@ -41,6 +43,8 @@ PROBES: dict[str, Callable[[], Availability]] = {
     "triton": _machine.triton,
     "native": _machine.extension,
     "sdpa": lambda: Availability(True, "torch's scaled_dot_product_attention"),
+    "flash": lambda: Availability(True, "torch's flash attention; on a CPU, what torch has for the same calls"),
+    "cudnn": _machine.cudnn,
     "reference": lambda: Availability(True, "plain torch"),
 }
 
@@ -62,7 +66,12 @@ def requested_by() -> str:
 
 
 def check_environment() -> None:
-    """Raises SettingError unless the backend and the instruction set that the environment names can run here."""
+    """Raises SettingError unless what the environment asks for can be followed here."""
+    tune = os.environ.get("TAMINGFAST_TUNE") or "1"
+    if tune not in ("0", "1"):
+        raise SettingError(
+            f"TAMINGFAST_TUNE: got {tune!r}, expected 1, to measure what configuration of a kernel is fastest, or 0"
+        )
     if _environment is None and not os.environ.get("TAMINGFAST_ISA"):
         return  # without importing torch
     isa()

@@ -1,8 +1,9 @@
 """Chooses the implementation that runs an op. Each one says whether it can take the given arguments and, if not, why.
 
-The automatic choice takes the first that can, and logs once why an earlier one could not. If the user requested a
-backend (:mod:`tamingfast.ops.backends`) that implements the op, only that one is considered, and RuntimeError gives the
-reason if it cannot run. torch.compile traces all of this without a graph break.
+The automatic choice takes the first that can, in the order that the op gives for the arguments, and logs once why an
+earlier one could not. If the user requested a backend (:mod:`tamingfast.ops.backends`) that implements the op, only
+that one is considered, and RuntimeError gives the reason if it cannot run. torch.compile traces all of this without a
+graph break.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Backends that the automatic choice considers only for tensors on one type of device.
-_HOME = {"triton": "cuda", "native": "cpu"}
+_HOME = {"triton": "cuda", "native": "cpu", "cudnn": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,18 @@ class Implementation(Generic[P, R]):
 
 @dataclass(frozen=True)
 class Op(Generic[P, R]):
-    """An op with its implementations, the preferred one first; the last refuses nothing."""
+    """An op with its implementations.
+
+    Attributes:
+        name: for messages.
+        implementations: the preferred one first; the last refuses nothing.
+        automatic: called with the arguments of `run`; returns the backends that the automatic choice tries, in this
+            order, of which the last refuses nothing. Omitted if it tries all in the order of `implementations`.
+    """
 
     name: str
     implementations: tuple[Implementation[P, R], ...]
+    automatic: Callable[P, tuple[str, ...]] | None = None
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -65,7 +74,8 @@ class Op(Generic[P, R]):
         """Run the op with checked arguments on ``device``. RuntimeError if the requested backend cannot run it."""
         asked = backends.requested()
         refusals: list[tuple[str, str]] = []
-        for implementation in self._candidates(asked, device.type):
+        order = (asked,) if asked in self.backends else self._automatic(device.type, *args, **kwargs)
+        for implementation in (each for name in order for each in self.implementations if each.backend == name):
             reason = implementation.why_not(device.type, *args, **kwargs)
             if reason is None:
                 for backend, why in refusals:
@@ -78,10 +88,9 @@ class Op(Generic[P, R]):
             "can; ask for another"
         )
 
-    def _candidates(self, asked: str | None, device: str) -> list[Implementation[P, R]]:
-        if asked in self.backends:
-            return [implementation for implementation in self.implementations if implementation.backend == asked]
-        return [each for each in self.implementations if _HOME.get(each.backend, device) == device]
+    def _automatic(self, device: str, *args: P.args, **kwargs: P.kwargs) -> list[str]:
+        order = self.automatic(*args, **kwargs) if self.automatic else self.backends
+        return [backend for backend in order if _HOME.get(backend, device) == device]
 
 
 # torch.compile evaluates the two functions below while it traces, instead of tracing into them.

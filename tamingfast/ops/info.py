@@ -10,7 +10,7 @@ from tamingfast.ops.backends import Availability
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
-    """The backends of each op, in the order in which the automatic choice considers them."""
+    """The backends of each op, the preferred one first; the last runs everything."""
     ops = (attention.CAUSAL_ATTENTION, norm.GROUP_NORM_SILU, codes.NEAREST_CODE, codes.QUANTIZE)
     return {op.name: op.backends for op in ops}
 
@@ -22,7 +22,9 @@ def facts() -> dict[str, Any]:
         name: _state(state) | {"ops": [op for op, names in having.items() if name in names]}
         for name, state in backends.status().items()
     }
-    settings = {name: os.environ.get(name) or None for name in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA")}
+    settings = {
+        name: os.environ.get(name) or None for name in ("TAMINGFAST_BACKEND", "TAMINGFAST_ISA", "TAMINGFAST_TUNE")
+    }
     return {
         "machine": backends.machine(), "backends": found, "cuda_engine": _state(backends.cuda()), "settings": settings,
     }  # fmt: skip
@@ -44,7 +46,7 @@ def describe() -> str:
         )
     lines.append(f"cuda engine {_yes_or_no(found['cuda_engine'])}")
     for variable, value in found["settings"].items():
-        lines.append(f"{variable} = {value or 'not set, chosen by device and dtype'}")
+        lines.append(f"{variable} = {value or 'not set'}")
     return "\n".join(lines)
 
 

@@ -85,6 +85,17 @@ def triton() -> Availability:
     return Availability(device.available, f"triton {version}, {device.reason}")
 
 
+@functools.cache
+def cudnn() -> Availability:
+    """Whether torch can use cuDNN's attention."""
+    import torch
+
+    device = gpu()
+    if not device.available or torch.version.cuda is None:
+        return Availability(False, device.reason)
+    return Availability(torch.backends.cudnn.is_available(), f"cuDNN {torch.backends.cudnn.version()}")
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors in Triton's interpreter, which tests use (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -250,15 +261,24 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:  # its message lists every device type of torch
         raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
+    check_precision(device)
     try:
-        # meta, for one, makes tensors but holds no values; Apple's mps has no float64, by which tokens are chosen.
-        torch.zeros(1, dtype=torch.float64, device=device).cpu()
+        torch.zeros(1, dtype=torch.float64, device=device).cpu()  # meta, for one, makes tensors but holds no values
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(
             f"device: got {name!r}, expected a device that works here ({reason}); see `tamingfast info`"
         ) from error
     return device
+
+
+def check_precision(device: torch.device) -> None:
+    """Raise UserError for a device on which no token can be chosen as everywhere else."""
+    if device.type == "mps":
+        raise UserError(
+            "device: got 'mps', expected one with float64, in which tokens are chosen and which Apple's GPUs lack; use "
+            "the CPU, for which there is an engine"
+        )
 
 
 def dotted(version: tuple[int, int]) -> str:

@@ -24,7 +24,7 @@ from tamingfast.tasks.conditioning import (
     given_each,
     tokens_of_each,
 )
-from tamingfast.tasks.drawing import at_least_one, painted, photo_canvas
+from tamingfast.tasks.drawing import at_least_one, painted, photo_tokens
 from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, unread
 from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES
@@ -89,9 +89,15 @@ def likelihood(
         check_schedule(outline, *grid_size(outline, x.shape[2], x.shape[3]), rule, stride)
     prior = check_windowed(source.model)
     found = conditions_of_each(prior, given, x)
-    with using(engine), bars("multiply-adds of encoding", None) as counter:
+
+    def encoded(part: Tensor) -> Tensor:
+        with bars("multiply-adds of encoding", None) as counter:
+            return photo_tokens(prior, part.to(prior.device), counter.moved).cpu()
+
+    with using(engine):
         cond = tokens_of_each(prior, found, len(x), label)
-        canvas = painted(prior, photo_canvas(prior, x.to(prior.device), cond, counter.moved))
+        tokens = torch.cat(list(in_turns(encoded, x.split(batch))))
+    canvas = painted(prior, Canvas.of(tokens.to(cond.device), cond))
     with bars("tokens", len(rules) * canvas.tokens.numel()) as counter:
         return schedule_costs(prior, canvas, rules, batch, counter.update)
 

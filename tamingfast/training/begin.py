@@ -20,6 +20,7 @@ from tamingfast.data.base import EpochDataset
 from tamingfast.data.loading import to_device
 from tamingfast.errors import UserError, first_line, lacks_memory
 from tamingfast.files import atomic_write
+from tamingfast.kernels import choices
 from tamingfast.ranks import World
 from tamingfast.training.acceleration import compiling
 from tamingfast.training.averages import Averages
@@ -94,7 +95,9 @@ def begin(
         among.any(False)  # a barrier: no process reads before the first has the lock
         recorded = _check_begun(config, out, resume)
         progress = (
-            _restore(stage, dataset, out, averages) if recorded is not None and run_directory.exists(out) else None
+            _restore(stage, dataset, out, averages, among)
+            if recorded is not None and run_directory.exists(out)
+            else None
         )
         if not among.agree(-1 if progress is None else progress["step"]):
             raise UserError(
@@ -136,7 +139,7 @@ def _check_apart(config: Mapping[str, Any], out: Path) -> None:
             )
 
 
-def _restore(stage: Stage, dataset: EpochDataset, out: Path, averages: Averages | None) -> dict[str, Any]:
+def _restore(stage: Stage, dataset: EpochDataset, out: Path, averages: Averages | None, among: World) -> dict[str, Any]:
     """Load the state in ``out``, and return its progress; UserError for a run on other data."""
     values = None if averages is None else averages.values
     progress = run_directory.restore(out, stage.model, stage.optimizers, values)
@@ -145,6 +148,9 @@ def _restore(stage: Stage, dataset: EpochDataset, out: Path, averages: Averages 
             f"{out}: got {len(dataset)} training images, expected {progress['images']}, with which the run began; "
             "resume it with the same number, or start a new run in another directory"
         )
+    launches = progress["launches"]  # of each process of the run
+    if launches:
+        choices.adopt(launches[among.rank if among.rank < len(launches) else 0])
     return progress
 
 

@@ -2,7 +2,8 @@
 
 Everything random in a step is keyed by (seed, step, number of the batch in the step), and the order of the images by
 (seed, epoch). So the state of a run is its weights, its optimizers and its step number, and a resumed run repeats an
-unbroken one bit for bit.
+unbroken one bit for bit. On a GPU the order of sums depends on which tilings were measured to be fastest; the state
+records them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tamingfast.checkpoints import run_directory
 from tamingfast.data.base import EpochDataset
 from tamingfast.errors import Stopped
 from tamingfast.images import save_rows
+from tamingfast.kernels import choices
 from tamingfast.progress import bar
 from tamingfast.ranks import World
 from tamingfast.training.acceleration import compiling
@@ -287,6 +289,7 @@ class _Run:
         self.monitor.read()
         averages = None if self.averages is None else self.averages.values
         state = self.parallel.gathered(run_directory.state_of(self.stage.model, self.stage.optimizers, averages))
+        launches = self.among.each(choices.made())
         if self.metrics is None:
             return
         progress = {
@@ -297,6 +300,7 @@ class _Run:
             "images": len(self.training),
             "processes": self.processes,
             "metrics_bytes": self.metrics.size(),
+            "launches": launches,
         }
         run_directory.save(self.out, self.stage.model, self.stage.optimizers, progress, state)
         self.saved = self.step

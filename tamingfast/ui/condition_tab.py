@@ -52,7 +52,7 @@ def condition_tab(own: Studio) -> None:
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", min_width=120)
                 stop_button(own)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes=["tf-desk"]):
             with gr.Group(visible=offered[0] == conditions.DRAWN) as board:
                 sheet, read = _drawing_board(own, form, height, width)
             picture, note, files = picture_field(own, "Condition and images", 440), note_field(), files_field()

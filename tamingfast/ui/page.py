@@ -27,13 +27,24 @@ from tamingfast.ui.studio import MOST, Studio
 
 #: From this side on the page offers fewer images at first.
 _LARGE = 64
+#: On narrow screens results stand above the controls and stay in sight while these are scrolled; what is brushed on
+#: stands there without staying.
 CSS = """
 .tf-picture img { object-fit: contain !important; width: 100%; height: 100%; }
 .tf-hard img { image-rendering: pixelated; }
 .tf-note { min-height: 1.6em; }
 footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+@media (max-width: 640px) {
+    .tf-desk, .tf-results { order: -1; }
+    .tf-results { position: sticky; top: 0; z-index: 100; max-height: 50vh; overflow-y: auto; }
+    .tf-results { background: var(--body-background-fill); }
+    .tf-results .tf-picture { height: 34vh !important; }
+}
 """
+#: Gradio confines CSS to what is inside this container, which would keep results from staying in sight.
+HEAD = """<style>@media (max-width: 640px) {
+    .gradio-container { padding: 8px !important; overflow: clip !important; }
+}</style>"""
 
 
 def built(own: Studio) -> gr.Blocks:
@@ -100,7 +111,7 @@ def _sample_tab(own: Studio) -> tuple[gr.Button, gr.Number] | None:
                 draw = gr.Button("Draw", variant="primary", min_width=120)
                 stop_button(own)
             like = uploads.file(label="Repeat a picture: a PNG that tamingfast drew", file_types=[".png"], height=170)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes=["tf-results"]):
             picture, note, files = picture_field(own, "Images", 520), note_field("Press **Draw**."), files_field()
             with gr.Row(visible=can.no_editing is None, equal_height=True):
                 number = gr.Number(1, label="Image number", precision=0, minimum=1, min_width=90)
@@ -131,7 +142,7 @@ def _reconstruct_tab(own: Studio) -> None:
             side = gr.Number(painting.largest_side(own), label="Longer side in pixels", **pixels_settings(own))
             start = gr.Button("Reconstruct", variant="primary")
             note = note_field("What the first stage keeps of an image: its tokens, and what they decode to.")
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes=["tf-results"]):
             with gr.Row():
                 before, after = (
                     picture_field(own, name, 280) for name in ("Image, as it was encoded", "Reconstruction")
@@ -155,7 +166,7 @@ def _inspect_tab(own: Studio) -> None:
             upload = uploads.file(label="A picture, checkpoint or token file", height=160)
             gr.Markdown("Without a file: the model of this page. Nothing in a file is run.")
             show = gr.Button("Show the model")
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes=["tf-results"]):
             facts = gr.JSON(label="Facts", height=600)
 
     act(own, upload.change, lambda desk, path: studio.inspected(own, path), [upload], [facts])

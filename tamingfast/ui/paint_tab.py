@@ -38,7 +38,7 @@ def paint_tab(own: Studio) -> list[Any] | None:
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             controls = _controls(own)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes=["tf-desk"]):
             brush = gr.Brush(default_size=24, colors=["#ffffff", "#000000", "#d83a3a", "#3a8fd8", "#4caf50", "#f2c230"])
             editor = uploads.editor("Brush here", 600, brush)
             note = note_field("Open a photo, or begin with a blank picture.")

@@ -91,6 +91,7 @@ def _launched(page: Any, page_module: Any, host: str, port: int | None) -> str:
             server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True,
             show_error=False, allowed_paths=[], max_file_size=LARGEST_UPLOAD, ssr_mode=False, pwa=False,
             mcp_server=False, enable_monitoring=False, footer_links=[], theme=theme, css=page_module.CSS,
+            head=page_module.HEAD,
         )  # fmt: skip
     except OSError as error:
         raise UserError(

@@ -134,6 +134,10 @@ EDITS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "other data": (edited(lambda state: state["progress"].update(images=7)), "training images, expected 7, with"),
     "no processes": (edited(lambda state: state["progress"].update(processes=0)), "got 0 for 'processes'"),
+    "launches of text": (edited(lambda state: state["progress"].update(launches="a")), "got no tables for 'launches'"),
+    "launches by text": (
+        edited(lambda state: state["progress"].update(launches=[{"kernel": "1"}])), "got no tables for 'launches'",
+    ),
 }  # fmt: skip
 
 

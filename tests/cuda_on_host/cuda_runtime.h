@@ -1,10 +1,15 @@
 // The part of CUDA that is needed to compile csrc/cuda/*.cu with an ordinary C++ compiler and test it on the CPU.
 //
-// This folder replaces CUDA's include directory. Blocks run one after another, and the threads of a block are fibers of
-// one system thread: each runs until it waits at a barrier or shuffle, then the next one continues. A missing barrier
-// shows when the threads run in reverse order (`set_reversed`), and shared memory is filled with NaN before each block.
-// Detected errors: barriers that only part of a block reaches, shuffles that only part of a warp reaches, and writes
-// beyond the shared memory of the launch. Only a GPU shows races between blocks, coalescing and speed.
+// This folder replaces CUDA's include directory. The threads of a kernel are fibers of one system thread: each runs
+// until it waits at a barrier or shuffle, then another one continues. They run in order, one block after another, or at
+// random, with several blocks together. Shared memory is filled with NaN before each block. Detected errors: barriers
+// that only part of a block reaches, shuffles that only part of a warp reaches, and writes beyond the shared memory of
+// the launch.
+//
+// Compiled with -fsanitize=thread (fibers.cpp with -DCUDA_ON_HOST_TSAN instead) it detects races: of two accesses to
+// one address, at least one of them a write, that nothing orders. What orders is what CUDA's memory model says:
+// barriers, atomic additions with an order, and `follow`, which alone comes after the previous launches; shuffles order
+// nothing. Only a GPU shows coalescing and speed.
 #pragma once
 
 #include <math.h>
@@ -13,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <set>
 
 #define __global__
 #define __device__
@@ -36,17 +42,38 @@ namespace cuda_on_host {
 
 constexpr std::size_t kSharedLimit = 227 * 1024;  // of compute capability 9.0
 
+// How the threads of the following launches take turns.
+void run_in_order();
+void run_at_random(unsigned seed);
+
 // Calls `thread` for every thread of every block. Returns CUDA's message for an invalid launch, or null.
-const char* run(dim3 grid, dim3 block, std::size_t shared, std::size_t allowed, const std::function<void()>& thread);
+const char* run(dim3 grid, dim3 block, std::size_t shared, std::size_t allowed, std::function<void()> thread);
+// What the caller does from here on comes after the launches so far.
+void synchronize();
+// What the calling thread does from here on comes after the launches before its own.
+void follow();
+unsigned char* shared_memory();
 void barrier();
-// Replaces the `bytes` (at most 8) at `value` by those of lane `source` of the same warp.
-void exchange(void* value, std::size_t bytes, unsigned source, unsigned mask);
-void set_reversed(bool reversed);
+// Returns the value that lane `source` of the same warp passes.
+std::uint64_t exchange(std::uint64_t value, unsigned source, unsigned mask);
+// Lets other threads continue first, or not, if threads run at random.
+void let_others_run();
 
 template <class Value>
 Value exchanged(Value value, unsigned source, unsigned mask) {
-  exchange(&value, sizeof value, source, mask);
+  static_assert(sizeof value <= sizeof(std::uint64_t));
+  std::uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = exchange(bits, source, mask);
+  memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Adds and returns the old value, with the given order, such as __ATOMIC_ACQ_REL.
+template <int Order, class Value>
+Value add(Value* at, Value value) {
+  let_others_run();
+  return __atomic_fetch_add(at, value, Order);
 }
 
 }  // namespace cuda_on_host
@@ -69,14 +96,11 @@ Value __shfl_up_sync(unsigned mask, Value value, unsigned lanes) {
 
 template <class Value>
 Value atomicAdd(Value* at, Value value) {
-  const Value before = *at;
-  *at += value;
-  return before;
+  return cuda_on_host::add<__ATOMIC_RELAXED>(at, value);
 }
 inline int atomicOr(int* at, int value) {
-  const int before = *at;
-  *at |= value;
-  return before;
+  cuda_on_host::let_others_run();
+  return __atomic_fetch_or(at, value, __ATOMIC_RELAXED);
 }
 
 template <class Value>
@@ -121,11 +145,25 @@ std::size_t& allowed_shared(Kernel*) {
   static std::size_t bytes = 48 * 1024;
   return bytes;
 }
+
+// The kernels that were launched.
+inline std::set<const void*>& launched() {
+  static std::set<const void*> kernels;
+  return kernels;
+}
 }  // namespace cuda_on_host
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = cuda_on_host::kSharedLimit;
+  return cudaSetDevice(device);
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 template <class... Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int bytes) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (static_cast<std::size_t>(bytes) > cuda_on_host::kSharedLimit) return "invalid argument";
   cuda_on_host::allowed_shared(kernel) = bytes;
   return cudaSuccess;
@@ -138,6 +176,7 @@ struct cudaLaunchConfig_t {
 };
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
+  cuda_on_host::launched().insert(reinterpret_cast<const void*>(kernel));
   return cuda_on_host::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                           cuda_on_host::allowed_shared(kernel), [&] { kernel(params); });
+                           cuda_on_host::allowed_shared(kernel), [kernel, params] { kernel(params); });
 }

@@ -166,6 +166,7 @@ def test_area_resize_is_the_mean_over_what_a_pixel_covers():
 
 
 def test_an_absent_package_or_file_is_a_sentence_that_says_what_to_install(monkeypatch, tmp_path):
+    photos._planes.cache_clear()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     with pytest.raises(UserError, match="sklearn: got no such package, .* run 'pip install scikit-image scikit-learn'"):

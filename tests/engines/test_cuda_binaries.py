@@ -59,7 +59,8 @@ def test_the_kernels_are_built_wherever_nvcc_is_found():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_kernel_fits_and_does_not_spill(target):
     kernels = {name: values for (where, name), values in resources().items() if where == target}
-    expected = {f"linear_kernel<{t}, {r}, {n}>" for t in TYPES for r in (1, 2, 4, 8) for n in ("true", "false")}
+    expected = {f"linear_kernel<{r}, {n}>" for r in (1, 2, 4, 8) for n in ("true", "false")}
+    expected |= {f"tiles_kernel<{t}, {n}>" for t in TYPES[1:] for n in ("true", "false")}
     expected |= {f"attention_kernel<{t}, {lanes}>" for t in TYPES for lanes in (8, 16, 32)}
     expected |= {f"{name}_kernel<{t}>" for t in TYPES for name in ("append", "add_norm", "gelu", "choose")}
     assert set(kernels) == expected
@@ -70,12 +71,14 @@ def test_every_kernel_fits_and_does_not_spill(target):
 
 
 def most_registers(name: str) -> int:
-    """The most with which enough blocks of 128 threads share 64 k registers to saturate memory."""
-    kernel, number, *rest = re.split(r"[<,>] ?", name)
+    """The most with which enough blocks share 64 k registers to saturate memory."""
+    kernel, rows, *_ = re.split(r"[<,>] ?", name)
     if kernel == "attention_kernel":
         return 96
+    if kernel == "tiles_kernel":
+        return 80  # three blocks of 256 threads: those of this layer and of the next ones, which load weights meanwhile
     if kernel == "linear_kernel":
-        return 255 if rest[0] == "8" else 168 if number == "float" and rest[0] != "1" else 128
+        return {"1": 128, "8": 255}.get(rows, 168)
     return 64
 
 
@@ -85,17 +88,24 @@ def test_kernels_load_only_weights_before_they_wait_for_the_previous_kernel():
     """The compiler may move loads: those of a linear layer's weights, and no others, must come before the wait."""
     text = subprocess.check_output([CUOBJDUMP, "-sass", "-arch", "sm_90", native.__file__], text=True)
     kernels = re.split(r"Function : (\S+)", text)[1:]
-    assert len(kernels) == 2 * (24 + 9 + 12)  # names alternate with code
+    assert len(kernels) == 2 * (8 + 4 + 9 + 12)  # names alternate with code
     for name, code in zip(kernels[::2], kernels[1::2], strict=True):
         before, wait, after = code.partition("ACQBULK")
-        assert wait and "PREEXIT" in before, name
+        assert wait, name
+        assert before.count("PREEXIT") == bool(re.search("(linear|tiles|attention)_kernel", name)), (
+            "weights are read after these"
+        )
+        assert "PREEXIT" not in after, name
         loads = 0
-        if linear := re.search(r"linear_kernelI(\w+?)Li(\d)ELb(\d)E", name):
-            number, rows, norm = linear.groups()
-            words = 2 if number == "f" else 1  # 16-byte words per vector
-            loads = 8 * words + 4 * int(norm) + 1  # the matrix, gain and shift, the bias
+        if linear := re.search(r"linear_kernelILi(\d)ELb(\d)E", name):
+            rows, norm = linear.groups()
+            loads = 16 + 4 * int(norm) + 1  # the matrix, gain and shift, the bias
             if (rows, norm) == ("1", "0"):  # inputs of as many steps, and what is added to, before any use
-                assert len(re.findall(r"\bLDG\.", after.partition("FFMA")[0])) >= 4 * words + 1, name
+                assert len(re.findall(r"\bLDG\.", after.partition("FFMA")[0])) >= 9, name
+        if tiles := re.search(r"tiles_kernelI.*Lb(\d)E", name):
+            loads = 1  # the bias
+            copies = [len(re.findall(rf"\bLDGSTS\.E\.BYPASS\.{how}128 ", before)) for how in (r"LTC128B\.", "")]
+            assert copies == [4, 2 * int(tiles.group(1))], "the matrix; gain and shift"
         assert len(re.findall(r"\bLDG?\.", before)) == loads, name
         assert not re.search(r"\bSTG?\.", before), name
 

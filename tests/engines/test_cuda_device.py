@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import re
@@ -11,16 +12,19 @@ import sys
 import textwrap
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_cases import decoded, request
+from engine_cases import Place, decoded, request
 from gpts import all_logits, random_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tamingfast.engines import CudaEngine
+from tamingfast.engines.cuda import device
+from tamingfast.engines.cuda.step import Step
 from tamingfast.ops import backends
 from tamingfast.sampling import sample_grid
 
@@ -147,21 +151,69 @@ def test_threads_take_turns(place):
     assert all(torch.equal(row, expected[i]) for i in range(3) for row in results[i])
 
 
+def test_the_thread_that_captures_has_run_the_step_before(monkeypatch):
+    """On the host, where a graph is the list of what is queued: a second thread must not capture its own first run."""
+    events = []
+
+    def captured(queue, stream):
+        events.append(("captured", stream))
+        return queue
+
+    @contextlib.contextmanager
+    def on_capture_stream(place):
+        yield threading.get_ident()
+
+    monkeypatch.setattr(device, "_captured", captured)
+    monkeypatch.setattr(device, "_on_capture_stream", on_capture_stream)
+    made = Place("cpu").engine(random_gpt())
+    given = torch.zeros(3, 9, dtype=torch.int64)
+    expected = decoded(made, given, range(1, 9), seed=1)
+    made._parts.steps[3]._replayed = device.Replayed(torch.device("cuda"))
+    queue = Step._queue
+
+    def queued(step):
+        events.append(("queued", threading.get_ident()))
+        queue(step)
+
+    monkeypatch.setattr(Step, "_queue", queued)
+    tokens = decoded(made, given, [1], seed=1)
+    with ThreadPoolExecutor(1) as other:
+        tokens = other.submit(decoded, made, tokens, range(2, 7), seed=1, fed=1).result()
+    tokens = decoded(made, tokens, [7, 8], seed=1, fed=6)
+    assert torch.equal(tokens, expected)
+    here, there = threading.get_ident(), next(thread for what, thread in events if what == "captured")
+    assert here != there
+    assert events[:3] == [("queued", here), ("queued", there), ("captured", there)]
+    assert [what for what, _ in events[3:]] == ["queued"] * 6, "replays"
+
+
+@pytest.mark.gpu
+def test_a_graph_captured_in_a_second_thread():
+    """Batches that go through torch's matrix products, whose workspaces are per thread and stream."""
+    made = Place("cuda").engine(random_gpt(), "bfloat16", slots=10)
+    given = torch.zeros(10, 9, dtype=torch.int64)
+    expected = decoded(Place("cuda").engine(random_gpt(), "bfloat16", slots=10), given, range(1, 9), seed=1)
+    tokens = decoded(made, given, [1], seed=1)
+    with ThreadPoolExecutor(1) as other:
+        tokens = other.submit(decoded, made, tokens, range(2, 7), seed=1, fed=1).result()
+    assert torch.equal(decoded(made, tokens, [7, 8], seed=1, fed=6), expected)
+
+
 @pytest.mark.gpu
 def test_another_stream_and_the_last_device():
-    gpt, device = random_gpt(), torch.device("cuda", torch.cuda.device_count() - 1)
-    made = CudaEngine(copy.deepcopy(gpt).to(device))
+    gpt, last = random_gpt(), torch.device("cuda", torch.cuda.device_count() - 1)
+    made = CudaEngine(copy.deepcopy(gpt).to(last))
     made.reserve(10, 40)
     given = torch.randint(24, (10, 30))
     expected = decoded(made, given, range(5, 30), seed=1)
     assert torch.equal(decoded(made, given, range(5, 30), seed=1), expected), "from the graph"
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(last)
     with torch.cuda.stream(stream):
         for batch in (10, 3):
             assert torch.equal(decoded(made, given[:batch], range(5, 30), seed=1), expected[:batch])
     cond = torch.tensor([[3], [4]])
-    grid = sample_grid(copy.deepcopy(gpt).to(device), cond, 5, 6, seed=1)
-    assert grid.device == device
+    grid = sample_grid(copy.deepcopy(gpt).to(last), cond, 5, 6, seed=1)
+    assert grid.device == last
     assert torch.equal(grid.cpu(), sample_grid(gpt, cond, 5, 6, seed=1))
 
 
@@ -169,25 +221,29 @@ def test_another_stream_and_the_last_device():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_reports_nothing(tool):
+    """racecheck (2025.3) cannot run cuBLAS's half-width kernels for Hopper: "failed to handle a hardware exception"."""
     program = """
+        import sys
         import torch
         from tamingfast.models.gpt import GPT
         from tamingfast.engines import CudaEngine, DecodeRequest
         from tamingfast.ops.choice import Choice
         for dtype in ("float32", "bfloat16"):
             engine = CudaEngine(GPT(40, 130, n_layer=1, n_head=2, n_embd=48).cuda(), dtype)
-            for batch in (1, 3, 10):
+            ours_alone = dtype == "bfloat16" and sys.argv[1] == "racecheck"  # no prompt, few sequences
+            for batch in (1, 3) if ours_alone else (1, 3, 10):
                 engine.reserve(batch, 130)
                 tokens = torch.zeros(batch, 131, dtype=torch.int64, device="cuda")
-                steps, choice = [*range(100, 104), 129], Choice(top_k=20, top_p=0.9)
+                steps, choice = [*range(1, 5), *range(100, 104), 129], Choice(top_k=20, top_p=0.9)
+                steps = steps[:4] if ours_alone else steps[4:]
                 engine.decode(DecodeRequest(slots=range(batch), sequences=tokens, steps=steps, choice=choice))
         """
     result = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=tamingfast",
-         sys.executable, "-c", textwrap.dedent(program)],
+         sys.executable, "-c", textwrap.dedent(program), tool],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert result.returncode == 0, result.stdout[:3000] + result.stdout[-1000:] + result.stderr[-1000:]
 
 
 def test_an_engine_that_cannot_run_says_why(monkeypatch):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import tamingfast
 from tamingfast import UserError, evaluation, tasks
 from tamingfast.checkpoints.config import instantiate_from_config
-from tamingfast.engines import cpu_first_stage, first_stage
+from tamingfast.engines import bands, cpu_first_stage, first_stage
+from tamingfast.engines.layers import shapes
 from tamingfast.models.autoencoder import Decoder, Encoder
 from tamingfast.models.vqgan import VQModel
 from tamingfast.ops import backends
@@ -304,6 +305,64 @@ def test_what_the_engine_cannot_run_is_logged_once(caplog):
         first_stage.run(model.decoder, z)
     (record,) = caplog.records
     assert "runs in torch instead of the CPU engine" in record.message and "bfloat16" in record.message
+
+
+class Convolved:
+    """The dtypes and layouts in which a network's 3x3 convolutions give their results."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.seen: set[tuple[torch.dtype, bool]] = set()
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.register_forward_hook(self._note)
+
+    def _note(self, _module: nn.Module, _given: tuple[Tensor, ...], out: Tensor) -> None:
+        channels_last = out.is_contiguous(memory_format=torch.channels_last)
+        if channels_last != out.is_contiguous():  # one of the two
+            self.seen.add((out.dtype, channels_last))
+
+
+@pytest.mark.parametrize("name", ["photos32_vqgan", "gumbel", "two levels"])
+def test_decoding_in_half_precision_and_channels_last(name):
+    model = built(STAGES[name])
+    tokens = model.encode_grid(pictures(model))
+    expected = model.decode_grid(tokens, engine="torch")
+    convolved = Convolved(model)
+    layouts = {False: torch.contiguous_format, True: torch.channels_last}
+    for dtype, channels_last in ((torch.bfloat16, False), (torch.bfloat16, True), (None, True)):
+        convolved.seen.clear()
+        found = model.decode_grid(tokens, engine="torch", dtype=dtype, memory_format=layouts[channels_last])
+        assert convolved.seen == {(dtype or torch.float32, channels_last)}
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        error = (found - expected).norm() / expected.norm()
+        assert (1e-5 < error < 3e-2) if dtype else error < 1e-5
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(model.decode_grid(tokens, engine="torch"), expected)
+
+
+def test_the_layout_is_nothing_to_the_engine_and_bands_decode_in_half_precision(monkeypatch):
+    model = built(SMALL)
+    tokens, used = model.encode_grid(pictures(model, 1, 6, 8)), Calls(monkeypatch)
+    expected = model.decode_grid(tokens, engine="native")
+    assert torch.equal(model.decode_grid(tokens, memory_format=torch.channels_last), expected)
+    assert used.count == 2
+    low = model.decode_grid(tokens, dtype=torch.bfloat16)
+    assert used.count == 2, "the engine computes in float32"
+    sides = shapes(model.decoder.layers(), (model.decoder.z_shape[1], 6, 8))
+    half = 4 * max(map(bands._peak, model.decoder.layers(), sides, sides[1:])) // 2
+    in_bands = model.decode_grid(tokens, half, dtype=torch.bfloat16)
+    assert in_bands.dtype == torch.float32
+    assert (in_bands - low).norm() < 3e-2 * low.norm()
+
+
+def test_types_that_decoding_cannot_use_are_refused():
+    model = built(changed(SMALL, ddconfig={"ch": 32}))
+    tokens = torch.zeros(1, 2, 2, dtype=torch.int64)
+    for wrong in (torch.float32, torch.int8, "bfloat16"):
+        with pytest.raises(UserError, match=r"^dtype: got .*, expected torch\.bfloat16 or torch\.float16, or None"):
+            model.decode_grid(tokens, dtype=wrong)
+    with pytest.raises(UserError, match=r"^engine: got 'native' beside torch\.bfloat16, expected"):
+        model.decode_grid(tokens, engine="native", dtype=torch.bfloat16)
 
 
 def test_engines_of_a_block_and_of_a_call(monkeypatch):

@@ -43,6 +43,17 @@ def test_every_command_refuses_what_it_cannot_follow(environment, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", ["yes", "2", " ", "off", "0 "])
+def test_tuning_is_on_or_off(monkeypatch, capsys, tmp_path, value):
+    monkeypatch.setenv("TAMINGFAST_TUNE", value)
+    assert cli.main(["inspect", str(tmp_path)]) == cli.USAGE_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tamingfast: error: TAMINGFAST_TUNE: got {value!r}, expected 1, ")
+    for value in ("0", "1", ""):
+        monkeypatch.setenv("TAMINGFAST_TUNE", value)
+        backends.check_environment()
+
+
 @pytest.mark.parametrize("value", ["reference", "sdpa", "auto", ""])
 def test_what_can_run_is_followed(environment, value):
     environment(**({"isa": "auto"} if value == "auto" else {"backend": value}))

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # CUDA C++ Programming Guide, table of technical specifications: shared memory of one block, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -36,6 +36,7 @@ class Binary:
     local: int  # spilled registers, and arrays that are indexed at run time
     shared: int
     cubin: bytes = field(repr=False)
+    products: int  # instructions for products on warp groups that the compiler was given
 
     def __str__(self) -> str:
         return f"{self.name} [{self.config}]: {self.registers} registers, {self.local} B local, {self.shared} B shared"
@@ -43,6 +44,10 @@ class Binary:
     def uses(self, instruction: str) -> bool:
         """Whether the machine code contains the instruction."""
         return instruction in _dump(self.cubin, "--dump-sass")
+
+    def products_kept(self) -> int:
+        """How many of these the machine code has, without those that multiply nothing and only mark a group."""
+        return len(re.findall(r"HGMMA\S* R\d", _dump(self.cubin, "--dump-sass")))
 
 
 def compile_launches(call: Callable[[], object], capability: int, module: ModuleType) -> list[Binary]:
@@ -80,7 +85,10 @@ def _compile(
     registers, local = _resources(cubin)
     text = ", ".join(f"{k}={v}" for k, v in config.kwargs.items())
     label = f"{text}, {config.num_warps} warps, {config.num_stages} stages"
-    return Binary(kernel.__name__, label, capability, registers, local, compiled.metadata.shared, cubin)
+    return Binary(
+        kernel.__name__, label, capability, registers, local, compiled.metadata.shared, cubin,
+        compiled.asm["ptx"].count("wgmma.mma_async"),
+    )  # fmt: skip
 
 
 def _specialise(value: object, constexpr: bool) -> tuple[str, object, bool]:

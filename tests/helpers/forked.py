@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["forked", "tamingfast.cli", "tamingfast.training.vqgan", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(
+    ["forked", "warm", "plain_curves", "tamingfast.cli", "tamingfast.training.prior", "tamingfast.training.vqgan",
+     "torch._dynamo"]
+)  # fmt: skip
 _LONGEST = 300  # seconds
 
 
@@ -100,11 +103,13 @@ def _run(
     files: list[str],
 ) -> None:
     import torch
+    from plain_curves import PLAIN
 
     from tamingfast import cli
     from tamingfast import ranks as module
 
     torch.set_num_threads(1)
+    PLAIN.start()
     # A process in the background inherits an ignored SIGINT from some shells.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)

@@ -10,6 +10,7 @@ import torch
 from tamingfast.models.codebooks import LFQ
 from tamingfast.models.discriminator import ActNorm
 from tamingfast.models.quantize import EmbeddingEMA
+from tamingfast.ranks import World
 
 
 def latents(rank: int) -> torch.Tensor:
@@ -47,6 +48,11 @@ def entropy_of(z: torch.Tensor) -> list[np.ndarray]:
     value.backward()
     assert z.grad is not None
     return [value.detach().numpy(), z.grad.numpy()]
+
+
+def every_table(rank: int) -> list[dict[str, int]]:
+    """What each process tells the others of the configurations of kernels that it chose."""
+    return World(rank, 2, torch.device("cpu")).each({"kernel": rank})
 
 
 def silent(rank: int) -> None:

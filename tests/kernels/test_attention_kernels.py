@@ -63,7 +63,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_output_and_gradients(rng, device, shape, dtype):
-    """The bound: twice the error of torch's own attention in that dtype, plus two roundings."""
+    """The bound: twice the error of torch's own attention in that dtype, plus two roundings.
+
+    In float32 also 4 eps √T: torch's own may be more exact than T sums in another order need to be.
+    """
     *sizes, n_unmasked = shape
     projection = fused(rng, *sizes, dtype, device)
     weight = torch.randn(sizes, generator=rng).to(device, dtype)
@@ -74,6 +77,7 @@ def test_output_and_gradients(rng, device, shape, dtype):
     eps = torch.finfo(dtype).eps
     for name, got, torchs, true in zip(("output", "gradient"), ours, own, exact, strict=True):
         bound = 2 * distance(torchs, true) + 2 * eps * float(true.abs().max())
+        bound += 4 * eps * sizes[2] ** 0.5 if dtype == torch.float32 else 0.0
         assert distance(got, true) <= bound, f"{name}: {distance(got, true):.2e}, allowed {bound:.2e}"
 
 

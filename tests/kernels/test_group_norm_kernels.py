@@ -77,6 +77,39 @@ def test_output_and_gradients(rng, device, sizes, groups, channels_last, dtype, 
         assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(("images", "forward", "backward"), [(5, 3, 5), (2, 1, 2), (1, 1, 1)])
+def test_chunks_of_images_that_fit_the_cache(rng, device, monkeypatch, images, forward, backward, channels_last):
+    from tamingfast.kernels import group_norm_silu as kernel
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(images, 12, 50, 41, generator=rng).to(device).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = (torch.randn(12, generator=rng).to(device).requires_grad_() for _ in range(2))
+    grad = torch.randn(images, 12, 50, 41, generator=rng).to(device)
+    launched = []
+    monkeypatch.setattr(
+        kernel, "launch", lambda *args, launch=kernel.launch: (launched.append(args[0].__name__), launch(*args))
+    )
+
+    def results() -> tuple:
+        launched.clear()
+        out = ops.group_norm_silu(x, weight, bias, groups=2)
+        return out, *torch.autograd.grad(out, (x, weight, bias), grad)
+
+    whole = results()
+    assert launched.count("_moments_kernel") == launched.count("_gradient_sums_kernel") == 1
+    monkeypatch.setattr(kernel, "_CACHE_SHARE", 0.5)
+    monkeypatch.setattr(kernel, "cache_bytes", lambda device: 2 * (2 * x[0].nbytes + 1))  # half: two images
+    for ours, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+        assert ours.stride() == expected.stride()
+    assert launched.count("_moments_kernel") == forward
+    assert launched.count("_gradient_sums_kernel") == backward
+    monkeypatch.setattr(kernel, "cache_bytes", lambda device: 1000)  # not even one
+    for ours, expected in zip(results(), whole, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_a_large_mean_does_not_cancel_the_variance(rng, device):
     x = torch.randn(1, 4, 70, 70, generator=rng).to(device) + 1e4
     out = ops.group_norm_silu(x, torch.ones(4, device=device), torch.zeros(4, device=device), groups=2, silu=False)

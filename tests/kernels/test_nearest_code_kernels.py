@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -55,10 +56,58 @@ def test_the_scan_leaves_both_kinds_of_rivals_open(rng, device):
     codebook[1] = codebook[0] + 1e-5
     codebook[11], codebook[12] = codebook[10] + 1e-5, codebook[10] - 1e-5
     z = codebook[[0, 10, 30]]
-    _, rival = kernel._scan(z, codebook)
+    _, rival, (rows, count) = kernel._scan(z, codebook)
     assert rival[0].item() in (0, 1)
     assert rival[1:].tolist() == [-2, -1]
+    assert (count.item(), rows[0].item()) == (1, 1)
     assert ops.nearest_code(z, codebook).tolist() == [0, 10, 30]
+
+
+CLUSTERED = [
+    # Rows, of which some open, codes, programs for each multiprocessor: codes in one chunk, in few, in all there are.
+    (70, 70, 200, 8), (70, 1, 333, 8), (40, 3, 100, 1), (5, 2, 31, 50), (33, 33, 64, 1), (9, 9, 97, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "near", "k", "programs"), CLUSTERED, ids=str)
+def test_open_rows_are_searched_however_they_are_shared(rng, device, monkeypatch, n, near, k, programs):
+    """All codes are within float32's error of one another, and so of the rows near them."""
+    from tamingfast.kernels import nearest_code as kernel
+
+    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    codebook = 1 + 1e-7 * normal(rng, k, 24, device=device, dtype=torch.float64)
+    codebook[k // 2 :: 7] = codebook[k // 2]  # exact ties, of which the first counts
+    codebook[-1] = -50.0
+    z = torch.full((n, 24), -50.0, device=device, dtype=torch.float64)
+    chosen = torch.randperm(n, generator=rng)[:near].to(device)
+    z[chosen] = codebook[torch.randint(k - 1, (near,), generator=rng).to(device)]
+    _, rival, (rows, count) = kernel._scan(z, codebook)
+    assert sorted(rows[: count.item()].tolist()) == sorted(chosen.tolist())
+    index = ops.nearest_code(z, codebook)
+    assert_nearest(index, z, codebook)
+    assert torch.all(index[rival == -1] == k - 1)
+    assert torch.equal(reference.nearest_code(z, codebook), index)
+
+
+def test_counting_open_rows_survives_tuning(device):
+    """Which runs the scan many times: each run counts anew."""
+    from tamingfast.kernels import common
+    from tamingfast.kernels import nearest_code as kernel
+
+    z = torch.ones(7, 5, device=device)
+    codebook = torch.ones(4, 5, device=device)
+    runs = []
+
+    def several(launched, grid, configs, key, arguments):
+        for config in configs if launched is kernel._scan_kernel else configs[:1]:
+            runs.append(config)
+            common._run(launched, grid, config, arguments)
+
+    with mock.patch.object(kernel, "launch", several):
+        _, _, (_, count) = kernel._scan(z, codebook)
+        assert count.item() == 7
+        assert ops.nearest_code(z, codebook).tolist() == [0] * 7
+    assert len(runs) > 8
 
 
 def test_exact_ties(device):
@@ -82,8 +131,9 @@ def test_sizes_far_apart(rng, device, rows, codes):
     from tamingfast.kernels import nearest_code as kernel
 
     # Even float64 cannot tell the codes apart at this distance; the scan must know that it cannot either.
-    _, rival = kernel._scan(z, codebook)
-    assert torch.all(rival == -2) or codes > rows
+    _, rival, (open_rows, count) = kernel._scan(z, codebook)
+    assert torch.all(rival <= -2) or codes > rows
+    assert sorted(open_rows[: count.item()].tolist()) == (rival <= -2).nonzero().flatten().tolist()
     index = ops.nearest_code(z, codebook)
     assert torch.all((index >= 0) & (index < 40))
 
@@ -110,11 +160,13 @@ def test_any_strides(rng, device):
     assert_nearest(ops.nearest_code(z, codebook), z, codebook)
 
 
-def test_k_means_learns_its_colours_on_the_kernel(rng, device):
+def test_k_means_learns_its_colours_on_the_kernel(rng, device, monkeypatch):
     from tamingfast.models.color_clusters import KMeans
 
     centres = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 9.0]], device=device)
     points = (centres[:, None] + 0.1 * normal(rng, 3, 30, 3, device=device)).flatten(0, 1)
+    # From one point of each cluster: from those that a device draws with a generator of its own, it may end elsewhere.
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(0, n, n // 3, device=device))
     model = KMeans(3, 3, niter=12).to(device)
     model.initialize(points)
     distance = torch.cdist(points, model.C).min(1).values

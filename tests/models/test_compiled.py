@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import prior
+from processes import run_python
 from torch import nn
 from torch.testing import assert_close
 
@@ -65,3 +66,11 @@ def test_a_label_outside_the_classes_is_still_refused_without_compilation():
     cond, options, _ = CONDITIONS["classes"]
     with pytest.raises(ValueError, match=r"class label: got 3 to 5, expected 0 to 4"):
         prior(cond, **options).encode_to_c(torch.tensor([3, 5]))
+
+
+def test_the_compiler_is_not_imported_until_something_is_compiled():
+    """It takes longer than all else of `import tamingfast`."""
+    done = run_python(
+        "import sys, tamingfast; tamingfast.load_model('demo'); assert 'torch._dynamo' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr

@@ -26,7 +26,9 @@ def test_a_backend_asked_for_runs_or_says_why_not(rng):
     with backends.use("triton"), pytest.raises(RuntimeError, match="got 'triton', which cannot run"):
         ops.nearest_code(z, codebook)
     with (
-        pytest.raises(ValueError, match="^backend: got 'cuda', expected one of triton, native, sdpa, reference"),
+        pytest.raises(
+            ValueError, match="^backend: got 'cuda', expected one of triton, native, sdpa, flash, cudnn, reference"
+        ),
         backends.use("cuda"),
     ):
         pass

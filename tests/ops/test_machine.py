@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tamingfast.engines.selection import choose_engine
 from tamingfast.errors import UserError
 from tamingfast.ops import backends, info, machine
 
@@ -25,17 +27,15 @@ def test_devices_by_name():
         assert len(str(caught.value)) < 200
 
 
-def test_a_device_without_float64_is_refused(monkeypatch):
-    zeros = torch.zeros
-
-    def on_mps(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        if dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype. Use float32 instead.")
-        return zeros(*shape, dtype=dtype)
-
-    monkeypatch.setattr(torch, "zeros", on_mps)
-    with pytest.raises(UserError, match=r"^device: got 'mps', .* \(.* MPS Tensor to float64 dtype\); see"):
-        backends.pick_device("mps")
+def test_a_device_without_float64_is_refused():
+    """By name, and where a program has moved a model there itself."""
+    parameter = SimpleNamespace(device=torch.device("mps", 0), dtype=torch.float32, is_cuda=False)
+    moved = SimpleNamespace(parameters=lambda: iter([parameter]))
+    for refused in (lambda: backends.pick_device("mps"), lambda: choose_engine("auto", moved, None)):
+        with pytest.raises(
+            UserError, match=r"^device: got 'mps', expected one with float64, in which tokens are chosen"
+        ):
+            refused()
 
 
 def test_facts_for_reports():

@@ -12,7 +12,7 @@ from PIL import Image
 from tamingfast import UserError, evaluation, load_model, progress, tasks
 from tamingfast.data.tokens import TokenDataset
 from tamingfast.sampling import Canvas
-from tamingfast.tasks import DrawingOptions
+from tamingfast.tasks import DrawingOptions, costs
 from tamingfast.training import prior as training_prior
 
 
@@ -179,9 +179,37 @@ def test_reconstruct_and_its_figures(runs, pixels):
 
 
 def test_likelihood(prior, pixels):
-    costs = tasks.likelihood(prior, pixels, size=(16, 12), strides=(2,))
-    assert [cost.name for cost in costs] == ["paper", "scene", "strided 2", "block 2"]
-    assert all(cost.nats > 0 and cost.tokens_per_token >= 1 for cost in costs)
+    found = tasks.likelihood(prior, pixels, size=(16, 12), strides=(2,))
+    assert [cost.name for cost in found] == ["paper", "scene", "strided 2", "block 2"]
+    assert all(cost.nats > 0 and cost.tokens_per_token >= 1 for cost in found)
+
+
+def test_processes_share_the_photographs_of_a_likelihood(prior, monkeypatch):
+    """Of two processes, here the first with what the second would send."""
+    photographs, encoded, alone = tiny.photographs(5, 16), [], []
+
+    def noted(model, x, progress, encode=costs.photo_tokens):
+        encoded.append(len(x))
+        return encode(model, x, progress)
+
+    def all_items(work, items):
+        alone.append([work(item) for item in items])
+        return iter(alone[-1])
+
+    monkeypatch.setattr(costs, "photo_tokens", noted)
+    monkeypatch.setattr(costs, "in_turns", all_items)
+    expected = tasks.likelihood(prior, photographs, strides=(2,), batch=2)
+    assert encoded == [2, 2, 1]
+    encoded.clear()
+    sent = iter(alone)
+
+    def every_second(work, items):
+        others = next(sent)
+        return iter([others[number] if number % 2 else work(item) for number, item in enumerate(items)])
+
+    monkeypatch.setattr(costs, "in_turns", every_second)
+    assert tasks.likelihood(prior, photographs, strides=(2,), batch=2) == expected
+    assert encoded == [2, 1]
 
 
 def test_encode(runs, tmp_path):

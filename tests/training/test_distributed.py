@@ -97,6 +97,11 @@ def test_what_layers_learn_from_their_inputs_is_the_same_on_all_processes():
         np.testing.assert_array_equal(one, other)
 
 
+def test_the_first_learns_what_every_process_chose():
+    assert on_ranks(2, shared_layers.every_table) == [[{"kernel": 0}, {"kernel": 1}]] * 2
+    assert World(0, 1, torch.device("cpu")).each({"kernel": 5}) == [{"kernel": 5}]
+
+
 def test_the_entropy_of_codes_is_that_of_all_processes():
     entropies, gradients = zip(*on_ranks(2, shared_layers.entropy), strict=True)
     value, gradient = shared_layers.entropy_of(torch.cat([shared_layers.latents(rank) for rank in range(2)], dim=1))

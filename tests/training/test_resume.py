@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import runs
 import tiny
 import torch
 from runs import same_run
+from tamingfast.kernels import choices
 
 from tamingfast import UserError, cli, load_model
 from tamingfast.checkpoints import run_directory
@@ -117,6 +119,25 @@ def test_killed_before_the_first_checkpoint(unbroken, tmp_path, monkeypatch):
             tiny.train("vqgan", out, steps=4)
     tiny.train("vqgan", out, resume=True, steps=4)
     same_run(out, unbroken("vqgan", steps=4))
+
+
+def test_a_resumed_run_takes_the_configurations_of_kernels_with_which_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(choices, "_table", {"kernel a": 2, "kernel b": 1})
+    out = tiny.train("vqgan", tmp_path / "run", steps=3)
+    monkeypatch.setattr(choices, "_table", {"kernel b": 0, "kernel c": 3})  # as another process chose before it resumed
+    tiny.train("vqgan", out, resume=True, steps=4)
+    assert choices.made() == {"kernel a": 2, "kernel b": 1, "kernel c": 3}
+    assert run_directory.progress(out)["launches"] == [choices.made()]
+
+
+def test_a_state_from_before_configurations_were_recorded_resumes(unbroken, tmp_path):
+    out = tiny.train("vqgan", tmp_path / "run", steps=3)
+    path = out / run_directory.STATE
+    state = torch.load(path)
+    del state["progress"]["launches"]
+    torch.save(state, path)
+    tiny.train("vqgan", out, resume=True, steps=6)
+    same_run(out, unbroken("vqgan", steps=6))
 
 
 def test_a_finished_run_continues_with_more_steps(unbroken, tmp_path):
@@ -226,27 +247,36 @@ def test_a_schedule_of_rates_survives_an_interruption(tmp_path, monkeypatch):
     same_run(whole_run, parts)
 
 
+def command(stage: str, *words: object) -> int:
+    return cli.main(["train", stage, *map(str, words), "--device", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run of two steps and its config, which says six."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "config.yaml").write_text(json.dumps(tiny.VQGAN))
+    words = ("--out", folder / "run", "training.steps=2", "data.length=20")
+    assert command("vqgan", folder / "config.yaml", *words) == 0
+    return folder
+
+
 class TestCommand:
     """`--resume` takes the run's own settings; what is given beside it wins."""
 
-    def command(self, stage: str, *words: object) -> int:
-        return cli.main(["train", stage, *map(str, words), "--device", "cpu"])
-
     @pytest.fixture
-    def begun(self, tmp_path) -> tuple[Path, Path]:
-        """A run of two steps, and its config, which says six."""
-        config, out = tmp_path / "config.yaml", tmp_path / "run"
-        config.write_text(json.dumps(tiny.VQGAN))
-        assert self.command("vqgan", config, "--out", out, "training.steps=2", "data.length=20") == 0
-        return out, config
+    def begun(self, two_steps, tmp_path) -> tuple[Path, Path]:
+        """The run and the config, the test's own."""
+        shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+        return tmp_path / "run", tmp_path / "config.yaml"
 
     def test_without_a_config(self, begun, tmp_path):
         out, config = begun
-        assert self.command("vqgan", "--resume", "--out", out) == 0
+        assert command("vqgan", "--resume", "--out", out) == 0
         assert run_directory.progress(out)["step"] == 2
-        assert self.command("vqgan", "--resume", "--out", out, "training.steps=3") == 0
+        assert command("vqgan", "--resume", "--out", out, "training.steps=3") == 0
         unbroken = tmp_path / "unbroken"
-        assert self.command("vqgan", config, "--out", unbroken, "training.steps=3", "data.length=20") == 0
+        assert command("vqgan", config, "--out", unbroken, "training.steps=3", "data.length=20") == 0
         states = [torch.load(run / run_directory.STATE, weights_only=True)["model"] for run in (out, unbroken)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -254,19 +284,19 @@ class TestCommand:
         config, out = tmp_path / "prior.yaml", tmp_path / "prior"
         config.write_text(json.dumps(tiny.PRIOR))
         words = ["training.steps=2", "prior.condition=none"]
-        assert self.command("prior", config, "--first-stage", begun[0], "--out", out, *words) == 0
-        assert self.command("prior", "--resume", "--out", out, "training.steps=3") == 0
+        assert command("prior", config, "--first-stage", begun[0], "--out", out, *words) == 0
+        assert command("prior", "--resume", "--out", out, "training.steps=3") == 0
         assert run_directory.progress(out)["step"] == 3
         again = [config, "--first-stage", begun[0], "--resume", "--out", out, "prior.condition=none"]
-        assert self.command("prior", *again, "training.steps=4") == 0
+        assert command("prior", *again, "training.steps=4") == 0
         assert run_directory.progress(out)["step"] == 4
-        assert self.command("prior", "--resume", "--out", out, "prior.condition=class") == cli.USAGE_ERROR
+        assert command("prior", "--resume", "--out", out, "prior.condition=class") == cli.USAGE_ERROR
         assert "prior: got settings for a run that has begun" in capsys.readouterr().err
 
     def test_a_named_config_leaves_the_length_of_the_run(self, begun, caplog):
         out, config = begun
         with caplog.at_level(logging.WARNING):
-            assert self.command("vqgan", config, "--resume", "--out", out, "data.length=20") == 0
+            assert command("vqgan", config, "--resume", "--out", out, "data.length=20") == 0
         assert run_directory.progress(out)["step"] == 2
         assert "its training.steps=2 instead of training.steps=6" in caplog.text
 
@@ -281,6 +311,6 @@ class TestCommand:
     )
     def test_mistakes(self, begun, capsys, words, said):
         given = {"RUN": begun[0], "CONFIG": begun[1]}
-        assert self.command("vqgan", *(given.get(word, word) for word in words)) == cli.USAGE_ERROR
+        assert command("vqgan", *(given.get(word, word) for word in words)) == cli.USAGE_ERROR
         error = capsys.readouterr().err.strip()
         assert said in error and len(error.splitlines()) == 1

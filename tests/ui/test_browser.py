@@ -203,9 +203,15 @@ def test_on_a_phone(address, browser):
     opened.goto(address)
     opened.get_by_role("button", name="Draw", exact=True).wait_for()
     wide = opened.evaluate("document.documentElement.scrollWidth")
+    press(opened, "Draw")
+    drawn = opened.locator(".tf-results .tf-picture img").first
+    drawn.wait_for()
+    box = drawn.bounding_box()
     keep(opened, "page-phone")
     opened.close()
     assert wide <= 390
+    # What was drawn is in sight, though the button lies below all settings.
+    assert box["height"] > 100 and box["y"] >= 0 and box["y"] + box["height"] <= 844
 
 
 def status(url: str, body: bytes | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -127,3 +127,62 @@ def lasting_tensors() -> Iterator[None]:
     """Tensors made inside can be written to later, inside and outside of `torch.inference_mode`."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class Replayed:
+    """Work of fixed shape, in memory at fixed addresses, which is queued again and again.
+
+    A thread's first run is only queued, because libraries initialise in it; its second is captured as a graph, and from
+    then on every run, in whichever thread, replays that. A thread queues and captures on the same stream of its own:
+    torch keeps the workspace of its matrix products per thread and stream, so the workspace exists before the capture
+    and does not become part of the graph's own memory.
+
+    Args:
+        place: where; without a GPU there are no graphs, and every run queues.
+    """
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._replay: Callable[[], None] | None = None
+        self._warm = _Warm()
+
+    def run(self, queue: Callable[[], None]) -> None:
+        """Queues the work on the current stream, as ``queue`` does."""
+        if self._place.type != "cuda":
+            queue()
+        elif self._replay is not None:
+            self._replay()
+        elif self._warm.here:
+            with _on_capture_stream(self._place) as stream:
+                self._replay = _captured(queue, stream)
+            self._replay()
+        else:
+            with _on_capture_stream(self._place):
+                queue()
+            self._warm.here = True
+
+
+class _Warm(threading.local):
+    here = False  # whether the work has run in this thread
+
+
+@contextlib.contextmanager
+def _on_capture_stream(place: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Makes the thread's capture stream the current one; it follows the caller's, and the caller's follows it."""
+    current, stream = torch.cuda.current_stream(place), capture_stream(place)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield stream
+    finally:
+        current.wait_stream(stream)
+
+
+def _captured(queue: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Captures what ``queue`` queues; returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    # torch fills tensors of its own whenever it replays a graph, in or out of inference mode; and other threads may
+    # allocate meanwhile.
+    with lasting_tensors(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        queue()
+    return graph.replay

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tamingfast.engines.cuda.cache import Cache
-from tamingfast.engines.cuda.device import FEW, VECTOR, Device, capture_stream, lasting_tensors
+from tamingfast.engines.cuda.device import FEW, VECTOR, Device, Replayed, lasting_tensors
 from tamingfast.engines.cuda.weights import Geometry, Norm, Weights
 from tamingfast.engines.networks import LayerCache
 from tamingfast.engines.request import DecodeRequest
@@ -52,8 +52,7 @@ class Step:
             self.qkv, self.inner = empty(3 * width, number), empty(4 * width, number)
             self.split = cache.split(batch, cache.capacity)
         self.position = _NOWHERE
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
+        self._replayed = Replayed(place)
 
     @staticmethod
     def bytes(geometry: Geometry, cache: Cache, device: Device, batch: int) -> int:
@@ -90,12 +89,7 @@ class Step:
 
     def advance(self) -> None:
         """Feeds the token at the current position, chooses the next one and moves to it."""
-        if self.device.place.type != "cuda":
-            self._queue()
-        elif self._graph is not None:
-            self._graph.replay()
-        else:
-            self._first_times()
+        self._replayed.run(self._queue)
         self.position += 1
 
     def choose(self, logits: Tensor) -> None:
@@ -107,37 +101,6 @@ class Step:
         """Waits, and writes the first ``length`` tokens into ``sequences``; ValueError if one could not be chosen."""
         check_errors(self.errors)
         sequences[:, :length] = self.sequence[:, :length]
-
-    # --- the graph ------------------------------------------------------------------------------------
-
-    def _first_times(self) -> None:
-        """The first step is only queued, because libraries initialise in it; the second is captured and replayed.
-
-        Both run on one stream: torch keeps the workspace of its matrix products per stream, so the workspace exists
-        before the capture and does not become part of the graph's own memory.
-        """
-        place = self.device.place
-        current, stream = torch.cuda.current_stream(place), capture_stream(place)
-        stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(stream):
-                if self._warm:
-                    self._capture(stream)
-                else:
-                    self._queue()
-            self._warm = True
-        finally:
-            current.wait_stream(stream)
-        if self._graph is not None:
-            self._graph.replay()
-
-    def _capture(self, stream: torch.cuda.Stream) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # torch fills tensors of its own whenever it replays a graph, in or out of inference mode; and other threads may
-        # allocate meanwhile.
-        with lasting_tensors(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._queue()
-        self._graph = graph
 
     # --- what is queued -------------------------------------------------------------------------------
 
