@@ -120,7 +120,7 @@ def test_sampling_and_repeating(page, tmp_path):
 def test_errors_are_sentences_and_stop_stops(page):
     page.get_by_label("Height").locator("visible=true").fill("33")
     press(page, "Draw")
-    page.get_by_text("size: got 33x32 pixels, expected multiples of 2").wait_for()
+    page.get_by_text("size: got 33x32 pixels, expected multiples of 4").wait_for()
     for side in ("Height", "Width"):
         page.get_by_label(side).locator("visible=true").fill("96")
     press(page, "Draw")
@@ -157,7 +157,7 @@ def test_the_other_tabs(page, photo):
     upload(page, "Image", photo)
     page.wait_for_timeout(1500)
     press(page, "Reconstruct")
-    page.get_by_text("256x256 pixels as 128x128 tokens").wait_for()
+    page.get_by_text("256x256 pixels as 64x64 tokens").wait_for()
     keep(page, "page-reconstruct")
     page.get_by_role("tab", name="Condition").click()
     page.get_by_text("This model draws from classes.").wait_for()
