@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +72,27 @@ def test_a_second_call_goes_on(on_gpu, tmp_path, monkeypatch):
     assert on_gpu.main([str(tmp_path), "--dry-run", "--part", "first"]) == 0
     assert "[first] first" in (tmp_path / "log.txt").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_a_worker_whose_device_is_lost_makes_room_for_another():
+    """A CUDA error that stays would fail all later tests of the process."""
+    program = """
+        import torch, conftest
+        torch.cuda.is_initialized = lambda: True
+        def lost(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        torch.cuda.synchronize = lambda: None
+        conftest.pytest_runtest_logfinish("one")
+        print("goes on", flush=True)
+        torch.cuda.synchronize = lost
+        conftest.pytest_runtest_logfinish("two")
+        print("went on")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTEST_XDIST_WORKER": "gw0", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/helpers"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "goes on\n"), done.stderr
+    assert "two: CUDA error: an illegal memory access" in done.stderr
 
 
 def test_it_says_what_is_wrong(on_gpu, tmp_path):
