@@ -221,7 +221,7 @@ def test_another_stream_and_the_last_device():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_reports_nothing(tool):
-    """racecheck (2025.3) seems to fail on cuBLAS's half-width kernels for Hopper: "failed to handle a hardware exception"."""
+    """racecheck (2025.3) seems to fail on cuBLAS's half-width kernels: "failed to handle a hardware exception"."""
     program = """
         import sys
         import torch
