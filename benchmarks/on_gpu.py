@@ -195,6 +195,11 @@ def has_extension() -> bool:
     return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True).returncode == 0
 
 
+def import_from(folder: Path) -> None:
+    """Lets processes that are started from now on import from the folder before any other."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 def prepare(wheels: Path | None, report: Report, deadline: float) -> None:
     """Installs the wheels, makes the clone importable, and builds the extension if it is missing."""
     pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
@@ -203,8 +208,8 @@ def prepare(wheels: Path | None, report: Report, deadline: float) -> None:
         files = tuple(map(str, sorted(wheels.glob("*.whl"))))
         run((Part("wheels", (*pip, "--upgrade", "--target", str(folder), *files), 1, 120),), report, deadline)
         sys.path.insert(0, str(folder))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        import_from(folder)
+    import_from(ROOT)
     link = ROOT / "tamingfast" / "kernels"
     if not link.exists():
         link.symlink_to(Path("..", "kernels"))

@@ -234,8 +234,8 @@ def test_compute_sanitizer_reports_nothing(tool):
             for batch in (1, 3) if ours_alone else (1, 3, 10):
                 engine.reserve(batch, 130)
                 tokens = torch.zeros(batch, 131, dtype=torch.int64, device="cuda")
-                steps, choice = [*range(1, 5), *range(100, 104), 129], Choice(top_k=20, top_p=0.9)
-                steps = steps[:4] if ours_alone else steps[4:]
+                steps = range(1, 5) if ours_alone else [*range(100, 104), 129]
+                choice = Choice(top_k=20, top_p=0.9)
                 engine.decode(DecodeRequest(slots=range(batch), sequences=tokens, steps=steps, choice=choice))
         """
     result = subprocess.run(
