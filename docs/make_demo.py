@@ -38,9 +38,9 @@ copy, so they compare models on this copy, and not with figures published for CI
 LIMITS = """\
 The model is there to try the package with, and for its tests and benchmarks: small, and trained for hours on two CPU
 cores (the first stage) and for minutes on one GPU (the prior), where published models take days on many. It knows ten
-classes in 32x32 pixels. Samples are best drawn with `--cfg 3 --top-k 0`, as for the figures above: they show objects
-of their classes, seldom in detail. With the default top-k of 100 out of 2,048 codes they are flat. Larger images, by
-the sliding window, are rows of such objects.
+classes in 32x32 pixels. Samples are drawn with guidance of 3 from all codes, which the model's config recommends and
+the figures above are measured with: they show objects of their classes, seldom in detail. With the paper's top-k of 100
+(`--cfg 1 --top-k 100`) they are flat. Larger images, by the sliding window, are rows of such objects.
 The images and their classes were collected from the web by others; whatever bias they have, the model has. Distances
 are measured in the features of the network that is named, and are no FID unless that is Inception."""
 LICENCE = """\

@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from tamingfast import images, load_model, tasks
 from tamingfast.models.prior import Net2NetTransformer
-from tamingfast.tasks import DrawingOptions
 
 #: Samples of each class; completions of each photo; pixels that are drawn to the right of one.
 COLUMNS, TIMES, ADDED = 14, 3, 96
-#: The guidance of all pictures; docs/sharing.md has the distances by which it was chosen.
-OPTIONS = DrawingOptions(cfg=3.0, top_k=None, batch=20)
+BATCH = 20
 Rows = dict[str, list[Tensor]]
 
 
 def samples(model: Net2NetTransformer, columns: int = COLUMNS) -> Rows:
     """A row of samples for each class, the first ones of seed 0: none are chosen."""
     classes = tasks.class_names_of(model) or []
-    drawn = tasks.sample(model, columns * len(classes), options=OPTIONS, metadata=False).images
+    options = tasks.drawing_options(model, batch=BATCH)
+    drawn = tasks.sample(model, columns * len(classes), options=options, metadata=False).images
     return {name: list(drawn[number :: len(classes)]) for number, name in enumerate(classes)}
 
 
@@ -38,10 +37,7 @@ def photos(folder: Path, number: int = 3) -> dict[str, Path]:
 
 def completions(model: Net2NetTransformer, chosen: dict[str, Path]) -> Rows:
     """Photos, their upper halves, and completions of each under its own class."""
-    found = [
-        tasks.complete(model, [path], TIMES, label=name, options=OPTIONS, metadata=False)
-        for name, path in chosen.items()
-    ]
+    found = [tasks.complete(model, [path], TIMES, label=name, metadata=False) for name, path in chosen.items()]
     rows = {"photo": [each.images[0] for each in found]}
     rows["kept"] = [torch.cat((photo[:, : photo.shape[1] // 2], blank(photo)), 1) for photo in rows["photo"]]
     return rows | {f"completed {number + 1}": [each.completed[0][number] for each in found] for number in range(TIMES)}
@@ -55,7 +51,7 @@ def blank(photo: Tensor) -> Tensor:
 def strips(model: Net2NetTransformer, chosen: dict[str, Path]) -> Rows:
     """Photos of each class, continued to the right by the sliding window."""
     return {
-        name: [tasks.outpaint(model, path, right=ADDED, label=name, options=OPTIONS, metadata=False).images[0]]
+        name: [tasks.outpaint(model, path, right=ADDED, label=name, metadata=False).images[0]]
         for name, path in chosen.items()
     }
 

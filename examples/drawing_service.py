@@ -32,7 +32,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from tamingfast import UserError, load_model, tasks
+from tamingfast import Net2NetTransformer, UserError, load_model, tasks
 
 logger = logging.getLogger("drawing service")
 
@@ -51,11 +51,9 @@ class Wanted(BaseModel):
     top_k: int | None = 100
     schedule: str = "strided"
 
-    @property
-    def options(self) -> tasks.DrawingOptions:
-        return tasks.DrawingOptions(
-            seed=self.seed, temperature=self.temperature, top_k=self.top_k, schedule=self.schedule
-        )
+    def options(self, model: Net2NetTransformer) -> tasks.DrawingOptions:
+        given = self.model_dump(include={"seed", "temperature", "top_k"}, exclude_unset=True)
+        return tasks.drawing_options(model, schedule=self.schedule, **given)
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Studio:
             )
         if wanted.label is not None:
             tasks.labels_of(self.model, wanted.label)
-        _ = wanted.options  # which checks them
+        wanted.options(self.model)  # raises for what is out of range
         return size
 
     def _work(self) -> None:
@@ -160,7 +158,12 @@ class Studio:
     def _drawn(self, job: Job) -> bytes:
         wanted = job.wanted
         drawing = tasks.sample(
-            self.model, wanted.count, size=job.size, label=wanted.label, options=wanted.options, stop=job.stop.is_set
+            self.model,
+            wanted.count,
+            size=job.size,
+            label=wanted.label,
+            options=wanted.options(self.model),
+            stop=job.stop.is_set,
         )
         with TemporaryDirectory() as folder:  # `save` keeps in the picture how it was made
             (file,) = drawing.save(Path(folder, "drawing.png"))

@@ -205,7 +205,7 @@ def test_the_script_of_the_pictures_draws_what_they_say(demo, place):
     assert {name: path.name for name, path in chosen.items()} == {"cat": "0.png", "ship": "2.png"}
     drawn = script["samples"](demo, 2)
     assert list(drawn) == CLASSES and {len(row) for row in drawn.values()} == {2}
-    options = script["OPTIONS"]
+    options = tasks.drawing_options(demo, batch=script["BATCH"])
     assert torch.equal(drawn["ship"][1], tasks.sample(demo, 20, options=options).images[18])
     rows = script["completions"](demo, chosen)
     photo, kept, *completed = (torch.stack(row) for row in rows.values())
@@ -220,3 +220,12 @@ def test_the_script_of_the_pictures_draws_what_they_say(demo, place):
     shown = script["reconstructions"]([demo], chosen)
     assert torch.equal(torch.stack(shown["photo"]), photo)
     assert torch.equal(torch.stack(shown[f"f = {tasks.first_stage_of(demo).factor}"]), tasks.reconstructed(demo, photo))
+
+
+def test_the_card_and_the_defaults_draw_what_is_recommended(demo, place):
+    code = (FOLDER / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, "card", "exec"), {})
+    options = tasks.recipe_of("samples.png").options
+    assert options == tasks.drawing_options(demo) == DrawingOptions(cfg=3.0, top_k=None)
+    measured = json.loads((FOLDER / "figures.json").read_text())["sampling"]
+    assert measured == options.deciding() | {"engine": "auto"}

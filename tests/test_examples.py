@@ -179,7 +179,7 @@ class TestDrawingService:
         assert self.ended(client, asked.json()["id"])["state"] == "done"
         picture = client.get(f"/drawings/{asked.json()['id']}/picture")
         assert picture.headers["content-type"] == "image/png"
-        same = tasks.sample("demo", 2, label="ship", options=tasks.DrawingOptions(seed=5))
+        same = tasks.sample("demo", 2, label="ship", options=tasks.drawing_options("demo", seed=5))
         with Image.open(io.BytesIO(picture.content)) as image:
             assert image.tobytes() == images.grid(same.images).tobytes()
             assert '"seed": 5' in image.text["tamingfast"]

@@ -65,13 +65,13 @@ def _described(model: Any, config: Mapping[str, Any]) -> str:
 def _use(title: str, is_prior: bool) -> str:
     name = title if "/" in title else f"path/to/{title}"
     command = f"sample {name} --out samples.png" if is_prior else f"reconstruct {name} photo.png --out again.png"
-    last = (
-        "images = model.sample_images(4)"
+    work = (
+        'tasks.sample(model, 4).save("samples.png")'
         if is_prior
-        else "tokens = model.encode_grid(images)  # (B, 3, H, W) in [-1, 1]"
+        else 'images = tasks.reconstruct(model, ["photo.png"]).reconstructed'
     )
     return (
-        f'```python\nfrom tamingfast import load_model\n\nmodel = load_model("{name}")\n{last}\n```\n\n'
+        f'```python\nfrom tamingfast import load_model, tasks\n\nmodel = load_model("{name}")\n{work}\n```\n\n'
         f"```bash\npip install tamingfast\ntamingfast {command}\n```"
     )
 

@@ -14,7 +14,6 @@ from tamingfast.cli.options import given_options, options
 from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import check_png
-from tamingfast.tasks.options import DrawingOptions
 
 KEEPING = options(
     ("--preview", {"type": output, "metavar": "PNG", "help": "write the images so far here, every few seconds"}),
@@ -31,7 +30,7 @@ KEEPING = options(
 )
 
 
-def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+def drawing_arguments(arguments: argparse.Namespace, model: tasks.Unread) -> dict[str, Any]:
     """The arguments shared by `sample`, `edit` and `outpaint`, by their names in `tamingfast.tasks`."""
     check_png(arguments.out)  # before anything is drawn
     canvas, given = canvas_file(arguments), given_options(arguments)
@@ -43,7 +42,8 @@ def drawing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         drawing = replace(tasks.begun_with(canvas), **given)
     else:
         like = getattr(arguments, "like", None)
-        drawing = DrawingOptions(**given) if like is None else replace(tasks.recipe_of(like).options, **given)
+        repeated = None if like is None else tasks.recipe_of(like).options
+        drawing = tasks.drawing_options(model, **given) if repeated is None else replace(repeated, **given)
         if arguments.canvas is None:
             tasks.check_unused(canvas)
     names = ("count", "label", "condition", "condition_of", "resume", "preview", "metadata")

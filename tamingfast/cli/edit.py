@@ -56,11 +56,13 @@ def _command(
 
 
 def edit(arguments: argparse.Namespace) -> None:
-    shared, own_pixels = drawing_arguments(arguments), not arguments.reconstruct
-    write(arguments, tasks.edit(load(arguments), arguments.photo, arguments.mask, own_pixels=own_pixels, **shared))
+    model, own_pixels = load(arguments), not arguments.reconstruct
+    shared = drawing_arguments(arguments, model)
+    write(arguments, tasks.edit(model, arguments.photo, arguments.mask, own_pixels=own_pixels, **shared))
 
 
 def outpaint(arguments: argparse.Namespace) -> None:
-    shared, own_pixels = drawing_arguments(arguments), not arguments.reconstruct
+    model, own_pixels = load(arguments), not arguments.reconstruct
+    shared = drawing_arguments(arguments, model)
     sides = {side: getattr(arguments, side) for side in SIDES}
-    write(arguments, tasks.outpaint(load(arguments), arguments.photo, **sides, own_pixels=own_pixels, **shared))
+    write(arguments, tasks.outpaint(model, arguments.photo, **sides, own_pixels=own_pixels, **shared))

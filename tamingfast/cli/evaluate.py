@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tamingfast import tasks
 from tamingfast.cli.arguments import output, source, whole
 from tamingfast.cli.options import (
     ALLOW,
@@ -80,19 +81,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for name in (arguments.reference, arguments.save_reference):
         if name is not None:
             check_suffix(name, ".npz")
-    options = DrawingOptions(**given_options(arguments))
+    given = given_options(arguments)
+    batch = DrawingOptions(**given).batch
     shared = {
         "features": arguments.features, "inception_weights": arguments.inception_weights,
         "reference": arguments.reference, "bars": bars_of(arguments),
     }  # fmt: skip
     if arguments.model.lower().endswith(".npz"):
         _of_samples(arguments)
-        found = evaluation.evaluate_samples(arguments.model, batch=options.batch, device=arguments.device, **shared)
+        found = evaluation.evaluate_samples(arguments.model, batch=batch, device=arguments.device, **shared)
     else:
+        model = load(arguments)
         found = evaluation.evaluate_model(
-            load(arguments), arguments.data or data_settings(arguments), limit=arguments.limit,
+            model, arguments.data or data_settings(arguments), limit=arguments.limit,
             samples=arguments.samples, perceptual_weights=arguments.perceptual_weights,
-            save_reference=arguments.save_reference, state=arguments.state, options=options, **shared,
+            save_reference=arguments.save_reference, state=arguments.state,
+            options=tasks.drawing_options(model, **given), **shared,
         )  # fmt: skip
     found["model"] = arguments.model
     if arguments.json:

@@ -30,7 +30,7 @@ from tamingfast.cli.options import (
 from tamingfast.cli.progress import bars_of, say_written
 from tamingfast.errors import UserError
 from tamingfast.files import check_png
-from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES, DrawingOptions
+from tamingfast.tasks.options import LIKELIHOOD_BATCH, STRIDES, TIMES
 
 
 def add_to(commands: Commands) -> None:
@@ -99,9 +99,10 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def complete(arguments: argparse.Namespace) -> None:
     check_png(arguments.out)
-    size, options = size_of(arguments), DrawingOptions(**given_options(arguments))
+    size, model = size_of(arguments), load(arguments)
+    options = tasks.drawing_options(model, **given_options(arguments))
     found = tasks.complete(
-        load(arguments), _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
+        model, _pictures(arguments, "--out", arguments.out), arguments.times, size=size,
         label=arguments.label, conditions=arguments.condition, conditions_of=arguments.condition_of,
         own_pixels=not arguments.reconstruct, options=options, metadata=arguments.metadata,
         bars=bars_of(arguments),

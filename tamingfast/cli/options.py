@@ -92,27 +92,44 @@ RESUME = options(("--resume", {"action": "store_true", "help": "continue the run
 ENGINE = options(
     ("--engine", {"default": "auto", "help": "implementation of the first stage: auto, native or torch; default: auto"})
 )
+#: Before the default of an option that `tamingfast.sampling.settings.RECOMMENDED` contains.
+_RECOMMENDED = "what the model recommends, or"
 # argparse gets no defaults, so that `given_options` can tell which options were given; `DrawingOptions` has them.
 DRAWING = options(
-    ("--temperature", {"type": number, "help": f"divides the logits; default: {_DEFAULT['temperature']:g}"}),
+    (
+        "--temperature",
+        {"type": number, "help": f"divides the logits; default: {_RECOMMENDED} {_DEFAULT['temperature']:g}"},
+    ),
     (
         "--top-k",
         {
             "type": whole(0, note=", 0 to keep all"),
-            "help": f"sample from the k most likely tokens, 0 for all; default: {_DEFAULT['top_k']}",
+            "help": f"sample from the k most likely tokens, 0 for all; default: {_RECOMMENDED} {_DEFAULT['top_k']}",
         },
     ),
-    ("--top-p", {"type": number, "help": "sample from the most likely tokens with this total probability"}),
+    (
+        "--top-p",
+        {
+            "type": number,
+            "help": f"sample from the most likely tokens with this total probability; default: {_RECOMMENDED} 1",
+        },
+    ),
     ("--greedy", {"action": "store_true", "default": None, "help": "always take the most likely token"}),
     ("--seed", {"type": whole(0, 2**64 - 1), "help": f"default: {_DEFAULT['seed']}"}),
     ("--batch", {"type": whole(1), "help": f"images at a time; it does not change them; default: {_DEFAULT['batch']}"}),
     (
         "--schedule",
-        {"help": f"window placement on large images: paper, scene, strided or block; default: {_DEFAULT['schedule']}"},
+        {
+            "help": f"window placement on large images: paper, scene, strided or block; default: {_RECOMMENDED} "
+            f"{_DEFAULT['schedule']}"
+        },
     ),
     (
         "--stride",
-        {"type": whole(1), "help": f"tokens between windows, for strided and block; default: {_DEFAULT['stride']}"},
+        {
+            "type": whole(1),
+            "help": f"tokens between windows, for strided and block; default: {_RECOMMENDED} {_DEFAULT['stride']}",
+        },
     ),
     (
         "--engine",
@@ -125,7 +142,7 @@ DRAWING = options(
             "type": guidance,
             "metavar": "SCALE",
             "help": "strength of classifier-free guidance, such as 4, or 4:cosine, which rises to it; for priors with "
-            "a null class; default: none",
+            f"a null class, 1 for none; default: {_RECOMMENDED} none",
         },
     ),
     ("--dtype", {"help": "of the weights: float32, bfloat16, float16 or int8; default: as stored"}),

@@ -60,6 +60,8 @@ def add_to(commands: Commands) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    from tamingfast.tasks.selection import check_rate
+
     if arguments.model is None:
         if arguments.like is None:
             raise UserError("model: got none, expected the run directory or checkpoint of a prior")
@@ -68,8 +70,11 @@ def sample(arguments: argparse.Namespace) -> None:
         check_suffix(arguments.npz, ".npz")
         if arguments.separate:
             raise UserError("--npz: got an archive and --separate, expected one of them; leave one out")
-    shared, size = drawing_arguments(arguments), size_of(arguments)
+    if arguments.accept is not None:
+        check_rate(arguments.accept)  # before the model is read
+    model, size = load(arguments), size_of(arguments)
+    shared = drawing_arguments(arguments, model)
     if arguments.accept is not None and arguments.canvas is None:  # candidates are not kept
         shared["canvas"] = None
     own = {name: getattr(arguments, name) for name in ("photo", "scales", "like", "npz", "accept")}
-    write(arguments, tasks.sample(load(arguments), size=size, **own, **shared))
+    write(arguments, tasks.sample(model, size=size, **own, **shared))

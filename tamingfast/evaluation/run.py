@@ -39,7 +39,7 @@ def evaluate_model(
     reference: str | os.PathLike[str] | None = None,
     save_reference: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
-    options: DrawingOptions = PAPER,
+    options: DrawingOptions | None = None,
     bars: Bars = silent,
 ) -> dict[str, Any]:
     """Take every measure that applies to a model on real images: prepare the data and networks, then call `evaluate`.
@@ -59,7 +59,8 @@ def evaluate_model(
         save_reference: the .npz file to write the statistics and pixels of the images of the data to.
         state: a file that keeps the features of the samples so far, and from which an interrupted evaluation with the
             same settings goes on.
-        options: how samples are drawn; its ``batch`` and ``seed`` apply to all measures.
+        options: how samples are drawn, as in `tamingfast.tasks.sample`; its ``batch`` and ``seed`` apply to all
+            measures.
         bars: opens progress counters; see `tamingfast.progress`.
 
     Returns:
@@ -76,6 +77,7 @@ def evaluate_model(
     name = _network_of_features(features, inception_weights, perceptual_weights, reference)
     requested = features is not None or reference is not None or save_reference is not None
     source = tasks.unread(model)
+    options = tasks.drawing_options(source) if options is None else options
     training_set, dataset = _data(source.outline, data)
     network = source.model
     seen, perceptual, missing = _networks(network, name, inception_weights, perceptual_weights, requested)

@@ -32,7 +32,7 @@ from tamingfast.reproduce.study import Study, images_at
 #: Channels of cosine codes, at most those of the codebook that they replace.
 _LOW_DIMENSION = 8
 #: The row that the others are compared with.
-BASE = "original"
+BASE = "base"
 
 
 def run(study: Study) -> Path:
@@ -57,17 +57,19 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if codes != 2**bits:
         raise UserError(f"vqgan.model.params.n_embed: got {codes}, expected a power of two, as LFQ needs one")
     levels = [8] * (bits // 3) + [2 ** (bits % 3)] * (bits % 3 > 0)
+    no_table = {"training": {"codebook_from_data": False}}  # to start with data
     cosine = _quantizer("CosineQuantizer", min(width, _LOW_DIMENSION))
     return {
         BASE: {},
-        "from_data": {"training": {"codebook_from_data": True}},
+        "seed": {"training": {"seed": 1}},
+        "uniform": {"training": {"codebook_from_data": False}},
         "ema": {"training": {"ema_decay": 0.999}},
         "rotation": _quantizer("TableQuantizer", width, gradient="rotation"),
         "restart": _quantizer("TableQuantizer", width, restart_below=0.05),
         "cosine": cosine,
         "simvq": _quantizer("SimVQ", width),
-        "fsq": _quantizer("FSQ", len(levels), levels=levels),
-        "lfq": _quantizer("LFQ", bits),
+        "fsq": _merged(_quantizer("FSQ", len(levels), levels=levels), no_table),
+        "lfq": _merged(_quantizer("LFQ", bits), no_table),
         "lecam": _loss(lecam_weight=0.001),
         "non_saturating": _loss(disc_loss="non_saturating"),
         "warm_start": _loss(disc_warmup=start // 2),
@@ -78,7 +80,7 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             _quantizer("CosineQuantizer", min(width, _LOW_DIMENSION), gradient="rotation", restart_below=0.05),
             _loss(lecam_weight=0.001, disc_loss="non_saturating", disc_warmup=start // 2),
             {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
-            {"training": {"ema_decay": 0.999, "codebook_from_data": True}},
+            {"training": {"ema_decay": 0.999}},
         ),
     }
 

@@ -11,8 +11,9 @@ from tamingfast.models.lpips import distance_name
 
 #: Row -> what it changes, in words.
 CHANGES = {
-    "original": "nothing: the original's recipe",
-    "from_data": "codes start as latents of the data",
+    "base": "nothing: the original's recipe, with codes that start as latents of the data",
+    "seed": "another seed, to show what chance does",
+    "uniform": "codes start near zero, as the original's do",
     "ema": "averages of the weights are measured",
     "rotation": "rotation trick instead of the straight-through gradient",
     "restart": "unused codes start again",
@@ -40,7 +41,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
         f"Every first stage was trained for {training['steps']} steps of "
         f"{report.counted(training['batch_size'], 'image')}, with the same seed and batches, and measured on "
         f"{results['rows'][0]['reconstruction']['images']} validation images. "
-        "One seed each: differences of the size of those between seeds say nothing.",
+        "One seed each: a difference no larger than that between `base` and `seed` says nothing.",
         table(results["rows"], settings["evaluation"]),
         _notes(results["rows"], settings["evaluation"]),
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),

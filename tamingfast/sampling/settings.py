@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from tamingfast.engines.selection import check_names
-from tamingfast.errors import UserError
+from tamingfast.errors import UserError, brief
 from tamingfast.ops.choice import Choice
 from tamingfast.sampling.guidance import check_cfg
 from tamingfast.sampling.schedule import check_rule
@@ -26,6 +26,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "dtype": (str, type(None)),
     "cfg": (Real, str, type(None)),
 }
+#: Those that a model can recommend, in the section ``sampling`` of its config.
+RECOMMENDED = ("temperature", "top_k", "top_p", "schedule", "stride", "cfg")
 _WORDS = {Integral: "a whole number", Real: "a number", str: "text", bool: "true or false", type(None): "none"}
 _LARGEST = (1 << 32) - 1  # images are numbered, and tokens placed, in 32 bits
 
@@ -45,3 +47,26 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_cfg(settings.get("cfg"))
     choosing = ("temperature", "top_k", "top_p", "greedy", "seed")
     Choice(**{name: settings[name] for name in choosing if name in settings})
+
+
+def recommended(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the section ``sampling`` of a model's config, some of `RECOMMENDED`; empty without that section.
+
+    Raises UserError for other settings, and for a value that none can have.
+    """
+    section = config.get("sampling")
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise UserError(f"sampling: got {brief(section)}, expected settings such as {{cfg: 3, top_k: null}}")
+    for name in section:
+        if name not in RECOMMENDED:
+            raise UserError(
+                f"sampling.{brief(name)}: got a setting that no model recommends, expected some of "
+                f"{', '.join(RECOMMENDED)}"
+            )
+    try:
+        check_settings(section)
+    except UserError as error:
+        raise UserError(f"sampling.{error}") from error
+    return dict(section)

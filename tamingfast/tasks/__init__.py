@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from tamingfast.tasks.models import paired as paired
     from tamingfast.tasks.models import unread as unread
     from tamingfast.tasks.options import DrawingOptions as DrawingOptions
+    from tamingfast.tasks.options import drawing_options as drawing_options
     from tamingfast.tasks.pictures import image_files as image_files
     from tamingfast.tasks.pictures import load_images as load_images
     from tamingfast.tasks.pictures import read_mask as read_mask
@@ -104,7 +105,7 @@ _HOMES = {
         "Unread", "check_prior", "check_windowed", "classes_of", "config_of", "data_of", "first_stage_of",
         "is_multiscale", "is_spatial", "opened", "paired", "unread",
     ),
-    "options": ("DrawingOptions",),
+    "options": ("DrawingOptions", "drawing_options"),
     "pictures": ("image_files", "load_images", "read_mask", "read_photo", "read_strokes", "scaled_size"),
     "recipes": ("Recipe", "check_same_model", "model_named", "recipe_of"),
     "reconstruction": ("Reconstruction", "reconstruct", "reconstructed", "token_pictures"),

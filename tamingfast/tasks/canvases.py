@@ -34,7 +34,7 @@ from tamingfast.tasks.drawing import (
     token_unit,
 )
 from tamingfast.tasks.models import Unread, is_spatial
-from tamingfast.tasks.options import DrawingOptions
+from tamingfast.tasks.options import DrawingOptions, drawing_options
 from tamingfast.tasks.pictures import save_pictures
 from tamingfast.tasks.recipes import Input, classes_in, made
 
@@ -52,8 +52,8 @@ class Painter:
     """How a canvas is drawn and where it is saved, for `sample`, `edit` and `outpaint`.
 
     Attributes:
-        options: how tokens are drawn; None means the paper's options or, on resuming, those that the canvas was begun
-            with.
+        options: how tokens are drawn; None means those that `under` sets or, on resuming, those that the canvas was
+            begun with.
         canvas: the file in which the tokens are saved during drawing and afterwards; None saves nothing.
         resume: continue the canvas in that file.
         preview: see `Preview`.
@@ -78,7 +78,7 @@ class Painter:
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, DrawingOptions | None):
-            raise UserError(f"options: got {brief(self.options)}, expected DrawingOptions, or None for the paper's")
+            raise UserError(f"options: got {brief(self.options)}, expected DrawingOptions, or None for the model's")
         if not isinstance(self.every, Real) or isinstance(self.every, bool) or not 0 <= self.every < math.inf:
             raise UserError(f"every: got {brief(self.every)}, expected a number of seconds")
         if self.stop is not None and not callable(self.stop):
@@ -91,6 +91,10 @@ class Painter:
             raise UserError("canvas: got none, expected the file of the drawing to resume")
         if self.canvas is not None and not self.resume:
             check_nothing_lost(self.canvas)
+
+    def under(self, model: Net2NetTransformer) -> Painter:
+        """The painter of a drawing of ``model``, whose recommended options it takes if it has none of its own."""
+        return self if self.options is not None or self.resume else replace(self, options=drawing_options(model))
 
     def paint(self, model: Net2NetTransformer, begun: Canvas | None, count: int | None = None) -> Canvas:
         """Finish the canvas ``begun`` or, on resuming, the saved one, unless told to stop, and return it.

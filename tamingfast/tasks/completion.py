@@ -24,10 +24,10 @@ from tamingfast.tasks.conditioning import (
     given_each,
     tokens_of_each,
 )
-from tamingfast.tasks.drawing import PAPER, at_least_one, draw, lower_half, photo_tokens, token_unit
+from tamingfast.tasks.drawing import at_least_one, draw, lower_half, photo_tokens, token_unit
 from tamingfast.tasks.labels import Label
 from tamingfast.tasks.models import Model, check_windowed, first_stage_of, unread
-from tamingfast.tasks.options import TIMES, DrawingOptions
+from tamingfast.tasks.options import TIMES, DrawingOptions, drawing_options
 from tamingfast.tasks.pictures import Picture, Pictures, batches, sized
 from tamingfast.tasks.recipes import Recipe, classes_in, inputs_of, made, texts_of
 from tamingfast.tasks.sizes import fixed_size, grid_size
@@ -68,7 +68,7 @@ def complete(
     conditions: Sequence[ConditionSource] | None = None,
     conditions_of: Sequence[Picture] | None = None,
     own_pixels: bool = True,
-    options: DrawingOptions = PAPER,
+    options: DrawingOptions | None = None,
     metadata: bool = True,
     bars: Bars = silent,
 ) -> Completion:
@@ -84,7 +84,7 @@ def complete(
         conditions, conditions_of: one per image; see ``condition`` and ``condition_of`` of `sample`. Default: computed
             from the image, if that kind of condition can be.
         own_pixels: as in `edit`.
-        options: how tokens are drawn.
+        options: as in `sample`.
         metadata, bars: as in `sample`; the recipe is that of `Completion`.
 
     Raises:
@@ -95,6 +95,7 @@ def complete(
     source = unread(model)
     outline = check_windowed(source.outline)
     check_label(outline, label)
+    options = drawing_options(outline) if options is None else options
     whole = size is None
     if whole and (fixed := fixed_size(outline)) is not None:
         size, whole = fixed, False

@@ -80,7 +80,8 @@ def edit(
     painter = Painter(options, canvas, resume, preview, bars, every, stop)
     source = unread(model)
     outline = check_windowed(source.outline)
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, pixels)
+    painter = painter.under(outline)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, painter.options, pixels)
     factor = first_stage_of(outline).factor
     height, width = kept.rows * factor, kept.columns * factor
     tokens = token_mask(read_mask(mask, height, width), factor)
@@ -92,7 +93,7 @@ def edit(
     given = {"photo": photo, "mask": mask, "condition": condition, "condition_of": condition_of, "pixels": pixels}
     inputs = inputs_of(**given) if metadata else {}
     prior = check_windowed(source.model)
-    with (options or PAPER).first_stage():
+    with (painter.options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
         opening = replace(opening, canvas=opening.canvas.resample(tokens))
         drawing = _painted(painter, prior, opening, count, own_pixels)
@@ -140,6 +141,7 @@ def outpaint(
     painter = Painter(options, canvas, resume, preview, bars, every, stop)
     source = unread(model)
     outline = check_windowed(source.outline)
+    painter = painter.under(outline)
     factor = first_stage_of(outline).factor
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     for side, more in sides.items():
@@ -148,11 +150,11 @@ def outpaint(
     if not any(sides.values()):
         raise UserError("left, right, top, bottom: got 0 pixels each, expected something to draw; give at least one")
     added = Added(*(more // factor for more in sides.values()))
-    kept = _kept(outline, photo, count, Given(condition, condition_of), label, options, pixels, added)
+    kept = _kept(outline, photo, count, Given(condition, condition_of), label, painter.options, pixels, added)
     given = {"photo": photo, "condition": condition, "condition_of": condition_of, "pixels": pixels}
     inputs = inputs_of(**given) if metadata else {}
     prior = check_windowed(source.model)
-    with (options or PAPER).first_stage():
+    with (painter.options or PAPER).first_stage():
         opening = _opened(prior, kept, bars)
         if opening.photo is not None:
             opening = replace(opening, photo=F.pad(opening.photo, tuple(sides.values())))

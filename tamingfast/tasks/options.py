@@ -6,10 +6,13 @@ Nothing heavy is imported at the top, because `tamingfast --help` reads the defa
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tamingfast.errors import check_count
+
+if TYPE_CHECKING:
+    from tamingfast.tasks.models import Model
 
 #: Number of images that `sample` draws.
 COUNT = 16
@@ -92,3 +95,16 @@ class DrawingOptions:
         from tamingfast.engines import first_stage
 
         return first_stage.using(first_stage.beside(self.engine))
+
+
+def drawing_options(model: Model, **given: Any) -> DrawingOptions:
+    """The options ``given`` and, for the others, those that the model's config recommends, else the defaults.
+
+    ``model`` is one, or the path of its run or checkpoint. Raises UserError as `DrawingOptions` does, and for a section
+    ``sampling`` of the config that `tamingfast.sampling.settings.recommended` refuses.
+    """
+    from tamingfast.sampling.settings import recommended
+    from tamingfast.tasks.models import config_of, unread
+
+    options = DrawingOptions(**given)  # raises before the model is looked at
+    return replace(options, **recommended(config_of(unread(model).outline)) | given)

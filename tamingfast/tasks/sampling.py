@@ -78,7 +78,8 @@ def sample(
         condition: the spatial condition of all images, for priors that have one: a file, an array, or a PIL image.
         condition_of: a photo to compute the condition from, for kinds that can be computed.
         photo, scales: start from the ``scales`` coarsest scales of this photo, for multiscale priors.
-        options: how tokens are drawn; default: the paper's options or, on resuming, those of the canvas.
+        options: how tokens are drawn; default: those of `tamingfast.tasks.drawing_options` or, on resuming, those of
+            the canvas.
         canvas: a file in which the tokens are saved during drawing and afterwards; by default they are not saved.
         resume: continue the interrupted drawing in ``canvas``. Other arguments, if given, must be those it was begun
             with.
@@ -115,8 +116,9 @@ def sample(
     check_label(outline, label)
     if like is not None:
         wanted = _like(like, outline, wanted, given, resume)
-    size, label, options = wanted.size, wanted.label, wanted.options
-    painter = Painter(options, canvas, resume, preview, bars, every, stop, whole=npz is None)
+    size, label = wanted.size, wanted.label
+    painter = Painter(wanted.options, canvas, resume, preview, bars, every, stop, whole=npz is None).under(outline)
+    options = painter.options
     found = _condition(outline, Given(condition, condition_of), size, resume)
     start = _scales_of(outline, photo, wanted.scales, size)
     if options is not None and not resume and not isinstance(outline, MultiscaleTransformer):

@@ -18,6 +18,7 @@ from tamingfast.checkpoints.references import check_references
 from tamingfast.checkpoints.targets import check_targets, class_of, descriptions
 from tamingfast.checkpoints.values import is_number
 from tamingfast.errors import UnknownKey, UserError, brief, first_line, nearest
+from tamingfast.sampling.settings import RECOMMENDED, recommended
 from tamingfast.training.keys import (
     DEFAULT_TARGETS,
     check_keys,
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 PRESETS = Path(__file__).parents[1] / "configs"
 
 #: Keys of sections that are not the parameters of a class.
-_SECTIONS = ("model", "data", "training", "prior", "classes")
+_SECTIONS = ("model", "data", "training", "prior", "classes", "sampling")
 _PRIOR_KEYS = ("condition", "classes", "ordering", "scales", "class_dropout")
 
 
@@ -90,6 +91,7 @@ def valid_keys(config: Mapping[str, Any]) -> list[str]:
         ("data", data.keys(at(config, "data", "name"))),
         ("training", [field.name for field in fields(Training)]),
         ("prior", _PRIOR_KEYS),
+        ("sampling", RECOMMENDED),
     )  # fmt: skip
     found = [f"{section}.{key}" for section, keys in sections for key in keys]
     return [*found, *keys_of_params(model, "model", DEFAULT_TARGETS["model"])]
@@ -195,6 +197,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UserError(f"model.base_learning_rate: got {rate!r}, expected a number above 0")
     if not isinstance(sections["classes"] or [], list):
         raise UserError(f"classes: got {brief(sections['classes'])}, expected a list of the names of classes")
+    check_keys(sections["sampling"], RECOMMENDED, "sampling")
+    recommended(config)
     classes = sections["prior"].get("classes")
     if classes is not None and not (type(classes) is int and classes > 0):
         raise UserError(f"prior.classes: got {classes!r}, expected an integer of at least 1, or null")
@@ -207,6 +211,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def check_stage(config: Mapping[str, Any], prior: bool) -> None:
     """Raise UserError when the config is one for the other stage, or for what is no stage at all."""
+    recommended(config)
     target = (config.get("model") or {}).get("target")
     network = class_of(target, "model.target") if target else None
     is_prior = "prior" in config or (network and "transformer_config" in (parameters_of(network) or ()))
@@ -216,6 +221,8 @@ def check_stage(config: Mapping[str, Any], prior: bool) -> None:
         raise UserError("config: got one for a first stage, expected one for a prior; use `tamingfast train vqgan`")
     if config.get("classes") and not prior:
         raise UserError("classes: got names for a first stage, expected none, as only priors have classes")
+    if config.get("sampling") and not prior:
+        raise UserError("sampling: got settings for a first stage, expected none, as only priors are sampled from")
     needed = ("token_logits", "encode_to_z") if prior else ("encode", "decode", "loss_of")
     if network and not all(hasattr(network, name) for name in needed):
         raise UserError(

@@ -23,6 +23,7 @@ from tamingfast.models.base import FirstStage
 from tamingfast.models.condition_stages import Labelator
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.ranks import world
+from tamingfast.sampling.settings import recommended
 from tamingfast.training import loop
 from tamingfast.training.acceleration import accelerate, fuse
 from tamingfast.training.averages import averages_of
@@ -116,7 +117,7 @@ def train(
             if dataset is not None:
                 check_condition(model.cond_stage_key, None if condition is None else condition.model, dataset)
         grid = grid_of(training, model.first_stage_model)
-        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, objects)
+        stage = PriorStage(model.to(among.device), lr, grid, settings.seed, objects, recommended(config))
         if begun is not None:
             begun.load(model)
         if frozen is not None:
@@ -151,9 +152,9 @@ def _started(
     begun = Start(path, Net2NetTransformer, allow)
     config["model"] = begun.described(config.get("model") or {})
     config.pop("prior", None)
-    names = begun.model.config.get("classes")
-    if names and not config.get("classes"):
-        config["classes"] = names
+    for name in ("classes", "sampling"):
+        if begun.model.config.get(name) and not config.get(name):
+            config[name] = begun.model.config[name]
     return begun
 
 

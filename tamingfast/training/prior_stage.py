@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class PriorStage:
     """A `Net2NetTransformer` with its AdamW.
 
     ``grid`` is tokens (rows, columns) of an image; ``objects`` draws the conditions of a prior on objects. ``network``
-    is what a training step runs, which several processes wrap; see `tamingfast.training.parallel`.
+    is what a training step runs, which several processes wrap; see `tamingfast.training.parallel`. ``sampling`` are
+    settings of `tamingfast.sampling.sample_grid` for the samples that it shows.
     """
 
     shown: tuple[str, ...] = ("loss", "nll", "perplexity")
@@ -57,8 +59,10 @@ class PriorStage:
         grid: tuple[int, int],
         seed: int = 0,
         objects: Objects | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ):
         self.model, self.grid, self.seed, self.objects = model, grid, seed, objects
+        self.sampling = {"top_k": TOP_K, **(sampling or {})}
         self.network: nn.Module = _Nats(model)
         model.learning_rate = learning_rate
         self.optimizers = optimizers_of(model)
@@ -104,8 +108,8 @@ class PriorStage:
             height,
             width,
             window=max(height, width),
-            top_k=TOP_K,
             seed=self.seed,
+            **self.sampling,
         )
         return [*self.conditioning(batch), shown, samples]
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import gradio as gr
 
+from tamingfast import tasks
 from tamingfast.errors import in_words
+from tamingfast.ui.choices import Choices
 from tamingfast.ui.studio import Shown, Studio
 
 #: One thing is drawn at a time; others wait in the queue.
@@ -81,22 +83,30 @@ def files_field() -> gr.File:
 
 def choice_fields(own: Studio) -> list[Any]:
     """Fields in the order of `Choices`."""
-    guides = own.abilities.guides
+    guides, begin = own.abilities.guides, Choices.of(tasks.drawing_options(own.model))
     with gr.Row(equal_height=True):
-        seed = gr.Textbox("0", label="Seed", info="The same seed gives the same image.", scale=3, min_width=120)
+        seed = gr.Textbox(begin.seed, label="Seed", info="The same seed gives the same image.", scale=3, min_width=120)
         anew = gr.Button("New seed", scale=1, min_width=100)
     anew.click(lambda: str(secrets.randbelow(1 << 32)), None, seed, queue=False, api_visibility="private")
     with gr.Accordion("How tokens are chosen", open=False):
-        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature", info="Lower is safer, higher is wilder.")
-        top_k = gr.Number(100, label="Top-k", precision=0, minimum=0, info="Among the k likeliest; 0 for all.")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Among the likeliest of this total; 1 for all.")
-        cfg = gr.Slider(1, 12, 1, step=0.25, label="Guidance", info="Closer to the class; 1 for none.", visible=guides)
-        rising = gr.Checkbox(False, label="Guidance rises from 1", visible=guides)
+        temperature = gr.Slider(
+            0.1, 2, begin.temperature, step=0.05, label="Temperature", info="Lower is safer, higher is wilder."
+        )
+        top_k = gr.Number(begin.top_k, label="Top-k", precision=0, minimum=0, info="Among the k likeliest; 0 for all.")
+        top_p = gr.Slider(
+            0.05, 1, begin.top_p, step=0.05, label="Top-p", info="Among the likeliest of this total; 1 for all."
+        )
+        cfg = gr.Slider(
+            1, 12, begin.cfg, step=0.25, label="Guidance", info="Closer to the class; 1 for none.", visible=guides
+        )
+        rising = gr.Checkbox(begin.rising, label="Guidance rises from 1", visible=guides)
         schedule = gr.Dropdown(
-            ["paper", "scene", "strided", "block"], value="paper", label="Schedule",
+            ["paper", "scene", "strided", "block"], value=begin.schedule, label="Schedule",
             info="How the window moves over images larger than it.",
         )  # fmt: skip
-        stride = gr.Number(8, label="Stride", precision=0, minimum=1, info="Of strided and block, in tokens.")
+        stride = gr.Number(
+            begin.stride, label="Stride", precision=0, minimum=1, info="Of strided and block, in tokens."
+        )
     return [seed, temperature, top_k, top_p, cfg, rising, schedule, stride]
 
 

@@ -12,7 +12,7 @@ from tamingfast import UserError, cli, load_model, reproduce
 from tamingfast.reproduce import recipe, recipe_report, settings
 from tamingfast.training.configs import check_config
 
-ROWS = ["original", "ema", "restart", "cosine", "fsq", "lfq", "together"]
+ROWS = ["base", "ema", "restart", "cosine", "fsq", "lfq", "together"]
 
 
 def rows_of(out):
@@ -51,14 +51,14 @@ def test_a_study_continues_with_the_rows_that_are_missing(monkeypatch, tmp_path)
         patch.setattr(recipe.Study, "train_first_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             reproduce.run("recipe", "smoke", out, words)
-        assert list(rows_of(out)) == ["original", "ema"] == trained
+        assert list(rows_of(out)) == ["base", "ema"] == trained
         assert "Not run yet: cosine." in (out / "report.md").read_text()
     before = rows_of(out)
     page = reproduce.run("recipe", "smoke", out, words, resume=True)
     after = rows_of(out)
-    assert list(after) == ["original", "ema", "cosine"] and "Not run yet" not in page.read_text()
+    assert list(after) == ["base", "ema", "cosine"] and "Not run yet" not in page.read_text()
     assert {name: after[name] for name in before} == before
-    with pytest.raises(UserError, match=r"rows/original.json: got a row with other settings"):
+    with pytest.raises(UserError, match=r"rows/base.json: got a row with other settings"):
         reproduce.run("recipe", "smoke", out, [*words, "evaluation.images=4"], resume=True)
     (out / "rows" / "ema.json").write_text("{")
     with pytest.raises(UserError, match=r"rows/ema.json: got a damaged file"):

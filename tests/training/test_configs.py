@@ -39,7 +39,10 @@ def test_every_preset_loads_and_builds():
         ("training.base_learning_rate=1", "did you mean 'model.base_learning_rate'"),
         ("model.ch_mult=[1]", "did you mean 'model.params.ddconfig.ch_mult'"),
         ("training.size=64", "did you mean 'data.size'"),
-        ("flavour=3", "flavour: got a key that nothing reads, expected one of model, data, training, prior, classes$"),
+        (
+            "flavour=3",
+            "flavour: got a key that nothing reads, expected one of model, data, training, prior, classes, sampling$",
+        ),
         # Of another data set.
         (
             "data.path=pictures",
