@@ -29,12 +29,22 @@ from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import bar
 from tamingfast.reproduce import compression_report
 from tamingfast.reproduce.budget import scaled, training_flops
-from tamingfast.reproduce.study import Study, draw_images, geometry, images_at, sampling_options
+from tamingfast.reproduce.study import (
+    Study,
+    draw_images,
+    geometry,
+    images_at,
+    magnification,
+    sampling_options,
+    spread,
+)
 from tamingfast.reproduce.timing import Timer
 
 HIERARCHICAL = "tamingfast.models.hierarchical.HierarchicalVQModel"
 #: Samples of two levels are as small as the crops, so more of them fit on a sheet.
 _SMALL_PER_LARGE = 4
+#: Images in a row of a sheet, at most.
+_COLUMNS = 12
 
 
 @dataclass(frozen=True)
@@ -258,8 +268,8 @@ def _with_positions(prior: Net2NetTransformer, tokens: int) -> Net2NetTransforme
 def _draw_pictures(study: Study, variants: Sequence[Variant], validation: EpochDataset) -> dict[str, str]:
     """Write the sheets; returns their file names with captions."""
     sampling, size = study.settings["sampling"], study.settings["data"]["size"]
-    count = sampling["images"]
-    shown = images_at(validation, range(count))
+    count, columns = sampling["images"], min(sampling["images"], _COLUMNS)
+    shown = images_at(validation, spread(len(validation), columns))
     sheet, pictures = {"image": shown}, {}
     for variant in _shown(variants, "drawn"):
         prior = study.prior(variant.prior)
@@ -268,10 +278,10 @@ def _draw_pictures(study: Study, variants: Sequence[Variant], validation: EpochD
         grid = prior.first_stage_model.grid(side, side)
         options = _options(variant, prior, grid, study.settings) | _strided(study.settings)
         cond = tasks.conditions(prior, number)
-        parts = draw_images(prior, cond, *grid, batch=sampling["batch"], **options).split(count)
+        parts = draw_images(prior, cond, *grid, batch=sampling["batch"], **options).split(columns)
         name = f"samples_{variant.stage}.png"
-        images.save_rows(study.out / name, parts, [variant.label] * len(parts), max(1, size // side))
+        images.save_rows(study.out / name, parts, [variant.label] * len(parts), max(magnification(side), size // side))
         pictures[name] = f"Samples, {variant.label}, {side} x {side} pixels"
-    images.save_rows(study.out / "reconstructions.png", list(sheet.values()), list(sheet))
+    images.save_rows(study.out / "reconstructions.png", list(sheet.values()), list(sheet), magnification(size))
     text = f"Validation images, and their reconstructions with {', '.join(variant.label for variant in variants)}"
     return {"reconstructions.png": text} | pictures

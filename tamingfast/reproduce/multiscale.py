@@ -22,7 +22,7 @@ from tamingfast.models.lpips import LPIPS, distance_name
 from tamingfast.models.multiscale import MultiscaleTransformer
 from tamingfast.models.pyramid import Pyramid
 from tamingfast.reproduce import multiscale_report
-from tamingfast.reproduce.study import Study, draw_images, images_at, sampling_options, spread
+from tamingfast.reproduce.study import Study, draw_images, images_at, magnification, sampling_options, spread
 
 VQGAN, PRIOR = "vqgan", "prior"
 #: Pairs of images per call of the distance.
@@ -118,7 +118,7 @@ def _draw_pictures(prior: MultiscaleTransformer, x: Tensor, drawn: Sequence[Tens
     """Write the sheets of `multiscale_report.PICTURES`."""
     sampling, pyramid = study.settings["sampling"], prior.pyramid
     shown = x[: sampling["shown"]]
-    enlarged = max(1, 96 // x.shape[-1])
+    enlarged = magnification(x.shape[-1])
     given = [samples[: len(shown), 0] for samples in drawn[1:]]
     names = ["image", *multiscale_report.given_names(pyramid.names)[1:]]
     images.save_rows(study.out / "given.png", [shown, *given], names, enlarged)

@@ -27,7 +27,7 @@ from tamingfast.evaluation.statistics import Features
 from tamingfast.files import write_json
 from tamingfast.models.lpips import LPIPS
 from tamingfast.reproduce import recipe_report
-from tamingfast.reproduce.study import Study, images_at
+from tamingfast.reproduce.study import Study, images_at, magnification, spread
 
 #: Channels of cosine codes, at most those of the codebook that they replace.
 _LOW_DIMENSION = 8
@@ -193,13 +193,16 @@ def _row(
 def _write(
     study: Study, names: list[str], rows: Mapping[str, Any], datasets: tuple[EpochDataset, EpochDataset]
 ) -> Path:
-    shown = images_at(datasets[1], range(study.settings["evaluation"]["shown"]))
+    validation = datasets[1]
+    shown = images_at(validation, spread(len(validation), study.settings["evaluation"]["shown"]))
     sheet = {"image": shown} | {
         name: tasks.reconstructed(model, shown.to(model.device)).cpu()
         for name in rows
         for model in [study.first_stage(name)]
     }
-    images.save_rows(study.out / "reconstructions.png", list(sheet.values()), list(sheet))
+    images.save_rows(
+        study.out / "reconstructions.png", list(sheet.values()), list(sheet), magnification(shown.shape[-1])
+    )
     results = study.facts(datasets[0]) | {
         "rows": list(rows.values()),
         "missing": [name for name in names if name not in rows],

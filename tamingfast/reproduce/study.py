@@ -25,6 +25,9 @@ from tamingfast.training import prior as prior_training
 from tamingfast.training import vqgan as vqgan_training
 from tamingfast.training.colors import fit_color_clusters
 
+#: Side in pixels that small images are magnified to, about.
+_LEGIBLE = 96
+
 
 @dataclass(frozen=True)
 class Study:
@@ -140,6 +143,11 @@ def draw_images(prior: Net2NetTransformer, cond: Tensor, rows: int, columns: int
 def images_at(dataset: EpochDataset, indices: Iterable[int]) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] of a data set."""
     return torch.stack([torch.as_tensor(dataset[i]["image"]) for i in indices]).permute(0, 3, 1, 2)
+
+
+def magnification(side: int) -> int:
+    """How many times an image of this side is magnified so that people see what is on it."""
+    return max(1, _LEGIBLE // side)
 
 
 def spread(count: int, chosen: int) -> list[int]:
