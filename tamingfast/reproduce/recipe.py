@@ -58,7 +58,13 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise UserError(f"vqgan.model.params.n_embed: got {codes}, expected a power of two, as LFQ needs one")
     levels = [8] * (bits // 3) + [2 ** (bits % 3)] * (bits % 3 > 0)
     no_table = {"training": {"codebook_from_data": False}}  # to start with data
-    cosine = _quantizer("CosineQuantizer", min(width, _LOW_DIMENSION))
+    low = min(width, _LOW_DIMENSION)
+    together = _merged(
+        _quantizer("CosineQuantizer", low, gradient="rotation", restart_below=0.05),
+        _loss(lecam_weight=0.001, disc_loss="non_saturating", disc_warmup=start // 2),
+        {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
+        {"training": {"ema_decay": 0.999}},
+    )
     return {
         BASE: {},
         "seed": {"training": {"seed": 1}},
@@ -66,7 +72,7 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "ema": {"training": {"ema_decay": 0.999}},
         "rotation": _quantizer("TableQuantizer", width, gradient="rotation"),
         "restart": _quantizer("TableQuantizer", width, restart_below=0.05),
-        "cosine": cosine,
+        "cosine": _quantizer("CosineQuantizer", low),
         "simvq": _quantizer("SimVQ", width),
         "fsq": _merged(_quantizer("FSQ", len(levels), levels=levels), no_table),
         "lfq": _merged(_quantizer("LFQ", bits), no_table),
@@ -76,11 +82,9 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "no_attention": {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
         "checkpointing": {"training": {"gradient_checkpointing": True}},
         "compile": {"training": {"compile": True}},
-        "together": _merged(
-            _quantizer("CosineQuantizer", min(width, _LOW_DIMENSION), gradient="rotation", restart_below=0.05),
-            _loss(lecam_weight=0.001, disc_loss="non_saturating", disc_warmup=start // 2),
-            {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
-            {"training": {"ema_decay": 0.999}},
+        "together": together,
+        "without_rotation": _merged(
+            together, _quantizer("CosineQuantizer", low, gradient="straight_through", restart_below=0.05)
         ),
     }
 

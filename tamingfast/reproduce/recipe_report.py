@@ -28,6 +28,7 @@ CHANGES = {
     "checkpointing": "gradient checkpointing",
     "compile": "compiled networks",
     "together": "normalised codes with rotation and restarts, all of the discriminator's, no attention, averages",
+    "without_rotation": "as together, with the straight-through gradient",
 }
 
 
