@@ -97,4 +97,6 @@ def test_the_preset_of_today_is_a_model_without_attention():
 
     config = OmegaConf.to_container(load_config("modern_vqgan"))
     assert config["model"]["params"]["ddconfig"]["attn_type"] == "none"
-    assert config["model"]["params"]["quantizer_config"]["target"].endswith("CosineQuantizer")
+    quantizer = config["model"]["params"]["quantizer_config"]
+    assert quantizer["target"].endswith("CosineQuantizer") and quantizer["params"] == {"restart_below": 0.05}
+    assert config["training"]["codebook_from_data"]
