@@ -68,5 +68,6 @@ def recommended(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         check_settings(section)
     except UserError as error:
-        raise UserError(f"sampling.{error}") from error
+        told = f"sampling.{error}"
+        raise UserError(f"{told}; change that section of the config") from error
     return dict(section)
