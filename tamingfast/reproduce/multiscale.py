@@ -117,9 +117,9 @@ def nll_of_scales(run: Path, pyramid: Pyramid) -> list[dict[str, Any]]:
 def _draw_pictures(prior: MultiscaleTransformer, x: Tensor, drawn: Sequence[Tensor], study: Study) -> None:
     """Write the sheets of `multiscale_report.PICTURES`."""
     sampling, pyramid = study.settings["sampling"], prior.pyramid
-    shown = x[: sampling["shown"]]
+    chosen = spread(len(x), min(sampling["shown"], len(x)))
+    shown, given = x[chosen], [samples[chosen, 0] for samples in drawn[1:]]
     enlarged = magnification(x.shape[-1])
-    given = [samples[: len(shown), 0] for samples in drawn[1:]]
     names = ["image", *multiscale_report.given_names(pyramid.names)[1:]]
     images.save_rows(study.out / "given.png", [shown, *given], names, enlarged)
     grids = pyramid.split(prior.encode_to_z(shown)[1])

@@ -17,7 +17,7 @@ from tamingfast.data.tokens import TokenDataset
 from tamingfast.errors import UserError, nearest
 from tamingfast.reproduce import orderings_report
 from tamingfast.reproduce.orderings_report import REFERENCE, title
-from tamingfast.reproduce.study import Study, draw_images, sampling_options
+from tamingfast.reproduce.study import Study, draw_images, magnification, sampling_options
 from tamingfast.training.prior_config import ORDERINGS
 
 VQGAN = "vqgan"
@@ -89,4 +89,6 @@ def _draw_samples(study: Study, names: Sequence[str], seed: int, grid: tuple[int
         prior = study.prior(directory(name, seed))
         cond = tasks.conditions(prior, sampling["images"])
         rows.append(draw_images(prior, cond, *grid, **sampling_options(prior, sampling)))
-    images.save_rows(study.out / orderings_report.SAMPLES, rows, [title(name) for name in names], scale=3)
+    images.save_rows(
+        study.out / orderings_report.SAMPLES, rows, [title(name) for name in names], magnification(rows[0].shape[-1])
+    )

@@ -24,15 +24,13 @@ from tamingfast.errors import UserError
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.reproduce import pixels_report
 from tamingfast.reproduce.budget import scaled, training_flops
-from tamingfast.reproduce.study import Study, draw_images, geometry, images_at, sampling_options, spread
+from tamingfast.reproduce.study import Study, draw_images, geometry, images_at, magnification, sampling_options, spread
 from tamingfast.reproduce.timing import Timer
 
 logger = logging.getLogger(__name__)
 
 #: Run directories below the output, in the order in which they are made.
 VQGAN, COLORS, LATENT_PRIOR, PIXEL_PRIOR = "vqgan", "colors", "prior_latents", "prior_pixels"
-#: Magnification of the sheets of images.
-SCALE = 3
 _COMPLETIONS = 3
 
 
@@ -144,13 +142,15 @@ def _draw_pictures(
     rows = []
     for part in shown.split(columns):
         rows += [part, tasks.reconstructed(models["latents"], part)]
-    images.save_rows(study.out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), SCALE)
+    images.save_rows(
+        study.out / "reconstructions.png", rows, ["image", "VQGAN"] * (len(rows) // 2), magnification(size)
+    )
     pictures = {"reconstructions.png": "Validation crops above their reconstructions by the VQGAN"}
     for name, prior in models.items():
         side = size // prior.first_stage_model.factor
         options = _options(prior, size, sampling) | {"batch": sampling["batch"]}
         drawn = draw_images(prior, tasks.conditions(prior, count), side, side, **options)
-        images.save_png(study.out / f"samples_{name}.png", images.grid(drawn, columns), SCALE)
+        images.save_png(study.out / f"samples_{name}.png", images.grid(drawn, columns), magnification(size))
         pictures[f"samples_{name}.png"] = f"Samples of the prior on {name}, drawn token by token"
     _draw_completions(study, models["latents"], shown[:columns], size)
     text = "Validation crops, their upper halves, and three completions of each by the prior on latents"
@@ -163,7 +163,7 @@ def _draw_completions(study: Study, prior: Net2NetTransformer, x: Tensor, size: 
     halves[:, :, size // 2 :] = 1.0
     completed = [tasks.completed(prior, x, cond, first_image=k * len(x), **options) for k in range(_COMPLETIONS)]
     names = ["image", "kept", *(f"completed, {k + 1}" for k in range(_COMPLETIONS))]
-    images.save_rows(study.out / "completions.png", [x, halves, *completed], names, SCALE)
+    images.save_rows(study.out / "completions.png", [x, halves, *completed], names, magnification(size))
 
 
 # --- quality --------------------------------------------------------------------------------------------------------
