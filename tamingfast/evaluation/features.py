@@ -16,8 +16,8 @@ from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.inception import FILE, Inception
 from tamingfast.evaluation.statistics import Features
+from tamingfast.models.classifiers import ImageNet
 from tamingfast.ranks import in_turns
-from tamingfast.tasks.classifiers import ImageNet
 
 INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamingfast.models.base import at_least
+from tamingfast.models.classifiers import LogitDistance
 from tamingfast.models.discriminator import NLayerDiscriminator, weights_init
 from tamingfast.models.lpips import LPIPS
 from tamingfast.models.shared import mean_over_processes, sum_over_processes
+
+_Fixed = TypeVar("_Fixed", LPIPS, LogitDistance)
 
 
 def _drop_perceptual_weights(loss: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -70,6 +74,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
     The other departures: the ``disc_loss`` "non_saturating" replaces the autoencoder's -D(x) by softplus(-D(x)); the
     discriminator learns already ``disc_warmup`` steps before its loss counts for the autoencoder; and ``lecam_weight``
     is that of `lecam_regularization` in the discriminator's loss, whose averages follow with ``lecam_decay``.
+    ``classifier_weight`` is that of a second perceptual term, `tamingfast.models.classifiers.LogitDistance` with the
+    file ``classifier_weights``, which is treated as LPIPS is.
     """
 
     lecam_averages: Tensor
@@ -93,6 +99,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
         disc_warmup: int = 0,
         lecam_weight: float = 0.0,
         lecam_decay: float = 0.99,
+        classifier_weight: float = 0.0,
+        classifier_weights: str | os.PathLike | None = None,
     ):
         super().__init__()
         if disc_loss not in _DISCRIMINATOR_LOSSES:
@@ -101,8 +109,11 @@ class VQLPIPSWithDiscriminator(nn.Module):
         if lecam_weight < 0 or not 0 <= lecam_decay < 1:
             name, value = ("lecam_weight", lecam_weight) if lecam_weight < 0 else ("lecam_decay", lecam_decay)
             raise ValueError(f"{name}: got {value}, expected a weight of at least 0, and a decay from 0 to below 1")
+        if not classifier_weight >= 0:
+            raise ValueError(f"classifier_weight: got {classifier_weight}, expected at least 0; 0 leaves it out")
         self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
         self.perceptual_weight, self.perceptual_weights = perceptual_weight, perceptual_weights
+        self.classifier_weight, self.classifier_weights = classifier_weight, classifier_weights
         self.discriminator = NLayerDiscriminator(
             input_nc=disc_in_channels, n_layers=disc_num_layers, use_actnorm=use_actnorm, ndf=disc_ndf
         ).apply(weights_init)
@@ -120,12 +131,27 @@ class VQLPIPSWithDiscriminator(nn.Module):
     @property
     def perceptual_loss(self) -> LPIPS:
         """The perceptual distance, built on first use, on the discriminator's device."""
+        return self._fixed(LPIPS, self.perceptual_weights)
+
+    @property
+    def classifier_loss(self) -> LogitDistance:
+        """The distance in a classifier's logits, built on first use, on the discriminator's device."""
+        return self._fixed(LogitDistance, self.classifier_weights)
+
+    def _fixed(self, kind: type[_Fixed], weights: str | os.PathLike | None) -> _Fixed:
         # Kept outside the module tree, so that its frozen weights are not trained, saved or set to training mode, which
         # in the original turns the dropout of LPIPS on.
-        if "_lpips" not in self.__dict__:
-            self.__dict__["_lpips"] = LPIPS(self.perceptual_weights)
-        device = next(self.discriminator.parameters()).device
-        return self.__dict__["_lpips"].to(device)
+        networks = self.__dict__.setdefault("_fixed_networks", {})
+        if kind not in networks:
+            networks[kind] = kind(weights)
+        return networks[kind].to(next(self.discriminator.parameters()).device)
+
+    def load_networks(self) -> None:
+        """Build the fixed networks that count now, instead of on first use; UserError if their weights are missing."""
+        if self.perceptual_weight > 0:
+            _ = self.perceptual_loss
+        if self.classifier_weight > 0:
+            _ = self.classifier_loss
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
         """The adaptive weight () of the adversarial loss (paper eq. 7).
@@ -187,6 +213,11 @@ class VQLPIPSWithDiscriminator(nn.Module):
         if self.perceptual_weight > 0:
             p_loss = self.perceptual_loss(inputs, reconstructions)
             rec_loss = rec_loss + self.perceptual_weight * p_loss
+        second = {}
+        if self.classifier_weight > 0:
+            classifier_loss = self.classifier_loss(inputs, reconstructions)
+            rec_loss = rec_loss + self.classifier_weight * classifier_loss
+            second["classifier_loss"] = classifier_loss.mean()
         nll_loss = rec_loss.mean()
         resting = self.rest_before_start and factor == 0
         g_loss = inputs.new_zeros(()) if resting else self._against(self._judge(reconstructions, cond))
@@ -199,6 +230,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         log = {
             "total_loss": loss, "quant_loss": codebook, "nll_loss": nll_loss, "rec_loss": rec_loss.mean(),
             "p_loss": p_loss.mean(), "d_weight": d_weight, "disc_factor": torch.tensor(factor), "g_loss": g_loss,
+            **second,
         }  # fmt: skip
         return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
 

@@ -79,6 +79,7 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "lecam": _loss(lecam_weight=0.001),
         "non_saturating": _loss(disc_loss="non_saturating"),
         "warm_start": _loss(disc_warmup=start // 2),
+        "classifier": _loss(classifier_weight=0.02),
         "no_attention": {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
         "checkpointing": {"training": {"gradient_checkpointing": True}},
         "compile": {"training": {"compile": True}},

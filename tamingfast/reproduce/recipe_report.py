@@ -24,6 +24,7 @@ CHANGES = {
     "lecam": "LeCam regularisation of the discriminator",
     "non_saturating": "non-saturating adversarial loss",
     "warm_start": "the discriminator learns before it counts",
+    "classifier": "a second perceptual loss, in a classifier's logits",
     "no_attention": "no attention",
     "checkpointing": "gradient checkpointing",
     "compile": "compiled networks",

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tamingfast import images
 from tamingfast.errors import UserError, brief
+from tamingfast.models.classifiers import CLASSES, ImageNet
 from tamingfast.models.prior import Net2NetTransformer
 from tamingfast.progress import Bars, silent
 from tamingfast.ranks import in_turns
 from tamingfast.sampling.canvas import Canvas
-from tamingfast.tasks.classifiers import CLASSES, ImageNet
 from tamingfast.tasks.drawing import draw, painted
 from tamingfast.tasks.models import classes_of
 from tamingfast.tasks.options import DrawingOptions

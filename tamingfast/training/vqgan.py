@@ -202,8 +202,8 @@ class VQGANStage:
         self.optimizers = optimizers_of(model)
         self._shares = shared_forward and len(self.optimizers) == 2
         self._shared: Outputs | None = None
-        if isinstance(model.loss, VQLPIPSWithDiscriminator) and model.loss.perceptual_weight > 0:
-            _ = model.loss.perceptual_loss  # built on first use, which should not be in the middle of a step
+        if isinstance(model.loss, VQLPIPSWithDiscriminator):
+            model.loss.load_networks()  # not in the middle of a step
 
     @property
     def averaged(self) -> dict[str, Tensor]:
