@@ -29,13 +29,13 @@ def trained_size(model: nn.Module) -> tuple[int, int] | None:
     side = trained_side(config_of(model))
     if side is not None:
         return side, side
-    if not isinstance(first_stage_of(model), VQModel):
-        return None
-    # The published models were trained on 16 x 16 tokens; a block of a smaller grid has no room for them.
-    side = WINDOW
+    room = None
     if isinstance(model, Net2NetTransformer) and not is_spatial(model):
-        side = min(WINDOW, math.isqrt(model.transformer.config.block_size))
-    return side * factor, side * factor
+        room = math.isqrt(model.transformer.config.block_size)
+    if isinstance(first_stage_of(model), VQModel):
+        # The published models were trained on 16 x 16 tokens; a block of a smaller grid has no room for them.
+        room = min(WINDOW, room or WINDOW)
+    return None if room is None else (room * factor, room * factor)
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:

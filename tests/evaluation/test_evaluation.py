@@ -140,6 +140,17 @@ def test_a_prior_on_colors_has_a_likelihood_of_pixels(tmp_path):
     assert found["pixel_bits_per_dimension"] == pytest.approx(expected, rel=1e-5) and expected < 8.5
 
 
+def test_a_prior_on_tokens_of_colors_knows_its_size(tmp_path):
+    train = build(tiny.CROPS)[0]
+    colors = fit_color_clusters(train, 8, 0, tmp_path / "colors", tiny.CROPS)
+    tasks.encode(colors, train, tmp_path / "tokens.safetensors")
+    data = {"name": "tokens", "path": str(tmp_path / "tokens.safetensors")}
+    config = tiny.config(tiny.PRIOR, steps=1) | {"data": data, "prior": {"condition": "none"}}
+    out = prior.train(config, colors, tmp_path / "prior", device="cpu")
+    assert tasks.trained_size(load_model(out)) == (8, 8)
+    assert tasks.sample(out, 1).images.shape == (1, 3, 8, 8)
+
+
 def test_images_beyond_the_block_are_refused(runs):
     with pytest.raises(UserError, match="got images of 256 tokens, expected at most 17"):
         evaluation.likelihood(load_model(runs[1]), Photographs(2))
