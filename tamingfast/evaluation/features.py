@@ -16,10 +16,10 @@ from tamingfast.checkpoints.weights import load_into, read_state_dict
 from tamingfast.errors import UserError, nearest
 from tamingfast.evaluation.inception import FILE, Inception
 from tamingfast.evaluation.statistics import Features
-from tamingfast.models.classifiers import ImageNet
+from tamingfast.models import classifiers
 from tamingfast.ranks import in_turns
 
-INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
+INCEPTION, EFFICIENTNET = "inception", classifiers.NAME
 
 
 class Extractor(nn.Module):
@@ -61,7 +61,7 @@ class _EfficientNet(Extractor):
 
     def __init__(self, weights: str | os.PathLike | None):
         super().__init__()
-        self.net = ImageNet(weights)
+        self.net = classifiers.ImageNet(weights)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, None, None]:
         return self.net.features(pixels), None, None

@@ -311,10 +311,13 @@ def described(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def at_least(least: int, **numbers: int) -> None:
-    """Raise ValueError for the first of the ``numbers`` below ``least``; torch silently builds networks of size 0."""
+def at_least(least: int, **numbers: float) -> None:
+    """Raise ValueError for the first of the ``numbers`` that is NaN or below ``least``.
+
+    torch itself silently builds networks of size 0.
+    """
     for name, value in numbers.items():
-        if value < least:
+        if not value >= least:  # NaN, too
             raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 

@@ -105,12 +105,9 @@ class VQLPIPSWithDiscriminator(nn.Module):
         super().__init__()
         if disc_loss not in _DISCRIMINATOR_LOSSES:
             raise ValueError(f"disc_loss: got '{disc_loss}', expected one of {', '.join(_DISCRIMINATOR_LOSSES)}")
-        at_least(0, disc_warmup=disc_warmup)
-        if lecam_weight < 0 or not 0 <= lecam_decay < 1:
-            name, value = ("lecam_weight", lecam_weight) if lecam_weight < 0 else ("lecam_decay", lecam_decay)
-            raise ValueError(f"{name}: got {value}, expected a weight of at least 0, and a decay from 0 to below 1")
-        if not classifier_weight >= 0:
-            raise ValueError(f"classifier_weight: got {classifier_weight}, expected at least 0; 0 leaves it out")
+        at_least(0, disc_warmup=disc_warmup, lecam_weight=lecam_weight, classifier_weight=classifier_weight)
+        if not 0 <= lecam_decay < 1:
+            raise ValueError(f"lecam_decay: got {lecam_decay}, expected at least 0 and less than 1")
         self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
         self.perceptual_weight, self.perceptual_weights = perceptual_weight, perceptual_weights
         self.classifier_weight, self.classifier_weights = classifier_weight, classifier_weights

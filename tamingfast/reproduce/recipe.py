@@ -59,17 +59,19 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     levels = [8] * (bits // 3) + [2 ** (bits % 3)] * (bits % 3 > 0)
     no_table = {"training": {"codebook_from_data": False}}  # to start with data
     low = min(width, _LOW_DIMENSION)
+    averages = {"training": {"ema_decay": 0.999}}
+    no_attention = {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}}
     together = _merged(
         _quantizer("CosineQuantizer", low, gradient="rotation", restart_below=0.05),
         _loss(lecam_weight=0.001, disc_loss="non_saturating", disc_warmup=start // 2),
-        {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
-        {"training": {"ema_decay": 0.999}},
+        no_attention,
+        averages,
     )
     return {
         BASE: {},
         "seed": {"training": {"seed": 1}},
         "uniform": {"training": {"codebook_from_data": False}},
-        "ema": {"training": {"ema_decay": 0.999}},
+        "ema": averages,
         "rotation": _quantizer("TableQuantizer", width, gradient="rotation"),
         "restart": _quantizer("TableQuantizer", width, restart_below=0.05),
         "cosine": _quantizer("CosineQuantizer", low),
@@ -80,7 +82,7 @@ def variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "non_saturating": _loss(disc_loss="non_saturating"),
         "warm_start": _loss(disc_warmup=start // 2),
         "classifier": _loss(classifier_weight=0.02),
-        "no_attention": {"model": {"params": {"ddconfig": {"attn_type": "none", "attn_resolutions": []}}}},
+        "no_attention": no_attention,
         "checkpointing": {"training": {"gradient_checkpointing": True}},
         "compile": {"training": {"compile": True}},
         "together": together,
